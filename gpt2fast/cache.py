@@ -1,0 +1,136 @@
+"""A preallocated key-value cache with ragged rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import GenerationError
+
+
+class LayerCache(NamedTuple):
+    """One layer's share of a cache, while new tokens pass through the model."""
+
+    k: Tensor
+    """(B, T_max, H, D)."""
+    v: Tensor
+    """(B, T_max, H, D)."""
+    lengths: Tensor
+    """(B,) entries stored before the new tokens."""
+    counts: Tensor | None
+    """(B,) how many of the new tokens each row stores; None means all of them."""
+
+
+class KVCache:
+    """Keys and values of the tokens that a model has seen, for `batch_size` independent rows.
+
+    Memory is `2 * n_layer * batch_size * max_length * n_head * head_dim` elements, allocated once.
+
+    Args:
+        n_layer, n_head, head_dim: shape of the model.
+        batch_size: rows, B.
+        max_length: entries that each row can hold, T_max.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        batch_size: int,
+        max_length: int,
+        n_head: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        shape = (n_layer, batch_size, max_length, n_head, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        """(L, B, T_max, H, D) keys."""
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        """(L, B, T_max, H, D) values."""
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,) entries stored in each row."""
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,) position that each row's next token has unless the caller says otherwise."""
+        # At least the longest row; known without asking the device.
+        self._longest = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in use."""
+        return self.k.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        """Entries that each row can hold."""
+        return self.k.shape[2]
+
+    def layer(self, index: int, counts: Tensor | None = None) -> LayerCache:
+        """The views that layer `index` writes to and reads from."""
+        return LayerCache(self.k[index], self.v[index], self.lengths, counts)
+
+    def reserve(self, new_tokens: int, counts: Tensor | None = None) -> None:
+        """Check that each row has room for more entries.
+
+        Args:
+            new_tokens: entries to come, at most.
+            counts: (B,) entries to come in each row, if they differ.
+
+        Raises:
+            GenerationError: a row would grow past `max_length`.
+        """
+        if self._longest + new_tokens > self.max_length:
+            # The bound may be loose: rows were reordered or released, or store fewer tokens.
+            longest = int((self.lengths + (new_tokens if counts is None else counts)).max())
+            if longest > self.max_length:
+                raise GenerationError(
+                    f"the cache holds {self.max_length} tokens a row and would need {longest}; "
+                    "make it longer (max_length) or generate fewer tokens"
+                )
+
+    def advance(self, new_tokens: int, counts: Tensor | None, positions: Tensor) -> None:
+        """Count the entries that all layers have stored.
+
+        Args:
+            new_tokens: entries stored, at most.
+            counts: (B,) entries stored in each row, if they differ.
+            positions: (B,) default position of each row's next token.
+        """
+        self.lengths = self.lengths + (new_tokens if counts is None else counts)
+        self.positions = positions
+        self._longest = min(self._longest + new_tokens, self.max_length)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the rows `rows`, in that order; rows may repeat, and their number may shrink.
+
+        Args:
+            rows: (B',) int64 with B' <= B.
+        """
+        if len(rows) > self.batch_size:
+            raise ValueError(
+                f"{len(rows)} rows do not fit a cache of {self.batch_size}; use expand() to grow it"
+            )
+        used = self._longest
+        for k, v in zip(self.k, self.v, strict=True):
+            ops.reorder_cache(k[:, :used], v[:, :used], rows)
+        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+        self.lengths, self.positions = self.lengths[rows], self.positions[rows]
+
+    def release(self, rows: Tensor) -> None:
+        """Empty rows so that they can begin another sequence.
+
+        Args:
+            rows: (N,) int64.
+        """
+        ops.release_rows(self.lengths, rows)
+        ops.release_rows(self.positions, rows)
+
+    def expand(self, times: int) -> None:
+        """Repeat each row `times` times in place of itself (beams, several samples a prompt)."""
+        self.k = self.k.repeat_interleave(times, dim=1)
+        self.v = self.v.repeat_interleave(times, dim=1)
+        self.lengths = self.lengths.repeat_interleave(times)
+        self.positions = self.positions.repeat_interleave(times)

@@ -1,0 +1,203 @@
+"""The shape and constants of a GPT-2 (Radford et al., 2019), under Hugging Face's field names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, fields, replace
+from typing import Any
+
+from .errors import ConfigError
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
+
+# Far above any GPT-2, far below what overflows an index: a corrupted size fails here, by name.
+_LARGEST = {"n_layer": 1 << 12}
+_LARGEST_SIZE = 1 << 24
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Configuration of a GPT-2; names and defaults are those of `transformers.GPT2Config`.
+
+    `GPT2Config(dropout=0.1)` is shorthand for setting `resid_pdrop`, `embd_pdrop` and
+    `attn_pdrop` together.
+
+    Raises:
+        ConfigError: a field has a wrong type or lies outside its range.
+    """
+
+    vocab_size: int = 50257
+    """Number of token ids."""
+    n_positions: int = 1024
+    """Longest sequence, in tokens."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Number of attention heads; divides `n_embd`."""
+    n_inner: int | None = None
+    """Width of the MLP's hidden layer; None means `4 * n_embd`."""
+    activation_function: str = "gelu_new"
+    """The MLP's activation: gelu_new (tanh form), gelu (erf), relu, silu or tanh."""
+    resid_pdrop: float = 0.1
+    """Dropout probability on what each attention and MLP adds to the residual stream."""
+    embd_pdrop: float = 0.1
+    """Dropout probability on the sum of token and position embeddings."""
+    attn_pdrop: float = 0.1
+    """Dropout probability on the attention weights."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in every layer normalisation."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    scale_attn_weights: bool = True
+    """Divide attention scores by `sqrt(head_dim)`."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Divide attention scores of layer i by `i + 1` as well."""
+    reorder_and_upcast_attn: bool = False
+    """Compute attention scores in float32 whatever the weights' dtype (ours always do)."""
+    tie_word_embeddings: bool = True
+    """Use the token embedding as the output projection."""
+    bos_token_id: int | None = 50256
+    """Token that begins a text."""
+    eos_token_id: int | None = 50256
+    """Token that ends a text."""
+    dropout: InitVar[float | None] = None
+
+    def __post_init__(self, dropout: float | None) -> None:
+        if dropout is not None:
+            for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+                object.__setattr__(self, name, dropout)
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            self._check_size(name)
+        if self.n_inner is not None:
+            self._check_size("n_inner")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: "
+                "each head has n_embd / n_head dimensions; change one of them"
+            )
+        if self.activation_function not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation_function={self.activation_function!r} is not supported; "
+                f"choose one of {', '.join(ACTIVATIONS)}"
+            )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            value = self._check_number(name)
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"{name}={value} is not a probability in [0, 1)")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = self._check_number(name)
+            if not 0.0 < value < math.inf:
+                raise ConfigError(f"{name}={value} must be a positive finite number")
+        for name in (
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+            "reorder_and_upcast_attn",
+            "tie_word_embeddings",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                raise ConfigError(f"{name}={token!r} must be a token id (an integer) or null")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_width(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters; a tied output projection counts once."""
+        width, inner = self.n_embd, self.inner_width
+        attention = width * 3 * width + 3 * width + width * width + width
+        mlp = width * inner + inner + inner * width + width
+        heads = 1 if self.tie_word_embeddings else 2
+        embeddings = heads * self.vocab_size * width + self.n_positions * width
+        return embeddings + self.n_layer * (attention + mlp + 4 * width) + 2 * width
+
+    def attention_scale(self, layer: int) -> float:
+        """Factor on the attention scores of layer `layer` (0-based)."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> GPT2Config:
+        """One of OpenAI's four shapes: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+
+        Args:
+            name: the preset's name.
+            changes: fields to replace, for example `n_positions=256`.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return replace(PRESETS[name], dropout=None, **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> GPT2Config:
+        """Build a configuration from the content of a `config.json`.
+
+        Args:
+            values: field names and values; names that GPT-2 does not use are ignored.
+            source: the file's name, for the error message.
+
+        Raises:
+            ConfigError: a field has a wrong type or value, or the file describes another model.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
+        model_type = values.get("model_type", "gpt2")
+        if model_type != "gpt2":
+            raise ConfigError(
+                f"{source}: model_type={model_type!r} is not a GPT-2; gpt2fast runs 'gpt2' only"
+            )
+        if values.get("add_cross_attention", False) is not False:
+            raise ConfigError(
+                f"{source}: add_cross_attention={values['add_cross_attention']!r}: "
+                "cross-attention is not part of GPT-2's language model"
+            )
+        names = {field.name for field in fields(cls)}
+        known = {name: value for name, value in values.items() if name in names}
+        # Checkpoints of transformers before 2.x call the context length n_ctx.
+        if "n_positions" not in known and "n_ctx" in values:
+            known["n_positions"] = values["n_ctx"]
+        try:
+            return cls(**known)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `config.json` that transformers and `from_dict` read."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **values}
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
+        largest = _LARGEST.get(name, _LARGEST_SIZE)
+        if not 1 <= value <= largest:
+            raise ConfigError(f"{name}={value} must lie between 1 and {largest}")
+
+    def _check_number(self, name: str) -> float:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+        return value
+
+
+PRESETS = {
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+}
+"""OpenAI's four sizes by name."""

@@ -1,0 +1,96 @@
+"""meta.json: what a directory of prepared data says about itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+FORMAT = 1
+ITEM_SIZE = {"uint16": 2, "uint32": 4}
+
+
+@dataclass(frozen=True)
+class DataMeta:
+    """Facts about prepared data; `train.bin` and `val.bin` are raw little-endian token arrays."""
+
+    dtype: str
+    """`uint16` or `uint32`."""
+    vocab_size: int | None
+    """Number of token ids, special ones included; None where the data do not say."""
+    train_tokens: int
+    val_tokens: int
+    train_characters: int | None
+    """Unicode characters behind the tokens; an `<|endoftext|>` counts as one."""
+    val_characters: int | None
+    tokenizer: str | None
+    """`char` or `bpe`; None where the data do not say."""
+    tokenizer_fingerprint: str | None
+    eos_token_id: int | None
+    split: str | None
+    """`position` or `documents`."""
+    val_fraction: float | None = None
+    seed: int | None = None
+    documents: dict[str, Any] | None = None
+    """With `split` = `documents`: the numbers of documents, and the ones held out."""
+    sources: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    """All files that belong to the prepared data."""
+
+    def characters_per_token(self, split: str = "val") -> float | None:
+        """Divide a loss in nats per token by this to get nats per character."""
+        tokens = self.val_tokens if split == "val" else self.train_tokens
+        characters = self.val_characters if split == "val" else self.train_characters
+        return characters / tokens if characters and tokens else None
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+
+_OPTIONAL_INT = (int, type(None))
+_OPTIONAL_STR = (str, type(None))
+_TYPES: dict[str, Any] = {
+    "dtype": str,
+    "vocab_size": int,
+    "train_tokens": int,
+    "val_tokens": int,
+    "train_characters": _OPTIONAL_INT,
+    "val_characters": _OPTIONAL_INT,
+    "tokenizer": _OPTIONAL_STR,
+    "tokenizer_fingerprint": _OPTIONAL_STR,
+    "eos_token_id": _OPTIONAL_INT,
+    "split": _OPTIONAL_STR,
+    "val_fraction": (int, float, type(None)),
+    "seed": _OPTIONAL_INT,
+    "documents": (dict, type(None)),
+    "sources": list,
+    "files": list,
+}
+
+
+def read_meta(path: Path) -> DataMeta:
+    """Read a meta.json. Raises DataError that names the file, the field and the value."""
+    again = "Prepare the data again with `python -m gpt2fast.prepare`"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. {again}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise DataError(f"{path}: format is {found!r}, this version reads {FORMAT}. {again}")
+    known = {f.name: f for f in fields(DataMeta)}
+    kept = {name: value for name, value in values.items() if name in known}
+    for name, value in kept.items():
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+            raise DataError(f"{path}: {name} is {value!r}, of the wrong type. {again}")
+        if isinstance(value, int) and name != "seed" and value < 0:
+            raise DataError(f"{path}: {name} is {value}, it cannot be negative. {again}")
+    missing = [n for n in list(known)[:10] if n not in kept]
+    if missing:
+        raise DataError(f"{path}: {', '.join(missing)} missing. {again}")
+    if kept["dtype"] not in ITEM_SIZE:
+        raise DataError(f"{path}: dtype is {kept['dtype']!r}, not uint16 or uint32. {again}")
+    return DataMeta(**kept)

@@ -1,0 +1,314 @@
+"""Greedy decoding and sampling: one token a step for every row that still runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import GenerationError
+from .sampling import SamplingOptions, draw_seed, uniforms
+
+if TYPE_CHECKING:
+    from .model import GPT2
+    from .tokenizer import Tokenizer
+
+
+class Context:
+    """What the model has read: the tokens of every row, and their keys and values in the cache.
+
+    Args:
+        prompts: token ids of each row, at least one; rows may differ in length.
+        steps: most tokens that will be appended to a row.
+        use_cache: keep keys and values; without, every step reads everything again.
+        slides: a row that reaches `n_positions` goes on with the newest half of its tokens;
+            without, the caller sees to it that no row gets that far.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        prompts: Sequence[Sequence[int]],
+        steps: int,
+        *,
+        use_cache: bool = True,
+        slides: bool = False,
+    ):
+        self.model = model
+        longest = max(len(prompt) for prompt in prompts)
+        self.history = torch.tensor(
+            [[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts],
+            device=model.device,
+        )
+        """(rows, S) int64: each row's tokens up to the last column, after -1 as padding."""
+        self._room = model.config.n_positions
+        self._half = max(1, self._room // 2)
+        self._visible = [len(prompt) for prompt in prompts]
+        """Tokens of each row that the model sees, the newest ones of its history."""
+        if slides:
+            self._visible = [n if n <= self._room else self._half for n in self._visible]
+        looked_up = [] if model.config.tie_word_embeddings else [model.wte.weight]
+        looked_up.append(model.wpe.weight)
+        self._weight_bytes = sum(p.nbytes for p in model.parameters())
+        self._weight_bytes -= sum(p.nbytes for p in looked_up)
+        self._cache = None
+        if use_cache:
+            capacity = min(max(self._visible) + steps, self._room)
+            self._cache = model.new_cache(len(prompts), capacity)
+
+    def read(self) -> Tensor:
+        """Read all that is visible; returns the logits (rows, vocab) of every row's next token."""
+        return self._read(self._visible, [0] * len(self._visible))
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Add a token (rows,) to each row; returns the logits (rows, vocab) of the next ones."""
+        self.history = torch.cat([self.history, tokens[:, None]], dim=1)
+        full = [row for row, count in enumerate(self._visible) if count == self._room]
+        before = self._visible
+        self._visible = [self._half if n == self._room else n + 1 for n in before]
+        if self._cache is None:
+            return self.read()
+        if not full:
+            return self.model.decode_step(tokens, self._cache)
+        self._cache.release(torch.tensor(full, device=tokens.device))
+        news = [self._half if n == self._room else 1 for n in before]
+        return self._read(news, [0 if n == self._room else n for n in before])
+
+    def expand(self, copies: int) -> None:
+        """Repeat every row, the copies side by side."""
+        if copies == 1:
+            return
+        self.history = self.history.repeat_interleave(copies, dim=0)
+        self._visible = [count for count in self._visible for _ in range(copies)]
+        if self._cache is not None:
+            self._cache.expand(copies)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows (an index tensor); a row may be left out or taken twice."""
+        self.history = self.history[rows]
+        self._visible = [self._visible[row] for row in rows.tolist()]
+        if self._cache is not None:
+            self._cache.reorder(rows)
+
+    def step_bytes(self) -> int:
+        """Bytes of weights and of cached keys and values that one step reads."""
+        config = self.model.config
+        width = 2 * config.n_layer * config.n_embd * self.model.dtype.itemsize
+        return self._weight_bytes + sum(self._visible) * width
+
+    def _read(self, counts: list[int], offsets: list[int]) -> Tensor:
+        """Read each row's newest `counts[row]` tokens, from position `offsets[row]` on."""
+        longest = max(counts)
+        tokens = self.history[:, -longest:]
+        mask = positions = None
+        if any(offsets) or min(counts) < longest:
+            device = tokens.device
+            column = torch.arange(longest, device=device) - longest
+            index = column + torch.tensor(counts, device=device)[:, None]
+            mask = (index >= 0).long()
+            positions = (index + torch.tensor(offsets, device=device)[:, None]).clamp(min=0)
+        hidden = self.model.hidden_states(
+            tokens.clamp(min=0), attention_mask=mask, position_ids=positions, cache=self._cache
+        )
+        return self.model.project(hidden[:, -1])
+
+
+class StopCriteria:
+    """When a continuation has ended by what was generated, not counting its length.
+
+    Args:
+        eos: ids that end a text.
+        stop: strings, or sequences of token ids, that end a continuation.
+        tokenizer: decodes tokens to look for the strings in.
+    """
+
+    def __init__(
+        self,
+        eos: Sequence[int],
+        stop: str | Sequence[str | Sequence[int]] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ):
+        self.eos = list(eos)
+        self.strings: list[str] = []
+        self._sequences: list[list[int]] = []
+        for item in [stop] if isinstance(stop, str) else stop or []:
+            if isinstance(item, str) and item:
+                self.strings.append(item)
+            elif isinstance(item, Sequence) and item and all(isinstance(i, int) for i in item):
+                self._sequences.append(list(item))  # type: ignore[arg-type]
+            else:
+                raise GenerationError(
+                    f"stop has the item {item!r}; each must be a text of at least one character, "
+                    "or a list of at least one token id"
+                )
+        if self.strings and tokenizer is None:
+            raise GenerationError(
+                f"stop has the text {self.strings[0]!r}, which takes a tokenizer to find: pass "
+                "tokenizer=..., or lists of token ids"
+            )
+        self._tokenizer = tokenizer
+        # Every token has at least one byte, so this many reach back over a whole stop string, and
+        # over the character that the cut may have split in front of it.
+        self._reach = max((len(text.encode()) for text in self.strings), default=0) + 4
+
+    def reason(self, tokens: Sequence[int]) -> str | None:
+        """Why a continuation ends with the last of `tokens`: "eos", "stop", or None if it doesn't.
+
+        Ask after each token: only what ends with the last one is found.
+        """
+        if tokens[-1] in self.eos:
+            return "eos"
+        for sequence in self._sequences:
+            if list(tokens[-len(sequence) :]) == sequence:
+                return "stop"
+        if self.strings and self._tokenizer is not None:
+            text = self._tokenizer.decode(tokens[-self._reach :])
+            if any(string in text for string in self.strings):
+                return "stop"
+        return None
+
+
+@dataclass
+class Step:
+    """One more token for each continuation that still runs."""
+
+    rows: list[int]
+    """Which continuation each token belongs to: prompt * num_return_sequences + sample."""
+    tokens: list[int]
+    reasons: list[str | None]
+    """Where the token is the continuation's last one, why: "eos", "stop" or "length"."""
+    logprobs: list[float] | None
+    """Log-probability of each token under the model, before any processor."""
+
+
+@dataclass
+class Timing:
+    """Where the time of generations went; seconds are wall time."""
+
+    first_token_seconds: float | None = None
+    """From the start of the first generation to its first token."""
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    """Until the first token of every row is there."""
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_bytes: int = 0
+    """Weights, keys and values read by the decode steps."""
+
+    def add_prefill(self, seconds: float, prompts: Sequence[Sequence[int]]) -> None:
+        """Count the reading of the prompts and the choice of the first tokens."""
+        if self.first_token_seconds is None:
+            self.first_token_seconds = seconds
+        self.prefill_tokens += sum(len(prompt) for prompt in prompts)
+        self.prefill_seconds += seconds
+
+    def add_step(self, seconds: float, rows: int, step_bytes: int) -> None:
+        """Count a step that chose one more token for each row."""
+        self.decode_tokens += rows
+        self.decode_seconds += seconds
+        self.decode_bytes += step_bytes
+
+
+@torch.inference_mode()
+def decode(
+    model: GPT2,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    options: SamplingOptions,
+    criteria: StopCriteria,
+    *,
+    use_cache: bool = True,
+    slides: bool = False,
+    logprobs: bool = False,
+    vocab_size: int | None = None,
+    timing: Timing | None = None,
+) -> Iterator[Step]:
+    """Continue every prompt `options.num_return_sequences` times, greedily or by sampling.
+
+    What a continuation holds depends on its own prompt and its number among the prompt's samples
+    alone; rows that have ended leave the batch.
+
+    Args:
+        limits: most new tokens for each prompt, at least one.
+        vocab_size: take only tokens below this id; None allows all.
+        timing: filled in as decoding goes on.
+    """
+    timing = Timing() if timing is None else timing
+    copies = options.num_return_sequences
+    numbers = None
+    if options.samples:
+        seed = draw_seed() if options.seed is None else options.seed
+        numbers = uniforms(seed, copies, max(limits)).to(model.device).repeat(len(prompts), 1)
+    processors = options.processors()
+    continuations: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
+    rows = list(range(len(continuations)))
+
+    with evaluating(model):
+        start = time.perf_counter()
+        context = Context(model, prompts, max(limits), use_cache=use_cache, slides=slides)
+        logits = context.read()
+        check_numbers(logits)
+        context.expand(copies)
+        logits = logits.repeat_interleave(copies, dim=0)
+        for step in range(max(limits)):
+            logits = logits[:, :vocab_size]
+            history = context.history if options.reads_history else context.history[:, :0]
+            uniform = None if numbers is None else numbers[:, step]
+            tokens = ops.sample(logits, history, uniform, **processors)
+            chosen = tokens.tolist()
+            seconds = time.perf_counter() - start
+            if step == 0:
+                timing.add_prefill(seconds, prompts)
+            else:
+                timing.add_step(seconds, len(rows), context.step_bytes())
+
+            reasons: list[str | None] = []
+            for row, token in zip(rows, chosen, strict=True):
+                continuations[row].append(token)
+                reason = criteria.reason(continuations[row])
+                if reason is None and step + 1 == limits[row // copies]:
+                    reason = "length"
+                reasons.append(reason)
+            scores = None
+            if logprobs:
+                scores = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+            yield Step(rows, chosen, reasons, scores)
+
+            start = time.perf_counter()
+            live = [index for index, reason in enumerate(reasons) if reason is None]
+            if not live:
+                return
+            if len(live) < len(rows):
+                rows = [rows[index] for index in live]
+                kept = torch.tensor(live, device=model.device)
+                context.keep(kept)
+                tokens = tokens[kept]
+                numbers = None if numbers is None else numbers[kept]
+            logits = context.append(tokens)
+
+
+@contextmanager
+def evaluating(model: GPT2) -> Iterator[None]:
+    """Switch dropout off; every module's mode is restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse a model whose output is not a number, instead of writing nonsense."""
+    if logits.isnan().any():
+        raise GenerationError(
+            f"the model's output is not a number in {logits.dtype}: its weights hold NaN or "
+            "infinity, or overflow in this type; try dtype float32, or check the checkpoint"
+        )

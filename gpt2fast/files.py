@@ -1,0 +1,66 @@
+"""Atomic file writing: a reader sees the old content or the new, never a half."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; rename it over `path` if the block succeeds.
+
+    Args:
+        path: the file to create or replace.
+        mode: "wb" (bytes) or "w" (UTF-8 text).
+
+    The data are flushed to the disk before the rename. If the block raises, the temporary file
+    is removed and `path` is left as it was.
+    """
+    target = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_directory(target.parent)
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the content of `path` by `data` atomically."""
+    with atomic_write(path, "wb") as file:
+        file.write(data)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace the content of `path` by `text` (UTF-8) atomically."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Make the renames and creations in a directory durable, where the system allows it."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    # The process's umask can only be read by setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

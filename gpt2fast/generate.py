@@ -1,0 +1,430 @@
+"""Continue a text: `python -m gpt2fast.generate "Once upon a time"`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .decoding import Timing
+    from .generator import Generation, Generator
+
+_DESCRIPTION = """\
+Continue a text with GPT-2. The text is an argument, --prompt, a file of prompts, or standard input;
+without --model the small model that comes with the package writes.
+"""
+_EPILOG = """\
+examples:
+  python -m gpt2fast.generate "Once upon a time"
+  python -m gpt2fast.generate --model gpt2 --greedy --max-new-tokens 20 "The capital of France is"
+  python -m gpt2fast.generate --model out/run --num-samples 3 --json < prompt.txt
+  python -m gpt2fast.generate --interactive
+
+Options may be spelled with underscores; --max-tokens means --max-new-tokens, and --model-path,
+--model-name and --from-pretrained mean --model. --model-type names an architecture: it is --preset
+where a model is given, and --model otherwise.
+"""
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+    "seed", "num_beams", "length_penalty",
+)  # fmt: skip
+_DRAWS_ONLY = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        from .errors import Error
+
+        try:
+            return _run(args)
+        except Error as error:
+            return _fail(error)
+        except (MemoryError, RuntimeError) as error:
+            if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+                raise
+            return _fail("out of memory: take fewer samples or prompts, or a smaller model")
+    except KeyboardInterrupt:
+        # The terminal shows ^C in the middle of the text.
+        _say("")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python would complain again when it closes stdout.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    import time
+
+    from .errors import GenerationError
+    from .sampling import SamplingOptions
+
+    options = _options(args)
+    try:
+        SamplingOptions(**options)
+    except GenerationError as error:
+        return _fail(error, code=2)
+    prompts = None if args.interactive and not args.words else _prompts(args)
+    start = time.perf_counter()
+    generator = _load(args)
+    load_seconds = time.perf_counter() - start
+    with contextlib.suppress(AttributeError):  # a replaced stdout may lack it
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+    shared = {"stop": args.stop, **options}
+    if args.eos_token_id != "model":
+        shared["eos_token_id"] = args.eos_token_id
+    if args.interactive:
+        from .interactive import Conversation
+
+        return Conversation(generator, shared).run(prompts[0] if prompts else None)
+    assert prompts is not None
+    from .decoding import Timing
+
+    timing = Timing()
+    if args.json:
+        _write_json(generator, prompts, {**shared, "timing": timing})
+    elif len(prompts) == 1 and args.num_samples == 1 and args.num_beams == 1:
+        _stream(generator, prompts[0], {**shared, "timing": timing})
+    else:
+        _write_all(generator, prompts, {**shared, "timing": timing})
+    if args.stats:
+        _say(_stats(timing, load_seconds))
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Generator:
+    import torch
+
+    from .generator import Generator
+    from .hub import BUNDLED
+    from .ops.backend import backend
+
+    backend(args.backend)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.model is None:
+        _say(
+            f"writing with the bundled model {BUNDLED!r}, which is small and knows old adventure "
+            "books only; --model gpt2 gets OpenAI's GPT-2"
+        )
+    return Generator.from_pretrained(
+        BUNDLED if args.model is None else args.model,
+        tokenizer=args.tokenizer,
+        preset=args.preset,
+        device=device,
+        dtype=args.dtype,
+        window=args.window,
+        notify=lambda message: _say(f"note: {message}"),
+    )
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `SamplingOptions` takes; what was not given has the defaults of `Generator`."""
+    from dataclasses import asdict
+
+    from .generator import DEFAULTS
+
+    given = {name for name in _SAMPLING if hasattr(args, name)}
+    draws = not args.greedy and args.num_beams == 1
+    if not draws:
+        without_effect = [name for name in _DRAWS_ONLY if name in given]
+        if without_effect:
+            flags = ", ".join("--" + name.replace("_", "-") for name in without_effect)
+            _say(f"note: {flags}: no effect without sampling")
+    return {
+        **asdict(DEFAULTS),
+        **{name: getattr(args, name) for name in given},
+        "max_new_tokens": args.max_new_tokens,
+        "num_return_sequences": args.num_samples,
+        "do_sample": draws or args.do_sample,
+    }
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts_file is not None:
+        return _read_prompts(args.prompts_file)
+    if args.prompt is not None:
+        return [args.prompt]
+    if args.words:
+        return [" ".join(args.words)]
+    text = _read("-")
+    # What echo and editors add at the end is no part of the text.
+    return [text.removesuffix("\n").removesuffix("\r")]
+
+
+def _read_prompts(name: str) -> list[str]:
+    """The prompts of a file: a line each, or the "prompt" of each line of a .jsonl file."""
+    import json
+
+    from .errors import GenerationError
+
+    lines = [line for line in _read(name).splitlines() if line.strip()]
+    if name.endswith(".jsonl"):
+        for number, line in enumerate(lines):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            prompt = value.get("prompt") if isinstance(value, dict) else value
+            if not isinstance(prompt, str):
+                raise GenerationError(
+                    f'{name}: {line[:60]!r} is neither a JSON text nor an object with a "prompt"'
+                )
+            lines[number] = prompt
+    if not lines:
+        raise GenerationError(f"{name} has no prompts; put one on each line")
+    return lines
+
+
+def _read(name: str) -> str:
+    from .errors import GenerationError
+
+    try:
+        if name == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        with open(name, encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        source = "standard input" if name == "-" else name
+        raise GenerationError(f"{source} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise GenerationError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _stream(generator: Generator, prompt: str, options: dict[str, Any]) -> None:
+    pieces = generator.stream(prompt, **options)
+    _write(prompt)
+    for piece in pieces:
+        _write(piece)
+    _write("\n")
+
+
+def _write_all(generator: Generator, prompts: Sequence[str], options: dict[str, Any]) -> None:
+    first = True
+    for results in generator.each(prompts, **options):
+        for result in results:
+            _write(f"{result}\n" if first else f"---\n{result}\n")
+            first = False
+
+
+def _write_json(generator: Generator, prompts: Sequence[str], options: dict[str, Any]) -> None:
+    for results in generator.each(prompts, **options):
+        for number, result in enumerate(results):
+            _write(_json(result, number) + "\n")
+
+
+def _json(result: Generation, number: int) -> str:
+    import json
+
+    return json.dumps(
+        {
+            "prompt": result.prompt,
+            "sample": number,
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": result.new_tokens,
+            "tokens": result.tokens,
+            "seed": result.seed,
+        },
+        ensure_ascii=False,
+    )
+
+
+def _stats(timing: Timing, load_seconds: float) -> str:
+    def rate(amount: float, seconds: float) -> float:
+        return amount / seconds if seconds else 0.0
+
+    speed = rate(timing.decode_tokens, timing.decode_seconds)
+    bandwidth = rate(timing.decode_bytes, timing.decode_seconds) / 1e9
+    prefill = rate(timing.prefill_tokens, timing.prefill_seconds)
+    return (
+        f"load {load_seconds:.2f} s | "
+        f"prefill {timing.prefill_tokens} tokens, {prefill:.1f} tok/s | "
+        f"time to first token {timing.first_token_seconds or 0.0:.3f} s | "
+        f"decode {timing.decode_tokens} tokens, {speed:.1f} tok/s, {bandwidth:.2f} GB/s"
+    )
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _fail(error: object, code: int = 1) -> int:
+    _say("error: " + " ".join(str(error).split()))
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists all options)\n")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(_hyphens(argv))
+    if args.model_type is not None:
+        if args.model is None:
+            args.model = args.model_type
+        elif args.preset is None:
+            args.preset = args.model_type
+    sources = {
+        "an argument": args.words,
+        "--prompt": args.prompt is not None,
+        "--prompts-file": args.prompts_file is not None,
+    }
+    given = [name for name, there in sources.items() if there]
+    if len(given) > 1:
+        parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
+    if args.greedy and args.do_sample:
+        parser.error("--greedy and --do-sample contradict each other")
+    if args.interactive:
+        for flag in ("prompts_file", "json", "stats"):
+            if getattr(args, flag):
+                parser.error(f"--{flag.replace('_', '-')} does not go with --interactive")
+        if args.num_samples != 1 or args.num_beams != 1:
+            parser.error("--num-samples and --num-beams do not go with --interactive")
+        if args.prompt is not None:
+            args.words = [args.prompt]
+    elif not given and (sys.stdin is None or sys.stdin.isatty()):
+        parser.error('there is no prompt; give one, as in "Once upon a time", or --interactive')
+    return args
+
+
+def _hyphens(argv: Sequence[str]) -> list[str]:
+    """Spell --top_k=5 as --top-k=5, up to a bare `--`."""
+    argv = list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    for index, argument in enumerate(argv[:end]):
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argv[index] = name.replace("_", "-") + equals + value
+    return argv
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m gpt2fast.generate",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # What is not given stays out of the namespace, so that `Generator` has the say.
+    unset: Any = argparse.SUPPRESS
+
+    text = parser.add_argument_group("text")
+    text.add_argument("words", nargs="*", metavar="PROMPT", help="the text to continue")
+    text.add_argument("--prompt", metavar="TEXT", help="the same, as an option")
+    text.add_argument(
+        "--prompts-file", metavar="FILE",
+        help='a prompt on each line; of a .jsonl file, texts or objects with a "prompt"; - is '
+        "standard input",
+    )  # fmt: skip
+    text.add_argument("-i", "--interactive", action="store_true", help="a conversation at a prompt")
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "-m", "--model", metavar="NAME",
+        help="a bundled model, a model on the Hugging Face hub (gpt2, gpt2-xl, …), or a path",
+    )  # fmt: skip
+    for alias in ("--model-path", "--model-name", "--from-pretrained"):
+        model.add_argument(alias, dest="model", default=unset, help=unset)
+    model.add_argument("--model-type", help=unset)
+    model.add_argument(
+        "--preset", help="architecture of a bare state dict: gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    )
+    model.add_argument("--tokenizer", metavar="NAME", help="where the tokenizer is, if elsewhere")
+    model.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    model.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"),
+        help="of the weights; default: as stored",
+    )  # fmt: skip
+    model.add_argument(
+        "--backend", default="auto", help="implementation of the ops: auto (default), reference, …"
+    )
+
+    length = parser.add_argument_group("length")
+    length.add_argument(
+        "--max-new-tokens", "--max-tokens", type=int, default=100, metavar="N",
+        help="most tokens to add (default 100)",
+    )  # fmt: skip
+    length.add_argument(
+        "--stop", action="append", type=_unescape, metavar="TEXT",
+        help=r"end where this text comes up; \n is a newline; may be repeated",
+    )  # fmt: skip
+    length.add_argument(
+        "--eos-token-id", type=_optional(int), default="model", metavar="ID",
+        help="the token that ends a text, or none (default: the model's)",
+    )  # fmt: skip
+    length.add_argument(
+        "--window", choices=("error", "slide", "stop"), default="slide",
+        help="text longer than the model can see: refuse it, go on with the newest half "
+        "(default), or stop there",
+    )  # fmt: skip
+
+    choice = parser.add_argument_group("choice of tokens (none switches an option off)")
+    choice.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    choice.add_argument("--do-sample", action="store_true", help="draw at random (default)")
+    for flag, kind, words in (
+        ("--temperature", float, "below 1 is more predictable, 0 is greedy (default 0.8)"),
+        ("--top-k", int, "draw from the K likeliest tokens (default 50)"),
+        ("--top-p", float, "draw from the likeliest tokens with this probability (default 0.95)"),
+        ("--min-p", float, "leave out tokens less likely than this times the likeliest"),
+        ("--repetition-penalty", float, "above 1 makes repeated tokens less likely"),
+        ("--no-repeat-ngram-size", int, "no sequence of N tokens occurs twice"),
+        ("--seed", int, "makes the draws repeatable"),
+    ):
+        metavar = {"--top-k": "K", "--top-p": "P", "--min-p": "P"}.get(
+            flag, "N" if kind is int else "X"
+        )
+        choice.add_argument(flag, type=_optional(kind), default=unset, metavar=metavar, help=words)
+    choice.add_argument(
+        "--num-samples", "--num-return-sequences", type=int, default=1, metavar="N",
+        help="continuations of each prompt",
+    )  # fmt: skip
+    choice.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="beam search of this width"
+    )
+    choice.add_argument(
+        "--length-penalty", type=float, default=unset, metavar="X",
+        help="beam search: above 0 favours long texts, below 0 short ones (default 1)",
+    )  # fmt: skip
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="a JSON object on each line")
+    output.add_argument("--stats", action="store_true", help="speed, on standard error")
+    return parser
+
+
+def _optional(kind: type) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

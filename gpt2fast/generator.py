@@ -1,0 +1,461 @@
+"""Text in, text out: a model together with its tokenizer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+
+from .beam_search import beam_search
+from .decoding import Step, StopCriteria, Timing, decode, evaluating
+from .errors import GenerationError
+from .generation import FROM_CONFIG, EosTokenId, check_length, check_vocabulary, end_tokens
+from .model import GPT2
+from .sampling import SamplingOptions, draw_seed
+from .tokenizer import Tokenizer
+
+WINDOWS = ("error", "slide", "stop")
+DEFAULTS = SamplingOptions(
+    max_new_tokens=100, do_sample=True, temperature=0.8, top_k=50, top_p=0.95
+)
+"""Options of a `Generator`, unless it is told otherwise."""
+
+_BATCH_ROWS = 32
+"""Continuations computed at once; more would take memory and save little time."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation of a prompt. `str()` gives prompt and continuation."""
+
+    prompt: str
+    text: str
+    """The continuation, without the end token or stop string that ended it."""
+    tokens: list[int]
+    """The continuation's token ids, with those of the end token or stop string."""
+    prompt_tokens: int
+    """Number of tokens of the prompt; an empty one begins with the end-of-text token."""
+    finish_reason: str
+    """Why it ended: "eos" (end token), "stop" (stop string) or "length" (no more was allowed)."""
+    seed: int | None
+    """What the draws depended on; None where there were none."""
+    logprobs: list[float] | None = None
+    """Log-probability of each token under the model, before temperature and the like."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens of the continuation."""
+        return len(self.tokens)
+
+    def __str__(self) -> str:
+        return self.prompt + self.text
+
+
+class Generator:
+    """Continues texts.
+
+        generator = Generator.from_pretrained("gpt2")
+        print(generator("Once upon a time", max_new_tokens=50))
+        for piece in generator.stream("Once upon a time"):
+            print(piece, end="", flush=True)
+
+    Args:
+        model, tokenizer: which belong together.
+        window: what happens to a text longer than the model's `n_positions`: "error" refuses it
+            in advance, "slide" goes on with the newest half of its tokens, "stop" ends it there.
+        notify: told once, when a text has slid.
+
+    Raises:
+        GenerationError: no such window.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        tokenizer: Tokenizer,
+        *,
+        window: str = "error",
+        notify: Callable[[str], None] = warnings.warn,
+    ):
+        if window not in WINDOWS:
+            raise GenerationError(f"window is {window!r}; choose one of {', '.join(WINDOWS)}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.window = window
+        self._notify = notify
+        self._has_slid = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        preset: str | None = None,
+        window: str = "error",
+        notify: Callable[[str], None] = warnings.warn,
+    ) -> Generator:
+        """Load a model and its tokenizer.
+
+        Args:
+            name_or_path: bundled model, model on the hub, directory or file; see
+                `weights.from_pretrained`, which takes device, dtype, revision, local_files_only
+                and preset too.
+            tokenizer: where the tokenizer is, if not with the model.
+            window, notify: see `Generator`.
+
+        Raises:
+            WeightsError, ConfigError, TokenizerError: something is missing or broken.
+        """
+        model = GPT2.from_pretrained(
+            name_or_path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            local_files_only=local_files_only,
+            preset=preset,
+        )
+        place = name_or_path if tokenizer is None else tokenizer
+        # A file of weights has its tokenizer beside it.
+        if tokenizer is None and os.path.isfile(place):
+            place = os.path.dirname(os.path.abspath(place))
+        loaded = Tokenizer.from_pretrained(
+            place,
+            revision=revision if tokenizer is None else None,
+            local_files_only=local_files_only,
+        )
+        return cls(model, loaded, window=window, notify=notify)
+
+    @overload
+    def __call__(self, prompts: str, **options: Any) -> Generation | list[Generation]: ...
+
+    @overload
+    def __call__(
+        self, prompts: Sequence[str], **options: Any
+    ) -> list[Generation] | list[list[Generation]]: ...
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        eos_token_id: EosTokenId = FROM_CONFIG,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+        timing: Timing | None = None,
+        **options: Any,
+    ) -> Generation | list[Generation] | list[list[Generation]]:
+        """Continue one text or several.
+
+        Args:
+            prompts: a text, or a list of texts.
+            eos_token_id: id or ids that end a continuation; None switches this off. By default
+                the end token of the model's configuration and the tokenizer's.
+            stop: strings that end a continuation, and are left out of its text.
+            logprobs: give the tokens' log-probabilities too.
+            timing: filled in with where the time went.
+            options: see `SamplingOptions`; `DEFAULTS` holds for what is not given.
+
+        Returns:
+            A `Generation` for a text, a list of them for a list of texts. In place of each, a list
+            of `num_return_sequences` of them where more than one is asked for.
+
+        Raises:
+            GenerationError: an option out of its range, or a prompt that is too long.
+            TokenizerError: a text that cannot be encoded.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        results = list(
+            self.each(
+                texts,
+                eos_token_id=eos_token_id,
+                stop=stop,
+                logprobs=logprobs,
+                timing=timing,
+                **options,
+            )
+        )
+        if options.get("num_return_sequences", 1) == 1:
+            return results[0][0] if isinstance(prompts, str) else [one for (one,) in results]
+        return results[0] if isinstance(prompts, str) else results
+
+    def each(
+        self,
+        prompts: Sequence[str],
+        *,
+        eos_token_id: EosTokenId = FROM_CONFIG,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+        timing: Timing | None = None,
+        **options: Any,
+    ) -> Iterator[list[Generation]]:
+        """Continue many texts; gives the continuations of each as soon as its batch is done.
+
+        Arguments and errors are those of a call; all prompts are checked before the first result.
+        """
+        request = self._request(eos_token_id, stop, options)
+        names = [f"prompt {number} of {len(prompts)}" for number in range(1, len(prompts) + 1)]
+        encoded = [
+            self._encode(text, request, name if len(names) > 1 else "the prompt")
+            for text, name in zip(prompts, names, strict=True)
+        ]
+        copies = request.options.num_return_sequences
+        at_once = max(1, _BATCH_ROWS // max(copies, request.options.num_beams))
+        for first in range(0, len(prompts), at_once):
+            chunk = slice(first, first + at_once)
+            found = self._complete(prompts[chunk], encoded[chunk], request, logprobs, timing)
+            for start in range(0, len(found), copies):
+                yield found[start : start + copies]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        eos_token_id: EosTokenId = FROM_CONFIG,
+        stop: str | Sequence[str] | None = None,
+        timing: Timing | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """Continue one text; gives the continuation piece by piece, as it comes.
+
+        Joined, the pieces are the `text` that a call with the same options and seed returns.
+        Arguments and errors are those of a call.
+        """
+        request = self._request(eos_token_id, stop, options)
+        if request.options.num_beams > 1 or request.options.num_return_sequences > 1:
+            raise GenerationError(
+                "a stream is one continuation chosen token by token: set num_beams=1 and "
+                "num_return_sequences=1, or call the generator for all of the text at once"
+            )
+        tokens = self._encode(prompt, request, "the prompt")
+        steps = self._steps([tokens], request, logprobs=False, timing=timing)
+        return TextStream(prompt, len(tokens), steps, self.tokenizer, request)
+
+    def _request(self, eos_token_id: EosTokenId, stop: Any, options: dict[str, Any]) -> _Request:
+        if "num_beams" in options and options["num_beams"] != 1:
+            options = {"do_sample": False, **options}
+        chosen = replace(DEFAULTS, **options)
+        if chosen.samples and chosen.seed is None:
+            chosen = replace(chosen, seed=draw_seed())
+        ends = end_tokens(self.model, eos_token_id)
+        own_end = self.tokenizer.eos_token_id
+        if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
+            ends += [own_end]
+        return _Request(chosen, StopCriteria(ends, stop, self.tokenizer))
+
+    def _encode(self, text: str, request: _Request, name: str) -> list[int]:
+        """The prompt's tokens, checked for what the model can take."""
+        if not isinstance(text, str):
+            raise GenerationError(f"{name} is {text!r:.80}; it must be a text (str)")
+        tokens = self.tokenizer.encode(text)
+        if not tokens:
+            if self.tokenizer.eos_token_id is None:
+                raise GenerationError(
+                    f"{name} is empty, and this tokenizer has no end-of-text token to begin with: "
+                    "give at least one character"
+                )
+            tokens = [self.tokenizer.eos_token_id]
+        check_vocabulary(self.model, tokens, name)
+        room = self.model.config.n_positions
+        if self.window == "error" or request.options.num_beams > 1:
+            check_length(self.model, len(tokens), request.options.max_new_tokens, name)
+        elif self.window == "stop" and len(tokens) >= room:
+            raise GenerationError(
+                f"{name} has {len(tokens)} tokens, which leaves nothing of the model's "
+                f"n_positions={room} for new ones: shorten it, or slide the window"
+            )
+        elif len(tokens) > room:
+            self._tell_slide()
+        return tokens
+
+    def _complete(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[list[int]],
+        request: _Request,
+        logprobs: bool,
+        timing: Timing | None,
+    ) -> list[Generation]:
+        options = request.options
+        copies = options.num_return_sequences
+        found = [_Continuation(self.tokenizer, request) for _ in range(len(prompts) * copies)]
+        scores: list[list[float]] = [[] for _ in found]
+        if options.num_beams > 1 and options.max_new_tokens:
+            beams = beam_search(
+                self.model,
+                prompts,
+                options,
+                request.criteria,
+                vocab_size=self.tokenizer.vocab_size,
+                timing=timing,
+            )
+            for row, tokens in enumerate(beams):
+                reason = request.criteria.reason(tokens) or "length"
+                for place, token in enumerate(tokens, start=1):
+                    found[row].push(token, reason if place == len(tokens) else None)
+                if logprobs:
+                    scores[row] = self._score(prompts[row // copies], tokens)
+        else:
+            for step in self._steps(prompts, request, logprobs=logprobs, timing=timing):
+                for place, row in enumerate(step.rows):
+                    found[row].push(step.tokens[place], step.reasons[place])
+                    if step.logprobs is not None:
+                        scores[row].append(step.logprobs[place])
+        return [
+            Generation(
+                prompt=texts[row // copies],
+                text=continuation.text,
+                tokens=continuation.tokens,
+                prompt_tokens=len(prompts[row // copies]),
+                finish_reason=continuation.reason or "length",
+                seed=options.seed if options.samples else None,
+                logprobs=scores[row] if logprobs else None,
+            )
+            for row, continuation in enumerate(found)
+        ]
+
+    def _steps(
+        self,
+        prompts: Sequence[list[int]],
+        request: _Request,
+        *,
+        logprobs: bool,
+        timing: Timing | None,
+    ) -> Iterator[Step]:
+        new, room = request.options.max_new_tokens, self.model.config.n_positions
+        if new == 0:
+            return
+        limits = [
+            min(new, room - len(prompt)) if self.window == "stop" else new for prompt in prompts
+        ]
+        copies = request.options.num_return_sequences
+        for count, step in enumerate(
+            decode(
+                self.model,
+                prompts,
+                limits,
+                request.options,
+                request.criteria,
+                slides=self.window == "slide",
+                logprobs=logprobs,
+                vocab_size=self.tokenizer.vocab_size,
+                timing=timing,
+            ),
+            start=1,
+        ):
+            for row, reason in zip(step.rows, step.reasons, strict=True):
+                if reason is None and len(prompts[row // copies]) + count > room:
+                    self._tell_slide()
+            yield step
+
+    def _score(self, prompt: list[int], tokens: list[int]) -> list[float]:
+        """Log-probability of each of `tokens` after those before it."""
+        if not tokens:
+            return []
+        read = torch.tensor([prompt + tokens[:-1]], device=self.model.device)
+        with torch.inference_mode(), evaluating(self.model):
+            logits = self.model(read, logits_to_keep=len(tokens)).logits[0]
+        chosen = torch.tensor(tokens, device=logits.device)[:, None]
+        return logits.float().log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+
+    def _tell_slide(self) -> None:
+        if not self._has_slid:
+            self._has_slid = True
+            room = self.model.config.n_positions
+            self._notify(
+                f"the text is longer than the model's {room} positions: it goes on from the "
+                f"newest {max(1, room // 2)} tokens each time they are used up"
+            )
+
+
+class TextStream(Iterator[str]):
+    """The pieces of a continuation as they come; also what has come so far."""
+
+    def __init__(
+        self,
+        prompt: str,
+        prompt_tokens: int,
+        steps: Iterator[Step],
+        tokenizer: Tokenizer,
+        request: _Request,
+    ):
+        self.prompt = prompt
+        self.prompt_tokens = prompt_tokens
+        self.seed = request.options.seed if request.options.samples else None
+        self._steps = steps
+        self._continuation = _Continuation(tokenizer, request)
+
+    @property
+    def text(self) -> str:
+        """The continuation so far."""
+        return self._continuation.text
+
+    @property
+    def tokens(self) -> list[int]:
+        """Its token ids so far."""
+        return self._continuation.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As in `Generation`; None until the stream has ended."""
+        return self._continuation.reason
+
+    def __next__(self) -> str:
+        for step in self._steps:
+            piece = self._continuation.push(step.tokens[0], step.reasons[0])
+            if piece:
+                return piece
+        raise StopIteration
+
+
+@dataclass(frozen=True)
+class _Request:
+    options: SamplingOptions
+    criteria: StopCriteria
+
+
+class _Continuation:
+    """Tokens and text of one continuation, as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, request: _Request):
+        self.tokens: list[int] = []
+        self.text = ""
+        self.reason = "length" if request.options.max_new_tokens == 0 else None
+        self._stops = request.criteria.strings
+        self._decoder = tokenizer.decoder()
+        self._held = ""
+        """Text that may turn out to begin a stop string."""
+
+    def push(self, token: int, reason: str | None) -> str:
+        """Add a token; returns the text that is certain now."""
+        self.tokens.append(token)
+        self.reason = reason
+        if reason != "eos":
+            self._held += self._decoder.push(token)
+        if reason is not None:
+            self._held += self._decoder.flush()
+        places = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        if reason == "stop" and places:
+            certain = min(places)
+        elif reason is not None:
+            certain = len(self._held)
+        else:
+            certain = len(self._held) - self._overlap()
+        piece, self._held = self._held[:certain], self._held[certain:]
+        self.text += piece
+        return piece
+
+    def _overlap(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = min(len(self._held), max((len(stop) for stop in self._stops), default=1) - 1)
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0

@@ -1,0 +1,274 @@
+"""Causal attention, over whole sequences and against a cache (Vaswani et al., 2017, eq. 1).
+
+    scores[b, h, t, s] = scale * sum_d q[b, t, h, d] * k[b, s, h, d]         for visible s
+    out[b, t, h, :]    = sum_s softmax_s(scores[b, h, t, :])[s] * v[b, s, h, :]
+
+Position s is visible from t when s <= t and, where a mask is given, mask[b, s] is true. A query
+that sees nothing gives zeros. Scores and softmax are computed in at least float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Implementation, Op, autocast, statistics_dtype
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Attention of each position to itself and the positions before it.
+
+    Args:
+        q, k, v: (B, T, H, D), floating point; strided views of one packed (B, T, 3, H, D) tensor
+            are read in place.
+        scale: factor on the scores; None means 1 / sqrt(D).
+        mask: (B, T) bool, false where a position must not be seen by any other.
+        dropout_p: probability of dropping an attention weight.
+        seed: (1,) int64, required with dropout; one seed always drops the same weights.
+
+    Returns:
+        (B, T, H, D) in q's dtype.
+    """
+    if q.shape != k.shape or k.shape != v.shape or q.dim() != 4:
+        raise ValueError(
+            f"q, k and v must share one shape (B, T, H, D), not {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if dropout_p and seed is None:
+        raise ValueError("dropout_p > 0 needs seed, a (1,) int64 tensor")
+    q, k, v = autocast(q, k, v)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _forward.call(q, k, v, scale, mask, dropout_p, seed)[0]
+
+
+def attention_with_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attention of new queries to a cache that already holds their own keys and values.
+
+    Args:
+        q: (B, T, H, D), the T newest positions of each row.
+        k_cache, v_cache: (B, T_max, H, D).
+        lengths: (B,) int64, entries stored before the new ones: query t of row b sees
+            entries 0 .. lengths[b] + t.
+        scale: factor on the scores; None means 1 / sqrt(D).
+
+    Returns:
+        (B, T, H, D) in q's dtype. Not differentiable.
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _cached.call(q, k_cache, v_cache, lengths, scale)
+
+
+def _visible(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal if mask is None else causal & mask[:, None, None, :]
+
+
+def _kept(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """What survives dropout, scaled so that the expectation is 1: a function of the seed alone."""
+    generator = torch.Generator(weights.device).manual_seed(int(seed.item()))
+    kept = torch.empty_like(weights).bernoulli_(1.0 - dropout_p, generator=generator)
+    return kept / (1.0 - dropout_p)
+
+
+def _weights(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention weights (B, H, T, T) before dropout, and their log-normaliser (B, H, T)."""
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    scores = scores.masked_fill(~_visible(q.shape[1], mask, q.device), -math.inf)
+    if lse is None:
+        lse = scores.logsumexp(-1)
+        # A query that sees nothing: exp(-inf - inf) = 0 makes its weights vanish.
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+    return (scores - lse[..., None]).exp(), lse
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(q.dtype)
+    weights, lse = _weights(q.to(dtype), k.to(dtype), scale, mask, None)
+    if seed is not None and dropout_p:
+        weights = weights * _kept(weights, dropout_p, seed)
+    out = torch.einsum("bhts,bshd->bthd", weights, v.to(dtype))
+    return out.to(q.dtype).contiguous(), lse
+
+
+def _backward_reference(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(q.dtype)
+    given = q.dtype
+    grad, q, k, v, out = (tensor.to(dtype) for tensor in (grad, q, k, v, out))
+    weights, _ = _weights(q, k, scale, mask, lse)
+    grad_weights = torch.einsum("bthd,bshd->bhts", grad, v)
+    dropped = weights
+    if seed is not None and dropout_p:
+        kept = _kept(weights, dropout_p, seed)
+        dropped = weights * kept
+        grad_weights = grad_weights * kept
+    grad_v = torch.einsum("bhts,bthd->bshd", dropped, grad)
+    inner = (grad * out).sum(-1).transpose(1, 2)
+    grad_scores = weights * (grad_weights - inner[..., None]) * scale
+    grad_q = torch.einsum("bhts,bshd->bthd", grad_scores, k)
+    grad_k = torch.einsum("bhts,bthd->bshd", grad_scores, q)
+    return tuple(g.to(given).contiguous() for g in (grad_q, grad_k, grad_v))  # type: ignore
+
+
+def _flash_refuses(q: Tensor, mask: Tensor | None, dropout_p: float) -> str | None:
+    if q.device.type != "cpu":
+        return "torch's flash attention is used on the CPU only"
+    if mask is not None:
+        return "torch's flash attention takes no padding mask here"
+    if dropout_p:
+        return "torch's flash attention on the CPU has no dropout"
+    if not q.numel():
+        return "torch's flash attention needs at least one element"
+    return None
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True, scale=scale
+    )
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def _flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads_first = [tensor.transpose(1, 2) for tensor in (grad, q, k, v, out)]
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *heads_first, lse, 0.0, True, scale=scale
+    )
+    return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)  # type: ignore
+
+
+def _cached_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    if q.device.type == "cpu":
+        # Only the part in use; elsewhere, reading the longest row's length would wait for the GPU.
+        used = min(int(lengths.max()) + q.shape[1], k_cache.shape[1])
+        k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
+    dtype = statistics_dtype(q.dtype)
+    scores = torch.einsum("bthd,bshd->bhts", q.to(dtype), k_cache.to(dtype)) * scale
+    newest = lengths[:, None] + torch.arange(q.shape[1], device=q.device)
+    hidden = torch.arange(k_cache.shape[1], device=q.device) > newest[:, None, :, None]
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    # Entries past a row's end may hold anything, NaN included; 0 * NaN must not reach the sum.
+    v_cache = v_cache.to(dtype).masked_fill(hidden[:, 0, -1, :, None, None], 0.0)
+    return torch.einsum("bhts,bshd->bthd", weights, v_cache).to(q.dtype).contiguous()
+
+
+_backward = Op(
+    "causal_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+    "Tensor? mask, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    torch=Implementation(
+        _flash_backward,
+        lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _flash_refuses(
+            q, mask, dropout_p
+        ),
+    ),
+    reference=_backward_reference,
+)
+_forward = Op(
+    "causal_attention",
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed) "
+    "-> (Tensor out, Tensor lse)",
+    torch=Implementation(
+        _flash,
+        lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(q, mask, dropout_p),
+    ),
+    reference=_reference,
+)
+_cached = Op(
+    "attention_with_cache",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor",
+    torch=_cached_reference,
+    reference=_cached_reference,
+)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, ctx.scale, mask, ctx.dropout_p, seed = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, mask, seed)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Any, ...]:
+    q, k, v, out, lse, mask, seed = ctx.saved_tensors
+    gradients = _backward.call(
+        grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed
+    )
+    return (*gradients, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, _setup_context)
+_cached.refuse_gradient("the cache serves generation; train with causal_attention")
+
+
+@_forward.register_fake
+def _(q, k, v, scale, mask, dropout_p, seed):  # type: ignore[no-untyped-def]
+    batch, time, heads, _ = q.shape
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((batch, heads, time), dtype=statistics_dtype(q.dtype)),
+    )
+
+
+@_backward.register_fake
+def _(grad, q, k, v, out, lse, scale, mask, dropout_p, seed):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@_cached.register_fake
+def _(q, k_cache, v_cache, lengths, scale):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape)

@@ -1,0 +1,187 @@
+"""One place that defines ops and decides which implementation of an op runs.
+
+Every op has one schema and several implementations, tried in the order of `ORDER`:
+
+    native      compiled kernels from csrc
+    triton      Triton kernels
+    torch       torch's own fused or cache-friendly operations
+    reference   the plain torch expression that says what the op means
+
+`backend("auto")`, the default, takes the first that can run the call; any other name forces one,
+and a call that the forced one cannot run raises `BackendError` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..errors import BackendError
+
+ORDER = ("native", "triton", "torch", "reference")
+_ABSENT = {
+    "native": "this version has no compiled kernels yet (docs/STATUS.md)",
+    "triton": "this version has no Triton kernels yet (docs/STATUS.md)",
+}
+
+_LIBRARY = torch.library.Library("gpt2fast", "DEF")
+# One choice for the whole process: autograd runs backward passes in threads of its own.
+_requested = "auto"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op."""
+
+    run: Callable[..., Any]
+    """Takes the op's arguments, returns its results."""
+    refuses: Callable[..., str | None]
+    """Takes the op's arguments; returns why it cannot run them, or None."""
+
+
+def _refuses_nothing(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+class Op:
+    """An op: a schema in torch's dispatcher and the implementations behind it."""
+
+    def __init__(self, name: str, schema: str, **implementations: Implementation | Callable):
+        self.name = name
+        self.implementations = {
+            backend: implementation
+            if isinstance(implementation, Implementation)
+            else Implementation(implementation, _refuses_nothing)
+            for backend, implementation in implementations.items()
+        }
+        _LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, self._dispatch, "CompositeExplicitAutograd")
+        self.call = getattr(torch.ops.gpt2fast, name).default
+        OPS[name] = self
+
+    def register_fake(self, fake: Callable) -> None:
+        """Say which shapes and dtypes the op returns, for tracing without data."""
+        torch.library.register_fake(f"gpt2fast::{self.name}", fake, lib=_LIBRARY)
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        """Say how gradients flow; both functions as in `torch.library.register_autograd`."""
+        torch.library.register_autograd(
+            f"gpt2fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+    def explain(self, *args: Any, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
+        """The backend that would run these arguments, and why each earlier one would not.
+
+        Raises:
+            BackendError: the forced backend cannot run them.
+        """
+        refused: list[tuple[str, str]] = []
+        for name in ORDER if _requested == "auto" else (_requested,):
+            reason = self._refusal(name, *args, **kwargs)
+            if reason is None:
+                return name, refused
+            refused.append((name, reason))
+        raise BackendError(
+            f"backend {_requested!r} cannot run {self.name}: {refused[-1][1]}; "
+            'gpt2fast.backend("auto") falls back to one that can'
+        )
+
+    def _refusal(self, name: str, *args: Any, **kwargs: Any) -> str | None:
+        implementation = self.implementations.get(name)
+        if implementation is None:
+            return _ABSENT.get(name, f"{self.name} has no {name} implementation")
+        return implementation.refuses(*args, **kwargs)
+
+    def refuse_gradient(self, why: str) -> None:
+        """Make a backward pass through this op an error that says why."""
+
+        def backward(ctx: Any, *gradients: Any) -> None:
+            raise NotImplementedError(f"gpt2fast.ops.{self.name} has no gradient: {why}")
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        self.register_autograd(backward, setup_context)
+
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        name, _ = self.explain(*args, **kwargs)
+        run = self.implementations[name].run
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return run(*args, **kwargs)
+        # Dtypes are settled before an op is called; its insides compute as they are written.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return run(*args, **kwargs)
+
+
+OPS: dict[str, Op] = {}
+"""Every op by name."""
+
+
+class backend:  # noqa: N801 - reads as a verb: gpt2fast.backend("reference")
+    """Choose the implementation of every op, from now on or within a `with` block.
+
+        gpt2fast.backend("reference")            # from here on
+        with gpt2fast.backend("torch"): ...      # inside the block only
+
+    Args:
+        name: "auto" (the first that can run a call), "native", "triton", "torch", "reference".
+
+    The choice holds for the whole process. It is read when an op runs, also inside code that was
+    compiled with `torch.compile`.
+
+    Raises:
+        BackendError: no such backend, or no op of this version has an implementation for it.
+    """
+
+    def __init__(self, name: str):
+        if name != "auto" and name not in ORDER:
+            raise BackendError(
+                f"no backend {name!r}; choose one of {', '.join(('auto', *ORDER))}"
+            )
+        if name in ORDER and not any(name in op.implementations for op in OPS.values()):
+            raise BackendError(f"backend {name!r} is not available: {_ABSENT[name]}")
+        global _requested
+        self._previous = _requested
+        _requested = name
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def requested_backend() -> str:
+    """The name last given to `backend`: "auto" unless one was forced."""
+    return _requested
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and statistics over values of `dtype` are kept."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def autocast(*tensors: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """Cast floating-point tensors to autocast's dtype where autocast is active.
+
+    A custom op receives what it is given; torch's own matrix products are cast by autocast, and
+    ours follow them so that the two can be mixed.
+    """
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+        for tensor in tensors
+    ]

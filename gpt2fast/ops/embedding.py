@@ -1,0 +1,79 @@
+"""Sum of a token and a position embedding: out[b, t, :] = wte[tokens[b, t]] + wpe[positions[b, t]]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import Op
+
+
+def embedding(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    """Look up and add token and position embeddings.
+
+    Args:
+        tokens: (B, T) int64.
+        positions: (T,) or (B, T) int64.
+        wte: (V, C).
+        wpe: (P, C).
+
+    Returns:
+        (B, T, C). The gradient is summed in a fixed order: equal runs give equal bits.
+    """
+    return _forward.call(tokens, positions, wte, wpe)
+
+
+def _reference(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    return (F.embedding(tokens, wte) + F.embedding(positions, wpe)).contiguous()
+
+
+def _backward_reference(
+    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
+) -> tuple[Tensor, Tensor]:
+    grad_positions = grad if positions.shape == tokens.shape else grad.sum(0)
+    return (
+        torch.ops.aten.embedding_dense_backward(grad, tokens, vocab_size, -1, False),
+        torch.ops.aten.embedding_dense_backward(grad_positions, positions, n_positions, -1, False),
+    )
+
+
+_backward = Op(
+    "embedding_backward",
+    "(Tensor grad, Tensor tokens, Tensor positions, SymInt vocab_size, SymInt n_positions) "
+    "-> (Tensor, Tensor)",
+    torch=_backward_reference,
+    reference=_backward_reference,
+)
+_forward = Op(
+    "embedding",
+    "(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) -> Tensor",
+    torch=_reference,
+    reference=_reference,
+)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    tokens, positions, wte, wpe = inputs
+    ctx.sizes = (wte.shape[0], wpe.shape[0])
+    ctx.save_for_backward(tokens, positions)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (None, None, *_backward.call(grad, *ctx.saved_tensors, *ctx.sizes))
+
+
+_forward.register_autograd(_differentiate, _setup_context)
+
+
+@_forward.register_fake
+def _(tokens, positions, wte, wpe):  # type: ignore[no-untyped-def]
+    return wte.new_empty((*tokens.shape, wte.shape[1]))
+
+
+@_backward.register_fake
+def _(grad, tokens, positions, vocab_size, n_positions):  # type: ignore[no-untyped-def]
+    width = grad.shape[-1]
+    return grad.new_empty((vocab_size, width)), grad.new_empty((n_positions, width))

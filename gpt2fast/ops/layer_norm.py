@@ -1,0 +1,197 @@
+"""Residual add and layer normalisation in one pass (Ba et al., 2016).
+
+    summed = x + residual
+    normed = (summed - mean) / sqrt(var + eps) * weight + bias      over the last dimension
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Op, statistics_dtype
+
+
+def residual_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise the sum.
+
+    Args:
+        x: (..., C), what is added.
+        residual: (..., C), the residual stream, or None for the first normalisation.
+        weight, bias: (C,).
+        eps: added to the variance.
+
+    Returns:
+        normed: (..., C) in x's dtype.
+        summed: (..., C) in residual's dtype; x itself where there is no residual.
+
+    Mean and variance are computed and kept in at least float32.
+    """
+    if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must have the size of "
+            f"x's last dimension, x being {tuple(x.shape)}"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}"
+        )
+    normed, summed, _, _ = _forward.call(x, residual, weight, bias, eps)
+    return normed, x if residual is None else summed
+
+
+def _add(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else (residual + x).to(residual.dtype)
+
+
+def _returned_sum(summed: Tensor, residual: Tensor | None) -> Tensor:
+    # An op may not return one of its arguments: without a residual there is no new sum.
+    return summed.new_empty(0) if residual is None else summed.contiguous()
+
+
+def _reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed = _add(x, residual)
+    wide = summed.to(statistics_dtype(summed.dtype))
+    mean = wide.mean(-1, keepdim=True)
+    rstd = (wide.var(-1, keepdim=True, correction=0) + eps).rsqrt()
+    normed = (wide - mean) * rstd * weight.to(wide.dtype) + bias.to(wide.dtype)
+    return normed.to(x.dtype).contiguous(), _returned_sum(summed, residual), mean, rstd
+
+
+def _torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed = _add(x, residual)
+    dtype = statistics_dtype(summed.dtype)
+    # Parameters in float32 make torch keep the statistics of half-precision input in float32.
+    normed, mean, rstd = torch.native_layer_norm(
+        summed.contiguous(), weight.shape, weight.to(dtype), bias.to(dtype), eps
+    )
+    return (
+        normed.to(x.dtype),
+        _returned_sum(summed, residual),
+        mean.to(dtype),
+        rstd.to(dtype),
+    )
+
+
+def _backward_reference(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = summed.to(mean.dtype)
+    grad = grad_normed.to(mean.dtype)
+    standard = (wide - mean) * rstd
+    grad_standard = grad * weight.to(mean.dtype)
+    grad_input = rstd * (
+        grad_standard
+        - grad_standard.mean(-1, keepdim=True)
+        - standard * (grad_standard * standard).mean(-1, keepdim=True)
+    )
+    if grad_summed is not None:
+        grad_input = grad_input + grad_summed
+    rows = tuple(range(summed.dim() - 1))
+    return (
+        grad_input.to(summed.dtype).contiguous(),
+        (grad * standard).sum(rows).to(weight.dtype),
+        grad.sum(rows).to(weight.dtype),
+    )
+
+
+def _backward_torch(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_normed.to(summed.dtype).contiguous(),
+        summed.contiguous(),
+        weight.shape,
+        mean,
+        rstd,
+        weight.to(mean.dtype),
+        torch.zeros_like(weight, dtype=mean.dtype),
+        [True, True, True],
+    )
+    if grad_summed is not None:
+        grad_input += grad_summed
+    return grad_input, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+_backward = Op(
+    "residual_layer_norm_backward",
+    "(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor mean, Tensor rstd, "
+    "Tensor weight) -> (Tensor, Tensor, Tensor)",
+    torch=_backward_torch,
+    reference=_backward_reference,
+)
+_forward = Op(
+    "residual_layer_norm",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) "
+    "-> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
+    torch=_torch,
+    reference=_reference,
+)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, residual, weight, bias, _ = inputs
+    _, summed, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.bias_dtype = bias.dtype
+    ctx.x_dtype = x.dtype
+    ctx.has_residual = residual is not None
+    ctx.shape = x.shape
+    ctx.save_for_backward(summed if ctx.has_residual else x, mean, rstd, weight)
+
+
+def _differentiate(
+    ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None, *statistics: Any
+) -> tuple[Any, ...]:
+    summed, mean, rstd, weight = ctx.saved_tensors
+    if grad_normed is None:
+        grad_normed = summed.new_zeros(ctx.shape)
+    grad, grad_weight, grad_bias = _backward.call(
+        grad_normed, grad_summed if ctx.has_residual else None, summed, mean, rstd, weight
+    )
+    grad_residual = grad if ctx.has_residual else None
+    return grad.to(ctx.x_dtype), grad_residual, grad_weight, grad_bias.to(ctx.bias_dtype), None
+
+
+_forward.register_autograd(_differentiate, _setup_context)
+
+
+@_forward.register_fake
+def _(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
+    summed = x if residual is None else residual
+    row_statistics = (*x.shape[:-1], 1)
+    dtype = statistics_dtype(summed.dtype)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0) if residual is None else residual.new_empty(residual.shape),
+        x.new_empty(row_statistics, dtype=dtype),
+        x.new_empty(row_statistics, dtype=dtype),
+    )
+
+
+@_backward.register_fake
+def _(grad_normed, grad_summed, summed, mean, rstd, weight):  # type: ignore[no-untyped-def]
+    return (
+        summed.new_empty(summed.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape),
+    )

@@ -1,0 +1,192 @@
+"""GPT-2's feed-forward layer and its activation (Hendrycks & Gimpel, 2016, tanh form).
+
+    gelu(z)  = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
+    gelu_mlp = gelu(x @ w_fc + b_fc) @ w_proj + b_proj
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import Op, autocast, statistics_dtype
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """`gelu(x + bias)`.
+
+    Args:
+        x: (..., C).
+        bias: (C,).
+
+    Returns:
+        (..., C) in x's dtype.
+    """
+    if x.shape[-1:] != bias.shape:
+        raise ValueError(
+            f"bias {tuple(bias.shape)} must have the size of x's last dimension, "
+            f"x being {tuple(x.shape)}"
+        )
+    return _bias_gelu.call(x, bias)
+
+
+def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
+    """`gelu(x @ w_fc + b_fc) @ w_proj + b_proj`; what the backward pass can recompute is not kept.
+
+    Args:
+        x: (..., C_in).
+        w_fc: (C_in, C_inner); a transposed view of an `nn.Linear` weight is read in place.
+        b_fc: (C_inner,).
+        w_proj: (C_inner, C_out).
+        b_proj: (C_out,).
+
+    Returns:
+        (..., C_out).
+    """
+    sizes = (x.shape[-1], *b_fc.shape, *b_proj.shape)
+    if w_fc.shape != sizes[:2] or w_proj.shape != sizes[1:]:
+        raise ValueError(
+            f"shapes do not chain: x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, "
+            f"b_fc {tuple(b_fc.shape)}, w_proj {tuple(w_proj.shape)}, "
+            f"b_proj {tuple(b_proj.shape)}; weights are (in, out)"
+        )
+    x, w_fc, b_fc, w_proj, b_proj = autocast(x, w_fc, b_fc, w_proj, b_proj)
+    return _gelu_mlp.call(x, w_fc, b_fc, w_proj, b_proj)[0]
+
+
+_A = math.sqrt(2.0 / math.pi)
+_B = 0.044715
+
+
+def _bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
+    dtype = statistics_dtype(x.dtype)
+    z = x.to(dtype) + bias.to(dtype)
+    return (0.5 * z * (1.0 + torch.tanh(_A * (z + _B * z**3)))).to(x.dtype).contiguous()
+
+
+def _bias_gelu_torch(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu((x + bias.to(x.dtype)).contiguous(), approximate="tanh")
+
+
+def _bias_gelu_backward_reference(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(x.dtype)
+    z = x.to(dtype) + bias.to(dtype)
+    tanh = torch.tanh(_A * (z + _B * z**3))
+    slope = 0.5 * (1.0 + tanh) + 0.5 * z * (1.0 - tanh**2) * _A * (1.0 + 3.0 * _B * z**2)
+    grad_z = grad.to(dtype) * slope
+    rows = tuple(range(x.dim() - 1))
+    return grad_z.to(x.dtype).contiguous(), grad_z.sum(rows).to(bias.dtype)
+
+
+def _bias_gelu_backward_torch(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    z = (x + bias.to(x.dtype)).contiguous()
+    grad_x = torch.ops.aten.gelu_backward(grad.contiguous(), z, approximate="tanh")
+    rows = grad_x.reshape(-1, grad_x.shape[-1])
+    return grad_x, rows.sum(0, dtype=statistics_dtype(x.dtype)).to(bias.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gelu_mlp_forward(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
+) -> tuple[Tensor, Tensor]:
+    inner = _rows(x) @ w_fc
+    out = torch.addmm(b_proj, bias_gelu(inner, b_fc), w_proj)
+    return out.view(*x.shape[:-1], -1), inner
+
+
+def _gelu_mlp_backward(
+    grad: Tensor, x: Tensor, inner: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad = _rows(grad)
+    activated = bias_gelu(inner, b_fc)
+    grad_w_proj = activated.t() @ grad
+    grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.t(), inner, b_fc)
+    grad_w_fc = _rows(x).t() @ grad_inner
+    grad_x = (grad_inner @ w_fc.t()).view(x.shape)
+    grad_b_proj = grad.sum(0, dtype=statistics_dtype(grad.dtype)).to(grad.dtype)
+    return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, grad_b_proj
+
+
+_bias_gelu_backward = Op(
+    "bias_gelu_backward",
+    "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    torch=_bias_gelu_backward_torch,
+    reference=_bias_gelu_backward_reference,
+)
+_bias_gelu = Op(
+    "bias_gelu",
+    "(Tensor x, Tensor bias) -> Tensor",
+    torch=_bias_gelu_torch,
+    reference=_bias_gelu_reference,
+)
+_gelu_mlp_gradient = Op(
+    "gelu_mlp_backward",
+    "(Tensor grad, Tensor x, Tensor inner, Tensor w_fc, Tensor b_fc, Tensor w_proj) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    torch=_gelu_mlp_backward,
+    reference=_gelu_mlp_backward,
+)
+_gelu_mlp = Op(
+    "gelu_mlp",
+    "(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor b_proj) "
+    "-> (Tensor out, Tensor inner)",
+    torch=_gelu_mlp_forward,
+    reference=_gelu_mlp_forward,
+)
+
+
+def _bias_gelu_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _bias_gelu_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _bias_gelu_backward.call(grad, *ctx.saved_tensors)
+
+
+def _gelu_mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, w_fc, b_fc, w_proj, _ = inputs
+    _, inner = output
+    ctx.mark_non_differentiable(inner)
+    ctx.save_for_backward(x, inner, w_fc, b_fc, w_proj)
+
+
+def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Tensor, ...]:
+    return _gelu_mlp_gradient.call(grad, *ctx.saved_tensors)
+
+
+_bias_gelu.register_autograd(_bias_gelu_differentiate, _bias_gelu_setup)
+_gelu_mlp.register_autograd(_gelu_mlp_differentiate, _gelu_mlp_setup)
+
+
+@_bias_gelu.register_fake
+def _(x, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@_bias_gelu_backward.register_fake
+def _(grad, x, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+@_gelu_mlp.register_fake
+def _(x, w_fc, b_fc, w_proj, b_proj):  # type: ignore[no-untyped-def]
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty((*x.shape[:-1], w_proj.shape[1])), x.new_empty((rows, w_fc.shape[1]))
+
+
+@_gelu_mlp_gradient.register_fake
+def _(grad, x, inner, w_fc, b_fc, w_proj):  # type: ignore[no-untyped-def]
+    return (
+        x.new_empty(x.shape),
+        w_fc.new_empty(w_fc.shape),
+        b_fc.new_empty(b_fc.shape),
+        w_proj.new_empty(w_proj.shape),
+        grad.new_empty((grad.shape[-1],)),
+    )

@@ -1,0 +1,117 @@
+"""AdamW (Loshchilov & Hutter, 2019, algorithm 2) over many tensors in one call.
+
+    p   = p * (1 - lr * weight_decay)
+    m   = beta1 * m + (1 - beta1) * g
+    v   = beta2 * v + (1 - beta2) * g^2
+    p   = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backend import Implementation, Op
+
+
+def fused_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update parameters and both moments in place.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: lists of equal length; the tensors at one index
+            share shape, dtype and device.
+        step: number of this update, counted from 1.
+        lr, beta1, beta2, eps, weight_decay: as in the formula above.
+    """
+    if step < 1:
+        raise ValueError(f"step={step}: updates are counted from 1")
+    if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
+        raise ValueError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
+    _adamw.call(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs),
+        step, lr, beta1, beta2, eps, weight_decay,
+    )  # fmt: skip
+
+
+def _reference(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        param.mul_(1.0 - lr * weight_decay)
+        exp_avg.mul_(beta1).add_(grad, alpha=1.0 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        spread = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
+        param.addcdiv_(exp_avg, spread, value=-lr / (1.0 - beta1**step))
+
+
+def _torch_refuses(params: list[Tensor], *rest: object) -> str | None:
+    if len({(tensor.device, tensor.dtype) for tensor in params}) != 1:
+        return "torch's fused AdamW takes tensors of one dtype on one device"
+    return None
+
+
+def _torch(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    steps = [torch.full((), float(step), device=params[0].device)] * len(params)
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+_adamw = Op(
+    "fused_adamw",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    torch=Implementation(_torch, _torch_refuses),
+    reference=_reference,
+)
+
+
+@_adamw.register_fake
+def _(params, grads, exp_avgs, exp_avg_sqs, *scalars):  # type: ignore[no-untyped-def]
+    return None

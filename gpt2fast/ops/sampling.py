@@ -1,0 +1,190 @@
+"""Choosing the next token from logits: processors in transformers' order, then a draw.
+
+    scores = penalties(logits, history) -> temperature -> top-k -> top-p -> min-p
+    token  = the first whose cumulative probability exceeds uniform * total, in vocabulary order
+
+The draw inverts the cumulative distribution, so a token depends on its own row and its own uniform
+number alone: not on the batch around it, the device's generator, or the order of the calls.
+Temperature: Ackley et al., 1985; top-k: Fan et al., 2018; repetition penalty: Keskar et al., 2019;
+top-p: Holtzman et al., 2020; min-p: Nguyen et al., 2024; n-gram blocking: Paulus et al., 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Op
+
+
+def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative scores of tokens in `history` by `penalty`."""
+    penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(_present(scores, history), penalized, scores)
+
+
+def ban_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> Tensor:
+    """Ban every token that would complete an n-gram of `size` tokens that `history` holds."""
+    if history.shape[1] < size:
+        return scores
+    windows = history.unfold(1, size, 1)
+    suffix = history[:, history.shape[1] - size + 1 :]
+    # A window that reaches into the padding is no n-gram of the row, even where -1 equals -1.
+    repeats = (windows[..., :-1] == suffix[:, None]).all(-1) & (windows >= 0).all(-1)
+    banned = _present(scores, windows[..., -1].where(repeats, -1))
+    return scores.masked_fill(banned, -math.inf)
+
+
+def scale_temperature(scores: Tensor, temperature: float) -> Tensor:
+    """Divide by `temperature` (> 0): below 1 sharpens the distribution, above 1 flattens it."""
+    return scores / temperature
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """Ban all but the `k` highest scores of each row; scores equal to the k-th stay as well."""
+    kth = scores.topk(min(k, scores.shape[-1])).values[..., -1:]
+    return scores.masked_fill(scores < kth, -math.inf)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of likeliest tokens with a total probability of `p`, at least one."""
+    ascending, order = scores.sort(dim=-1)
+    outside = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    outside[..., -1] = False
+    return scores.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+
+
+def keep_min_p(scores: Tensor, p: float) -> Tensor:
+    """Ban the tokens less likely than `p` times the likeliest one."""
+    probabilities = scores.softmax(-1)
+    limit = p * probabilities.amax(-1, keepdim=True)
+    return scores.masked_fill(probabilities < limit, -math.inf)
+
+
+def process(
+    scores: Tensor,
+    history: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+) -> Tensor:
+    """All processors in transformers' order; each default switches its processor off.
+
+    Args:
+        scores: (B, V) float32.
+        history: (B, S) int64, each row's tokens up to the last column; -1 is padding before them.
+
+    Returns:
+        (B, V) float32; -inf marks a banned token.
+    """
+    if repetition_penalty != 1.0:
+        scores = penalize_repetition(scores, history, repetition_penalty)
+    if no_repeat_ngram_size > 0:
+        scores = ban_repeated_ngrams(scores, history, no_repeat_ngram_size)
+    if temperature != 1.0:
+        scores = scale_temperature(scores, temperature)
+    if top_k > 0:
+        scores = keep_top_k(scores, top_k)
+    if top_p < 1.0:
+        scores = keep_top_p(scores, top_p)
+    if min_p > 0.0:
+        scores = keep_min_p(scores, min_p)
+    return scores
+
+
+def _present(scores: Tensor, tokens: Tensor) -> Tensor:
+    """(B, V) bool: which tokens of the vocabulary each row of `tokens` (B, N) holds; -1 is none."""
+    vocab_size = scores.shape[-1]
+    present = scores.new_zeros(scores.shape[0], vocab_size + 1, dtype=torch.bool)
+    # The column past the vocabulary takes the padding; it is cut off again.
+    present.scatter_(1, tokens.where(tokens >= 0, vocab_size).clamp(max=vocab_size), True)
+    return present[:, :vocab_size]
+
+
+def sample(
+    logits: Tensor,
+    history: Tensor,
+    uniform: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+) -> Tensor:
+    """Choose one token a row. Nothing waits for the device.
+
+    Args:
+        logits: (B, V), any floating-point type; computed in float32.
+        history: (B, S) int64, each row's tokens up to the last column, after -1 as padding. Read
+            by `repetition_penalty` and `no_repeat_ngram_size` only; (B, 0) will do without them.
+        uniform: (B,) float32 in [0, 1), the random number of each row; None takes the highest
+            score, and of the options then the two that read the history count.
+        temperature: above 0.
+        top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size: as in transformers; the
+            defaults switch each off.
+
+    Returns:
+        (B,) int64. Of a row whose every token is banned: 0. Not differentiable.
+    """
+    return _sample.call(
+        logits, history, uniform,
+        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
+    )  # fmt: skip
+
+
+def _reference(
+    logits: Tensor,
+    history: Tensor,
+    uniform: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    no_repeat_ngram_size: int,
+) -> Tensor:
+    penalties: dict[str, Any] = {
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    if uniform is None:
+        return process(logits.float(), history, **penalties).argmax(-1)
+    scores = process(
+        logits.float(),
+        history,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        **penalties,
+    )
+    probabilities = scores.softmax(-1)
+    # In float64 the sum of a vocabulary leaves `uniform * total` below the total, whatever the
+    # order of summation; and a banned token is never hit, even where rounding moves the sum.
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    reached = (cumulative > uniform.double()[:, None] * cumulative[:, -1:]) & (probabilities > 0)
+    return reached.int().argmax(-1)
+
+
+_sample = Op(
+    "sample",
+    "(Tensor logits, Tensor history, Tensor? uniform, float temperature, int top_k, float top_p, "
+    "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> Tensor",
+    torch=_reference,
+    reference=_reference,
+)
+_sample.refuse_gradient("a chosen token does not change smoothly with the logits")
+
+
+@_sample.register_fake
+def _(logits, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)

@@ -1,0 +1,160 @@
+"""What every tokenizer has in common: ids to text, streaming, and finding the right class."""
+
+from __future__ import annotations
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+
+from ..errors import TokenizerError
+from .added_tokens import AddedToken, AddedTokenSplitter
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    `BPETokenizer` is GPT-2's byte-level BPE, `CharTokenizer` has a token per character.
+    `Tokenizer.from_pretrained` finds out which of them a model's files describe.
+    """
+
+    eos_token_id: int | None
+    """Id of the token that ends a document, or None."""
+
+    added_tokens: tuple[AddedToken, ...]
+    """Tokens that are matched whole in a text, by id."""
+
+    vocab_size: int
+    """Number of ids, special tokens included: every id is below it."""
+
+    def __init__(
+        self,
+        tokens: dict[int, bytes],
+        added_tokens: Iterable[AddedToken],
+        eos_token_id: int | None,
+    ) -> None:
+        # tokens: the bytes that each id stands for, added tokens included
+        self._tokens = tokens
+        self.vocab_size = max(tokens) + 1
+        self.added_tokens = tuple(sorted(added_tokens, key=lambda token: token.id))
+        self._splitter = AddedTokenSplitter(self.added_tokens)
+        self.eos_token_id = eos_token_id
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Tokenizer:
+        """The tokenizer of a directory, of a bundled model or of a model on the Hugging Face hub.
+
+        Understands `tokenizer.json`, `vocab.json` with `merges.txt`, OpenAI's `encoder.json` with
+        `vocab.bpe`, and the `vocab.json` that `CharTokenizer.save_pretrained` writes.
+
+        Raises:
+            TokenizerError: a file is missing or broken, or it describes another kind of tokenizer;
+                the message names the file, the field and what would work.
+        """
+        from ..hub import resolve
+        from .loading import FILE_NAMES, load
+
+        path = resolve(
+            str(name_or_path),
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=FILE_NAMES,
+        )
+        return load(Path(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. A special token's text, `<|endoftext|>` say, becomes that token.
+
+        Raises:
+            TokenizerError: the text holds a lone surrogate, or a character that a
+                `CharTokenizer` does not know.
+        """
+        _check_text(text)
+        ids: list[int] = []
+        for part in self._splitter.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_ordinary(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD, as transformers does.
+
+        Raises:
+            TokenizerError: no token has one of the ids.
+        """
+        tokens = self._tokens
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)  # tensors and arrays
+        try:
+            joined = b"".join([tokens[id] for id in ids])
+        except (KeyError, TypeError):
+            joined = b"".join([self._token_bytes(id) for id in ids])  # says which id is wrong
+        return joined.decode("utf-8", "replace")
+
+    def decoder(self) -> StreamDecoder:
+        """A decoder for tokens that come one at a time."""
+        return StreamDecoder(self)
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write the files that `from_pretrained` reads, and `transformers.AutoTokenizer` too."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all that determines ids; equal for equal tokenizers."""
+
+    @abstractmethod
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text (not empty) without added tokens."""
+
+    def _token_bytes(self, id: int) -> bytes:
+        try:
+            return self._tokens[int(id)]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise TokenizerError(
+                f"token id {id!r}: this tokenizer has ids 0 to {self.vocab_size - 1}; is it the "
+                "tokenizer that belongs to the model?"
+            ) from None
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come, and never emits half a character.
+
+    All that `push` and `flush` return, joined, equals `Tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._token_bytes = tokenizer._token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """The text that this token completes; may be empty."""
+        return self._utf8.decode(self._token_bytes(id))
+
+    def flush(self) -> str:
+        """What is left at the end (U+FFFD for half a character); the decoder can be used again."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TokenizerError(f"encode needs a str, got {type(text).__name__}")
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at position "
+            f"{error.start}, which is no character; read the file with errors='replace', or "
+            "remove it"
+        ) from None

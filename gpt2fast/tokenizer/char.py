@@ -1,0 +1,85 @@
+"""A token per character, for small models of one book or one author."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+
+from ..errors import TokenizerError
+from .added_tokens import END_OF_TEXT, AddedToken
+from .base import Tokenizer
+from .streams import ordinary_text
+
+
+class CharTokenizer(Tokenizer):
+    """One id for each character.
+
+    Args:
+        vocab: character to id; `<|endoftext|>` may be there too, as a token of its own.
+    """
+
+    def __init__(self, vocab: dict[str, int]) -> None:
+        self._vocab = vocab
+        end = vocab.get(END_OF_TEXT)
+        super().__init__(
+            tokens={id: token.encode("utf-8") for token, id in vocab.items()},
+            added_tokens=() if end is None else (AddedToken(END_OF_TEXT, id=end),),
+            eos_token_id=end,
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> CharTokenizer:
+        """The characters of the texts, sorted; the texts are one stream, cut anywhere.
+
+        `<|endoftext|>` is one token, the last, and is there only if it occurs.
+
+        Raises:
+            TokenizerError: there is no character in the texts.
+        """
+        found_end = False
+        characters: set[str] = set()
+
+        def watched() -> Iterable[str]:
+            nonlocal found_end
+            before = ""
+            for text in texts:
+                found_end = found_end or END_OF_TEXT in before + text
+                before = (before + text)[1 - len(END_OF_TEXT) :]
+                yield text
+
+        for text in ordinary_text(watched()):
+            characters.update(text)
+        if not characters:
+            raise TokenizerError(
+                "a character vocabulary needs text, but there is no character in it"
+            )
+        vocab = {character: id for id, character in enumerate(sorted(characters))}
+        if found_end:
+            vocab[END_OF_TEXT] = len(vocab)
+        return cls(vocab)
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write vocab.json (character to id), tokenizer.json and tokenizer_config.json."""
+        from .saving import save_char
+
+        save_char(Path(directory), self._vocab)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the characters and their ids."""
+        content = ["char", sorted(self._vocab.items(), key=lambda item: item[1])]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        vocab = self._vocab
+        try:
+            return [vocab[character] for character in text]
+        except KeyError as error:
+            character = error.args[0]
+        raise TokenizerError(
+            f"the character {character!r} (U+{ord(character):04X}, position "
+            f"{text.index(character)}) is not among the {len(vocab)} of this tokenizer; remove it, "
+            "or prepare data whose text has it"
+        )

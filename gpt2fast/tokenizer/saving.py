@@ -1,0 +1,132 @@
+"""Writing a tokenizer's files, for `loading` and for transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_write_text
+from .added_tokens import END_OF_TEXT, AddedToken
+
+GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+"""transformers' names of GPT-2's tokenizer."""
+
+GPT2_DEFAULTS = ("bos_token", "eos_token", "unk_token")
+"""What that class takes to be <|endoftext|> unless told otherwise."""
+
+KIND = "gpt2fast_kind"
+"""The field of tokenizer_config.json that marks a character tokenizer ("char")."""
+
+
+def save_bpe(
+    directory: Path,
+    *,
+    vocab: dict[str, int],
+    merges: Sequence[Sequence[str]],
+    added_tokens: Sequence[AddedToken],
+    special_tokens: Mapping[str, str | None],
+    add_prefix_space: bool,
+) -> None:
+    """Write a byte-level BPE so that `load` and `transformers` read the same tokenizer."""
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": add_prefix_space,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    by_id = sorted(vocab.items(), key=lambda item: item[1])
+    _write_json(
+        directory / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": token.id, **_added_token_json(token)} for token in added_tokens
+            ],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": byte_level,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": dict(by_id),
+                "merges": list(merges),
+            },
+        },
+    )
+    _write_json(directory / "vocab.json", dict(by_id))
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    atomic_write_text(directory / "merges.txt", "\n".join(lines) + "\n")
+    # transformers' GPT2Tokenizer adds <|endoftext|> where it's missing: it isn't the class for that
+    is_gpt2 = any(token.content == END_OF_TEXT for token in added_tokens)
+    if is_gpt2:
+        special_tokens = dict.fromkeys(GPT2_DEFAULTS) | dict(special_tokens)
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": GPT2_CLASSES[0] if is_gpt2 else "PreTrainedTokenizerFast",
+            "add_prefix_space": add_prefix_space,
+            "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {
+                str(token.id): _added_token_json(token) for token in added_tokens
+            },
+            **special_tokens,
+        },
+    )
+
+
+def save_char(directory: Path, vocab: dict[str, int]) -> None:
+    """Write a character vocabulary, for people to read and for `load` and `transformers`."""
+    _write_json(directory / "vocab.json", vocab, indent=0)
+    end = vocab.get(END_OF_TEXT)
+    end_of_text = _added_token_json(AddedToken(END_OF_TEXT, id=-1))
+    _write_json(
+        directory / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [] if end is None else [{"id": end, **end_of_text}],
+            "normalizer": None,
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        },
+    )
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            KIND: "char",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {} if end is None else {str(end): end_of_text},
+            "eos_token": None if end is None else END_OF_TEXT,
+        },
+    )
+
+
+def _added_token_json(token: AddedToken) -> dict[str, Any]:
+    return {
+        "content": token.content,
+        "single_word": token.single_word,
+        "lstrip": token.lstrip,
+        "rstrip": token.rstrip,
+        "normalized": token.normalized,
+        "special": token.special,
+    }
+
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")

@@ -1,0 +1,196 @@
+"""Train or fine-tune a GPT-2:  python -m gpt2fast.train --config shakespeare_char --data my.txt
+
+Settings come from a YAML file (--config: a shipped recipe or a path) and from flags, which win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError, Error
+
+if TYPE_CHECKING:
+    from .training.config import TrainConfig
+
+_SECTIONS = {
+    "data": "data",
+    "init_from": "model",
+    "max_steps": "optimisation",
+    "eval_interval": "evaluation, log and checkpoints",
+    "seed": "machine",
+}
+"""First field of each section of the help."""
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped configurations by name."""
+    folder = Path(str(files("gpt2fast") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file meant by --config: a path, or the name of a shipped recipe."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = recipes()
+    if name in shipped:
+        return shipped[name]
+    raise ConfigError(
+        f"--config {name!r} is neither a file nor a shipped recipe ({', '.join(shipped)})"
+    )
+
+
+def _parser() -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    from .training.config import TrainConfig, field_help
+
+    parser = ArgumentParser(
+        prog="python -m gpt2fast.train",
+        usage="%(prog)s [--config NAME|PATH] [--SETTING VALUE ...] [--resume [PATH]]",
+        description=__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        metavar="NAME|PATH",
+        help=f"recipe ({', '.join(recipes())}) or YAML file",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="[PATH]",
+        help="continue a run: its folder or one of its checkpoints (without PATH: the run in OUT)",
+    )
+    hints, texts = get_type_hints(TrainConfig), field_help()
+    group = parser
+    for field in fields(TrainConfig):
+        if field.name in _SECTIONS:
+            group = parser.add_argument_group(_SECTIONS[field.name])
+        kind, shown = _kind(hints[field.name])
+        alone = {"nargs": "?", "const": True} if kind is bool else {}
+        group.add_argument(
+            "--" + field.name,
+            # Only text keeps its type: `--out 2024` is a name. The rest is read as YAML, and
+            # TrainConfig says what is wrong with it.
+            type=hints[field.name] if kind is str else Any,
+            default=field.default,
+            metavar=shown,
+            help=texts[field.name],
+            **alone,
+        )
+    return parser
+
+
+def _kind(hint: Any) -> tuple[type, str]:
+    """The type of a field, None aside, and how the help shows its values."""
+    if get_origin(hint) is Literal:
+        return Literal, "|".join(get_args(hint))
+    kind = next((option for option in get_args(hint) if option is not type(None)), hint)
+    return kind, {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "[true|false]"}[kind]
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Flags with hyphens, as they are usually typed; defaults where there are any."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = ", ".join(flag.replace("_", "-") for flag in action.option_strings)
+        return flags if action.nargs == 0 else f"{flags} {action.metavar or ''}".rstrip()
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
+    """The run's settings, and the checkpoint to resume from, if any.
+
+    What counts more comes later: the settings of the run that is resumed, the recipe, flags.
+    """
+    from jsonargparse import ArgumentError
+
+    from .training.checkpoint import find_checkpoint
+    from .training.config import TrainConfig
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", action="append", default=[])
+    first.add_argument("--resume", nargs="?", const="")
+    try:
+        chosen, flags = first.parse_known_args([_underscored(argument) for argument in argv])
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    parser = _parser()
+    arguments = []
+    for name in chosen.config:
+        arguments += ["--config", str(recipe_path(name))]
+    arguments += flags + _other_length_off(flags)
+
+    def settings(arguments: list[str]) -> TrainConfig:
+        try:
+            values = parser.parse_args(arguments).as_dict()
+        except (ArgumentError, UnicodeDecodeError) as error:
+            files = "".join(f" (in {item})" for item in arguments if item.endswith(".yaml"))
+            raise ConfigError(" ".join(str(error).split()) + files) from None
+        if values["resume"] is not None:
+            raise ConfigError("resume is a flag, not a setting of a recipe; use --resume PATH")
+        return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+
+    if chosen.resume is None:
+        return settings(arguments), None
+    checkpoint = find_checkpoint(Path(chosen.resume or settings(arguments).out))
+    run = checkpoint.parent.parent
+    if (run / "config.yaml").is_file():
+        arguments = ["--config", str(run / "config.yaml"), "--out", str(run), *arguments]
+    return settings(arguments), checkpoint
+
+
+def _other_length_off(flags: list[str]) -> list[str]:
+    """--max-epochs replaces a recipe's max_steps, and the other way round."""
+    given = {flag.partition("=")[0] for flag in flags} & {"--max_steps", "--max_epochs"}
+    if len(given) != 1:
+        return []
+    return ["--max_epochs" if given == {"--max_steps"} else "--max_steps", "null"]
+
+
+def _underscored(argument: str) -> str:
+    """`--max-steps=3` as `--max_steps=3`, the way TrainConfig spells it."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    try:
+        try:
+            config, resume = parse(sys.argv[1:] if argv is None else argv)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+        from .training import Interrupted, train
+        from .training.allocator import keep_freed_memory
+
+        keep_freed_memory()
+        try:
+            train(config, resume)
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            return 128 + stop.signum
+        return 0
+    except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

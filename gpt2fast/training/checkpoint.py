@@ -1,0 +1,145 @@
+"""Checkpoints: a loadable model folder and what it takes to continue the run bit for bit.
+
+    checkpoints/step-00001000/    config.json, model.safetensors, tokenizer files,
+                                  training_state.pt (optimizer, random states, position)
+    checkpoints/best/             likewise, the one with the lowest validation loss
+
+A folder is written beside its place and renamed into it, so a name in checkpoints/ is always a
+whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError
+from ..files import sync_directory
+
+if TYPE_CHECKING:
+    from ..model import GPT2
+    from ..tokenizer import Tokenizer
+
+STATE_FILE = "training_state.pt"
+BEST = "best"
+_FORMAT = 1
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+def save_checkpoint(
+    directory: Path, model: GPT2, tokenizer: Tokenizer | None, state: dict[str, Any]
+) -> None:
+    """Write a whole checkpoint as `directory`, replacing one of that name."""
+    temporary = directory.with_name(f".{directory.name}.new")
+    aside = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary, tokenizer=tokenizer)
+    torch.save({"format": _FORMAT, **state}, temporary / STATE_FILE)
+    for path in temporary.iterdir():
+        _fsync(path)
+    sync_directory(temporary)
+    if directory.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+    temporary.rename(directory)
+    sync_directory(directory.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_state(directory: Path) -> dict[str, Any]:
+    """The training state in a checkpoint folder; tensors on the CPU. Runs no code from the file."""
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{directory} is not a checkpoint of a training run: {STATE_FILE} is missing; to start "
+            f"a new run from these weights, use --init-from {directory}"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{path} cannot be read ({reason}); name an older checkpoint: --resume PATH"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ConfigError(f"{path} has format {found!r}; this version reads format {_FORMAT}")
+    return state
+
+
+def step_directory(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def step_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders named by step, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    numbered = [
+        (int(match[1]), path)
+        for path in checkpoints.iterdir()
+        if (match := _STEP_NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by `path`: itself, or the newest one of the run in that folder."""
+    if (path / STATE_FILE).is_file():
+        return path
+    for checkpoints in (path / "checkpoints", path):
+        if found := step_checkpoints(checkpoints):
+            return found[-1]
+    if not path.is_dir():
+        raise ConfigError(f"cannot resume from {path}: there is no such folder")
+    raise ConfigError(f"cannot resume from {path}: no checkpoint in it; start without --resume")
+
+
+def drop_old(checkpoints: Path, keep: int) -> None:
+    """Delete step checkpoints except the newest `keep`."""
+    for path in step_checkpoints(checkpoints)[:-keep]:
+        shutil.rmtree(path)
+
+
+def clean_up(checkpoints: Path) -> None:
+    """Clear what a killed run left half done: unfinished folders go, a displaced one returns."""
+    if not checkpoints.is_dir():
+        return
+    for aside in checkpoints.glob(".*.old"):
+        place = aside.with_name(aside.name[1 : -len(".old")])
+        if place.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(place)
+    for unfinished in checkpoints.glob(".*.new"):
+        shutil.rmtree(unfinished)
+
+
+def random_states() -> dict[str, Any]:
+    """States of every global random generator that a run may draw from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,414 @@
+"""GPT-2's weights: out of any checkpoint that people have, into one that transformers reads.
+
+What a checkpoint may look like:
+
+- a directory, or a model on the hub, with `config.json` and `model.safetensors` or
+  `pytorch_model.bin`, whole or in shards with an `*.index.json`; or nanoGPT's, with `ckpt.pt`;
+- a bare state dict (`.safetensors`, `.pt`, `.pth`, `.bin`) with a `config.json` beside it, or with
+  `preset=`, or with exactly the shapes of one of OpenAI's four models;
+- nanoGPT's `ckpt.pt`, which describes its model itself.
+
+Names of tensors may carry `transformer.`, `model.`, `module.` and `_orig_mod.` in any order, and
+OpenAI's own spelling (`model/h0/ln_1/g`, `.g`, `.b`, `.w`). Projections may be stored as
+nn.Linear does, (out, in): `c_attn`, the one that is never square, decides for all of them.
+Causal masks stored as buffers are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import PRESETS, GPT2Config
+from .errors import WeightsError
+from .files import atomic_write_text
+from .hub import resolve
+from .tensor_files import read_json, read_tensors, write_safetensors
+
+if TYPE_CHECKING:
+    from .model import GPT2
+    from .tokenizer import Tokenizer
+
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
+# Two rounds, so that a model on the hub that has both is not downloaded twice.
+_DOWNLOADS = (
+    ("config.json", *_SAFETENSORS, "model-*.safetensors"),
+    ("config.json", *_PICKLES, "pytorch_model-*.bin"),
+)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+_PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_LONGEST_LIST = 8
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    preset: str | None = None,
+) -> GPT2:
+    """A GPT2 with the weights of a checkpoint, in evaluation mode, parameters trainable.
+
+    On the CPU, weights that need no conversion stay memory-mapped, copy-on-write: loading takes
+    one copy of them at most, and that one is read when it is first used. (A change of dtype,
+    layout or device makes a copy, beside pages of the file that the system may drop.) The files may
+    be replaced while the model lives, so that `save_pretrained` into the same directory is safe,
+    but other programs must not overwrite them in place.
+
+    Args:
+        name_or_path: a bundled model, a path, or a model on the hub; see `gpt2fast.hub.resolve`.
+        device: where the parameters go; None is the CPU.
+        dtype: dtype of all parameters (float32, bfloat16, float16 or float64, as torch.dtype or by
+            name). None is what transformers takes: the `dtype` of config.json, or else the dtype
+            that the file stores (the widest one, should they differ).
+        revision: branch, tag or commit of a model on the hub.
+        local_files_only: use huggingface_hub's cache alone.
+        preset: take the architecture of "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", whatever
+            a config.json says.
+
+    A stored `lm_head` equal to the token embedding is taken for a tied one. One that differs is
+    kept, and `tie_word_embeddings` becomes False, as in transformers. nanoGPT's checkpoints get
+    the activation of its current code, "gelu"; models trained by its code from before mid-2023 had
+    "gelu_new" (save the model, and edit config.json).
+
+    Raises:
+        WeightsError: nothing found, unreadable, or tensors missing, unexpected or misshapen.
+        ConfigError: config.json, the preset, or nanoGPT's model_args cannot be used.
+    """
+    target = _device(device)
+    wanted = _dtype(dtype, "dtype") if dtype is not None else None
+    config = GPT2Config.preset(preset) if preset is not None else None
+    file = _find(name_or_path, revision, local_files_only)
+
+    described = file.parent / "config.json"
+    if config is None and described.is_file() and file.name != "ckpt.pt":
+        values = read_json(described)
+        config = GPT2Config.from_dict(values, source=str(described))
+        stored_dtype = values.get("dtype", values.get("torch_dtype"))
+        if wanted is None and stored_dtype is not None:
+            wanted = _dtype(stored_dtype, f"{described}: dtype")
+
+    stored, extra = read_tensors(file)
+    named = _named(stored, file)
+    stored.clear()
+    if config is None:
+        if isinstance(extra.get("model_args"), dict):
+            config = _nanogpt_config(extra["model_args"], file)
+        else:
+            config = _recognised(named, file)
+    config = _tie(named, config)
+    if _is_biasless_nanogpt(extra):
+        _add_zero_biases(named, config)
+    _check_fit(named, config, file)
+    return _build(named, config, target, wanted or _widest(named, file))
+
+
+def save_pretrained(
+    model: GPT2, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+) -> None:
+    """Write what `from_pretrained` here and in transformers read, weights bit for bit.
+
+    The directory is made if need be, and gets config.json, generation_config.json,
+    model.safetensors, and the tokenizer's files if one is given. Each file appears whole or not at
+    all, config.json last. Saving over the files that the model was loaded from is safe.
+
+    Raises:
+        WeightsError: the directory cannot be written.
+    """
+    config = model.config
+    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    tensors = {
+        name if name == "lm_head.weight" else f"transformer.{name}": tensor
+        for name, tensor in model.state_dict().items()
+    }
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "model.safetensors", tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        atomic_write_text(folder / "generation_config.json", _json(special))
+        atomic_write_text(folder / "config.json", _json(config.to_dict()))
+    except OSError as error:
+        raise WeightsError(f"the model cannot be saved to {folder}: {error}") from error
+
+
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of `GPT2(config)`, without building it."""
+    return dict(_parameter_shapes(config))
+
+
+def _parameter_shapes(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, inner = config.n_embd, config.inner_width
+    yield "wte.weight", (config.vocab_size, width)
+    yield "wpe.weight", (config.n_positions, width)
+    for layer in range(config.n_layer):
+        for name, sizes in (
+            ("attn.c_attn", (width, 3 * width)),
+            ("attn.c_proj", (width, width)),
+            ("mlp.c_fc", (width, inner)),
+            ("mlp.c_proj", (inner, width)),
+        ):
+            yield f"h.{layer}.{name}.weight", sizes
+            yield f"h.{layer}.{name}.bias", sizes[1:]
+        for name in ("ln_1", "ln_2"):
+            yield f"h.{layer}.{name}.weight", (width,)
+            yield f"h.{layer}.{name}.bias", (width,)
+    yield "ln_f.weight", (width,)
+    yield "ln_f.bias", (width,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, width)
+
+
+def _find(
+    name_or_path: str | os.PathLike[str], revision: str | None, local_files_only: bool
+) -> Path:
+    """The file that holds the weights, or the index of the files that do."""
+    for patterns in _DOWNLOADS:
+        path = resolve(
+            name_or_path,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=patterns,
+        )
+        if not path.is_dir():
+            return path
+        for name in patterns:
+            if name != "config.json" and (path / name).is_file():
+                return path / name
+    held = sorted(entry.name for entry in path.iterdir())
+    raise WeightsError(
+        f"{path} has no weights: none of {', '.join(_SAFETENSORS + _PICKLES)} is there, "
+        f"only {_listed(held) or 'nothing'}; give the path of the file that holds the weights"
+    )
+
+
+def _named(stored: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors under the names that GPT2 gives them, projections as (in, out)."""
+    named: dict[str, Tensor] = {}
+    spelled: dict[str, str] = {}
+    for key, tensor in stored.items():
+        name = _canonical(key)
+        if _is_mask(name, tensor):
+            continue
+        if name in named and not _same(named[name], tensor):
+            raise WeightsError(
+                f"{file}: {spelled[name]!r:.80} and {key!r:.80} both mean {name:.80}, but differ; "
+                "remove one"
+            )
+        named[name], spelled[name] = tensor, key
+    projections = [name for name in named if name.endswith(_PROJECTIONS)]
+    for name in projections:
+        if named[name].ndim == 3 and len(named[name]) == 1:  # OpenAI's 1-D convolutions
+            named[name] = named[name][0]
+    first = next((named[name] for name in projections if name.endswith("attn.c_attn.weight")), None)
+    if first is not None and first.ndim == 2 and first.shape[0] == 3 * first.shape[1]:
+        for name in projections:
+            named[name] = named[name].mT if named[name].ndim == 2 else named[name]
+    return named
+
+
+def _canonical(key: str) -> str:
+    parts = [part for part in re.split(r"[./]", key) if part not in ("_orig_mod", "module")]
+    while parts and parts[0] in ("transformer", "model"):
+        del parts[0]
+    if parts and (layer := re.fullmatch(r"h(\d+)", parts[0])):
+        parts[:1] = ["h", layer[1]]
+    if parts in (["wte"], ["wpe"]):
+        parts.append("weight")
+    if parts and parts[-1] in ("g", "w"):
+        parts[-1] = "weight"
+    elif parts and parts[-1] == "b":
+        parts[-1] = "bias"
+    return ".".join(parts)
+
+
+def _is_mask(name: str, tensor: Tensor) -> bool:
+    return bool(re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name)) and tensor.ndim != 1
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # Tied weights in a pickle are one memory; that need not be read to be equal.
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() or torch.equal(a, b)
+
+
+def _nanogpt_config(arguments: Mapping[str, Any], file: Path) -> GPT2Config:
+    """What nanoGPT's `model_args` say; see GPTConfig in its model.py."""
+    source = f"{file}: model_args"
+    fields = {
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "block_size": "n_positions",
+        "vocab_size": "vocab_size",
+        "dropout": "dropout",
+    }
+    for name, value in arguments.items():
+        if name not in fields and name != "bias" and value:
+            raise WeightsError(
+                f"{source}: {name!r:.80}={value!r:.80} is not nanoGPT's; "
+                "a variant of the architecture cannot be loaded"
+            )
+    for name in fields:
+        if name not in arguments and name != "dropout":
+            raise WeightsError(f"{source} does not say {name}; give preset= if it is a GPT-2")
+    values = {ours: arguments[name] for name, ours in fields.items() if name in arguments}
+    values["activation_function"] = "gelu"
+    vocabulary = values["vocab_size"]
+    # 50304 is GPT-2's vocabulary, padded; a smaller one has ids of its own.
+    if not isinstance(vocabulary, int) or vocabulary <= PRESETS["gpt2"].vocab_size - 1:
+        values["bos_token_id"] = values["eos_token_id"] = None
+    dropout = values.pop("dropout", 0.0)
+    values.update(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+    return GPT2Config.from_dict(values, source=source)
+
+
+def _is_biasless_nanogpt(extra: Mapping[str, Any]) -> bool:
+    arguments = extra.get("model_args")
+    return isinstance(arguments, dict) and arguments.get("bias") is False
+
+
+def _add_zero_biases(named: dict[str, Tensor], config: GPT2Config) -> None:
+    for name, shape in _parameter_shapes(config):
+        weight = named.get(name.removesuffix("bias") + "weight")
+        if name.endswith(".bias") and name not in named and weight is not None:
+            named[name] = torch.zeros(shape, dtype=weight.dtype)
+
+
+def _recognised(named: Mapping[str, Tensor], file: Path) -> GPT2Config:
+    """The one of OpenAI's models that has exactly these shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    for config in PRESETS.values():
+        expected = parameter_shapes(config)
+        if {**shapes, "lm_head.weight": None} == {**expected, "lm_head.weight": None}:
+            return config
+    layers = {name.split(".")[1] for name in shapes if name.startswith("h.")}
+    raise WeightsError(
+        f"{file} does not say what model it holds: wte.weight is "
+        f"{_shape(shapes.get('wte.weight'))}, wpe.weight {_shape(shapes.get('wpe.weight'))}, with "
+        f"{len(layers)} layers, and the number of heads cannot be told from shapes; "
+        f"give a preset (one of {', '.join(PRESETS)}), or put the model's config.json beside it"
+    )
+
+
+def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
+    """Settle what a stored lm_head means; see `from_pretrained`."""
+    head, embedding = named.get("lm_head.weight"), named.get("wte.weight")
+    if head is None or not config.tie_word_embeddings:
+        return config
+    if embedding is None:
+        named["wte.weight"] = named.pop("lm_head.weight")
+    elif _same(head, embedding):
+        del named["lm_head.weight"]
+    else:
+        return replace(config, tie_word_embeddings=False, dropout=None)
+    return config
+
+
+def _check_fit(named: Mapping[str, Tensor], config: GPT2Config, file: Path) -> None:
+    expected = parameter_shapes(config)
+    missing = [f"{name} {_shape(shape)}" for name, shape in expected.items() if name not in named]
+    unexpected = [
+        f"{name:.80} {_shape(tensor.shape)}"
+        for name, tensor in named.items()
+        if name not in expected
+    ]
+    misshapen = [
+        f"{name} is {_shape(named[name].shape)}, not {_shape(shape)}"
+        for name, shape in expected.items()
+        if name in named and named[name].shape != shape
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in found.items() if names]
+    if problems:
+        raise WeightsError(
+            f"{file} does not fit a GPT-2 of {config.n_layer} layers, width {config.n_embd}, "
+            f"{config.n_positions} positions and {config.vocab_size} token ids.\n  "
+            + "\n  ".join(problems)
+            + "\nCheck that config.json or preset belongs to these weights."
+        )
+
+
+def _build(
+    named: dict[str, Tensor], config: GPT2Config, device: torch.device, dtype: torch.dtype
+) -> GPT2:
+    from .model import GPT2
+
+    storages: set[int] = set()
+    state: dict[str, Tensor] = {}
+    for name in list(named):
+        tensor = named.pop(name).to(device=device, dtype=dtype).contiguous()
+        # Two parameters must not share memory, and addresses must suit the dtype.
+        start = tensor.untyped_storage().data_ptr()
+        if start in storages or tensor.data_ptr() % tensor.element_size():
+            tensor = tensor.clone()
+        storages.add(start)
+        state[name] = tensor
+    model = GPT2(config, device="meta", dtype=dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"device {device!r} cannot be used: {reason}; use device='cpu'"
+        ) from error
+
+
+def _dtype(dtype: object, source: str) -> torch.dtype:
+    if dtype in _DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in _DTYPES:
+        return _DTYPES[dtype.removeprefix("torch.")]
+    raise WeightsError(
+        f"{source}={dtype!r:.80} is not supported; choose one of {', '.join(_DTYPES)}"
+    )
+
+
+def _widest(named: Mapping[str, Tensor], file: Path) -> torch.dtype:
+    widest = named["wte.weight"].dtype
+    for name, tensor in named.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise WeightsError(
+                f"{file} stores {name} as {tensor.dtype}: quantised weights cannot be loaded; "
+                "use the checkpoint that they were made from"
+            )
+        widest = torch.promote_types(widest, tensor.dtype)
+    return widest
+
+
+def _shape(shape: torch.Size | tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _LONGEST_LIST
+    return ", ".join(names[:_LONGEST_LIST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
