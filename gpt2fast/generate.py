@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
     shared = {"stop": args.stop, **options}
-    if args.eos_token_id != "model":
+    if "eos_token_id" in args:
         shared["eos_token_id"] = args.eos_token_id
     if args.interactive:
         from .interactive import Conversation
@@ -133,7 +133,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
     from .generator import DEFAULTS
 
-    given = {name for name in _SAMPLING if hasattr(args, name)}
+    given = {name for name in _SAMPLING if name in args}
     draws = not args.greedy and args.num_beams == 1
     if not draws:
         without_effect = [name for name in _DRAWS_ONLY if name in given]
@@ -371,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
         help=r"end where this text comes up; \n is a newline; may be repeated",
     )  # fmt: skip
     length.add_argument(
-        "--eos-token-id", type=_optional(int), default="model", metavar="ID",
+        "--eos-token-id", type=_optional(int), default=unset, metavar="ID",
         help="the token that ends a text, or none (default: the model's)",
     )  # fmt: skip
     length.add_argument(

@@ -251,11 +251,14 @@ def _check_pickle(path: Path, stream: IO[bytes]) -> None:
             raise WeightsError(
                 f"{path}: its pickle is beyond the limit of {_LARGEST_PICKLE_OPS} steps"
             )
-        if op.name == "GLOBAL" and not _allowed(str(argument)):
+        if op.name != "GLOBAL":
+            continue
+        name = str(argument)  # "module name"
+        if not _allowed(name):
             raise WeightsError(
-                f"{path} is a pickle that uses {str(argument).replace(' ', '.'):.100}, which no state "
-                "dict needs and which could run code, so it was not opened; if you trust it, save "
-                "its tensors alone with torch.save(model.state_dict(), path)"
+                f"{path} is a pickle that uses {name.replace(' ', '.'):.100}, which no state dict "
+                "needs and which could run code, so it was not opened; if you trust it, save its "
+                "tensors alone with torch.save(model.state_dict(), path)"
             )
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer in a directory: the Hugging Face layouts, OpenAI's, and our character vocabulary."""
+"""Finding the tokenizer in a directory: Hugging Face layouts, OpenAI's, our characters."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _build(
     ids = dict(vocab)
 
     def expected_id(content: str) -> int:
-        return ids.get_field(content, len(ids))
+        return ids.get(content, len(ids))
 
     for token in added:
         if token.id != expected_id(token.content):

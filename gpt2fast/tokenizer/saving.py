@@ -89,7 +89,7 @@ def save_char(directory: Path, vocab: dict[str, int]) -> None:
     """Write a character vocabulary, for people to read and for `load` and `transformers`."""
     _write_json(directory / "vocab.json", vocab, indent=0)
     end = vocab.get(END_OF_TEXT)
-    end_of_text = _added_token_json(AddedToken(END_OF_TEXT, id=-1))
+    end_of_text = _added_token_json(AddedToken(END_OF_TEXT, id=len(vocab) - 1))
     _write_json(
         directory / "tokenizer.json",
         {
