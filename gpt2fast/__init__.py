@@ -3,7 +3,7 @@
 from .cache import KVCache
 from .config import PRESETS, GPT2Config
 from .errors import Error
-
+from .generator import Generator
 from .model import GPT2, GPT2Output
 from .ops.backend import backend
 from .tokenizer import Tokenizer
@@ -14,6 +14,7 @@ __all__ = [
     "Error",
     "GPT2Config",
     "GPT2Output",
+    "Generator",
     "KVCache",
     "Tokenizer",
     "backend",

@@ -257,10 +257,9 @@ def decode(
         context.expand(copies)
         logits = logits.repeat_interleave(copies, dim=0)
         for step in range(max(limits)):
-            logits = logits[:, :vocab_size]
             history = context.history if options.reads_history else context.history[:, :0]
             uniform = None if numbers is None else numbers[:, step]
-            tokens = ops.sample(logits, history, uniform, **processors)
+            tokens = ops.sample(logits[:, :vocab_size], history, uniform, **processors)
             chosen = tokens.tolist()
             seconds = time.perf_counter() - start
             if step == 0:

@@ -1,9 +1,9 @@
-"""GPT-2 (Radford et al., 2019): embeddings, a stack of pre-norm blocks, a tied output projection."""
+"""GPT-2 (Radford et al., 2019): embeddings, pre-norm blocks, a tied output projection."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -99,13 +99,18 @@ class GPT2(nn.Module):
         std = self.config.initializer_range
         nn.init.normal_(self.wte.weight, std=std)
         nn.init.normal_(self.wpe.weight, std=std)
-        for block in self.h:
+        for block in self.blocks:
             block.attn.c_attn.reset_parameters(std)
             block.mlp.c_fc.reset_parameters(std)
             block.attn.c_proj.reset_parameters(std / (2 * self.config.n_layer) ** 0.5)
             block.mlp.c_proj.reset_parameters(std / (2 * self.config.n_layer) ** 0.5)
         if not self.config.tie_word_embeddings:
             nn.init.normal_(self.lm_head.weight, std=std)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks, first to last."""
+        return cast("list[Block]", list(self.h))
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +164,9 @@ class GPT2(nn.Module):
         elif targets is not None:
             loss = self.loss(hidden, self.projection, targets)
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             hidden = hidden[:, kept]
         return GPT2Output(loss, hidden, self.projection)
 
@@ -210,7 +217,7 @@ class GPT2(nn.Module):
         if self.training and self.config.embd_pdrop:
             x = F.dropout(x, self.config.embd_pdrop)
         residual = None
-        for layer, block in enumerate(self.h):
+        for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layer(layer, counts)
             if self.gradient_checkpointing and self.training and cache is None:
                 from torch.utils.checkpoint import checkpoint
@@ -248,7 +255,7 @@ class GPT2(nn.Module):
             positions,
             cache.lengths,
             n_head=self.config.n_head,
-            scales=[block.attn.scale for block in self.h],
+            scales=[block.attn.scale for block in self.blocks],
             activation=self.config.activation_function,
             eps=self.config.layer_norm_epsilon,
         )
@@ -298,7 +305,7 @@ class GPT2(nn.Module):
         save_pretrained(self, directory, tokenizer)
 
     def _decode_weights(self) -> list[Tensor]:
-        layers = [block.get_parameter(name) for block in self.h for name in LAYER_WEIGHTS]
+        layers = [block.get_parameter(name) for block in self.blocks for name in LAYER_WEIGHTS]
         return [
             self.wte.weight,
             self.wpe.weight,

@@ -153,9 +153,7 @@ class GELUMLP(nn.Module):
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}"
-            )
+            raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
         inner = 4 * width if inner is None else inner
         self.activation = activation
         self.c_fc = Projection(width, inner, device=device, dtype=dtype)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -26,25 +25,14 @@ from torch import Tensor
 
 from .errors import ConfigError, Error, WeightsError
 from .files import atomic_write
+from .pickle_check import objection
 
 # Far more than any GPT-2 needs; parsing takes about twelve times as much memory.
 _LARGEST_HEADER = 8 << 20
 _LARGEST_JSON = 8 << 20
-_LARGEST_PICKLE_OPS = 1_000_000
+_MOST_TENSORS = 10_000  # gpt2-xl has 580
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-
-# What torch.save writes for tensors in containers. torch's own list for weights_only is longer:
-# among others bytearray and _codecs.encode, which can be made to fill the memory.
-_PICKLE_GLOBALS = {
-    "collections OrderedDict",
-    "torch Size",
-    "torch device",
-    "torch.nn.parameter Parameter",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor",
-    "torch._utils _rebuild_tensor_v2",
-}
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -63,6 +51,7 @@ def read_json(path: Path, error: type[Error] = ConfigError) -> dict[str, Any]:
         if size > _LARGEST_JSON:
             raise error(f"{path} has {size} bytes; at most {_LARGEST_JSON} are read as JSON")
         values = json.loads(path.read_text(encoding="utf-8"))
+        repr(values)  # what is nested too deeply to be shown in an error fails here
     except Error:
         raise
     except (OSError, ValueError, RecursionError) as cause:  # UTF-8 and JSON errors are ValueErrors
@@ -180,7 +169,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = opened.keys()
+            if len(names) > _MOST_TENSORS:
+                raise WeightsError(
+                    f"{path} holds {len(names)} tensors, beyond the limit of {_MOST_TENSORS}"
+                )
+            return {name: opened.get_tensor(name) for name in names}
+    except WeightsError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as cause:
         raise _damaged(path, cause) from cause
 
@@ -222,14 +218,14 @@ def _check_zip(path: Path) -> set[int]:
     """Refuse archives that torch.save does not write; return the sizes of the stored storages."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        # Compressed entries would be mapped as they are, or unpack to any size.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise WeightsError(f"{path} is a compressed archive, which torch.save does not write")
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise WeightsError(
                 f"{path} is a TorchScript program, not a state dict: "
                 "write one with torch.save(model.state_dict(), path)"
             )
+        # Compressed entries would be mapped as they are, or unpack to any size.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise WeightsError(f"{path} is a compressed archive, which torch.save does not write")
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > path.stat().st_size:
             raise WeightsError(f"{path} is a zip archive, but not one that torch.save wrote")
@@ -245,30 +241,12 @@ def _check_legacy(path: Path) -> None:
 
 
 def _check_pickle(path: Path, stream: IO[bytes]) -> None:
-    """Refuse a pickle that is too long or names anything beyond `_PICKLE_GLOBALS`."""
-    for count, (op, argument, _) in enumerate(pickletools.genops(stream)):
-        if count > _LARGEST_PICKLE_OPS:
-            raise WeightsError(
-                f"{path}: its pickle is beyond the limit of {_LARGEST_PICKLE_OPS} steps"
-            )
-        if op.name != "GLOBAL":
-            continue
-        name = str(argument)  # "module name"
-        if not _allowed(name):
-            raise WeightsError(
-                f"{path} is a pickle that uses {name.replace(' ', '.'):.100}, which no state dict "
-                "needs and which could run code, so it was not opened; if you trust it, save its "
-                "tensors alone with torch.save(model.state_dict(), path)"
-            )
-
-
-def _allowed(argument: str) -> bool:
-    if argument in _PICKLE_GLOBALS:
-        return True
-    module, _, name = argument.partition(" ")
-    if module == "torch":
-        return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
-    return module in ("torch.cuda", "torch.storage") and name.endswith("Storage")
+    reason = objection(stream)
+    if reason is not None:
+        raise WeightsError(
+            f"{path} is a pickle that {reason}, so it was not opened; if you trust it, "
+            "save its tensors alone with torch.save(model.state_dict(), path)"
+        )
 
 
 def _checked(path: Path, name: Any, tensor: Any, storage_sizes: set[int] | None) -> Tensor:

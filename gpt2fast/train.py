@@ -72,12 +72,12 @@ def _parser() -> Any:
         help="continue a run: its folder or one of its checkpoints (without PATH: the run in OUT)",
     )
     hints, texts = get_type_hints(TrainConfig), field_help()
-    group = parser
+    group: Any = parser
     for field in fields(TrainConfig):
         if field.name in _SECTIONS:
             group = parser.add_argument_group(_SECTIONS[field.name])
         kind, shown = _kind(hints[field.name])
-        alone = {"nargs": "?", "const": True} if kind is bool else {}
+        alone: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
         group.add_argument(
             "--" + field.name,
             # Only text keeps its type: `--out 2024` is a name. The rest is read as YAML, and

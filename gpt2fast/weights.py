@@ -22,13 +22,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .config import PRESETS, GPT2Config
-from .errors import WeightsError
+from .errors import ConfigError, WeightsError
 from .files import atomic_write_text
 from .hub import resolve
 from .tensor_files import read_json, read_tensors, write_safetensors
@@ -264,6 +265,8 @@ def _nanogpt_config(arguments: Mapping[str, Any], file: Path) -> GPT2Config:
         "dropout": "dropout",
     }
     for name, value in arguments.items():
+        if not isinstance(value, (int, float, NoneType)):
+            raise ConfigError(f"{source}: {name!r:.80} is no number: {type(value).__name__}")
         if name not in fields and name != "bias" and value:
             raise WeightsError(
                 f"{source}: {name!r:.80}={value!r:.80} is not nanoGPT's; "

@@ -60,9 +60,11 @@ class _TokenFile:
         """Tokens start … stop - 1, (stop - start,) int64."""
         return self._signed[start:stop].to(torch.int64).bitwise_and_(self._mask)
 
-    def gather(self, index: Tensor) -> Tensor:
-        """Tokens at `index` (any shape, int64), int64."""
-        return self._signed[index].to(torch.int64).bitwise_and_(self._mask)
+    def windows(self, starts: Tensor, length: int) -> Tensor:
+        """The `length` tokens from each of `starts` (B,) on, (B, length) int64."""
+        # Not indexing: that wakes all threads, tens of milliseconds on a machine that is busy.
+        rows = self._signed.unfold(0, length, 1).index_select(0, starts)
+        return rows.to(torch.int64).bitwise_and_(self._mask)
 
     def find_at_least(self, limit: int) -> tuple[int, int] | None:
         """Position and value of the largest token of the first block with one >= limit."""
@@ -112,7 +114,7 @@ class TokenDataset(Dataset[Batch]):
             raise DataError(f"block_size is {block_size}; it must be at least 1")
         self.block_size = block_size
         self.tokens = _TokenFile(file, dtype)
-        if len(self) < 1:
+        if self.tokens.count <= block_size:
             raise DataError(
                 f"{file} holds {self.tokens.count} tokens, a block_size of {block_size} needs at "
                 f"least {block_size + 1}; give a smaller block size or more text"
@@ -130,8 +132,7 @@ class TokenDataset(Dataset[Batch]):
 
     def windows(self, starts: Tensor) -> Batch:
         """The windows that begin at the tokens `starts` (B,): a batch, (B, block_size) int64."""
-        offsets = torch.arange(self.block_size + 1)
-        tokens = self.tokens.gather(starts[:, None] + offsets)
+        tokens = self.tokens.windows(starts, self.block_size + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 

@@ -306,12 +306,14 @@ class _Run:
 
         With the documents split the end of a file is a block of its own that ends a document.
         """
-        sizes = [path.stat().st_size for path in self.files]
+        sizes = [signature["size"] for signature in self.signatures]
         source, offset = start
         for index in range(source, len(self.files)):
             done = sum(sizes[:index])
             path = self.files[index]
             for segments, end in read_blocks(path, cuts, offset):
+                if end > sizes[index]:
+                    raise _changed_meanwhile(path)
                 yield segments, (index, end)
                 self.progress(stage, done + end, sum(sizes))
             if self.documents:

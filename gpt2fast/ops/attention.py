@@ -155,6 +155,14 @@ def _flash_refuses(q: Tensor, mask: Tensor | None, dropout_p: float) -> str | No
     return None
 
 
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    # The kernel takes the last dimension's stride to be 1 without looking.
+    return [
+        (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
+        for tensor in tensors
+    ]
+
+
 def _flash(
     q: Tensor,
     k: Tensor,
@@ -165,7 +173,7 @@ def _flash(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True, scale=scale
+        *_heads_first(q, k, v), 0.0, True, scale=scale
     )
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
@@ -182,9 +190,8 @@ def _flash_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads_first = [tensor.transpose(1, 2) for tensor in (grad, q, k, v, out)]
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *heads_first, lse, 0.0, True, scale=scale
+        *_heads_first(grad, q, k, v, out), lse, 0.0, True, scale=scale
     )
     return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)  # type: ignore
 
@@ -245,9 +252,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Any, ...]:
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
-    gradients = _backward.call(
-        grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed
-    )
+    gradients = _backward.call(grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed)
     return (*gradients, None, None, None, None)
 
 

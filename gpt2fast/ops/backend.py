@@ -13,24 +13,38 @@ and a call that the forced one cannot run raises `BackendError` with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import BackendError
 
 ORDER = ("native", "triton", "torch", "reference")
 _ABSENT = {
-    "native": "this version has no compiled kernels yet (docs/STATUS.md)",
-    "triton": "this version has no Triton kernels yet (docs/STATUS.md)",
+    "native": "no compiled kernels in this version",
+    "triton": "no Triton kernels in this version",
 }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: what ran it, and what was passed over."""
+
+    op: str
+    backend: str
+    refused: tuple[tuple[str, str], ...]
+    """Each backend tried before, and why it could not run the call."""
+
 
 _LIBRARY = torch.library.Library("gpt2fast", "DEF")
 # One choice for the whole process: autograd runs backward passes in threads of its own.
 _requested = "auto"
+_records: list[list[Call]] = []
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ class Op:
             f"gpt2fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
 
-    def explain(self, *args: Any, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
+    def _choose(self, *args: Any, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
         """The backend that would run these arguments, and why each earlier one would not.
 
         Raises:
@@ -108,7 +122,9 @@ class Op:
         self.register_autograd(backward, setup_context)
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        name, _ = self.explain(*args, **kwargs)
+        name, refused = self._choose(*args, **kwargs)
+        for record in _records:
+            record.append(Call(self.name, name, tuple(refused)))
         run = self.implementations[name].run
         if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
             return run(*args, **kwargs)
@@ -139,9 +155,7 @@ class backend:  # noqa: N801 - reads as a verb: gpt2fast.backend("reference")
 
     def __init__(self, name: str):
         if name != "auto" and name not in ORDER:
-            raise BackendError(
-                f"no backend {name!r}; choose one of {', '.join(('auto', *ORDER))}"
-            )
+            raise BackendError(f"no backend {name!r}; choose one of {', '.join(('auto', *ORDER))}")
         if name in ORDER and not any(name in op.implementations for op in OPS.values()):
             raise BackendError(f"backend {name!r} is not available: {_ABSENT[name]}")
         global _requested
@@ -161,6 +175,17 @@ class backend:  # noqa: N801 - reads as a verb: gpt2fast.backend("reference")
         _requested = self._previous
 
 
+@contextmanager
+def record_calls() -> Iterator[list[Call]]:
+    """Collect every call of an op made within a `with` block, in order."""
+    calls: list[Call] = []
+    _records.append(calls)
+    try:
+        yield calls
+    finally:
+        _records.remove(calls)
+
+
 def requested_backend() -> str:
     """The name last given to `backend`: "auto" unless one was forced."""
     return _requested
@@ -171,17 +196,14 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def autocast(*tensors: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+def autocast(*tensors: Tensor) -> Sequence[Tensor]:
     """Cast floating-point tensors to autocast's dtype where autocast is active.
 
     A custom op receives what it is given; torch's own matrix products are cast by autocast, and
     ours follow them so that the two can be mixed.
     """
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return [
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
-        for tensor in tensors
-    ]
+    return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]

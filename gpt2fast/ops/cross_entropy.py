@@ -61,7 +61,9 @@ def _backward_reference(
     grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     logits = (hidden @ weight.t()).to(lse.dtype)
-    grad_logits = _grad_logits(logits, targets, lse, ignore_index, _per_target(grad, targets, ignore_index))
+    grad_logits = _grad_logits(
+        logits, targets, lse, ignore_index, _per_target(grad, targets, ignore_index)
+    )
     grad_logits = grad_logits.to(hidden.dtype)
     return grad_logits @ weight, grad_logits.t() @ hidden
 
@@ -129,8 +131,7 @@ _backward = Op(
 )
 _forward = Op(
     "linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index) "
-    "-> (Tensor loss, Tensor lse)",
+    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index) -> (Tensor loss, Tensor lse)",
     torch=_chunked,
     reference=_reference,
 )

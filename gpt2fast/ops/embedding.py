@@ -1,4 +1,7 @@
-"""Sum of a token and a position embedding: out[b, t, :] = wte[tokens[b, t]] + wpe[positions[b, t]]."""
+"""Sum of a token and a position embedding (Radford et al., 2018, eq. 2).
+
+out[b, t, :] = wte[tokens[b, t], :] + wpe[positions[b, t], :]
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Residual add and layer normalisation in one pass (Ba et al., 2016).
 
-    summed = x + residual
-    normed = (summed - mean) / sqrt(var + eps) * weight + bias      over the last dimension
+summed = x + residual
+normed = (summed - mean) / sqrt(var + eps) * weight + bias      over the last dimension
 """
 
 from __future__ import annotations

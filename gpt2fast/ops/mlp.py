@@ -1,7 +1,7 @@
 """GPT-2's feed-forward layer and its activation (Hendrycks & Gimpel, 2016, tanh form).
 
-    gelu(z)  = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
-    gelu_mlp = gelu(x @ w_fc + b_fc) @ w_proj + b_proj
+gelu(z)  = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
+gelu_mlp = gelu(x @ w_fc + b_fc) @ w_proj + b_proj
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """AdamW (Loshchilov & Hutter, 2019, algorithm 2) over many tensors in one call.
 
-    p   = p * (1 - lr * weight_decay)
-    m   = beta1 * m + (1 - beta1) * g
-    v   = beta2 * v + (1 - beta2) * g^2
-    p   = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+p   = p * (1 - lr * weight_decay)
+m   = beta1 * m + (1 - beta1) * g
+v   = beta2 * v + (1 - beta2) * g^2
+p   = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 """
 
 from __future__ import annotations

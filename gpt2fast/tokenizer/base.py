@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from operator import index
 from os import PathLike
 from pathlib import Path
 
@@ -116,11 +117,12 @@ class Tokenizer(ABC):
 
     def _token_bytes(self, id: int) -> bytes:
         try:
-            return self._tokens[int(id)]
-        except (KeyError, TypeError, ValueError, OverflowError):
+            return self._tokens[index(id)]
+        except (KeyError, TypeError):
             raise TokenizerError(
-                f"token id {id!r}: this tokenizer has ids 0 to {self.vocab_size - 1}; is it the "
-                "tokenizer that belongs to the model?"
+                f"token id {id!r:.80}: this tokenizer has {len(self._tokens)} tokens with ids from "
+                f"{min(self._tokens)} to {self.vocab_size - 1}; is it the one that belongs to the "
+                "model?"
             ) from None
 
 
@@ -140,9 +142,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What is left at the end (U+FFFD for half a character); the decoder can be used again."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def _check_text(text: str) -> None:

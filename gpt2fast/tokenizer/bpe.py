@@ -29,7 +29,7 @@ class BPETokenizer(Tokenizer):
 
     Args:
         vocab: token to id, in the spelling of GPT-2's files (`Ġ` for a space).
-        merges: pairs of tokens in the order in which they are joined.
+        merges: pairs of tokens, a space between the two, in the order in which they are joined.
         added_tokens: tokens that are matched whole in the text, `<|endoftext|>` for one.
         special_tokens: which token plays which part, by transformers' names; `eos_token` is the one
             that ends a document.
@@ -40,7 +40,7 @@ class BPETokenizer(Tokenizer):
     def __init__(
         self,
         vocab: dict[str, int],
-        merges: Sequence[Sequence[str]],
+        merges: Sequence[str],
         added_tokens: Sequence[AddedToken] = (),
         *,
         special_tokens: Mapping[str, str | None] | None = None,
@@ -65,6 +65,8 @@ class BPETokenizer(Tokenizer):
         self._special_tokens = dict(special_tokens or {})
         eos_token = self._special_tokens.get("eos_token")
         by_content = vocab | {token.content: token.id for token in added_tokens}
+        if eos_token is not None and eos_token not in by_content:
+            raise TokenizerError(f"{source}: eos_token is {eos_token!r:.80}, which is no token")
         tokens = {id: token for token, id in ids.items()}
         for token, id in by_content.items():
             if id not in tokens:
@@ -108,7 +110,7 @@ class BPETokenizer(Tokenizer):
         end_of_text = AddedToken(END_OF_TEXT, id=len(vocab))
         return cls(
             vocab | {END_OF_TEXT: end_of_text.id},
-            model["merges"],
+            [f"{left} {right}" for left, right in model["merges"]],
             [end_of_text],
             special_tokens=dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         )

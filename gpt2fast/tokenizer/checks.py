@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -41,15 +40,9 @@ def added_token(token: Any, id: Any, field: str) -> AddedToken:
     return AddedToken(content, id, **flags)
 
 
-def check_merges(merges: list[Any], field: str) -> list[list[str]]:
-    if (
-        set(map(type, merges)) <= {list}
-        and set(map(len, merges)) <= {2}
-        and set(map(type, itertools.chain.from_iterable(merges))) <= {str}
-    ):
-        return merges
+def check_merges(merges: list[Any], field: str) -> list[str]:
     for i, merge in enumerate(merges):
-        if type(merge) is not list or [type(token) for token in merge] != [str, str]:
+        if type(merge) is not str or merge.count(" ") != 1:
             raise TokenizerError(f"{field} {i} is {merge!r:.80}, not two tokens")
     return merges
 

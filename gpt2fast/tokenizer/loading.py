@@ -110,10 +110,7 @@ def _load_tokenizer_json(directory: Path, config: dict[str, Any]) -> BPETokenize
         _byte_level(content, "post_processor", path)
     vocab = check_vocab(get_field(model, "vocab", dict, path, "model."), f"{path}: model.vocab")
     merges = check_merges(
-        [
-            merge.split(" ") if isinstance(merge, str) else merge
-            for merge in get_field(model, "merges", list, path, "model.")
-        ],
+        [_joined(merge) for merge in get_field(model, "merges", list, path, "model.")],
         f"{path}: model.merges",
     )
     added = []
@@ -139,7 +136,7 @@ def _load_vocab_and_merges(
     merges_path = directory / merges_name
     lines = read_text(merges_path).replace("\r\n", "\n").split("\n")
     merges = check_merges(
-        [line.split(" ") for line in lines if line and not line.startswith("#version")],
+        [line for line in lines if line and not line.startswith("#version")],
         f"{merges_path}: merge",
     )
     config_path = directory / "tokenizer_config.json"
@@ -164,14 +161,15 @@ def _load_vocab_and_merges(
     added.sort(key=lambda token: token.id)
     config = {"tokenizer_class": GPT2_CLASSES[0], **config}  # no other class has these files
     add_prefix_space = config.get("add_prefix_space", False)
-    return _build(directory, config, vocab, merges, added, add_prefix_space, str(path))
+    source = f"{path} with {merges_name}"
+    return _build(directory, config, vocab, merges, added, add_prefix_space, source)
 
 
 def _build(
     directory: Path,
     config: dict[str, Any],
     vocab: dict[str, int],
-    merges: Sequence[Sequence[str]],
+    merges: Sequence[str],
     added: list[AddedToken],
     add_prefix_space: Any,
     source: str,
@@ -258,6 +256,13 @@ def _special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[str, 
 
 def _content(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
+
+
+def _joined(merge: Any) -> Any:
+    """A merge as in merges.txt; newer files have a list of the two tokens instead."""
+    if isinstance(merge, list) and len(merge) == 2 and all(isinstance(t, str) for t in merge):
+        return f"{merge[0]} {merge[1]}"
+    return merge
 
 
 def _byte_level(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:

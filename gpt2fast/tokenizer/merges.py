@@ -28,9 +28,7 @@ def token_bytes(token: str) -> bytes:
     return token.encode("utf-8")
 
 
-def merge_ranks(
-    vocab: dict[str, int], merges: Sequence[Sequence[str]], source: str
-) -> dict[bytes, int]:
+def merge_ranks(vocab: dict[str, int], merges: Sequence[str], source: str) -> dict[bytes, int]:
     """Which tokens BPE can produce, in the order of the merges that produce them.
 
     BPE applies listed pairs in their order. tiktoken joins whatever two neighbours make a known
@@ -58,14 +56,15 @@ def merge_ranks(
     lefts, rights = [-1] * 256, [-1] * 256  # what each was made of, as numbers in `order`
     made: dict[int, int] = {}  # the same the other way; a pair as one int (fast to look up)
     awaited: dict[str, int] = {}  # tokens that a merge used before any merge made them
-    for rank, (left_token, right_token) in enumerate(merges):
+    for rank, merge in enumerate(merges):
+        left_token, right_token = merge.split(" ")
         token = left_token + right_token
         left, right = order.get(left_token), order.get(right_token)
         if left is None or right is None or token not in vocab:
             for name in (left_token, right_token, token):
                 if name not in vocab:
                     raise TokenizerError(
-                        f"{source}: merge {rank} ({left_token!r:.80} {right_token!r:.80}) needs "
+                        f"{source}: merge {rank} ({merge!r:.80}) needs "
                         f"the token {name!r:.80}, which the vocabulary lacks; are vocabulary and "
                         "merges of the same model, and complete?"
                     )

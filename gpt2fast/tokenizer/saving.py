@@ -24,7 +24,7 @@ def save_bpe(
     directory: Path,
     *,
     vocab: dict[str, int],
-    merges: Sequence[Sequence[str]],
+    merges: Sequence[str],
     added_tokens: Sequence[AddedToken],
     special_tokens: Mapping[str, str | None],
     add_prefix_space: bool,
@@ -60,12 +60,12 @@ def save_bpe(
                 "byte_fallback": False,
                 "ignore_merges": False,
                 "vocab": dict(by_id),
-                "merges": list(merges),
+                "merges": [merge.split(" ") for merge in merges],
             },
         },
     )
     _write_json(directory / "vocab.json", dict(by_id))
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    lines = ["#version: 0.2", *merges]
     atomic_write_text(directory / "merges.txt", "\n".join(lines) + "\n")
     # transformers' GPT2Tokenizer adds <|endoftext|> where it's missing: it isn't the class for that
     is_gpt2 = any(token.content == END_OF_TEXT for token in added_tokens)

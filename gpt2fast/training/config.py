@@ -27,7 +27,7 @@ class TrainConfig:
     """For text: char, bpe, gpt2, or a folder or hub name. Default: the tokenizer of init_from,
     else char."""
     vocab_size: int | None = None
-    """For text and tokenizer bpe: size of the vocabulary to train."""
+    """For text and tokenizer bpe: size of the vocabulary to train (default 2048)."""
     split: Literal["position", "documents"] = "position"
     """For text: hold out the end of the text, or whole documents."""
     val_fraction: float = 0.1

@@ -52,6 +52,8 @@ class Position:
     """Step of the last row of log.csv."""
     loss_sum: float = 0.0
     """Sum of the training losses of the steps since that row."""
+    grad_norm: float = math.nan
+    """Gradient norm of the last step, before clipping."""
     best_val_loss: float = math.inf
     """Lowest validation loss so far, nats per token."""
     best_step: int = -1
@@ -151,9 +153,7 @@ class _Run:
 
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_config()
-        self.log = RunLog(
-            self.out / "log.csv", None if resume is None else self.position.step
-        )
+        self.log = RunLog(self.out / "log.csv", None if resume is None else self.position.step)
         self.display = open_display(self.steps, self.position.step)
         self._introduce(resume)
 
@@ -185,7 +185,6 @@ class _Run:
                 f"{self.data.directory} does not say how many tokens its vocabulary has; give "
                 "--vocab-size (50257 for GPT-2's)"
             )
-        shape = {name: getattr(config, name) or size for name, size in DEFAULT_SHAPE.items()}
         return GPT2(
             GPT2Config(
                 vocab_size=vocab_size,
@@ -193,7 +192,9 @@ class _Run:
                 bos_token_id=self.meta.eos_token_id,
                 eos_token_id=self.meta.eos_token_id,
                 dropout=config.dropout,
-                **shape,
+                n_layer=config.n_layer or DEFAULT_SHAPE["n_layer"],
+                n_head=config.n_head or DEFAULT_SHAPE["n_head"],
+                n_embd=config.n_embd or DEFAULT_SHAPE["n_embd"],
             )
         )
 
@@ -297,8 +298,8 @@ class _Run:
             total += loss.detach() / config.grad_accumulation
         limit = math.inf if config.grad_clip is None else config.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        train_loss, self.grad_norm = torch.stack([total, norm.float()]).tolist()
-        if not (math.isfinite(train_loss) and math.isfinite(self.grad_norm)):
+        train_loss, position.grad_norm = torch.stack([total, norm.float()]).tolist()
+        if not (math.isfinite(train_loss) and math.isfinite(position.grad_norm)):
             self._fail(train_loss, rate)
         self.optimizer.step(rate)
         position.step += 1
@@ -329,8 +330,8 @@ class _Run:
         )
         raise TrainingError(
             f"at step {self.position.step + 1} the loss is {loss} and the gradient norm "
-            f"{self.grad_norm} (learning rate {rate:.3g}); {way_out}. Lower --lr, lengthen "
-            "--warmup-steps, or set --grad-clip 1.0"
+            f"{self.position.grad_norm} (learning rate {rate:.3g}); {way_out}. Lower --lr, "
+            "lengthen --warmup-steps, or set --grad-clip 1.0"
         )
 
     # -- evaluating and reporting ------------------------------------------------------------
@@ -338,7 +339,7 @@ class _Run:
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Mean loss over the validation split, or its first `eval_batches` batches."""
-        began, speed = time.perf_counter(), self._speed()
+        began = time.perf_counter()
         self.model.eval()
         total, tokens = 0.0, 0
         for i, batch in enumerate(self.data.val_dataloader()):
@@ -368,7 +369,7 @@ class _Run:
         if steps:
             row["train_loss"] = position.loss_sum / steps
             row["lr"] = self._rate(position.step - 1)
-            row["grad_norm"] = self.grad_norm
+            row["grad_norm"] = self.position.grad_norm
             row["tokens_per_second"] = self._speed()
         position.elapsed = now - self.started
         row["elapsed_seconds"] = position.elapsed

@@ -61,6 +61,6 @@ def prepared_data(config: TrainConfig, *, resuming: bool) -> Path:
         tokenizer=tokenizer,
         split=config.split,
         val_fraction=config.val_fraction,
-        **({} if config.vocab_size is None else {"vocab_size": config.vocab_size}),
+        vocab_size=config.vocab_size or 2048,
     )
     return made_here

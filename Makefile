@@ -1,0 +1,29 @@
+# Shortcuts for development; README.md says how to install and test without make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.PHONY: setup check format test constraints
+
+setup: .venv/ready  ## an environment to develop in
+
+check: .venv/ready  ## lint and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/ready  ## rewrite the source in the house's format
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+test: .venv/ready  ## the test suite
+	$(BIN)/python -m pytest -q tests
+
+constraints:  ## resolve constraints.txt again, for every Python and platform (needs uv)
+	printf 'torch==2.13.0\nnumpy<2.4\n' | uv pip compile pyproject.toml --all-extras --universal \
+	    --python-version 3.10 --no-annotate --custom-compile-command "make constraints" \
+	    --constraints - --output-file constraints.txt

@@ -1,0 +1,155 @@
+"""What this machine offers and which implementation of each op it gets:
+
+python -m gpt2fast.doctor
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from . import __version__, backend, ops
+from .errors import Error
+from .ops.backend import ORDER, Call, record_calls
+
+# What x86 kernels may use, under the names of /proc/cpuinfo, and the same for AArch64.
+_CPU_FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16",
+    "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m gpt2fast.doctor", description=__doc__)
+    parser.add_argument(
+        "--backend", default="auto", choices=("auto", *ORDER), help="force one for every op"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the ops are tried (default: %(default)s)",
+    )
+    options = parser.parse_args(argv)
+    try:
+        for name, value in _environment():
+            print(f"{name:<14}{value}")
+        print()
+        with backend(options.backend):
+            _print_table(_try_ops(options.device))
+    except (Error, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _environment() -> list[tuple[str, str]]:
+    return [
+        ("gpt2fast", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("compiler", _version(os.environ.get("CXX", "c++"))),
+        ("nvcc", _version("nvcc")),
+        ("ninja", _version("ninja")),
+        ("cuda", _cuda()),
+        ("cpu", _cpu()),
+    ]
+
+
+def _version(command: str) -> str:
+    """The line of `command --version` that holds the version."""
+    path = shutil.which(command)
+    if path is None:
+        return f"{command} not found"
+    shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line.strip() for line in shown.stdout.splitlines() if line.strip()]
+    release = [line for line in lines if "release" in line]
+    return (release or lines or ["no answer to --version"])[0]
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return f"no device (this torch is {built})"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{platform.processor() or 'unknown'} ({torch.backends.cpu.get_cpu_capability()})"
+    fields = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    features = " ".join(feature for feature in _CPU_FEATURES if feature in flags)
+    return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores: {features}"
+
+
+def _samples(device: str) -> dict[str, Callable[[], object]]:
+    """A small call of each op, as the model makes it."""
+    q = torch.randn(1, 4, 2, 32, device=device)
+    cache = torch.zeros(1, 8, 2, 32, device=device)
+    x, weight, bias = (
+        q.view(4, 64),
+        torch.randn(64, 64, device=device),
+        torch.ones(64, device=device),
+    )
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    row, one = ids[0, :1], torch.zeros_like(x)
+    layer = [bias, bias, torch.randn(64, 192, device=device), bias.repeat(3), weight, bias,
+             bias, bias, weight, bias, weight, bias]  # fmt: skip
+    return {
+        "causal_attention": lambda: ops.causal_attention(q, q, q),
+        "append_to_cache": lambda: ops.append_to_cache(q, q, cache, cache.clone(), row),
+        "reorder_cache": lambda: ops.reorder_cache(cache, cache.clone(), row),
+        "release_rows": lambda: ops.release_rows(row.clone(), row),
+        "attention_with_cache": lambda: ops.attention_with_cache(q, cache, cache, row),
+        "residual_layer_norm": lambda: ops.residual_layer_norm(x, x, bias, bias),
+        "bias_gelu": lambda: ops.bias_gelu(x, bias),
+        "gelu_mlp": lambda: ops.gelu_mlp(x, weight, bias, weight, bias),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, weight, ids[0]),
+        "sample": lambda: ops.sample(x[:1], ids, None),
+        "embedding": lambda: ops.embedding(ids, ids[0], weight, weight),
+        "fused_adamw": lambda: ops.fused_adamw(
+            [one], [one], [one.clone()], [one.clone()],
+            step=1, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+        ),  # fmt: skip
+        "decode_step": lambda: ops.decode_step(
+            [weight, weight, *layer, bias, bias, weight],
+            cache[None], cache[None].clone(), row, row, row,
+            n_head=2, scales=[0.2], activation="gelu_new", eps=1e-5,
+        ),  # fmt: skip
+    }  # fmt: skip
+
+
+def _try_ops(device: str) -> list[Call]:
+    calls = []
+    with torch.inference_mode():
+        for name, run in _samples(device).items():
+            with record_calls() as recorded:
+                run()
+            calls.append(next(call for call in recorded if call.op == name))
+    return calls
+
+
+def _print_table(calls: Sequence[Call]) -> None:
+    print(f"{'op':<23}{'backend':<12}why")
+    for call in calls:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in call.refused)
+        print(f"{call.op:<23}{call.backend:<12}{reasons or 'first in the order'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from comparison import BACKENDS, DTYPES, LAYOUTS, compare, random
+from gpt2fast import backend, ops
+from gpt2fast.ops import cross_entropy
+from gpt2fast.ops.cross_entropy import _forward
+
+
+def ours(targets, ignore_index=-100):
+    return lambda h, w: ops.linear_cross_entropy(h, w, targets, ignore_index)
+
+
+def theirs(targets, ignore_index=-100):
+    return lambda h, w: F.cross_entropy(
+        (h @ w.t()).to(torch.promote_types(h.dtype, torch.float32)),
+        targets,
+        ignore_index=ignore_index,
+    )
+
+
+def targets_for(rows, vocab):
+    targets = torch.randint(vocab, (rows,))
+    targets[::5] = -100
+    if rows == 1:
+        targets[0] = 2
+    return targets
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows,width,vocab", [(1, 8, 7), (51, 24, 33), (1023, 8, 101)])
+def test_matches_torch_at_odd_shapes(name, dtype, rows, width, vocab):
+    targets = targets_for(rows, vocab)
+    inputs = [random(rows, width), random(vocab, width) / 4]
+    compare(ours(targets), theirs(targets), inputs, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_do_not_change_the_result(dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 1)
+    targets = targets_for(200, 50)
+    inputs = [random(200, 16), random(50, 16) / 4]
+    compare(ours(targets), theirs(targets), inputs, dtype, "torch")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reads_strided_and_unaligned_views(name, layout):
+    targets = targets_for(17, 11)
+    inputs = [random(17, 16), random(11, 16)]
+    compare(ours(targets), theirs(targets), inputs, torch.float32, name, layout)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_another_ignore_index(name):
+    targets = torch.tensor([1, 3, 3, 0])
+    inputs = [random(4, 16), random(5, 16)]
+    compare(ours(targets, 3), theirs(targets, 3), inputs, torch.float32, name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nothing_left_to_count_is_nan_as_in_torch(name):
+    with backend(name):
+        loss = ops.linear_cross_entropy(torch.ones(3, 4), torch.ones(5, 4), torch.full((3,), -100))
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_target_outside_the_vocabulary_is_an_error(name):
+    with backend(name), pytest.raises((IndexError, RuntimeError)):
+        ops.linear_cross_entropy(torch.ones(3, 4), torch.ones(5, 4), torch.tensor([0, 5, 1]))
+
+
+def test_never_holds_all_logits():
+    rows, vocab = 4096, 8192
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight = torch.randn(vocab, 8, requires_grad=True)
+    targets = torch.randint(vocab, (rows,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ops.linear_cross_entropy(hidden, weight, targets).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < rows * vocab * 4 / 4
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_passes_opcheck(name):
+    hidden, weight = (random(7, 16).float().requires_grad_() for _ in "hw")
+    with backend(name):
+        opcheck(_forward.call, (hidden, weight, torch.randint(7, (7,)), -100))
+
+
+def test_compiles_into_one_graph():
+    hidden, weight = (random(7, 16).float().requires_grad_() for _ in "hw")
+    targets = torch.randint(7, (7,))
+    compiled = torch.compile(ours(targets), fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(ours(targets)(hidden, weight), (hidden, weight))
+    got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_mismatched_shapes_are_named():
+    with pytest.raises(ValueError, match=r"\(3, 4\).*\(5, 6\)"):
+        ops.linear_cross_entropy(torch.ones(3, 4), torch.ones(5, 6), torch.zeros(3).long())
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
+        ops.linear_cross_entropy(torch.ones(3, 4), torch.ones(5, 4), torch.zeros(2).long())

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from comparison import BACKENDS, random
+from gpt2fast import backend, ops
+from gpt2fast.ops.optimizer import _adamw
+from tolerance import assert_close
+
+SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.97, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def run_ours(initial, gradients, dtype):
+    params = [p.to(dtype, copy=True) for p in initial]
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    for step, grads in enumerate(gradients, start=1):
+        grads = [g.to(dtype) for g in grads]
+        ops.fused_adamw(params, grads, first, second, step=step, **SETTINGS)
+    return params
+
+
+def run_torch(initial, gradients, dtype):
+    params = [p.to(dtype, copy=True).requires_grad_() for p in initial]
+    optimizer = torch.optim.AdamW(
+        params, lr=3e-3, betas=(0.9, 0.97), eps=1e-8, weight_decay=0.1, foreach=False
+    )
+    for grads in gradients:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.to(dtype)
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ten_steps_match_torch(name, dtype):
+    initial = [random(1), random(17, 3), random(1023)]
+    gradients = [[random(*p.shape) for p in initial] for _ in range(10)]
+    with backend(name):
+        ours = run_ours(initial, gradients, dtype)
+    exact = run_torch(initial, gradients, torch.float64)
+    assert_close(ours, run_torch(initial, gradients, dtype), exact, times=2.0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_passes_opcheck(name):
+    tensors = [[random(4, 3).float().abs()] for _ in range(4)]
+    with backend(name):
+        opcheck(_adamw.call, (*tensors, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1))
+
+
+def test_bad_arguments_are_named():
+    one = [torch.ones(2)]
+    with pytest.raises(ValueError, match="counted from 1"):
+        ops.fused_adamw(one, one, one, one, step=0, **SETTINGS)
+    with pytest.raises(ValueError, match="equal lengths"):
+        ops.fused_adamw(one, [], one, one, step=1, **SETTINGS)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from gpt2fast import doctor, ops
+from gpt2fast.ops.backend import requested_backend
+
+
+def test_every_op_is_listed_with_its_backend_and_the_reason(capsys):
+    assert doctor.main(["--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
+    for name in ops.__all__:
+        assert rows[name][0] == "torch" and "native:" in rows[name]
+    for name in ("torch", "compiler", "cuda", "cpu"):
+        assert rows[name]
+
+
+def test_a_forced_backend_is_shown(capsys):
+    assert doctor.main(["--device", "cpu", "--backend", "reference"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "reference" in rows["causal_attention"] and "first" in rows["causal_attention"]
+    assert requested_backend() == "auto"
+
+
+def test_an_absent_backend_is_one_line_on_stderr(capsys):
+    assert doctor.main(["--device", "cpu", "--backend", "triton"]) == 1
+    assert capsys.readouterr().err.startswith("error: backend 'triton'")
+
+
+def test_an_unknown_backend_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--backend", "cuda"])
+    assert stop.value.code == 2

@@ -1,0 +1,567 @@
+"""`python -m gpt2fast.generate`: every flag, every way to fail, and how it behaves on a terminal."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2fast import GPT2, GPT2Config, backend, config, hub
+from gpt2fast.generate import main
+from gpt2fast.generator import Generator
+from gpt2fast.ops.backend import requested_backend
+from gpt2fast.tokenizer import BPETokenizer
+
+PROMPT = "Once upon a time"
+TEXT = "Once upon a time the cat sat on the mat. The dog sat there too, and so it goes on. "
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A small random model with its tokenizer, as `save_pretrained` writes it."""
+    tokenizer = BPETokenizer.train([TEXT * 10], 300)
+    torch.manual_seed(1)
+    model = GPT2(
+        GPT2Config(
+            vocab_size=tokenizer.vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=2,
+            initializer_range=0.2, eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(model_dir):
+    return Generator.from_pretrained(model_dir, window="slide", notify=lambda message: None)
+
+
+@pytest.fixture(autouse=True)
+def default_backend():
+    yield
+    backend("auto")
+
+
+@pytest.fixture
+def run(model_dir, capsys, monkeypatch):
+    """Run the command line here; returns exit code, standard output and standard error."""
+
+    def run(*arguments, stdin=None, model=model_dir):
+        if stdin is None:
+            monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+        else:
+            data = stdin if isinstance(stdin, bytes) else stdin.encode()
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+        place = [] if model is None else ["--model", str(model)]
+        try:
+            code = main([*place, *(str(argument) for argument in arguments)])
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def assert_one_error(result, code, *parts):
+    """One line on standard error, nothing on standard output."""
+    assert result[0] == code
+    assert result[1] == ""
+    lines = result[2].splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+DEFAULTS = {"seed": 3, "max_new_tokens": 30}
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        ("--temperature 1.7", {"temperature": 1.7}),
+        ("--temperature 0", {"do_sample": False}),
+        ("--temperature none", {"temperature": None}),
+        ("--top-k 2", {"top_k": 2}),
+        ("--top-k none", {"top_k": None}),
+        ("--top-p 0.3", {"top_p": 0.3}),
+        ("--top-p none", {"top_p": None}),
+        ("--min-p 0.3", {"min_p": 0.3}),
+        ("--repetition-penalty 2.5", {"repetition_penalty": 2.5}),
+        ("--no-repeat-ngram-size 1", {"no_repeat_ngram_size": 1}),
+        ("--seed 4", {"seed": 4}),
+        ("--max-new-tokens 9", {"max_new_tokens": 9}),
+        ("--greedy", {"do_sample": False}),
+        ("--num-beams 3", {"num_beams": 3}),
+        ("--eos-token-id 45", {"eos_token_id": 45}),
+        ("--stop e", {"stop": ["e"]}),
+        ("--stop e --stop a", {"stop": ["e", "a"]}),
+        ("--dtype float16", {"dtype": "float16"}),
+        # Other spellings.
+        ("--max_new_tokens 9", {"max_new_tokens": 9}),
+        ("--max-tokens 9", {"max_new_tokens": 9}),
+        ("--max_tokens=9", {"max_new_tokens": 9}),
+        ("--top_k=2", {"top_k": 2}),
+        ("--do_sample --seed 4", {"seed": 4}),
+    ],
+)
+def test_each_option_changes_the_text_as_the_library_does(
+    run, generator, model_dir, flags, options
+):
+    base = [PROMPT, "--seed", 3, "--max-new-tokens", 30]
+    code, plain, _ = run(*base)
+    assert code == 0
+    code, out, _ = run(*base, *flags.split())
+    assert code == 0
+    dtype = options.pop("dtype", None)
+    if dtype:
+        generator = Generator.from_pretrained(model_dir, dtype=dtype)
+    assert out == f"{generator(PROMPT, **{**DEFAULTS, **options})}\n"
+    assert out != plain
+
+
+def test_defaults_are_the_librarys(run, generator):
+    code, out, _ = run(PROMPT, "--seed", 7)
+    assert code == 0
+    expected = generator(
+        PROMPT, seed=7, max_new_tokens=100, temperature=0.8, top_k=50, top_p=0.95, do_sample=True
+    )
+    assert out == f"{expected}\n"
+    assert expected.new_tokens == 100
+
+
+def test_without_a_seed_texts_differ(run):
+    assert run(PROMPT)[1] != run(PROMPT)[1]
+
+
+def test_length_penalty_changes_what_beams_return(run, generator):
+    flags = [PROMPT, "--num-beams", 4, "--eos-token-id", 12, "--max-new-tokens", 20]
+    short, long = (run(*flags, "--length-penalty", x)[1] for x in (-5, 5))
+    assert short != long
+    expected = generator(
+        PROMPT, num_beams=4, eos_token_id=12, max_new_tokens=20, length_penalty=-5.0
+    )
+    assert short == f"{expected}\n"
+
+
+def test_samples_and_prompts_are_written_apart(run, generator, tmp_path):
+    code, out, _ = run(PROMPT, "--num-samples", 3, "--seed", 0, "--max-new-tokens", 9)
+    results = generator(PROMPT, num_return_sequences=3, seed=0, max_new_tokens=9)
+    assert code == 0
+    assert out == "---\n".join(f"{result}\n" for result in results)
+
+    prompts = [PROMPT, "The dog", "The cat sat"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join([*prompts[:2], "", prompts[2]]), encoding="utf-8")
+    code, out, _ = run("--prompts-file", file, "--seed", 0, "--max-new-tokens", 9)
+    results = generator(prompts, seed=0, max_new_tokens=9)
+    assert code == 0
+    assert out == "---\n".join(f"{result}\n" for result in results)
+
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(
+        "\n".join([json.dumps(prompts[0]), *(json.dumps({"prompt": p}) for p in prompts[1:])])
+    )
+    assert run("--prompts-file", lines, "--seed", 0, "--max-new-tokens", 9)[1] == out
+    dash = run("--prompts-file", "-", "--seed", 0, "--max-new-tokens", 9, stdin="\n".join(prompts))
+    assert dash[1] == out
+
+
+def test_the_prompt_comes_from_argument_option_or_standard_input(run):
+    flags = ["--seed", 3, "--max-new-tokens", 9]
+    expected = run(PROMPT, *flags)
+    assert expected[0] == 0
+    assert run(*PROMPT.split(), *flags) == expected
+    assert run("--prompt", PROMPT, *flags) == expected
+    assert run(f"--prompt={PROMPT}", *flags) == expected
+    assert run(*flags, stdin=PROMPT + "\n") == expected
+    assert run(*flags, "--", PROMPT) == expected
+    spaced = run(*flags, stdin=f"  {PROMPT}\n\n")
+    assert spaced[1].startswith(f"  {PROMPT}\n")
+    empty = run(*flags, stdin="")
+    assert empty[0] == 0
+    assert empty[1] == run("<|endoftext|>", *flags)[1].removeprefix("<|endoftext|>")
+
+
+def test_a_stop_may_be_a_newline(run, generator):
+    # This vocabulary spells a newline; greedy text of a random model never has one.
+    code, out, _ = run(PROMPT, "--stop", r"\n", "--stop", r"\t", "--greedy")
+    assert code == 0
+    assert out == f"{generator(PROMPT, do_sample=False, stop=[chr(10), chr(9)])}\n"
+
+
+def test_every_spelling_of_the_model_loads_it(run, model_dir):
+    expected = run(PROMPT, "--seed", 3)
+    flags = ["--model-path", "--model_path", "--model-name", "--model_name", "--model_type"]
+    flags += ["--model-type", "--from-pretrained", "--from_pretrained", "-m"]
+    for flag in flags:
+        assert run(flag, model_dir, PROMPT, "--seed", 3, model=None) == expected
+
+
+def test_a_bare_state_dict_needs_preset_and_tokenizer(
+    run, model_dir, generator, tmp_path, monkeypatch
+):
+    bare = tmp_path / "bare.pth"
+    torch.save(generator.model.state_dict(), bare)
+    expected = run(PROMPT, "--seed", 3)
+    missing = run(PROMPT, model=bare)
+    assert_one_error(missing, 1, "preset")
+    monkeypatch.setitem(config.PRESETS, "gpt2-tiny", generator.model.config)
+    assert_one_error(run(PROMPT, "--preset", "gpt2-tiny", model=bare), 1, "tokenizer")
+    for preset in ("--preset", "--model_type"):
+        found = run(PROMPT, "--seed", 3, preset, "gpt2-tiny", "--tokenizer", model_dir, model=bare)
+        assert found == expected
+    assert_one_error(run(PROMPT, "--preset", "gpt9", model=bare), 1, "gpt9", "gpt2-xl")
+
+
+def test_the_bundled_model_is_the_default_and_says_so(run, model_dir, monkeypatch):
+    monkeypatch.setattr(hub, "_bundled", lambda name: Path(model_dir))
+    code, out, err = run(PROMPT, "--seed", 3, model=None)
+    assert (code, out) == run(PROMPT, "--seed", 3)[:2]
+    assert len(err.splitlines()) == 2  # the other line is about the window
+    assert hub.BUNDLED in err.splitlines()[0]
+    assert "--model gpt2" in err.splitlines()[0]
+    assert hub.BUNDLED not in run(PROMPT, "--seed", 3)[2]
+
+
+def test_the_window_slides_and_says_so_once_unless_told_otherwise(run):
+    long = [PROMPT, "--max-new-tokens", 200, "--seed", 1, "--eos-token-id", "none"]
+    code, slid, err = run(*long)
+    assert code == 0
+    assert len(err.splitlines()) == 1
+    assert "newest 32 tokens" in err
+    assert run(*long, "--window", "slide") == (code, slid, err)
+
+    code, stopped, err = run(*long, "--window", "stop")
+    assert code == 0
+    assert err == ""
+    assert slid.startswith(stopped[:-2])
+    assert len(stopped) < len(slid)
+    assert_one_error(run(*long, "--window", "error"), 1, "n_positions=64", "200")
+
+    too_long = TEXT * 5
+    assert run(too_long, "--max-new-tokens", 5)[0] == 0
+    assert_one_error(run(too_long, "--window", "stop"), 1, "n_positions=64")
+
+
+def test_json_has_a_line_for_each_result(run, generator):
+    flags = ["--num-samples", 2, "--seed", 5, "--max-new-tokens", 6]
+    code, out, err = run(PROMPT, "--json", *flags)
+    assert (code, err) == (0, "")
+    results = generator(PROMPT, num_return_sequences=2, seed=5, max_new_tokens=6)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 2
+    for number, (line, result) in enumerate(zip(lines, results, strict=True)):
+        assert line == {
+            "prompt": PROMPT,
+            "sample": number,
+            "text": result.text,
+            "finish_reason": "length",
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": 6,
+            "tokens": result.tokens,
+            "seed": 5,
+        }
+    again = json.loads(run(PROMPT, "--json")[1])
+    assert run(PROMPT, "--seed", again["seed"])[1] == PROMPT + again["text"] + "\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--num-beams", 2], ["--json", "--num-samples", 2]], ids=str)
+def test_stats_go_to_standard_error(run, flags):
+    code, out, err = run(PROMPT, "--stats", "--seed", 1, "--max-new-tokens", 8, *flags)
+    assert code == 0
+    assert out == run(PROMPT, "--seed", 1, "--max-new-tokens", 8, *flags)[1]
+    for part in ("prefill", "time to first token", "decode", "tok/s", "GB/s"):
+        assert part in err.splitlines()[-1]
+
+
+def test_device_and_backend_are_obeyed(run):
+    base = [PROMPT, "--seed", 3]
+    expected = run(*base)
+    assert run(*base, "--device", "cpu") == expected
+    assert run(*base, "--backend", "reference")[0] == 0
+    assert requested_backend() == "reference"
+    backend("auto")
+    assert_one_error(run(*base, "--backend", "fastest"), 1, "fastest", "reference")
+    assert_one_error(run(*base, "--device", "abacus"), 1, "abacus")
+    if not torch.cuda.is_available():
+        assert_one_error(run(*base, "--device", "cuda"), 1, "cuda", "cpu")
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ("--temperature nan", ["temperature", "nan", "at least 0"]),
+        ("--temperature -1", ["temperature", "-1"]),
+        ("--temperature warm", ["--temperature", "warm"]),
+        ("--top-k 1.5", ["--top-k", "1.5"]),
+        ("--top-p 7", ["top_p", "7", "from 0 to 1"]),
+        ("--max-new-tokens -4", ["max_new_tokens", "-4"]),
+        ("--seed -1", ["seed", "-1"]),
+        ("--num-samples 0", ["num_return_sequences", "0"]),
+        ("--num-samples 2 --greedy", ["greedy", "2"]),
+        ("--num-samples 3 --num-beams 2", ["num_beams", "3"]),
+        ("--num-beams 2 --do-sample", ["num_beams", "do_sample"]),
+        ("--greedy --do_sample", ["--greedy", "--do-sample"]),
+        ("--window wide", ["--window", "wide"]),
+        ("--dtype int8", ["--dtype", "int8"]),
+        ("--prompt again", ["prompt", "twice"]),
+        ("--interactive --json", ["--json", "--interactive"]),
+        ("--interactive --num-beams 2", ["--num-beams", "--interactive"]),
+        ("--tempurature 1", ["--tempurature"]),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(run, flags, parts):
+    assert_one_error(run(PROMPT, *flags.split()), 2, *parts)
+
+
+def test_what_cannot_be_read_is_one_line_and_exit_code_1(run, tmp_path, model_dir):
+    assert_one_error(run(PROMPT, model=tmp_path / "none"), 1, str(tmp_path / "none"))
+    assert_one_error(run("--prompts-file", tmp_path / "none.txt"), 1, "none.txt")
+    assert_one_error(run("--prompts-file", tmp_path), 1, str(tmp_path))
+    assert_one_error(run(PROMPT, "--tokenizer", tmp_path / "t"), 1, str(tmp_path / "t"))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert_one_error(run("--prompts-file", tmp_path / "empty.txt"), 1, "no prompts")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
+    assert_one_error(run("--prompts-file", tmp_path / "bad.jsonl"), 1, '"prompt"')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert_one_error(run("--prompts-file", tmp_path / "latin.txt"), 1, "UTF-8")
+    assert_one_error(run(stdin=b"caf\xe9"), 1, "UTF-8")
+    assert_one_error(run(PROMPT, "--eos-token-id", 99999), 1, "99999")
+
+
+def test_an_unknown_model_without_a_network_names_the_way_out(run, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_one_error(run(PROMPT, model="nobody/nothing"), 1, "nobody/nothing", hub.BUNDLED)
+
+
+def test_sampling_options_without_effect_are_noted(run):
+    code, _, err = run(PROMPT, "--greedy", "--temperature", 2, "--top-k", 3)
+    assert code == 0
+    assert err.splitlines()[0] == "note: --temperature, --top-k: no effect without sampling"
+
+
+def test_help_lists_every_option(run):
+    code, out, _ = run("--help", model=None)
+    assert code == 0
+    for flag in (
+        "--prompt", "--prompts-file", "--model", "--preset", "--tokenizer", "--max-new-tokens",
+        "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed",
+        "--no-repeat-ngram-size", "--greedy", "--do-sample", "--num-samples", "--num-beams",
+        "--length-penalty", "--stop", "--eos-token-id", "--window", "--device", "--dtype",
+        "--backend", "--json", "--stats", "--interactive",
+    ):  # fmt: skip
+        assert flag in out
+
+
+# A conversation
+
+
+def converse(run, *lines, flags=()):
+    flags = ["--interactive", "--seed", 2, "--max-new-tokens", 12, *flags]
+    return run(*flags, stdin="".join(line + "\n" for line in lines))
+
+
+def answer(generator, text, seed=2, **options):
+    return generator(text, **{"seed": seed, "max_new_tokens": 12, **options}).text
+
+
+def test_a_conversation_is_one_growing_text(run, generator):
+    code, out, err = converse(run, "The cat", "The dog", "")
+    first = answer(generator, "The cat")
+    second = answer(generator, f"The cat{first}\nThe dog", seed=3)
+    third = answer(generator, f"The cat{first}\nThe dog{second}", seed=4)
+    assert code == 0
+    assert out == f"{first}\n{second}\n{third}\n"
+
+
+def test_a_conversation_may_begin_with_the_prompt(run, generator):
+    for flags in (["The cat"], ["--prompt", "The cat"]):
+        assert converse(run, flags=flags)[1] == f"The cat{answer(generator, 'The cat')}\n"
+
+
+def test_reset_forgets_and_set_changes(run, generator):
+    code, out, err = converse(run, "The cat", "/reset", "/set top-k 1", "The dog")
+    assert code == 0
+    assert out.splitlines()[-1] == answer(generator, "The dog", seed=3, top_k=1)
+    code, out, err = converse(run, "/set temperature none", "/set max_new_tokens 5", "/set", "The")
+    assert out == answer(generator, "The", temperature=None, max_new_tokens=5) + "\n"
+    assert "  temperature none\n" in err
+    assert "  max_new_tokens 5\n" in err
+
+
+def test_save_writes_the_text(run, generator, tmp_path):
+    file = tmp_path / "story.txt"
+    code, _, err = converse(run, "The cat", f"/save {file}", "/quit", "never read")
+    assert code == 0
+    assert file.read_text(encoding="utf-8") == "The cat" + answer(generator, "The cat")
+    assert str(file) in err
+
+
+def test_mistakes_do_not_end_a_conversation(run, generator, tmp_path):
+    mistakes = {
+        "/set temperature nan": "temperature is nan",
+        "/set temperature": "takes a number",
+        "/set top_k 1.5": "whole number",
+        "/set colour 3": "colour",
+        "/jump": "/jump",
+        "/save": "file name",
+        f"/save {tmp_path}/no/where.txt": "where.txt",
+    }
+    code, out, err = converse(run, *mistakes, "/help", "The cat")
+    assert code == 0
+    assert out == answer(generator, "The cat") + "\n"
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    for line, part in zip(errors, mistakes.values(), strict=True):
+        assert part in line
+    for command in ("/set", "/reset", "/save", "/quit"):
+        assert command in err
+
+
+def test_a_text_that_is_too_long_does_not_end_a_conversation(run, generator):
+    code, out, err = converse(run, TEXT * 5, "/reset", "The cat", flags=["--window", "error"])
+    assert code == 0
+    assert out == answer(generator, "The cat", seed=3) + "\n"
+    assert "n_positions=64" in err
+
+
+# As separate processes
+
+
+def command(model_dir, *arguments):
+    return [sys.executable, "-m", "gpt2fast.generate", "--model", str(model_dir), *arguments]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+ENDLESS = ["--max-new-tokens", "1000000", "--eos-token-id", "none", "--seed", "1"]
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(model_dir):
+    process = subprocess.Popen(
+        command(model_dir, PROMPT, *ENDLESS),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout.read(40).startswith(PROMPT.encode())
+    process.stdout.close()
+    assert process.wait(60) == 0
+    # The window's note may come before the reader leaves.
+    assert all(line.startswith(b"note: ") for line in process.stderr.read().splitlines())
+
+
+def test_interrupting_ends_it_with_code_130_and_no_traceback(model_dir):
+    process = subprocess.Popen(
+        command(model_dir, PROMPT, *ENDLESS),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+def test_generating_imports_no_heavy_module(model_dir):
+    script = (
+        "import sys; from gpt2fast.generate import main; "
+        f"main(['--model', {str(model_dir)!r}, 'The cat', '--max-new-tokens', '3']); "
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env=ENVIRONMENT, check=True
+    )
+    loaded = process.stderr.decode().split()
+    for name in (
+        "transformers", "tokenizers", "huggingface_hub", "jsonargparse", "rich", "yaml",
+        "torch._dynamo", "torch._inductor", "sympy",
+    ):  # fmt: skip
+        assert name not in loaded
+
+
+class Terminal:
+    """A process on a pseudo-terminal."""
+
+    def __init__(self, arguments):
+        import pty
+
+        self.screen = b""
+        self._main, side = pty.openpty()
+        self.process = subprocess.Popen(
+            arguments, stdin=side, stdout=side, stderr=side, env=ENVIRONMENT, start_new_session=True
+        )
+        os.close(side)
+
+    def wait_for(self, text, seconds=60):
+        """Read until the text appears on the screen; returns all that came up to it."""
+        end = time.monotonic() + seconds
+        while text not in self.screen:
+            assert time.monotonic() < end, self.screen
+            if select.select([self._main], [], [], 0.1)[0]:
+                try:
+                    self.screen += os.read(self._main, 4096)
+                except OSError as error:  # Linux reports the end of a terminal so
+                    assert error.errno == errno.EIO
+                    assert text in self.screen
+        before, _, self.screen = self.screen.partition(text)
+        return before + text
+
+    def type(self, text):
+        os.write(self._main, text)
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_terminal_conversation_survives_ctrl_c(model_dir):
+    terminal = Terminal(command(model_dir, "--interactive", *ENDLESS))
+    terminal.wait_for(b"> ")
+    terminal.type(b"The cat\n")
+    terminal.wait_for(b"The cat\r\n")
+    time.sleep(0.3)
+    terminal.interrupt()
+    terminal.wait_for(b"> ")
+    terminal.interrupt()
+    terminal.wait_for(b"/quit leaves)")
+    terminal.wait_for(b"> ")
+    terminal.type(b"/set max_new_tokens 3\n")
+    terminal.wait_for(b"> ")
+    terminal.type(b"\x1b[A")  # the arrow up brings the line back
+    terminal.wait_for(b"/set max_new_tokens 3")
+    terminal.type(b"\n")
+    terminal.wait_for(b"> ")
+    terminal.type(b"\x04")
+    assert terminal.process.wait(60) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_text_streams_on_a_terminal(model_dir):
+    terminal = Terminal(command(model_dir, PROMPT, *ENDLESS))
+    terminal.wait_for(PROMPT.encode())
+    seen = len(terminal.wait_for(b"\n"))
+    terminal.wait_for(b"a")
+    assert seen
+    assert terminal.process.poll() is None
+    terminal.interrupt()
+    assert terminal.process.wait(60) == 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_without_a_prompt_a_terminal_gets_a_hint(model_dir):
+    terminal = Terminal(command(model_dir))
+    assert b"error: there is no prompt" in terminal.wait_for(b"--help")
+    assert terminal.process.wait(60) == 2

@@ -1,0 +1,614 @@
+"""`GPT2.generate` against transformers, batches against single prompts, and the `Generator`."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from gpt2fast import GPT2, Error, GPT2Config
+from gpt2fast.decoding import Context, Timing
+from gpt2fast.errors import GenerationError
+from gpt2fast.generator import Generation, Generator
+from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
+
+SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.9, "seed": 5}
+PENALTIES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+BEAMS = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.7}
+STRATEGIES = {
+    "greedy": {},
+    "greedy with penalties": PENALTIES,
+    "sampling": SAMPLING,
+    "three samples with penalties": {**SAMPLING, **PENALTIES, "num_return_sequences": 3},
+    "beams": BEAMS,
+    "beams with penalties": {**BEAMS, **PENALTIES},
+}
+
+
+def small_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = dict(
+        vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3,
+        bos_token_id=7, eos_token_id=7, initializer_range=0.3,
+    )  # fmt: skip
+    return GPT2(GPT2Config(**{**shape, **changes}))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def random_pair(choose):
+    """A model of transformers' and ours with equal weights and a random configuration."""
+    transformers = pytest.importorskip("transformers")
+    heads, size = choose.choice([1, 2, 3, 5]), choose.choice([4, 6, 16])
+    fields = dict(
+        vocab_size=choose.choice([11, 40, 97]),
+        n_positions=choose.choice([32, 48]),
+        n_embd=heads * size,
+        n_layer=choose.choice([1, 2, 3]),
+        n_head=heads,
+        n_inner=choose.choice([None, 20]),
+        activation_function=choose.choice(["gelu_new", "gelu", "relu", "silu", "tanh"]),
+        scale_attn_weights=choose.choice([True, False]),
+        scale_attn_by_inverse_layer_idx=choose.choice([True, False]),
+        reorder_and_upcast_attn=choose.choice([True, False]),
+        tie_word_embeddings=choose.choice([True, False]),
+        bos_token_id=0,
+        eos_token_id=choose.choice([0, 3, 5]),
+        initializer_range=0.3,
+    )
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).eval()
+    ours = GPT2(GPT2Config(**fields))
+    weights = {name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()}
+    if fields["tie_word_embeddings"]:
+        del weights["lm_head.weight"]
+    ours.load_state_dict(weights)
+    return theirs, ours
+
+
+def random_mask(choose, kind, rows, length):
+    mask = torch.ones(rows, length, dtype=torch.int64)
+    for row in range(rows):
+        if kind == "left":
+            mask[row, : choose.randrange(length)] = 0
+        elif kind == "holes":
+            mask[row, :-1] = torch.tensor([choose.randrange(2) for _ in range(length - 1)])
+    return mask
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_greedy_and_beam_tokens_equal_transformers(seed):
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    theirs, ours = random_pair(choose)
+    rows, length = choose.choice([1, 2, 3]), choose.choice([1, 4, 9])
+    kind = choose.choice(["full", "left", "holes"])
+    input_ids = torch.randint(ours.config.vocab_size, (rows, length))
+    mask = random_mask(choose, kind, rows, length)
+    shared = {"max_new_tokens": choose.choice([1, 5, 12, 20]), "use_cache": choose.random() < 0.8}
+    # transformers counts masked tokens as history, in holes and in n-grams; ours never does.
+    if kind != "holes":
+        shared["repetition_penalty"] = choose.choice([1.0, 1.2, 0.8])
+    if kind == "full":
+        shared["no_repeat_ngram_size"] = choose.choice([0, 1, 2, 3])
+    end = choose.choice(["default", None, [1, 2], 7])
+    if end is None:
+        theirs.config.eos_token_id = theirs.generation_config.eos_token_id = None
+    if end != "default":
+        shared["eos_token_id"] = end
+    if choose.random() < 0.3:
+        shared["pad_token_id"] = choose.choice([0, 4])
+    beams = choose.choice([2, 3, 4])
+    beam_search = {
+        "num_beams": beams,
+        "num_return_sequences": choose.randint(1, beams),
+        "length_penalty": choose.choice([1.0, 0.0, -1.0, 2.0, 0.6]),
+        "early_stopping": choose.choice([False, True, "never"]),
+    }
+    for options in ({}, beam_search):
+        expected = theirs.generate(
+            input_ids, attention_mask=mask, do_sample=False, **shared, **options
+        )
+        assert ours.generate(input_ids, mask, **shared, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
+def test_cached_and_uncached_decoding_agree(model, options):
+    input_ids = torch.randint(61, (3, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 0, 1]])
+    cached = model.generate(input_ids, mask, max_new_tokens=25, **options)
+    uncached = model.generate(input_ids, mask, max_new_tokens=25, use_cache=False, **options)
+    assert cached.tolist() == uncached.tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
+def test_prompts_in_a_batch_give_what_each_gives_alone(model, options, side):
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(61, (n,), generator=generator) for n in (9, 2, 5, 1)]
+    input_ids, mask = torch.full((4, 9), 7), torch.zeros(4, 9, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        columns = {
+            "left": torch.arange(9 - len(prompt), 9),
+            "right": torch.arange(len(prompt)),
+            "holes": torch.randperm(9, generator=generator)[: len(prompt)].sort().values,
+        }[side]
+        input_ids[row, columns] = prompt
+        mask[row, columns] = True
+    options = {**options, "max_new_tokens": 20, "eos_token_id": [7, 8, 9], "pad_token_id": 7}
+    copies = options.get("num_return_sequences", 1)
+    together = model.generate(input_ids, mask, **options)
+    assert torch.equal(together[:, :9], input_ids.repeat_interleave(copies, dim=0))
+    ended = 0
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], **options)[:, len(prompt) :]
+        block = together[row * copies : (row + 1) * copies, 9:]
+        assert torch.equal(block[:, : alone.shape[1]], alone)
+        assert (block[:, alone.shape[1] :] == 7).all()
+        ended += alone.shape[1] < 20
+    assert ended or options.get("num_beams") or "no_repeat_ngram_size" in options
+
+
+def test_equal_seeds_give_equal_tokens_and_different_ones_different(model):
+    prompt = torch.tensor([[1, 2, 3]])
+    options = {**SAMPLING, "max_new_tokens": 20, "eos_token_id": None}
+    first = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, **options), first)
+    assert not torch.equal(model.generate(prompt, **{**options, "seed": 6}), first)
+
+
+def test_without_a_seed_torchs_own_decides(model):
+    prompt = torch.tensor([[1, 2, 3]])
+    options = {**SAMPLING, "seed": None, "max_new_tokens": 20, "eos_token_id": None}
+    torch.manual_seed(3)
+    first, second = model.generate(prompt, **options), model.generate(prompt, **options)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(prompt, **options), first)
+    assert not torch.equal(first, second)
+
+
+def test_greedy_decoding_leaves_torchs_random_state_alone(model):
+    before = torch.get_rng_state()
+    model.generate(torch.tensor([[1, 2]]), max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_samples_or_more_steps_do_not_change_the_first_ones(model):
+    prompt = torch.tensor([[1, 2, 3]])
+    options = {**SAMPLING, "eos_token_id": None}
+    many = model.generate(prompt, max_new_tokens=20, num_return_sequences=4, **options)
+    few = model.generate(prompt, max_new_tokens=9, num_return_sequences=2, **options)
+    assert torch.equal(many[:2, :12], few)
+    assert len(many.unique(dim=0)) == 4
+
+
+def test_samples_follow_the_models_distribution(model):
+    prompt = torch.tensor([[4, 5]])
+    draws = 3000
+    drawn = model.generate(
+        prompt, max_new_tokens=1, do_sample=True, num_return_sequences=draws, seed=1
+    )[:, -1]
+    with torch.no_grad():
+        expected = model.eval()(prompt).logits[0, -1].softmax(-1) * draws
+    counts = torch.bincount(drawn, minlength=61)
+    common = expected > 5
+    chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
+    assert chi_square < common.sum() + 5 * (2 * common.sum()) ** 0.5
+
+
+def test_temperature_zero_is_greedy(model):
+    prompt = torch.tensor([[1, 2, 3]])
+    cold = model.generate(prompt, do_sample=True, temperature=0, max_new_tokens=15)
+    assert torch.equal(cold, model.generate(prompt, max_new_tokens=15))
+
+
+def successor_model(successors, config=None):
+    """A GPT-2 in which token i is always followed by successors[i]."""
+    size = len(successors)
+    config = config or GPT2Config(
+        vocab_size=size, n_positions=64, n_embd=size, n_layer=1, n_head=1,
+        tie_word_embeddings=False, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = GPT2(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("ln_f.weight"):
+                parameter.zero_()
+        model.wte.weight.copy_(torch.eye(size))
+        model.lm_head.weight[torch.tensor(successors), torch.arange(size)] = 1.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def counting():
+    """Counts up: 0 1 2 ... 19 0 1 ..."""
+    return successor_model([(token + 1) % 20 for token in range(20)])
+
+
+@pytest.mark.parametrize(
+    "eos, lengths", [(5, [3, 1]), ([5, 4], [2, 1]), (None, [12, 12]), ([], [12, 12])], ids=str
+)
+def test_rows_end_at_their_end_token_and_are_padded(counting, eos, lengths):
+    prompts = torch.tensor([[1, 2], [9, 4]]) if eos != [5, 4] else torch.tensor([[1, 2], [9, 3]])
+    out = counting.generate(prompts, max_new_tokens=12, eos_token_id=eos, pad_token_id=19)
+    assert out.shape[1] == 2 + max(lengths)
+    for row, length in enumerate(lengths):
+        start = int(prompts[row, 1]) + 1
+        expected = [(start + step) % 20 for step in range(length)]
+        assert out[row, 2:].tolist() == expected + [19] * (max(lengths) - length)
+
+
+def test_the_end_token_pads_unless_told_otherwise(counting):
+    out = counting.generate(torch.tensor([[4], [2]]), max_new_tokens=9, eos_token_id=5)
+    assert out.tolist() == [[4, 5, 5, 5], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_stop_ends_at_token_sequences_and_strings(counting, options):
+    prompt = torch.tensor([[1]])
+    tokenizer = CharTokenizer.train(["abcdefghijklmnopqrst"])
+    for stop in ([[4, 5]], ["ef"], "ef", [[9, 9], "ef"], ["zz", [5]]):
+        out = counting.generate(
+            prompt, max_new_tokens=12, stop=stop, tokenizer=tokenizer, **options
+        )
+        assert out.tolist() == [[1, 2, 3, 4, 5]]
+    # What begins in the prompt does not count.
+    out = counting.generate(prompt, max_new_tokens=4, stop=[[1, 2]], **options)
+    assert out.tolist() == [[1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("stop", [["ef"], [""], [[]], [3], 3.5, [None]], ids=str)
+def test_a_stop_that_cannot_be_found_is_refused(counting, stop):
+    with pytest.raises((GenerationError, TypeError)):
+        counting.generate(torch.tensor([[1]]), stop=stop)
+
+
+def test_no_new_tokens_return_the_prompt(model):
+    prompt = torch.tensor([[1, 2, 3]])
+    assert model.generate(prompt, max_new_tokens=0).tolist() == [[1, 2, 3]]
+    repeated = model.generate(prompt, max_new_tokens=0, do_sample=True, num_return_sequences=2)
+    assert repeated.tolist() == [[1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLING, {"num_beams": 2}], ids=str)
+def test_past_n_positions_is_refused_before_any_work(model, options, monkeypatch):
+    monkeypatch.setattr(GPT2, "hidden_states", None)
+    with pytest.raises(GenerationError) as error:
+        model.generate(torch.ones(2, 40).long(), max_new_tokens=9, **options)
+    for part in ("40", "9", "49", "n_positions=48", "max_new_tokens=8"):
+        assert part in str(error.value)
+
+
+def test_the_whole_of_n_positions_can_be_used(model):
+    long = torch.ones(1, 40).long()
+    assert model.generate(long, max_new_tokens=8, eos_token_id=None).shape == (1, 48)
+    # Padding takes no positions.
+    mask = torch.ones(1, 40).long()
+    mask[:, :10] = 0
+    assert model.generate(long, mask, max_new_tokens=18, eos_token_id=None).shape == (1, 58)
+
+
+@pytest.mark.parametrize(
+    "input_ids, mask, complaint",
+    [
+        (torch.zeros(1, 0).long(), None, "at least one token"),
+        (torch.zeros(0, 3).long(), None, "at least one token"),
+        (torch.zeros(3).long(), None, "(batch, time)"),
+        (torch.zeros(1, 3), None, "float32"),
+        (torch.tensor([[1, 61]]), None, "61"),
+        (torch.tensor([[1, -1]]), None, "-1"),
+        (torch.ones(1, 3).long(), torch.ones(1, 2), "(1, 2)"),
+        (torch.ones(1, 3).long(), torch.tensor([[1, 2, 1]]), "0 and 1"),
+        (torch.ones(2, 2).long(), torch.tensor([[0, 1], [0, 0]]), "row 1"),
+    ],
+)
+def test_bad_prompts_are_refused(model, input_ids, mask, complaint):
+    with pytest.raises(Error) as error:
+        model.generate(input_ids, mask)
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("eos", [61, -1, [3, 99], "x", True], ids=str)
+def test_an_end_token_outside_the_vocabulary_is_refused(model, eos):
+    with pytest.raises(GenerationError, match="eos_token_id"):
+        model.generate(torch.tensor([[1]]), eos_token_id=eos)
+
+
+def test_a_default_end_token_outside_a_small_vocabulary_is_none():
+    model = small_model(eos_token_id=50256)
+    assert model.generate(torch.tensor([[1]]), max_new_tokens=4).shape == (1, 5)
+
+
+def test_dropout_is_off_and_modes_are_restored():
+    model = small_model(dropout=0.5)
+    model.train()
+    model.h[1].eval()
+    prompt = torch.tensor([[1, 2, 3]])
+    first = model.generate(prompt, max_new_tokens=20)
+    assert torch.equal(model.generate(prompt, max_new_tokens=20), first)
+    assert model.training
+    assert model.h[0].attn.training
+    assert not model.h[1].training
+    assert not model.h[1].attn.training
+    assert not first.is_inference() or not first.requires_grad
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLING, {"num_beams": 2}], ids=str)
+def test_weights_that_are_not_numbers_are_reported(options):
+    model = small_model()
+    with torch.no_grad():
+        model.wte.weight[3, 3] = float("nan")
+    with pytest.raises(GenerationError, match="not a number"):
+        model.generate(torch.tensor([[1, 2]]), **options)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_sliding_window_keeps_the_newest_half(use_cache):
+    model = small_model(n_positions=12).eval()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], list(range(30))]
+    with torch.inference_mode():
+        context = Context(model, prompts, 40, use_cache=use_cache, slides=True)
+        seen = [list(prompt) if len(prompt) <= 12 else prompt[-6:] for prompt in prompts]
+        logits = context.read()
+        for _ in range(40):
+            for row, tokens in enumerate(seen):
+                expected = model(torch.tensor([tokens])).logits[0, -1]
+                torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+            chosen = logits.argmax(-1)
+            for row, token in enumerate(chosen.tolist()):
+                tokens = [*seen[row], token]
+                seen[row] = tokens if len(tokens) <= 12 else tokens[-6:]
+            logits = context.append(chosen)
+
+
+# Generator
+
+TEXT = "Once upon a time the cat sat on the mat. The dog sat there too, and so it goes on. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train([TEXT * 10], 300)
+
+
+@pytest.fixture(scope="module")
+def generator(tokenizer):
+    model = small_model(
+        vocab_size=tokenizer.vocab_size + 20, n_positions=64, eos_token_id=tokenizer.eos_token_id
+    )
+    return Generator(model, tokenizer)
+
+
+def spelling_generator(text, tokenizer, **options):
+    """Writes `text` after its first token; no token may occur twice in it."""
+    tokens = tokenizer.encode(text)
+    assert len(set(tokens)) == len(tokens)
+    successors = [0] * tokenizer.vocab_size
+    for token, following in zip(tokens, tokens[1:], strict=False):
+        successors[token] = following
+    return Generator(successor_model(successors), tokenizer, **options)
+
+
+def test_a_result_counts_its_tokens(generator, tokenizer):
+    result = generator("Once upon a time", max_new_tokens=20, seed=1, eos_token_id=None)
+    assert isinstance(result, Generation)
+    assert result.prompt_tokens == len(tokenizer.encode("Once upon a time"))
+    assert result.new_tokens == len(result.tokens) == 20
+    assert result.text == tokenizer.decode(result.tokens)
+    assert str(result) == "Once upon a time" + result.text
+    assert result.finish_reason == "length"
+    assert result.seed == 1
+    assert result.logprobs is None
+
+
+def test_a_result_is_what_the_model_generates(generator, tokenizer):
+    prompt = torch.tensor([tokenizer.encode("The cat")])
+    for options in (
+        {"do_sample": False},
+        {"num_beams": 3},
+        {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": None, "seed": 4},
+    ):
+        # Ids past the tokenizer's are not chosen; so that the model doesn't either:
+        generator.model.wte.weight.data[tokenizer.vocab_size :] = 0
+        result = generator("The cat", max_new_tokens=15, **options)
+        expected = generator.model.generate(prompt, max_new_tokens=15, **options)
+        assert result.tokens == expected[0, prompt.shape[1] :].tolist()
+
+
+def test_shapes_of_results_follow_the_prompts(generator):
+    options = {"max_new_tokens": 3, "seed": 0}
+    one = generator("a", **options)
+    assert generator(["a", "b"], **options)[0] == one
+    several = generator("a", num_return_sequences=2, **options)
+    assert several[0] == one
+    assert len(several) == 2
+    nested = generator(["a", "b", "c"], num_return_sequences=2, **options)
+    assert [len(found) for found in nested] == [2, 2, 2]
+    assert nested[0] == several
+    assert generator([], **options) == []
+
+
+def test_many_prompts_give_what_each_gives_alone(generator):
+    words = TEXT.split()
+    prompts = [" ".join(words[: 1 + number % 17]) for number in range(70)]
+    results = generator(prompts, max_new_tokens=12, seed=3)
+    assert [result.prompt for result in results] == prompts
+    for number in (0, 16, 31, 32, 33, 69):
+        assert results[number] == generator(prompts[number], max_new_tokens=12, seed=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 2}, {"do_sample": False}, {"num_beams": 2}, {"seed": 2, "top_k": 1}],
+    ids=str,
+)
+def test_logprobs_are_the_models(generator, tokenizer, options):
+    result = generator("The dog", max_new_tokens=10, logprobs=True, **options)
+    prompt = tokenizer.encode("The dog")
+    with torch.no_grad():
+        logits = generator.model.eval()(torch.tensor([prompt + result.tokens])).logits[0]
+    expected = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + 9), result.tokens]
+    torch.testing.assert_close(torch.tensor(result.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 2}, {"seed": 3, "stop": ["e", "at"]}, {"do_sample": False, "max_new_tokens": 0}],
+    ids=str,
+)
+def test_a_stream_joined_is_the_text_of_a_call(generator, options):
+    options = {"max_new_tokens": 40, **options}
+    stream = generator.stream("Once upon", **options)
+    assert stream.finish_reason in (None, "length")
+    pieces = list(stream)
+    result = generator("Once upon", **options)
+    assert "".join(pieces) == stream.text == result.text
+    assert stream.tokens == result.tokens
+    assert stream.finish_reason == result.finish_reason
+    assert "" not in pieces
+
+
+def test_a_stream_never_gives_half_a_character(tokenizer):
+    text = "xé😀 ¿"  # 2, 4 and 2 bytes, which this vocabulary spells one by one
+    generator = spelling_generator(text, tokenizer)
+    steps = len(tokenizer.encode(text)) - 1
+    stream = generator.stream("x", max_new_tokens=steps, do_sample=False)
+    assert list(stream) == ["é", "😀", " ", "¿"]
+    cut = generator("x", max_new_tokens=steps - 1, do_sample=False)
+    assert cut.text == "é😀 �"
+
+
+@pytest.mark.parametrize(
+    "stop, pieces, reason",
+    [
+        (["def"], ["b", "c"], "stop"),
+        ("def", ["b", "c"], "stop"),
+        (["dx", "defx"], ["b", "c", "defg", "h"], "length"),
+        (["cdz", "h"], ["b", "cde", "f", "g"], "stop"),
+        (["fg", "efgh"], ["b", "c", "d", "e"], "stop"),
+        (["hij"], ["b", "c", "d", "e", "f", "g", "h"], "length"),
+        (["z"], ["b", "c", "d", "e", "f", "g", "h"], "length"),
+    ],
+    ids=str,
+)
+def test_a_stream_never_gives_part_of_a_stop_string(stop, pieces, reason):
+    tokenizer = CharTokenizer.train(["abcdefghijxz"])
+    generator = spelling_generator("abcdefghij", tokenizer)
+    stream = generator.stream("a", max_new_tokens=7, do_sample=False, stop=stop)
+    assert list(stream) == pieces
+    assert stream.finish_reason == reason
+    assert generator("a", max_new_tokens=7, do_sample=False, stop=stop).text == "".join(pieces)
+
+
+def test_the_end_token_ends_a_text_and_is_no_part_of_it(tokenizer):
+    generator = spelling_generator("ab<|endoftext|>", tokenizer)
+    for result in (
+        generator("a", do_sample=False, max_new_tokens=50),
+        generator("a", num_beams=2, max_new_tokens=50),
+    ):
+        assert result.text == "b"
+        assert result.tokens == tokenizer.encode("b<|endoftext|>")
+        assert result.finish_reason == "eos"
+    unending = generator("a", do_sample=False, max_new_tokens=5, eos_token_id=None)
+    assert unending.finish_reason == "length"
+    assert unending.new_tokens == 5
+
+
+def test_an_empty_prompt_begins_with_the_end_of_text_token(generator, tokenizer):
+    result = generator("", max_new_tokens=8, seed=0)
+    expected = generator("<|endoftext|>", max_new_tokens=8, seed=0)
+    assert result.tokens == expected.tokens
+    assert result.prompt_tokens == 1
+    assert str(result) == result.text
+    characters = CharTokenizer.train(["abc"])
+    with pytest.raises(GenerationError, match="empty"):
+        spelling_generator("abc", characters)("")
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_chosen(tokenizer):
+    model = small_model(vocab_size=tokenizer.vocab_size + 50, n_positions=64)
+    with torch.no_grad():
+        model.wte.weight[tokenizer.vocab_size :] *= 20
+    generator = Generator(model, tokenizer)
+    for options in ({"do_sample": False}, {"seed": 0}, {"num_beams": 2}):
+        result = generator("The", max_new_tokens=20, eos_token_id=None, **options)
+        assert max(result.tokens) < tokenizer.vocab_size
+
+
+def test_a_foreign_tokenizer_is_noticed(tokenizer):
+    with pytest.raises(GenerationError, match="tokenizer"):
+        Generator(small_model(), tokenizer)("Once upon a time")
+
+
+def test_the_window_decides_what_happens_past_n_positions(generator, tokenizer):
+    words = TEXT * 3
+    count = len(tokenizer.encode(words))
+    assert count > 64
+    with pytest.raises(GenerationError, match="n_positions=64"):
+        generator(words)
+    with pytest.raises(GenerationError, match="n_positions=64"):
+        generator.stream("The cat", max_new_tokens=64)
+
+    stopping = Generator(generator.model, tokenizer, window="stop")
+    result = stopping("The cat", max_new_tokens=500, seed=0, eos_token_id=None)
+    assert result.prompt_tokens + result.new_tokens == 64
+    assert result.finish_reason == "length"
+    with pytest.raises(GenerationError, match="n_positions=64"):
+        stopping(words)
+
+    told = []
+    sliding = Generator(generator.model, tokenizer, window="slide", notify=told.append)
+    short = sliding("The cat", max_new_tokens=20, seed=0)
+    assert not told
+    assert short.tokens == generator("The cat", max_new_tokens=20, seed=0).tokens
+    for prompt in ("The cat", words):
+        options = {"max_new_tokens": 100, "seed": 0, "eos_token_id": None}
+        result = sliding(prompt, **options)
+        assert result.new_tokens == 100
+        assert list(sliding.stream(prompt, **options))
+    assert len(told) == 1
+    assert "32" in told[0]
+    assert sliding(["The cat", words], **options)[0] == sliding("The cat", **options)
+
+
+def test_bad_requests_are_refused(generator):
+    with pytest.raises(GenerationError, match="window"):
+        Generator(generator.model, generator.tokenizer, window="jump")
+    with pytest.raises(GenerationError, match="temperature"):
+        generator("a", temperature=float("nan"))
+    with pytest.raises(GenerationError, match="one continuation"):
+        generator.stream("a", num_beams=2)
+    with pytest.raises(GenerationError, match="one continuation"):
+        generator.stream("a", num_return_sequences=2)
+    with pytest.raises(GenerationError, match="num_beams"):
+        generator("a", num_beams=2, do_sample=True)
+    with pytest.raises(GenerationError, match="must be a text"):
+        generator(["a", 3], max_new_tokens=3)
+
+
+def test_timing_counts_what_was_read_and_written(generator, tokenizer):
+    timing = Timing()
+    results = generator(
+        ["Once upon a time", "The"], max_new_tokens=6, seed=0, eos_token_id=None, timing=timing
+    )
+    assert timing.prefill_tokens == sum(result.prompt_tokens for result in results)
+    assert timing.decode_tokens == 2 * 5
+    weights = sum(
+        p.nbytes for name, p in generator.model.named_parameters() if name != "wpe.weight"
+    )
+    assert 5 * weights < timing.decode_bytes < 5 * weights * 1.5
+    assert timing.prefill_seconds == timing.first_token_seconds > 0
+    assert timing.decode_seconds > 0
+
+
+def test_a_saved_model_generates_the_same_when_loaded(generator, tokenizer, tmp_path):
+    generator.model.save_pretrained(tmp_path, tokenizer)
+    loaded = Generator.from_pretrained(tmp_path)
+    options = {"max_new_tokens": 20, "seed": 9}
+    assert loaded("Once", **options) == generator("Once", **options)
+    # The path of the weights will do: the tokenizer is looked for beside them.
+    beside = Generator.from_pretrained(tmp_path / "model.safetensors")
+    assert beside("Once", **options) == loaded("Once", **options)

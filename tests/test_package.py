@@ -1,0 +1,143 @@
+"""What is installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import gpt2fast
+
+ROOT = Path(__file__).parents[1]
+
+LAZY = (
+    "transformers",
+    "jsonargparse",
+    "rich",
+    "tiktoken",
+    "tokenizers",
+    "huggingface_hub",
+    "safetensors",
+    "yaml",
+    "tensorboard",
+    "triton",
+    "torch._dynamo",
+)
+"""Imported by the functions that need them, and not before."""
+
+
+def test_importing_gpt2fast_adds_little_to_importing_torch():
+    """At most 0.3 s, on the processor: what else the machine does is not ours to answer for."""
+    code = (
+        "import os, torch; before = sum(os.times()[:4]); import gpt2fast;"
+        "print(sum(os.times()[:4]) - before)"
+    )
+    seconds = min(float(run_here(code)) for _ in range(3))
+    assert seconds <= 0.3, 'see python -X importtime -c "import torch, gpt2fast"'
+
+
+def test_importing_gpt2fast_loads_nothing_that_only_some_calls_need():
+    code = (
+        "import sys, torch; before = set(sys.modules); import gpt2fast;"
+        f"print(sorted(set({LAZY}) & (set(sys.modules) - before)))"
+    )
+    assert run_here(code) == "[]"
+
+
+def run_here(code: str) -> str:
+    """What a new interpreter prints that runs `code` and finds this tree."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from this tree, where importing torch would fail."""
+    pytest.importorskip("setuptools", "77")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(
+        ROOT / "gpt2fast", tree / "gpt2fast", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (tree / "torch.py").write_text("raise ImportError('the build imports torch')")
+    command = [
+        *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index"),
+        *("--no-build-isolation", "--wheel-dir", str(tree / "dist"), str(tree)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = (tree / "dist").iterdir()
+    return built
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path):
+    source = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "gpt2fast").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == source
+    assert {"gpt2fast/py.typed", "gpt2fast/configs/adventures.yaml"} <= names
+    assert "gpt2fast/assets/adventures/model.safetensors" in names
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    """What the wheel says about itself."""
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return HeaderParser().parsestr(archive.read(path).decode("utf-8"))
+
+
+def test_the_wheel_fits_every_python_and_platform(wheel: Path, metadata: Message):
+    assert wheel.name == f"gpt2fast-{gpt2fast.__version__}-py3-none-any.whl"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "MIT"
+
+
+def test_installing_brings_no_test_tools(metadata: Message):
+    entries = metadata.get_all("Requires-Dist", [])
+    names = {_name(entry) for entry in entries if "extra ==" not in entry}
+    assert "torch" in names
+    assert not names & {"transformers", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"}
+
+
+def test_the_constraints_hold_everything_that_is_installed(metadata: Message):
+    """Every package that gpt2fast and its tests need, and what those need, has one version."""
+    held = set()
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            requirement = line.partition(";")[0].strip()
+            assert re.fullmatch(r"[\w.-]+==[\w.]+", requirement), line
+            held.add(_name(requirement))
+    installed = {_name(found.name) for found in importlib.metadata.distributions()}
+    waiting = {_name(entry) for entry in metadata.get_all("Requires-Dist", [])} - {"gpt2fast"}
+    needed: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        needed.add(name)
+        # What is not installed here is for another platform or another Python.
+        requires = (importlib.metadata.requires(name) or []) if name in installed else []
+        waiting |= {_name(entry) for entry in requires if "extra ==" not in entry} - needed
+    assert needed & installed <= held
+
+
+def _name(requirement: str) -> str:
+    """The name in a requirement, as package indexes spell it."""
+    found = re.match(r"[\w.-]+", requirement)
+    assert found, requirement
+    return re.sub(r"[-_.]+", "-", found[0]).lower()

@@ -1,0 +1,258 @@
+"""Logits processors, the draw, and the options that steer them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gpt2fast import ops
+from gpt2fast.errors import GenerationError
+from gpt2fast.ops import sampling as processors
+from gpt2fast.sampling import SamplingOptions, uniforms
+
+OFF = dict(
+    temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram_size=0
+)
+
+
+def random_scores(rows=6, vocab=50, banned=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, vocab, generator=generator) * 4
+    return scores.masked_fill(torch.rand(rows, vocab, generator=generator) < banned, -math.inf)
+
+
+def random_history(rows=6, vocab=50, length=30, seed=0):
+    # Few distinct tokens, so that n-grams do repeat.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab // 8, (rows, length), generator=generator)
+
+
+def reference_processors(**options):
+    from transformers.generation import logits_process as theirs
+
+    classes = {
+        "repetition_penalty": theirs.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": theirs.NoRepeatNGramLogitsProcessor,
+        "temperature": theirs.TemperatureLogitsWarper,
+        "top_k": theirs.TopKLogitsWarper,
+        "top_p": theirs.TopPLogitsWarper,
+        "min_p": theirs.MinPLogitsWarper,
+    }
+    return theirs.LogitsProcessorList(
+        [make(options[name]) for name, make in classes.items() if name in options]
+    )
+
+
+ONE_BY_ONE = [
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2},
+    {"no_repeat_ngram_size": 3},
+    {"no_repeat_ngram_size": 31},
+    {"temperature": 0.35},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 1000},
+    {"top_p": 0.0},
+    {"top_p": 0.4},
+    {"top_p": 0.95},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+]
+CHAINED = [
+    {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    {"repetition_penalty": 1.2, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "temperature": 1.4, "top_p": 0.9},
+    {"no_repeat_ngram_size": 1, "top_k": 4, "min_p": 0.3},
+]
+
+
+@pytest.mark.parametrize("banned", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("options", ONE_BY_ONE + CHAINED, ids=str)
+def test_processors_equal_transformers(options, banned):
+    scores, history = random_scores(banned=banned), random_history()
+    expected = reference_processors(**options)(history, scores.clone())
+    actual = processors.process(scores, history, **options)
+    assert torch.equal(actual, expected)
+
+
+def test_processors_equal_transformers_on_ties():
+    scores = torch.randint(4, (8, 40), generator=torch.Generator().manual_seed(1)).float()
+    for options in ({"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.6}, {"top_k": 5, "top_p": 0.5}):
+        expected = reference_processors(**options)(None, scores.clone())
+        assert torch.equal(processors.process(scores, scores.long(), **options), expected)
+
+
+def test_processing_leaves_its_input_alone():
+    scores, history = random_scores(), random_history()
+    before = scores.clone()
+    for options in CHAINED:
+        processors.process(scores, history, **options)
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+def test_padding_before_a_history_changes_nothing(options):
+    scores, history = random_scores(), random_history()
+    padded = torch.cat([torch.full((6, 5), -1), history], dim=1)
+    assert torch.equal(
+        processors.process(scores, padded, **options),
+        processors.process(scores, history, **options),
+    )
+
+
+def test_padding_is_never_an_ngram():
+    # The suffix (-1, 3) and the window (-1, -1, 3) both reach into the padding.
+    history = torch.tensor([[-1, -1, -1, 3]])
+    scores = random_scores(1, 10)
+    assert torch.equal(processors.process(scores, history, no_repeat_ngram_size=3), scores)
+
+
+def test_every_processor_starts_switched_off():
+    scores, history = random_scores(), random_history()
+    assert torch.equal(processors.process(scores, history), scores)
+    assert torch.equal(processors.process(scores, history, **OFF), scores)
+
+
+def test_greedy_takes_the_highest_score_after_the_penalties():
+    scores = random_scores()
+    history = scores.topk(3).indices
+    options = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2}
+    expected = processors.process(scores, history, **options).argmax(-1)
+    assert torch.equal(ops.sample(scores, history, None, **options), expected)
+    assert not torch.equal(expected, scores.argmax(-1))
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[2.0, 0.0, -math.inf, 1.0, -1.0]])
+    draws = 40_000
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    tokens = ops.sample(logits.expand(draws, -1), torch.empty(draws, 0).long(), uniform)
+    counts = torch.bincount(tokens, minlength=5)
+    expected = logits.softmax(-1)[0] * draws
+    kept = expected > 0
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert counts[2] == 0
+    assert chi_square < 16.27  # 3 degrees of freedom: exceeded once in 1000
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.25, 0.5, 1 - 2**-24])
+def test_a_banned_token_is_never_drawn(uniform):
+    scores = random_scores(64, 1000, banned=0.9, seed=3)
+    tokens = ops.sample(scores, torch.empty(64, 0).long(), torch.full((64,), uniform), top_k=3)
+    kept = processors.process(scores, torch.empty(64, 0).long(), top_k=3)
+    assert torch.isfinite(kept.gather(1, tokens[:, None])).all()
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(6, -1)
+    uniform = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.99])
+    tokens = ops.sample(logits, torch.empty(6, 0).long(), uniform)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 3]
+
+
+def test_a_row_with_every_token_banned_gives_token_zero():
+    scores = torch.full((2, 9), -math.inf)
+    history = torch.zeros(2, 3).long()
+    for uniform in (None, torch.rand(2)):
+        chosen = ops.sample(scores, history, uniform, top_k=4, top_p=0.9, min_p=0.1)
+        assert chosen.tolist() == [0, 0]
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    scores, history = random_scores(), random_history()
+    uniform = torch.rand(6, generator=torch.Generator().manual_seed(5))
+    options = CHAINED[1]
+    together = ops.sample(scores, history, uniform, **options)
+    for row in range(6):
+        alone = ops.sample(
+            scores[row : row + 1], history[row : row + 1], uniform[row : row + 1], **options
+        )
+        assert alone.item() == together[row].item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_low_precision_logits_are_processed_in_float32(dtype):
+    scores, history = random_scores().to(dtype), random_history()
+    uniform = torch.rand(6, generator=torch.Generator().manual_seed(5))
+    tokens = ops.sample(scores, history, uniform, **CHAINED[1])
+    assert torch.equal(tokens, ops.sample(scores.float(), history, uniform, **CHAINED[1]))
+
+
+def test_sample_is_a_proper_torch_op():
+    arguments = (random_scores(), random_history(), torch.rand(6), 0.8, 20, 0.9, 0.05, 1.2, 2)
+    torch.library.opcheck(torch.ops.gpt2fast.sample.default, arguments)
+
+
+def test_random_numbers_depend_on_seed_sample_and_step_only():
+    numbers = uniforms(7, samples=5, steps=300)
+    assert torch.equal(uniforms(7, samples=2, steps=41), numbers[:2, :41])
+    assert not torch.equal(uniforms(8, samples=5, steps=300), numbers)
+    assert not torch.equal(uniforms(7 + 2**32, samples=5, steps=300), numbers)
+    assert len(numbers.unique()) > 1490
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+
+
+@pytest.mark.parametrize(
+    "name, value, limit",
+    [
+        ("max_new_tokens", -1, "at least 0"),
+        ("max_new_tokens", 2.5, "whole number"),
+        ("temperature", math.nan, "at least 0"),
+        ("temperature", math.inf, "finite"),
+        ("temperature", -0.1, "0 means greedy"),
+        ("temperature", 1e-30, "take 0"),
+        ("temperature", "hot", "number"),
+        ("top_k", -3, "at least 0"),
+        ("top_k", True, "whole number"),
+        ("top_p", 1.01, "from 0 to 1"),
+        ("top_p", math.nan, "from 0 to 1"),
+        ("min_p", -0.5, "from 0 to 1"),
+        ("repetition_penalty", 0.0, "above 0"),
+        ("no_repeat_ngram_size", -2, "at least 0"),
+        ("num_beams", 0, "at least 1"),
+        ("num_beams", None, "at least 1"),
+        ("length_penalty", math.nan, "finite"),
+        ("length_penalty", 300.0, "from -10 to 10"),
+        ("early_stopping", "sometimes", "'never'"),
+        ("num_return_sequences", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value_and_limit(name, value, limit):
+    with pytest.raises(GenerationError) as error:
+        SamplingOptions(**{name: value})
+    assert name in str(error.value)
+    assert repr(value) in str(error.value)
+    assert limit in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2, "do_sample": True},
+        {"num_beams": 2, "num_return_sequences": 3},
+        {"num_return_sequences": 2},
+        {"num_return_sequences": 2, "do_sample": True, "temperature": 0},
+    ],
+    ids=str,
+)
+def test_contradicting_options_are_refused(options):
+    with pytest.raises(GenerationError):
+        SamplingOptions(**options)
+
+
+def test_none_and_neutral_values_switch_processors_off():
+    neutral = SamplingOptions(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
+    )
+    off = SamplingOptions(
+        do_sample=True, temperature=None, top_k=None, top_p=None, min_p=None,
+        repetition_penalty=None, no_repeat_ngram_size=None,
+    )  # fmt: skip
+    assert neutral.processors() == off.processors() == OFF

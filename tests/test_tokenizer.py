@@ -1,0 +1,707 @@
+"""Tokenizers give transformers' ids and text for the same files, and refuse what they cannot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import unicodedata
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2fast.errors import TokenizerError
+from gpt2fast.tokenizer import (
+    END_OF_TEXT,
+    AddedToken,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+)
+from gpt2fast.tokenizer.merges import BYTE_TO_CHAR
+
+TRAINING_TEXT = (
+    "It was the best of times, it was the worst of times; I'd say it's 1859,\n"
+    "wasn't it? We've  seen\tthe   age of wisdom, and they'll see it again.\n\n\n"
+    "    def times(the, age):\n        return the * age  # Ünïcödé, Привет, 你好, 🤗\n"
+    "<|endoftext|>\n"
+) * 4
+
+
+@pytest.fixture(scope="module")
+def trained() -> BPETokenizer:
+    return BPETokenizer.train([TRAINING_TEXT], 360)
+
+
+@pytest.fixture(scope="module", params=["trained", "gpt2"])
+def pair(request, trained, tmp_path_factory):
+    """One of our tokenizers and transformers' of the same files."""
+    from transformers import GPT2TokenizerFast
+
+    directory = tmp_path_factory.mktemp(request.param)
+    if request.param == "trained":
+        trained.save_pretrained(directory)
+    else:
+        source = request.getfixturevalue("data_dir") / "gpt2"
+        shutil.copy(source / "encoder.json", directory / "vocab.json")
+        shutil.copy(source / "vocab.bpe", directory / "merges.txt")
+    return Tokenizer.from_pretrained(directory), GPT2TokenizerFast.from_pretrained(directory)
+
+
+# -- the same as transformers ----------------------------------------------------------------------
+
+ADVERSARIAL = {
+    "empty": "",
+    "space": " ",
+    "emoji": "🤗👩‍👩‍👧‍👦 🏳️‍🌈👍🏽🇩🇪 ❤️‍🔥",
+    "combining": "e\u0301 a\u0300\u0301\u0302 Z\u0351\u036b\u0343 \u0301start नि กำ",
+    "cyrillic": "Съешь ещё этих мягких французских булок, да выпей чаю",
+    "cjk": "敏捷的棕色狐狸跳过了懒狗。すばやい茶色の狐、 한국어 텍스트 𠀀𪛖",
+    "spaces": "a  b   c    d     e" + " " * 50 + "f ",
+    "newlines": "\n\n\na\n \n b\r\n\r\n  c\n\n",
+    "tabs": "\ta\t\tb \t c\t \td\t",
+    "unicode spaces": "a\u00a0b\u2003 \u3000c\u2028d\u2029e\u1680\u205f\u200a f\x85g\u202f",
+    "not white space": "a\u200bb\ufeffc\u180ed\u2060e\x1cf\x1d\x1e \x1fg",
+    "controls": "\x00\x01a\x00\x00b\x7f\x80\x9f\x0b\x0c ",
+    "contractions": "I'm he's we're they've you'll I'd can't 'sS ''s 'RE it'S 's't",
+    "digits": "1234567890 1 22  333 3.14159 ٣٤٥ Ⅻ ½²³ १२ 1a2b",
+    "punctuation": "!!! ... --- ?!?! (a) [b] {c} <d> _e_ $5.00 #f @g %h a,b ,c , d",
+    "end of text": f"{END_OF_TEXT}",
+    "ends of text": f"{END_OF_TEXT}{END_OF_TEXT} {END_OF_TEXT}\n{END_OF_TEXT}  a  {END_OF_TEXT}b",
+    "half an end": "<|endoftext| endoftext|> <|<|endoftext|>|> <|endoftext|>>",
+    "byte spellings": "Ġa Ċ ĠĠ âĢĻ Ã©",
+    "mixed": "a1é!\u0301 2二 Ж\u200d🤗'll\u00a0\u00a0x",
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_ids_and_text_equal_those_of_transformers(pair, name):
+    ours, theirs = pair
+    ids = ours.encode(ADVERSARIAL[name])
+    assert ids == theirs.encode(ADVERSARIAL[name])
+    assert ours.decode(ids) == ADVERSARIAL[name] == theirs.decode(ids)
+
+
+TEXT = st.lists(
+    st.sampled_from(
+        "a b S 1 9 ! ' ''s 'll 't é e\u0301 Ж 二 🤗 \u200d \u0301 \u00a0 \u2003 \x00 \x1c <| |> "
+        f"{END_OF_TEXT} the times wasn".split(" ")
+        + [" ", " ", "  ", "\n", "\t", "\r\n"]
+    )
+    | st.text(max_size=4),
+    max_size=30,
+).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT)
+def test_any_text_has_the_ids_of_transformers(pair, text):
+    ours, theirs = pair
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == text
+
+
+def test_characters_of_every_category_are_split_as_by_transformers(pair):
+    ours, theirs = pair
+    edges = [
+        chr(code)
+        for code in range(1, 0x110000)
+        if not 0xD800 <= code <= 0xE000
+        and unicodedata.category(chr(code)) != unicodedata.category(chr(code - 1))
+    ]
+    text = "".join(f"a{c}1{c}!{c} {c}\n" for edge in edges for c in (edge,))
+    assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 1_000_000,
+        " " * 1_000_000 + "x",
+        "x" + "\n" * 9_000 + " " * 9_000,
+        ("b " + " \u3000" * 6_000) * 3 + "\n",
+        "é" * 100_000,
+    ],
+    ids=["letter", "spaces", "two runs", "three runs", "two bytes"],
+)
+def test_long_runs_have_the_ids_of_transformers(pair, text):
+    ours, theirs = pair
+    assert ours.encode(text) == theirs.encode(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_ids_decode_as_in_transformers_and_stream_the_same_text(pair, data):
+    ours, theirs = pair
+    ids = data.draw(
+        st.lists(st.integers(0, 300) | st.integers(0, ours.vocab_size - 1), max_size=40)
+    )
+    text = ours.decode(ids)
+    assert text == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    decoder = ours.decoder()
+    pieces = [decoder.push(id) for id in ids]
+    assert "".join(pieces) + decoder.flush() == text
+
+
+def test_a_stream_holds_back_half_a_character(trained):
+    ids = trained.encode("🦊!")
+    assert len(ids) > 2
+    decoder = trained.decoder()
+    pieces = [decoder.push(id) for id in ids]
+    assert [piece for piece in pieces if piece] == ["🦊", "!"]
+    assert decoder.flush() == ""
+    decoder.push(ids[0])
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(trained.encode("a")[0]) == "a"
+
+
+def random_tokenizer(rng: random.Random, directory: Path):
+    """An HF tokenizer with random merges, ids and added tokens, saved to a directory."""
+    from tokenizers import AddedToken as HFAddedToken
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = rng.choice(["ab", "abc", "aé "])
+    tokens = list(dict.fromkeys(BYTE_TO_CHAR[byte] for byte in alphabet.encode()))
+    merges = []
+    for _ in range(rng.randrange(25)):
+        merge = rng.choice(tokens), rng.choice(tokens)
+        if len("".join(merge)) <= 8 and merge not in merges:
+            merges.append(merge)
+            tokens = list(dict.fromkeys([*tokens, "".join(merge)]))
+    vocab = list(dict.fromkeys([*BYTE_TO_CHAR.values(), *tokens]))
+    if rng.random() < 0.5:
+        rng.shuffle(vocab)
+    tokenizer = HFTokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=rng.random() < 0.3)
+    tokenizer.decoder = decoders.ByteLevel()
+    contents = [END_OF_TEXT, "<x>", "ab", "abc", "a", " a", "a ", "é", "Ġ", "<|", "|>", "b b", "A"]
+    for content in rng.sample(contents, rng.randrange(6)):
+        flags = {
+            name: rng.random() < 0.4
+            for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+        }
+        token = HFAddedToken(content, **flags)
+        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+        add([token])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    characters = [*alphabet * 3, *" \n,1A", END_OF_TEXT, "<x>", "ab", "é", "Ġ", "<|"]
+    texts = ["".join(rng.choices(characters, k=rng.randrange(14))) for _ in range(60)]
+    return tokenizer, texts
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_vocabularies_give_the_ids_of_hf_tokenizers(seed, tmp_path):
+    """Merges that never happen, tokens made in two ways, ids in any order, all added tokens."""
+    rng = random.Random(seed)
+    theirs, texts = random_tokenizer(rng, tmp_path)
+    try:
+        ours = Tokenizer.from_pretrained(tmp_path)
+    except TokenizerError as error:
+        # possible where two merges make the same token
+        assert "which only merge" in str(error)
+        return
+    assert ours.vocab_size == theirs.get_vocab_size(with_added_tokens=True)
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text).ids, text
+    for _ in range(30):
+        ids = rng.choices(range(ours.vocab_size), k=rng.randrange(12))
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    ours.save_pretrained(tmp_path / "saved")
+    assert Tokenizer.from_pretrained(tmp_path / "saved").fingerprint() == ours.fingerprint()
+
+
+def test_most_random_vocabularies_are_supported(tmp_path):
+    refused = 0
+    for seed in range(80):
+        random_tokenizer(random.Random(seed), tmp_path)
+        try:
+            Tokenizer.from_pretrained(tmp_path)
+        except TokenizerError:
+            refused += 1
+    assert refused < 16
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def byte_vocab(*more: str) -> dict[str, int]:
+    return {token: id for id, token in enumerate([*BYTE_TO_CHAR.values(), *more])}
+
+
+def token_json(content: str, **flags: bool) -> dict:
+    return {
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+        **flags,
+    }
+
+
+def tokenizer_json(**changes) -> dict:
+    """A valid tokenizer.json, with changes given by dotted names (`__` for the dot)."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    content: dict = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 258, **token_json(END_OF_TEXT)},
+        ],
+        "normalizer": None,
+        "pre_tokenizer": dict(byte_level),
+        "post_processor": dict(byte_level),
+        "decoder": dict(byte_level),
+        "model": {"type": "BPE", "vocab": byte_vocab("th", "the"), "merges": ["t h", "th e"]},
+    }
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        inner = content
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return content
+
+
+def write(directory: Path, files: dict[str, object]) -> Path:
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        data = content if isinstance(content, str | bytes) else json.dumps(content)
+        (directory / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return directory
+
+
+VOCAB_AND_MERGES = {
+    "vocab.json": byte_vocab("th", "the"),
+    "merges.txt": "#version: 0.2\nt h\nth e\n",
+}
+GPT2_CLASS = {"tokenizer_class": "GPT2Tokenizer"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": GPT2_CLASS},
+        {"tokenizer.json": tokenizer_json(added_tokens=[]), "tokenizer_config.json": GPT2_CLASS},
+        {
+            "tokenizer.json": tokenizer_json(),
+            "tokenizer_config.json": {**GPT2_CLASS, "eos_token": None},
+        },
+        {
+            "tokenizer.json": tokenizer_json(),
+            "tokenizer_config.json": {
+                **GPT2_CLASS,
+                "eos_token": "<end>",
+                "pad_token": {"__type": "AddedToken", **token_json("<pad>", lstrip=True)},
+                "additional_special_tokens": [
+                    "<user>",
+                    {"__type": "AddedToken", **token_json("<bot>", rstrip=True)},
+                ],
+            },
+        },
+        {
+            "tokenizer.json": tokenizer_json(),
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": END_OF_TEXT,
+                "pad_token": "<pad>",
+            },
+        },
+        {
+            "tokenizer.json": tokenizer_json(pre_tokenizer__add_prefix_space=True),
+            "tokenizer_config.json": {**GPT2_CLASS, "add_prefix_space": True},
+        },
+        {**VOCAB_AND_MERGES, "tokenizer_config.json": GPT2_CLASS},
+        {
+            **VOCAB_AND_MERGES,
+            "tokenizer_config.json": {**GPT2_CLASS, "add_prefix_space": True, "eos_token": "the"},
+        },
+        {
+            **VOCAB_AND_MERGES,
+            "tokenizer_config.json": {
+                **GPT2_CLASS,
+                "added_tokens_decoder": {"258": token_json("<user>")},
+            },
+        },
+        {
+            **VOCAB_AND_MERGES,
+            "tokenizer_config.json": GPT2_CLASS,
+            "added_tokens.json": {"<user>": 259, "<end>": 258},
+            "special_tokens_map.json": {"eos_token": "<end>", "pad_token": "<pad>"},
+        },
+    ],
+    ids=[
+        "tokenizer.json",
+        "no end of text",
+        "no end token",
+        "more special tokens",
+        "fast class",
+        "prefix space",
+        "vocab and merges",
+        "eos from the vocabulary",
+        "added_tokens_decoder",
+        "legacy files",
+    ],
+)
+def test_every_layout_gives_what_auto_tokenizer_gives(files, tmp_path):
+    from transformers import AutoTokenizer
+
+    directory = write(tmp_path / "model", files)
+    ours, theirs = Tokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    ours.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert ours.vocab_size == len(theirs) == len(saved)
+    assert ours.eos_token_id == theirs.eos_token_id == saved.eos_token_id
+    for text in (
+        f"the th e{END_OF_TEXT} the <pad> <user><bot>  <end> a<end>",
+        "",
+        " the",
+        f"{END_OF_TEXT}the{END_OF_TEXT}",
+    ):
+        assert ours.encode(text) == theirs.encode(text) == saved.encode(text)
+
+
+def test_layouts_of_the_same_tokenizer_have_one_fingerprint(data_dir, tmp_path):
+    openai = Tokenizer.from_pretrained(data_dir / "gpt2")
+    assert (openai.vocab_size, openai.eos_token_id) == (50257, 50256)
+    assert openai.encode("Hello world") == [15496, 995]
+    openai.save_pretrained(tmp_path / "all")
+    prints = {openai.fingerprint()}
+    for names in (["tokenizer.json"], ["vocab.json", "merges.txt"]):
+        directory = tmp_path / names[0]
+        directory.mkdir()
+        for name in names:
+            shutil.copy(tmp_path / "all" / name, directory)
+        prints.add(Tokenizer.from_pretrained(directory).fingerprint())
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"merges": ["h e", "t h"]},
+        {"vocab": byte_vocab("he", "th")},
+        {"add_prefix_space": True},
+        {"added_tokens": [AddedToken(END_OF_TEXT, 258, lstrip=True)]},
+        {"added_tokens": []},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_the_fingerprint_tells_what_changes_ids(other):
+    same = {
+        "vocab": byte_vocab("th", "he"),
+        "merges": ["t h", "h e"],
+        "added_tokens": [AddedToken(END_OF_TEXT, 258)],
+    }
+    assert BPETokenizer(**same).fingerprint() == BPETokenizer(**same).fingerprint()
+    assert BPETokenizer(**same).fingerprint() != BPETokenizer(**{**same, **other}).fingerprint()
+
+
+@pytest.mark.parametrize("with_config", [True, False], ids=["config.json", "no config.json"])
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_transformers_loads_what_is_saved_without_a_warning(
+    kind, with_config, trained, tmp_path, caplog
+):
+    import transformers
+
+    ours = trained if kind == "bpe" else CharTokenizer.train([TRAINING_TEXT])
+    ours.save_pretrained(tmp_path)
+    if with_config:
+        write(tmp_path, {"config.json": transformers.GPT2Config().to_dict()})
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        if kind == "bpe":
+            transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+            transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    transformers.logging.disable_propagation()
+    assert not caplog.records
+    assert len(theirs) == ours.vocab_size
+    assert theirs.eos_token_id == ours.eos_token_id
+    assert theirs.encode(TRAINING_TEXT) == ours.encode(TRAINING_TEXT)
+    assert theirs.decode(ours.encode(TRAINING_TEXT)) == TRAINING_TEXT
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is type(ours)
+    assert loaded.fingerprint() == ours.fingerprint()
+    assert loaded.eos_token_id == ours.eos_token_id
+
+
+def test_saving_replaces_another_tokenizer_in_the_directory(trained, tmp_path):
+    write(tmp_path, {"special_tokens_map.json": {"eos_token": "<other>"}})
+    char = CharTokenizer.train(["abc"])
+    for tokenizer in (trained, char, trained):
+        tokenizer.save_pretrained(tmp_path)
+        loaded = Tokenizer.from_pretrained(tmp_path)
+        assert loaded.fingerprint() == tokenizer.fingerprint()
+        assert loaded.eos_token_id == tokenizer.eos_token_id
+
+
+def test_an_end_token_that_is_no_token_is_refused():
+    with pytest.raises(TokenizerError, match="'</s>'"):
+        BPETokenizer(byte_vocab(), [], special_tokens={"eos_token": "</s>"})
+
+
+def test_merges_with_windows_line_ends_load(tmp_path):
+    files = {**VOCAB_AND_MERGES, "merges.txt": "#version: 0.2\r\nt h\r\nth e\r\n"}
+    assert Tokenizer.from_pretrained(write(tmp_path, files)).encode("the") == [257]
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+REFUSED = {
+    "unigram": (tokenizer_json(model__type="Unigram"), "model.type"),
+    "no model": (tokenizer_json(model=None), "model is"),
+    "no vocab": (tokenizer_json(model={"type": "BPE", "merges": []}), "model.vocab is missing"),
+    "empty vocab": (tokenizer_json(model__vocab={}), "model.vocab"),
+    "vocab as list": (tokenizer_json(model__vocab=["a"]), "model.vocab"),
+    "merges as text": (tokenizer_json(model__merges="t h"), "model.merges"),
+    "merge of three": (tokenizer_json(model__merges=["t h e"]), "model.merges 0"),
+    "merge of numbers": (tokenizer_json(model__merges=[["t", "h"], [1, 2]]), "model.merges 1"),
+    "unknown token": (tokenizer_json(model__merges=["t h", "h e"]), "merge 1 .*'he'"),
+    "merges out of order": (tokenizer_json(model__merges=["th e", "t h"]), "merge 0 .*'th'"),
+    "missing byte": (
+        tokenizer_json(
+            model__vocab={k.replace("A", "AA"): v for k, v in byte_vocab("th", "the").items()}
+        ),
+        "0x41",
+    ),
+    "id twice": (tokenizer_json(model__vocab={**byte_vocab("th"), "the": 7}), "same id 7"),
+    "id as text": (tokenizer_json(model__vocab={**byte_vocab("th"), "the": "257"}), "'257'"),
+    "id as bool": (tokenizer_json(model__vocab={**byte_vocab("th"), "the": True}), "True"),
+    "id negative": (tokenizer_json(model__vocab={**byte_vocab("th"), "the": -1}), "-1"),
+    "id huge": (tokenizer_json(model__vocab={**byte_vocab("th"), "the": 10**15}), "10{15}"),
+    "surrogate": (tokenizer_json(model__vocab={**byte_vocab("th", "the"), "\ud800": 258}), "D800"),
+    "dropout": (tokenizer_json(model__dropout=0.1), "model.dropout is 0.1"),
+    "suffix": (tokenizer_json(model__end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
+    "prefix": (tokenizer_json(model__continuing_subword_prefix="##"), "continuing_subword_prefix"),
+    "byte fallback": (tokenizer_json(model__byte_fallback=True), "model.byte_fallback"),
+    "ignore merges": (tokenizer_json(model__ignore_merges=True), "model.ignore_merges"),
+    "normalizer": (tokenizer_json(normalizer={"type": "NFC"}), "normalizer"),
+    "no pre-tokenizer": (tokenizer_json(pre_tokenizer=None), "pre_tokenizer"),
+    "metaspace": (tokenizer_json(pre_tokenizer={"type": "Metaspace"}), '"Metaspace"'),
+    "no pattern": (tokenizer_json(pre_tokenizer__use_regex=False), "pre_tokenizer.use_regex"),
+    "prefix space": (tokenizer_json(pre_tokenizer__add_prefix_space="yes"), "add_prefix_space"),
+    "decoder": (tokenizer_json(decoder={"type": "WordPiece"}), "decoder"),
+    "template": (tokenizer_json(post_processor={"type": "TemplateProcessing"}), "post_processor"),
+    "added as object": (tokenizer_json(added_tokens={}), "added_tokens"),
+    "added as text": (tokenizer_json(added_tokens=["<x>"]), r"added_tokens\[0\]"),
+    "added without id": (tokenizer_json(added_tokens=[{"content": "<x>"}]), "id is None"),
+    "added empty": (tokenizer_json(added_tokens=[{"id": 258, "content": ""}]), "content is ''"),
+    "added with a gap": (tokenizer_json(added_tokens=[{"id": 300, "content": "<x>"}]), "300.*258"),
+    "added with two ids": (tokenizer_json(added_tokens=[{"id": 258, "content": "th"}]), "258.*256"),
+    "added flag": (
+        tokenizer_json(added_tokens=[{"id": 258, "content": "<x>", "lstrip": 1}]),
+        "lstrip is 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unsupported_tokenizer_json_is_refused_by_field(name, tmp_path):
+    content, message = REFUSED[name]
+    with pytest.raises(TokenizerError, match=message) as caught:
+        Tokenizer.from_pretrained(write(tmp_path, {"tokenizer.json": content}))
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+WORKING = json.dumps(tokenizer_json())
+BROKEN = {
+    "nothing": ({}, "holds no tokenizer"),
+    "cut off": ({"tokenizer.json": WORKING[: len(WORKING) // 2]}, "not valid JSON"),
+    "empty": ({"tokenizer.json": b""}, "not valid JSON"),
+    "list": ({"tokenizer.json": []}, "not a JSON object"),
+    "deep": ({"tokenizer.json": "[" * 100_000}, "nested too deeply"),
+    "latin-1": ({"tokenizer.json": '{"model": "é"}'.encode("latin-1")}, "not UTF-8.*0xE9"),
+    "long number": ({"tokenizer.json": '{"version": ' + "1" * 10_000 + "}"}, "not valid JSON"),
+    "name twice": ({"tokenizer.json": '{"a": 1, "a": 2}'}, "'a' is there twice"),
+    "merge line": ({**VOCAB_AND_MERGES, "merges.txt": "t h\nthe\n"}, "merge 1 is 'the'"),
+    "foreign merges": ({**VOCAB_AND_MERGES, "merges.txt": "c t\n"}, "'ct'"),
+    "only vocab": ({"vocab.json": byte_vocab("th")}, "needs its merges.txt"),
+    "char ids": ({"vocab.json": {"a": 0, "b": 2}}, "0 to 1"),
+    "char without vocab": ({"tokenizer_config.json": {"gpt2fast_kind": "char"}}, "vocab.json"),
+    "config": ({**VOCAB_AND_MERGES, "tokenizer_config.json": "{"}, "tokenizer_config.json"),
+    "eos": ({**VOCAB_AND_MERGES, "tokenizer_config.json": {"eos_token": 5}}, "eos_token is 5"),
+    "extra": (
+        {**VOCAB_AND_MERGES, "tokenizer_config.json": {"extra_special_tokens": "<x>"}},
+        "extra_special_tokens is '<x>'",
+    ),
+    "bos": (
+        {**VOCAB_AND_MERGES, "tokenizer_config.json": {"add_bos_token": True}},
+        "add_bos_token",
+    ),
+    "added": ({**VOCAB_AND_MERGES, "added_tokens.json": {"<x>": None}}, "added_tokens.json"),
+    "decoder": (
+        {**VOCAB_AND_MERGES, "tokenizer_config.json": {"added_tokens_decoder": {"x": {}}}},
+        "added_tokens_decoder.x",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_give_one_clear_error(name, tmp_path):
+    files, message = BROKEN[name]
+    with pytest.raises(TokenizerError, match=message) as caught:
+        Tokenizer.from_pretrained(write(tmp_path, files))
+    assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value)) < len(str(tmp_path)) * 2 + 400
+
+
+def test_a_file_of_absurd_size_is_not_read(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(1 << 36)
+    with pytest.raises(TokenizerError, match="68719476736 bytes"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_damaged_files_load_or_give_a_tokenizer_error(kind, tmp_path):
+    rng = random.Random(kind)
+    tokenizer = (
+        BPETokenizer.train(["the cat, the cat"] * 2, 262)
+        if kind == "bpe"
+        else CharTokenizer.train(["the cat<|endoftext|>"])
+    )
+    tokenizer.save_pretrained(tmp_path / "whole")
+    refused = 0
+    for trial in range(150):
+        directory = tmp_path / str(trial)
+        shutil.copytree(tmp_path / "whole", directory)
+        if kind == "bpe" and trial % 2:
+            (directory / "tokenizer.json").unlink()
+        used = "vocab.json" if kind == "char" or trial % 2 else "tokenizer.json"
+        path = directory / rng.choice([used, "tokenizer_config.json"])
+        data = bytearray(path.read_bytes())
+        if trial % 3:
+            for _ in range(rng.randrange(1, 4)):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        else:
+            del data[rng.randrange(len(data)) :]
+        path.write_bytes(data)
+        try:
+            loaded = Tokenizer.from_pretrained(directory)
+        except TokenizerError as error:
+            refused += 1
+            assert str(directory) in str(error)
+        else:
+            if isinstance(loaded, BPETokenizer):
+                assert "".join(map(loaded.decoder().push, loaded.encode("cat"))) != ""
+    assert refused > 75
+
+
+@pytest.mark.parametrize("id", [-1, 360, 10**30, "x", None, 1.5])
+def test_an_id_out_of_range_is_named_with_the_limit(trained, id):
+    assert trained.vocab_size == 360
+    for use in (lambda: trained.decode([1, id]), lambda: trained.decoder().push(id)):
+        with pytest.raises(TokenizerError, match=f"{id!r}.*360 tokens with ids from 0 to 359"):
+            use()
+
+
+def test_tensors_of_ids_decode(trained):
+    import torch
+
+    ids = trained.encode("the best")
+    assert trained.decode(torch.tensor(ids)) == "the best"
+    assert trained.decode(iter(torch.tensor(ids))) == "the best"
+    assert "".join(map(trained.decoder().push, torch.tensor(ids))) == "the best"
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "char"])
+def test_a_lone_surrogate_is_refused_with_its_position(trained, tokenizer):
+    tokenizer = trained if tokenizer == "bpe" else CharTokenizer.train(["ab"])
+    with pytest.raises(TokenizerError, match=r"U\+D83E at position 2"):
+        tokenizer.encode("ab\ud83e")
+    with pytest.raises(TokenizerError, match="bytes"):
+        tokenizer.encode(b"ab")
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def test_training_is_the_same_however_the_text_is_chunked():
+    whole = BPETokenizer.train([TRAINING_TEXT], 360)
+    for size in (1, 7, 100):
+        chunks = (TRAINING_TEXT[i : i + size] for i in range(0, len(TRAINING_TEXT), size))
+        assert BPETokenizer.train(chunks, 360).fingerprint() == whole.fingerprint()
+    characters = CharTokenizer.train([TRAINING_TEXT])
+    assert CharTokenizer.train(TRAINING_TEXT).fingerprint() == characters.fingerprint()
+
+
+def test_a_trained_bpe_has_the_merges_of_hf_tokenizers(trained):
+    from tokenizers import ByteLevelBPETokenizer
+
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator(TRAINING_TEXT.split(END_OF_TEXT), 359, 2, show_progress=False)
+    assert trained._merges == [
+        " ".join(merge) for merge in json.loads(theirs._tokenizer.to_str())["model"]["merges"]
+    ]
+
+
+def test_end_of_text_is_the_last_id_and_part_of_no_other_token(trained):
+    assert trained.eos_token_id == trained.vocab_size - 1 == 359
+    assert trained.encode(f"a{END_OF_TEXT}")[-1] == 359
+    assert not any("<|" in trained.decode([id]) for id in range(359))
+    text = f"the times{END_OF_TEXT}\n"
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_a_small_text_gives_a_smaller_vocabulary():
+    tokenizer = BPETokenizer.train(["abab"], 5000)
+    assert tokenizer.vocab_size == 256 + 1 + 1
+    assert tokenizer.eos_token_id == 257
+    assert BPETokenizer.train([], 257).encode("a") == [BPETokenizer.train([], 300).encode("a")[0]]
+
+
+@pytest.mark.parametrize("vocab_size", [256, 0, -5, 2**25, "many", None])
+def test_an_impossible_vocabulary_size_is_refused(vocab_size):
+    with pytest.raises(TokenizerError, match=f"vocab_size={vocab_size!r}"):
+        BPETokenizer.train(["text"], vocab_size)
+
+
+# -- characters ------------------------------------------------------------------------------------
+
+
+def test_tiny_shakespeare_has_65_characters(data_dir):
+    text = (data_dir / "tinyshakespeare.txt").read_text()
+    tokenizer = CharTokenizer.train([text])
+    assert tokenizer.vocab_size == 65
+    assert tokenizer.eos_token_id is None
+    ids = tokenizer.encode(text)
+    assert ids[:5] == [18, 47, 56, 57, 58]  # nanoGPT's
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("cut", range(1, len(END_OF_TEXT)))
+def test_end_of_text_stands_outside_the_characters(cut):
+    tokenizer = CharTokenizer.train(["ba" + END_OF_TEXT[:cut], END_OF_TEXT[cut:] + "c"])
+    assert tokenizer.vocab_size == 4
+    assert tokenizer.eos_token_id == 3
+    assert tokenizer.encode(f"abc{END_OF_TEXT}{END_OF_TEXT}a") == [0, 1, 2, 3, 3, 0]
+    assert tokenizer.decode([0, 3, 1]) == f"a{END_OF_TEXT}b"
+
+
+def test_an_unknown_character_is_named():
+    tokenizer = CharTokenizer.train(["abc"])
+    with pytest.raises(TokenizerError, match=r"'é' \(U\+00E9, position 3\)"):
+        tokenizer.encode("abcé")
+    with pytest.raises(TokenizerError, match="no character"):
+        CharTokenizer.train([""])
+
+
+def test_a_character_vocabulary_is_readable_and_survives_saving(tmp_path):
+    text = 'é\n\t "\\🤗\u2028\x00二'
+    tokenizer = CharTokenizer.train([text])
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "vocab.json").read_text())["🤗"] == tokenizer.encode("🤗")[0]
+    assert "🤗" in (tmp_path / "vocab.json").read_text()
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert loaded.decode(loaded.encode(text)) == text
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").unlink()
+    assert Tokenizer.from_pretrained(tmp_path).fingerprint() == tokenizer.fingerprint()
