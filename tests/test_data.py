@@ -177,6 +177,18 @@ def test_reading_can_start_again_after_any_block(
         assert joined(rest) == joined(blocks[number + 1 :])
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["...", ".,;:", "a.!", "12.5", "it's,", "\x1c!", "!\x1c ", "ll'll", "的。的", "½.", "a  \n b"],
+)
+def test_no_block_ends_within_a_word_of_the_tokenizer(tmp_path, text):
+    text = text * 40
+    tokenizer = BPETokenizer.train([text], 300)
+    path = write(tmp_path / "text.txt", text)
+    for block_bytes in range(1, 40):
+        assert encode_in_blocks(path, tokenizer, block_bytes) == tokenizer.encode(text)
+
+
 def test_blocks_match_the_real_gpt2_tokenizer(data_dir, tmp_path):
     tokenizer = Tokenizer.from_pretrained(data_dir / "gpt2")
     text = (data_dir / "wiki.test.raw").read_text(encoding="utf-8")[:200_000]
@@ -582,6 +594,24 @@ preparing.prepare_data({str(path)!r}, {str(tmp_path / "out")!r}, progress=progre
     assert min(done) > 0.4
     straight = prepare_data(path, tmp_path / "straight").directory
     assert contents(data.directory) == contents(straight)
+
+
+def test_an_interrupted_pipe_leaves_nothing_and_starts_again(library, tmp_path, monkeypatch):
+    def pipe(text):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    pipe(LIBRARY)
+    with pytest.raises(Killed):
+        prepare_data("-", tmp_path / "out", progress=interrupt_after(1))
+    assert not (tmp_path / "out").exists()
+
+    interrupted_run(library, tmp_path / "out")  # as a pipe that was killed at once leaves it
+    (tmp_path / "out" / ".unfinished" / "run.json").unlink()
+    pipe(STORY)
+    data = prepare_data("-", tmp_path / "out")
+    assert not data.resumed
+    pipe(STORY)
+    assert contents(data.directory) == contents(prepare_data("-", tmp_path / "new").directory)
 
 
 def interrupted_run(path: Path, out: Path, **arguments) -> None:

@@ -138,7 +138,7 @@ class BPETokenizer(Tokenizer):
                 (self._vocab | {token.content: token.id for token in self.added_tokens}).items(),
                 key=lambda item: item[1],
             ),
-            self._merges,
+            [merge.split(" ") for merge in self._merges],
             [
                 # whether it is normalized tells only where both kinds are there
                 (t.id, t.single_word, t.lstrip, t.rstrip, len(passes) == 2 and t.normalized)
