@@ -105,7 +105,9 @@ class _Search:
         self.finished_lengths = torch.zeros(prompts, beams, dtype=torch.int64, device=device)
         self.finished_scores = torch.full((prompts, beams), _NEVER, device=device)
         self.is_finished = torch.zeros(prompts, beams, dtype=torch.bool, device=device)
-        self.improvable = torch.ones(prompts, 1, dtype=torch.bool, device=device)
+        # Set by each step: whether a running beam may still get better than a finished one, and
+        # whether no candidate is left to run on.
+        self.improvable = torch.ones(prompts, dtype=torch.bool, device=device)
         self.all_end = torch.zeros(prompts, dtype=torch.bool, device=device)
 
     def extend(self, scores: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class _Search:
 
     def ended(self) -> list[bool]:
         """For each prompt whether its search is over."""
-        over = ~self.improvable[:, 0] | self.all_end
+        over = ~self.improvable | self.all_end
         if self.options.early_stopping is True:
             over |= self.is_finished.all(dim=1)
         return over.tolist()
@@ -174,9 +176,6 @@ class _Search:
         ends = ends.clone()
         ends[:, beams:] = False
         scores = scores / (self.length**self.options.length_penalty)
-        if self.options.early_stopping is True:
-            scores = scores + self.is_finished.all(dim=1, keepdim=True).float() * _NEVER
-        scores = scores + (~self.improvable).float() * _NEVER
         scores = scores + (~ends).float() * _NEVER
 
         all_scores = torch.cat([self.finished_scores, scores], dim=1)
@@ -188,7 +187,7 @@ class _Search:
         self.is_finished = torch.cat([self.is_finished, ends], dim=1).gather(1, chosen)
 
     def _look_ahead(self) -> None:
-        """Note the prompts whose running beams can no longer beat the worst finished one."""
+        """Note whose running beams can still beat the worst finished one."""
         options = self.options
         length = self.length
         if options.early_stopping == "never" and options.length_penalty > 0:
@@ -196,7 +195,7 @@ class _Search:
         attainable = self.running_scores[:, :1] / (length**options.length_penalty)
         worst = self.finished_scores.amin(dim=1, keepdim=True)
         worst = torch.where(self.is_finished, worst, _NEVER)
-        self.improvable &= (attainable > worst).any(dim=1, keepdim=True)
+        self.improvable = (attainable > worst).any(dim=1)
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:

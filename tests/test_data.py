@@ -429,6 +429,17 @@ def test_missing_inputs_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_tokenizer_is_told_before_the_text_is_read(shared_book, tmp_path):
+    with pytest.raises(Error, match="nowhere"):
+        prepare_data(
+            shared_book,
+            tmp_path / "out",
+            tokenizer=str(tmp_path / "nowhere"),
+            progress=lambda *_: pytest.fail("the text was read"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_character_is_named(tmp_path):
     CharTokenizer.train(["abc"]).save_pretrained(tmp_path)
     path = write(tmp_path / "text.txt", "abcabcé")
@@ -605,8 +616,11 @@ def test_an_interrupted_pipe_leaves_nothing_and_starts_again(library, tmp_path, 
         prepare_data("-", tmp_path / "out", progress=interrupt_after(1))
     assert not (tmp_path / "out").exists()
 
-    interrupted_run(library, tmp_path / "out")  # as a pipe that was killed at once leaves it
+    with pytest.raises(Killed):
+        prepare_data(library, tmp_path / "out", progress=interrupt_after(4))
+    # What a pipe leaves if the machine stops: all that an interrupted run has but run.json.
     (tmp_path / "out" / ".unfinished" / "run.json").unlink()
+    assert (tmp_path / "out" / ".unfinished" / "plan.json").exists()
     pipe(STORY)
     data = prepare_data("-", tmp_path / "out")
     assert not data.resumed

@@ -115,6 +115,28 @@ def test_greedy_and_beam_tokens_equal_transformers(seed):
         assert ours.generate(input_ids, mask, **shared, **options).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -1.5, 3.0])
+def test_beams_that_end_early_equal_transformers(early_stopping, length_penalty):
+    choose = random.Random(7)
+    theirs, ours = random_pair(choose)
+    input_ids = torch.randint(ours.config.vocab_size, (6, 3))
+    for beams, ends in ((2, [1, 2]), (3, [1]), (4, [0, 3, 5, 6, 7, 9]), (5, [2, 4, 8, 10])):
+        options = {
+            "num_beams": beams,
+            "num_return_sequences": beams,
+            "max_new_tokens": 20,
+            "eos_token_id": ends,
+            "pad_token_id": ends[0],
+            "early_stopping": early_stopping,
+            "length_penalty": length_penalty,
+        }
+        expected = theirs.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, **options
+        )
+        assert ours.generate(input_ids, **options).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
 def test_cached_and_uncached_decoding_agree(model, options):
     input_ids = torch.randint(61, (3, 6), generator=torch.Generator().manual_seed(1))

@@ -290,8 +290,12 @@ class _Run:
     def finish(self, out_dir: Path) -> None:
         """Do what has not been done yet."""
         if not (self.work / "meta.json").exists():
+            name = self.settings["tokenizer"]
+            if name not in ("char", "bpe"):  # a wrong name is told before a long text is read
+                tokenizer = self._kept(lambda: Tokenizer.from_pretrained(name))
             plan = self._plan()
-            tokenizer = self._tokenizer(plan)
+            if name in ("char", "bpe"):
+                tokenizer = self._kept(lambda: self._trained(plan))
             position = self._encode(tokenizer, plan)
             for file, before in zip(self.files, self.signatures, strict=True):
                 if _signature(file) != before:
@@ -377,23 +381,21 @@ class _Run:
 
     # -- tokenizer -------------------------------------------------------------------------------
 
-    def _tokenizer(self, plan: _Plan) -> Tokenizer:
+    def _kept(self, make: Callable[[], Tokenizer]) -> Tokenizer:
+        """The tokenizer in the working directory, made and written there if there is none."""
         directory = self.work / "tokenizer"
         if not directory.exists():
-            name = self.settings["tokenizer"]
-            made: Tokenizer
-            if name == "char":
-                made = CharTokenizer.train(self._all_text(plan))
-            elif name == "bpe":
-                made = BPETokenizer.train(self._training_text(plan), self.settings["vocab_size"])
-            else:
-                made = Tokenizer.from_pretrained(name)
             unfinished = self.work / "tokenizer.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            made.save_pretrained(unfinished)
+            make().save_pretrained(unfinished)
             os.replace(unfinished, directory)
         return Tokenizer.from_pretrained(str(directory))
+
+    def _trained(self, plan: _Plan) -> Tokenizer:
+        if self.settings["tokenizer"] == "char":
+            return CharTokenizer.train(self._all_text(plan))
+        return BPETokenizer.train(self._training_text(plan), self.settings["vocab_size"])
 
     def _all_text(self, plan: _Plan) -> Iterator[str]:
         at = _Position()
