@@ -105,10 +105,8 @@ class _Search:
         self.finished_lengths = torch.zeros(prompts, beams, dtype=torch.int64, device=device)
         self.finished_scores = torch.full((prompts, beams), _NEVER, device=device)
         self.is_finished = torch.zeros(prompts, beams, dtype=torch.bool, device=device)
-        # Set by each step: whether a running beam may still get better than a finished one, and
-        # whether no candidate is left to run on.
+        # Set by each step: whether a running beam may still get better than a finished one.
         self.improvable = torch.ones(prompts, dtype=torch.bool, device=device)
-        self.all_end = torch.zeros(prompts, dtype=torch.bool, device=device)
 
     def extend(self, scores: Tensor) -> Tensor:
         """One step, from the scores (prompts * beams, vocab) of the next tokens.
@@ -133,13 +131,14 @@ class _Search:
         self.running_scores = running_scores.gather(1, chosen)
         self._finish(candidates, candidate_scores, ends)
         self._look_ahead()
-        self.all_end = ends.all(dim=1)
         row = torch.arange(prompts, device=flat.device)[:, None] * beams
         return row + origin.gather(1, chosen)
 
     def ended(self) -> list[bool]:
         """For each prompt whether its search is over."""
-        over = ~self.improvable | self.all_end
+        if self.length == self.options.max_new_tokens:
+            return [True] * len(self.improvable)
+        over = ~self.improvable
         if self.options.early_stopping is True:
             over |= self.is_finished.all(dim=1)
         return over.tolist()
@@ -192,10 +191,8 @@ class _Search:
         length = self.length
         if options.early_stopping == "never" and options.length_penalty > 0:
             length = options.max_new_tokens
-        attainable = self.running_scores[:, :1] / (length**options.length_penalty)
-        worst = self.finished_scores.amin(dim=1, keepdim=True)
-        worst = torch.where(self.is_finished, worst, _NEVER)
-        self.improvable = (attainable > worst).any(dim=1)
+        attainable = self.running_scores[:, 0] / (length**options.length_penalty)
+        self.improvable = attainable > self.finished_scores.amin(dim=1)
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:

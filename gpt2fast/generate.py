@@ -355,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     model.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16", "float64"),
-        help="of the weights; default: as stored",
+        help="of the weights; default: as stored, but at least float32 on a CPU",
     )  # fmt: skip
     model.add_argument(
         "--backend", default="auto", help="implementation of the ops: auto (default), reference, …"

@@ -107,8 +107,10 @@ class Generator:
 
         Args:
             name_or_path: bundled model, model on the hub, directory or file; see
-                `weights.from_pretrained`, which takes device, dtype, revision, local_files_only
-                and preset too.
+                `weights.from_pretrained`, which takes device, revision, local_files_only and
+                preset too.
+            dtype: of the weights; None means as stored, but float32 on a CPU where a half type
+                is stored, since many CPUs only emulate those.
             tokenizer: where the tokenizer is, if not with the model.
             window, notify: see `Generator`.
 
@@ -123,6 +125,8 @@ class Generator:
             local_files_only=local_files_only,
             preset=preset,
         )
+        if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4:
+            model = model.float()
         place = name_or_path if tokenizer is None else tokenizer
         # A file of weights has its tokenizer beside it.
         if tokenizer is None and os.path.isfile(place):

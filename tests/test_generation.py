@@ -634,3 +634,12 @@ def test_a_saved_model_generates_the_same_when_loaded(generator, tokenizer, tmp_
     # The path of the weights will do: the tokenizer is looked for beside them.
     beside = Generator.from_pretrained(tmp_path / "model.safetensors")
     assert beside("Once", **options) == loaded("Once", **options)
+
+
+def test_half_precision_weights_are_widened_on_a_cpu_unless_asked_for(tmp_path):
+    tokenizer = BPETokenizer.train(["ab " * 20], vocab_size=270)
+    model = small_model(vocab_size=270, bos_token_id=269, eos_token_id=269).bfloat16()
+    model.save_pretrained(tmp_path, tokenizer)
+    assert Generator.from_pretrained(tmp_path).model.dtype == torch.float32
+    kept = Generator.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert kept.model.dtype == torch.bfloat16

@@ -95,21 +95,19 @@ def test_processing_leaves_its_input_alone():
     assert torch.equal(scores, before)
 
 
-@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
-def test_padding_before_a_history_changes_nothing(options):
-    scores, history = random_scores(), random_history()
+@pytest.mark.parametrize("length", [1, 2, 30])
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 4}],
+    ids=str,
+)
+def test_padding_before_a_history_changes_nothing(options, length):
+    scores, history = random_scores(), random_history(length=length)
     padded = torch.cat([torch.full((6, 5), -1), history], dim=1)
     assert torch.equal(
         processors.process(scores, padded, **options),
         processors.process(scores, history, **options),
     )
-
-
-def test_padding_is_never_an_ngram():
-    # The suffix (-1, 3) and the window (-1, -1, 3) both reach into the padding.
-    history = torch.tensor([[-1, -1, -1, 3]])
-    scores = random_scores(1, 10)
-    assert torch.equal(processors.process(scores, history, no_repeat_ngram_size=3), scores)
 
 
 def test_every_processor_starts_switched_off():

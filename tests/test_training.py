@@ -147,6 +147,7 @@ CHANGES: dict[str, tuple[dict[str, object], object]] = {
     "keep_checkpoints": ({"checkpoint_interval": 1}, 1),
     "seed": ({}, 7),
     "dtype": ({}, "bfloat16"),
+    "save_dtype": ({}, "bfloat16"),
 }
 OBSERVED_OTHERWISE = {"data", "out", "init_from", "device", "backend", "compile", "threads"}
 

@@ -32,8 +32,7 @@ def ban_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> Tensor:
         return scores
     windows = history.unfold(1, size, 1)
     suffix = history[:, history.shape[1] - size + 1 :]
-    # A window that reaches into the padding is no n-gram of the row, even where -1 equals -1.
-    repeats = (windows[..., :-1] == suffix[:, None]).all(-1) & (windows >= 0).all(-1)
+    repeats = (windows[..., :-1] == suffix[:, None]).all(-1)
     banned = _present(scores, windows[..., -1].where(repeats, -1))
     return scores.masked_fill(banned, -math.inf)
 

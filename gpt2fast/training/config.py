@@ -86,6 +86,8 @@ class TrainConfig:
     """auto: CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: mixed precision (autocast over float32 weights)."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the finished model's weights; checkpoints hold float32."""
     backend: Literal["auto", "native", "triton", "torch", "reference"] = "auto"
     """Implementation of the ops; auto: the fastest that is there."""
     compile: bool = False

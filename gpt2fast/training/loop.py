@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -409,7 +410,8 @@ class _Run:
 
     def _deliver(self) -> TrainResult:
         self.model.eval()
-        self.model.save_pretrained(self.out, tokenizer=self.tokenizer)
+        finished = copy.deepcopy(self.model).to(getattr(torch, self.config.save_dtype))
+        finished.save_pretrained(self.out, tokenizer=self.tokenizer)
         position = self.position
         if self.val is None:
             self._evaluate()
