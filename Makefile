@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: setup check format test constraints
+.PHONY: setup check format test bench constraints
 
 setup: .venv/ready  ## an environment to develop in
 
@@ -22,6 +22,9 @@ format: .venv/ready  ## rewrite the source in the house's format
 
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest -q tests
+
+bench: .venv/ready  ## ours beside torch and transformers
+	$(BIN)/python -m pytest -q benchmarks
 
 constraints:  ## resolve constraints.txt again, for every Python and platform (needs uv)
 	printf 'torch==2.13.0\nnumpy<2.4\n' | uv pip compile pyproject.toml --all-extras --universal \

@@ -1,12 +1,18 @@
 """GPT-2, as fast as the hardware allows."""
 
-from .cache import KVCache
-from .config import PRESETS, GPT2Config
-from .errors import Error
-from .generator import Generator
-from .model import GPT2, GPT2Output
-from .ops.backend import backend
-from .tokenizer import Tokenizer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+    from .config import PRESETS, GPT2Config
+    from .errors import Error
+    from .generator import Generator
+    from .model import GPT2, GPT2Output
+    from .ops.backend import backend
+    from .tokenizer import Tokenizer
 
 __all__ = [
     "GPT2",
@@ -20,3 +26,25 @@ __all__ = [
     "backend",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "GPT2": "model",
+    "GPT2Config": "config",
+    "GPT2Output": "model",
+    "Generator": "generator",
+    "KVCache": "cache",
+    "PRESETS": "config",
+    "Error": "errors",
+    "Tokenizer": "tokenizer",
+    "backend": "ops.backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: a command line then answers --help at once, and can be interrupted
+    # in the seconds that importing torch takes.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name in ("data", "nn", "ops", "training"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

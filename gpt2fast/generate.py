@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return _fail("out of memory: take fewer samples or prompts, or a smaller model")
     except KeyboardInterrupt:
-        # The terminal shows ^C in the middle of the text.
-        _say("")
+        if sys.stderr.isatty():
+            _say("")  # the terminal shows ^C in the middle of the text
         return 130
     except BrokenPipeError:
         # Whoever read our output has enough. Python would complain again when it closes stdout.
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         SamplingOptions(**options)
     except GenerationError as error:
-        return _fail(error, code=2)
+        return _fail(str(error).replace("num_return_sequences", "--num-samples"), code=2)
     prompts = None if args.interactive and not args.words else _prompts(args)
     start = time.perf_counter()
     generator = _load(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from .ops.decode import LAYER_WEIGHTS
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
+
+_layer_weights = attrgetter(*LAYER_WEIGHTS)
 
 
 class GPT2Output:
@@ -305,7 +308,7 @@ class GPT2(nn.Module):
         save_pretrained(self, directory, tokenizer)
 
     def _decode_weights(self) -> list[Tensor]:
-        layers = [block.get_parameter(name) for block in self.blocks for name in LAYER_WEIGHTS]
+        layers = [weight for block in self.blocks for weight in _layer_weights(block)]
         return [
             self.wte.weight,
             self.wpe.weight,

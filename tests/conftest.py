@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# The tests' tensors are small: threads would wait for each other longer than they compute.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
