@@ -110,9 +110,10 @@ class KVCache:
             rows: (B',) int64 with B' <= B.
         """
         if len(rows) > self.batch_size:
-            raise ValueError(
+            raise GenerationError(
                 f"{len(rows)} rows do not fit a cache of {self.batch_size}; use expand() to grow it"
             )
+        self._check_rows(rows)
         used = self._longest
         for k, v in zip(self.k, self.v, strict=True):
             ops.reorder_cache(k[:, :used], v[:, :used], rows)
@@ -125,6 +126,7 @@ class KVCache:
         Args:
             rows: (N,) int64.
         """
+        self._check_rows(rows)
         ops.release_rows(self.lengths, rows)
         ops.release_rows(self.positions, rows)
 
@@ -134,3 +136,12 @@ class KVCache:
         self.v = self.v.repeat_interleave(times, dim=1)
         self.lengths = self.lengths.repeat_interleave(times)
         self.positions = self.positions.repeat_interleave(times)
+
+    def _check_rows(self, rows: Tensor) -> None:
+        if rows.device.type == "cpu" and len(rows):
+            low, high = (int(bound) for bound in rows.aminmax())
+            if low < 0 or high >= self.batch_size:
+                raise GenerationError(
+                    f"row {low if low < 0 else high} is not one of this cache's rows "
+                    f"0 .. {self.batch_size - 1}"
+                )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -27,9 +28,16 @@ _CPU_FEATURES = (
 )  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists all options)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gpt2fast.doctor", description=__doc__)
+    parser = _Parser(prog="python -m gpt2fast.doctor", description=__doc__)
     parser.add_argument(
         "--backend", default="auto", choices=("auto", *ORDER), help="force one for every op"
     )
@@ -40,14 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
+        torch.zeros(1, device=options.device).sum().item()
+    except Exception as error:  # torch has a different one for each device that is not there
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {options.device}: torch cannot use it here: {reason:.200}")
+    try:
         for name, value in _environment():
             print(f"{name:<14}{value}")
         print()
         with backend(options.backend):
             _print_table(_try_ops(options.device))
-    except (Error, RuntimeError) as error:
+    except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -11,6 +11,10 @@ class ConfigError(Error):
     """A field of a model or training configuration has a wrong type or value."""
 
 
+class ArgumentError(Error):
+    """Arguments of an op, a module or the model do not fit together."""
+
+
 class WeightsError(Error):
     """A checkpoint cannot be found, read, or fitted to the model."""
 

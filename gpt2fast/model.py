@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from . import ops
 from .cache import KVCache
 from .config import GPT2Config
-from .errors import GenerationError
-from .nn import Block, LinearCrossEntropy, ResidualLayerNorm
+from .errors import ArgumentError, ConfigError, GenerationError
+from .nn import Block, LinearCrossEntropy, ResidualLayerNorm, is_hooked
 from .ops.decode import LAYER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -27,21 +27,43 @@ class GPT2Output:
     """What a forward pass returns.
 
     With labels or targets the logits are computed when they are first read: who wants the loss
-    alone never pays for a (B, T, vocab) tensor.
+    alone never pays for a (B, T, vocab) tensor. They are what the forward pass would have given,
+    under its gradient mode and autocast; changing the weights in between is an error.
     """
 
     def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
         self.loss = loss
         """Scalar mean loss in nats, or None without labels and targets."""
-        self._hidden = hidden
-        self._projection = projection
         self._logits = F.linear(hidden, projection) if loss is None else None
+        if loss is not None:
+            device = hidden.device.type
+            self._hidden, self._projection = hidden, projection
+            self._grad = torch.is_grad_enabled()
+            self._autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            # Neither a traced program nor a tensor made in inference mode counts its changes.
+            counted = not torch.compiler.is_compiling() and not projection.is_inference()
+            self._version = projection._version if counted else None
 
     @property
     def logits(self) -> Tensor:
-        """(B, T, vocab), or the positions kept by `logits_to_keep`."""
+        """(B, T, vocab), or the positions kept by `logits_to_keep`.
+
+        Raises:
+            ArgumentError: read for the first time after the weights were changed.
+        """
         if self._logits is None:
-            self._logits = F.linear(self._hidden, self._projection)
+            if self._version is not None and self._projection._version != self._version:
+                raise ArgumentError(
+                    "the weights were changed after this forward pass, which did not need its "
+                    "logits until now: read .logits before the optimizer's step"
+                )
+            enabled, dtype = self._autocast
+            with (
+                torch.inference_mode(self._hidden.is_inference()),
+                torch.set_grad_enabled(self._grad),
+                torch.autocast(self._hidden.device.type, dtype, enabled=enabled),
+            ):
+                self._logits = F.linear(self._hidden, self._projection)
         return self._logits
 
 
@@ -64,6 +86,11 @@ class GPT2(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if not isinstance(config, GPT2Config):
+            raise ConfigError(
+                f"config must be a GPT2Config, not {type(config).__name__}; "
+                "GPT2Config.from_dict takes the content of a config.json"
+            )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.gradient_checkpointing = False
@@ -159,7 +186,12 @@ class GPT2(nn.Module):
                 count. Give labels or targets, not both.
         """
         if labels is not None and targets is not None:
-            raise ValueError("give labels (shifted inside) or targets (already shifted), not both")
+            raise ArgumentError(
+                "give labels (shifted inside) or targets (already shifted), not both"
+            )
+        for name, wanted in (("labels", labels), ("targets", targets)):
+            if wanted is not None:
+                self._check_wanted(name, wanted, input_ids)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         loss = None
         if labels is not None:
@@ -190,6 +222,7 @@ class GPT2(nn.Module):
             positions = steps if position_ids is None else position_ids
             self._check_positions(positions)
             return self._blocks(input_ids, positions, mask, None, None)
+        self._check_cache(cache, len(input_ids))
         positions = cache.positions[:, None] + steps if position_ids is None else position_ids
         self._check_positions(positions)
         positions = positions.expand(input_ids.shape)
@@ -226,6 +259,8 @@ class GPT2(nn.Module):
                 from torch.utils.checkpoint import checkpoint
 
                 x, residual = checkpoint(block.branch, x, residual, mask, use_reentrant=False)
+            elif is_hooked(block):
+                x, residual = block(_stream(x, residual), mask, layer_cache), None
             else:
                 x, residual = block.branch(x, residual, mask, layer_cache)
         return self.ln_f(x, residual)[0]
@@ -248,7 +283,9 @@ class GPT2(nn.Module):
             (B, vocab) logits. Not differentiable.
         """
         positions = cache.positions if position_ids is None else position_ids
-        self._check_positions(positions)
+        self._check_tokens(tokens)
+        self._check_positions(positions[:, None])
+        self._check_cache(cache, len(tokens))
         cache.reserve(1)
         logits = ops.decode_step(
             self._decode_weights(),
@@ -329,8 +366,11 @@ class GPT2(nn.Module):
                 f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
                 f"{tuple(input_ids.shape)}"
             )
-        if _is_readable(input_ids):
-            low, high = (int(bound) for bound in input_ids.aminmax())
+        self._check_tokens(input_ids)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if _is_readable(tokens):
+            low, high = (int(bound) for bound in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise GenerationError(
                     f"token id {low if low < 0 else high} is outside the vocabulary "
@@ -345,16 +385,47 @@ class GPT2(nn.Module):
                 f"{positions.shape[-1]} tokens exceed this model's n_positions={limit}; "
                 "shorten the input"
             )
-        if _is_readable(positions) and not 0 <= int(positions.max()) < limit:
+        if not _is_readable(positions):
+            return
+        low, high = (int(bound) for bound in positions.aminmax())
+        if low < 0 or high >= limit:
             raise GenerationError(
-                f"position {int(positions.max())} exceeds this model's n_positions={limit}; "
-                "shorten the input or generate fewer tokens"
+                f"position {low if low < 0 else high} is outside this model's 0 .. {limit - 1} "
+                f"(n_positions={limit}); shorten the input or generate fewer tokens"
+            )
+
+    def _check_wanted(self, name: str, wanted: Tensor, input_ids: Tensor) -> None:
+        if wanted.shape != input_ids.shape:
+            raise ArgumentError(
+                f"{name} {tuple(wanted.shape)} must have the shape of input_ids "
+                f"{tuple(input_ids.shape)}"
+            )
+        if _is_readable(wanted) and wanted.numel():
+            high = int(wanted.max())
+            low = int(wanted.where(wanted != -100, 0).min())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ArgumentError(
+                    f"{name} hold {low if low < 0 else high}, which is neither a token id "
+                    f"0 .. {self.config.vocab_size - 1} nor -100 (does not count)"
+                )
+
+    def _check_cache(self, cache: KVCache, rows: int) -> None:
+        config = self.config
+        shape = (config.n_layer, rows, cache.max_length, config.n_head, config.head_dim)
+        if cache.k.shape != shape:
+            raise GenerationError(
+                f"the cache has the shape {tuple(cache.k.shape)} and this call needs {shape} "
+                "(layers, rows, length, heads, head size); model.new_cache(rows) makes one"
             )
 
 
 def _is_readable(tensor: Tensor) -> bool:
     """Whether looking at values is free: on the CPU, outside a traced program."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _stream(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else residual + x
 
 
 def _is_known_full(mask: Tensor) -> bool:

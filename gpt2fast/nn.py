@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .cache import LayerCache
+from .errors import ArgumentError
 from .ops.decode import ACTIVATIONS
 
 __all__ = [
@@ -22,6 +23,20 @@ __all__ = [
     "Projection",
     "ResidualLayerNorm",
 ]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or changes what goes through `module`.
+
+    A fused op reads a module's weights without calling it; hooks, by which activations are
+    captured and models are wrapped, only run in a call.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class Projection(nn.Module):
@@ -100,7 +115,7 @@ class CausalSelfAttention(nn.Module):
     ):
         super().__init__()
         if width % heads:
-            raise ValueError(f"width={width} is not a multiple of heads={heads}")
+            raise ArgumentError(f"width={width} is not a multiple of heads={heads}")
         self.heads = heads
         self.dropout = dropout
         self.scale = (width // heads) ** -0.5 if scale is None else scale
@@ -114,7 +129,7 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             x: (B, T, width).
-            attention_mask: (B, T) bool, false at positions that must not be seen.
+            attention_mask: (B, T) bool or 0/1, false at positions that must not be seen.
             cache: keys and values of the positions before x; x's own are appended to it.
 
         Returns:
@@ -153,7 +168,7 @@ class GELUMLP(nn.Module):
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+            raise ArgumentError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
         inner = 4 * width if inner is None else inner
         self.activation = activation
         self.c_fc = Projection(width, inner, device=device, dtype=dtype)
@@ -161,7 +176,8 @@ class GELUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
-        if self.activation == "gelu_new":
+        separate = is_hooked(self.c_fc) or is_hooked(self.c_proj)
+        if self.activation == "gelu_new" and not separate:
             return ops.gelu_mlp(
                 x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
             )

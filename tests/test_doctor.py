@@ -32,3 +32,12 @@ def test_an_unknown_backend_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as stop:
         doctor.main(["--backend", "cuda"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "meta", "toaster"])
+def test_a_device_that_is_not_there_is_one_line(device, capsys):
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--device", device])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and device in printed.err

@@ -10,7 +10,7 @@ import torch
 from differential import random_config, random_mask, transformers_twin, with_random_weights
 from gpt2fast import GPT2, PRESETS, GPT2Config, backend
 from gpt2fast.config import ACTIVATIONS
-from gpt2fast.errors import ConfigError, GenerationError
+from gpt2fast.errors import ArgumentError, ConfigError, GenerationError
 from gpt2fast.ops.backend import record_calls
 from tolerance import assert_close
 
@@ -88,9 +88,11 @@ def test_bfloat16_is_as_accurate_as_transformers():
             parameter.copy_(parameter.bfloat16())
     exact_model.double()
     ids = torch.randint(config.vocab_size, (4, 20))
-    exact = exact_model(ids).logits
-    model = exact_model.bfloat16()
-    assert_close([model(ids).logits], [transformers_twin(model)(ids).logits], [exact], times=3.0)
+    with torch.no_grad():
+        exact = exact_model(ids).logits
+        model = exact_model.bfloat16()
+        ours, theirs = model(ids).logits, transformers_twin(model)(ids).logits
+    assert_close([ours], [theirs], [exact], times=3.0)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -160,6 +162,52 @@ def test_targets_are_labels_already_shifted():
         model(ids, labels=ids, targets=ids)
 
 
+def test_logits_read_late_are_those_of_the_forward_pass():
+    model = with_random_weights(SMALL, 0)
+    ids = torch.randint(61, (2, 9))
+    expected = model(ids).logits
+    with torch.inference_mode():
+        out = model(ids, labels=ids)
+    assert torch.allclose(out.logits, expected, atol=1e-6) and not out.logits.requires_grad
+    with torch.no_grad():
+        out = model(ids, labels=ids)
+    assert torch.allclose(out.logits, expected, atol=1e-6) and not out.logits.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        out, at_once = model(ids, labels=ids), model(ids).logits
+    assert out.logits.dtype == torch.bfloat16 and torch.equal(out.logits, at_once)
+    out = model(ids, labels=ids)
+    with torch.no_grad():
+        model.wte.weight.mul_(2.0)
+    with pytest.raises(ArgumentError, match="before the optimizer"):
+        _ = out.logits
+
+
+def test_a_step_takes_more_rows_than_the_model_has_positions():
+    model = with_random_weights(SMALL, 0)
+    tokens = torch.randint(61, (40, 2))
+    cache = model.new_cache(40, 4)
+    with torch.no_grad():
+        model(tokens[:, :1], cache=cache)
+        step = model.decode_step(tokens[:, 1], cache)
+        assert torch.allclose(step, model(tokens).logits[:, 1], atol=1e-5)
+
+
+def test_hooks_see_what_goes_through_a_block_and_its_projections():
+    model = with_random_weights(SMALL, 0)
+    ids = torch.randint(61, (2, 9))
+    expected = model(ids).logits
+    seen = {}
+    for name in ("h.0", "h.1", "h.1.mlp.c_fc", "h.1.mlp.c_proj", "h.0.attn.c_attn"):
+
+        def hook(module, inputs, output, name=name):
+            seen[name] = (inputs[0].shape, output.shape)
+
+        model.get_submodule(name).register_forward_hook(hook)
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    assert seen["h.0"] == seen["h.1"] == ((2, 9, 24), (2, 9, 24))
+    assert seen["h.1.mlp.c_fc"] == ((2, 9, 24), (2, 9, 96)) and len(seen) == 5
+
+
 def test_logits_to_keep_takes_a_count_or_positions():
     model = with_random_weights(SMALL, 0)
     ids = torch.randint(61, (2, 9))
@@ -225,8 +273,21 @@ def test_bad_input_is_named():
         model(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(GenerationError, match="attention_mask"):
         model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 4))
-    with pytest.raises(GenerationError, match="position 40"):
+    with pytest.raises(GenerationError, match="position 40 .*n_positions=32"):
         model(torch.zeros(1, 1, dtype=torch.long), position_ids=torch.tensor([[40]]))
+    with pytest.raises(GenerationError, match="position -1"):
+        model(torch.zeros(1, 1, dtype=torch.long), position_ids=torch.tensor([[-1]]))
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ArgumentError, match=r"labels \(2, 2\)"):
+        model(ids, labels=ids[:, 1:])
+    with pytest.raises(ArgumentError, match="targets hold 61"):
+        model(ids, targets=ids + 61)
+    with pytest.raises(GenerationError, match="cache has the shape"):
+        model(ids, cache=model.new_cache(3))
+    with pytest.raises(GenerationError, match="token id 99"):
+        model.decode_step(torch.tensor([99]), model.new_cache(1))
+    with pytest.raises(ConfigError, match="not dict"):
+        GPT2({})
 
 
 @pytest.mark.parametrize(

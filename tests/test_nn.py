@@ -45,6 +45,15 @@ def test_a_block_equals_its_formula():
     assert torch.allclose(block(x), expected, atol=1e-6)
 
 
+def test_a_block_takes_a_mask_of_zeros_and_ones():
+    block = Block(24, 3)
+    x, mask = torch.randn(2, 5, 24), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = block(x, mask.bool())
+    assert torch.equal(block(x, mask), expected)
+    assert torch.equal(block(x, mask.float()), expected)
+    assert torch.allclose(block(x[:1, 2:]), expected[:1, 2:], atol=1e-6)
+
+
 def test_residual_layer_norm_returns_the_stream_to_go_on_with():
     norm = ResidualLayerNorm(16)
     x, residual = torch.randn(3, 16), torch.randn(3, 16)

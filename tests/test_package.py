@@ -141,3 +141,10 @@ def _name(requirement: str) -> str:
     found = re.match(r"[\w.-]+", requirement)
     assert found, requirement
     return re.sub(r"[-_.]+", "-", found[0]).lower()
+
+
+def test_the_package_names_its_commands():
+    command = [sys.executable, "-m", "gpt2fast"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("generate", "prepare", "train", "doctor"):
+        assert f"python -m gpt2fast.{name}" in shown

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backend import Implementation, Op, autocast, statistics_dtype
 
 
@@ -33,7 +34,7 @@ def causal_attention(
         q, k, v: (B, T, H, D), floating point; strided views of one packed (B, T, 3, H, D) tensor
             are read in place.
         scale: factor on the scores; None means 1 / sqrt(D).
-        mask: (B, T) bool, false where a position must not be seen by any other.
+        mask: (B, T) bool or 0/1, false where a position must not be seen by any other.
         dropout_p: probability of dropping an attention weight.
         seed: (1,) int64, required with dropout; one seed always drops the same weights.
 
@@ -41,12 +42,18 @@ def causal_attention(
         (B, T, H, D) in q's dtype.
     """
     if q.shape != k.shape or k.shape != v.shape or q.dim() != 4:
-        raise ValueError(
+        raise ArgumentError(
             f"q, k and v must share one shape (B, T, H, D), not {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
+    if mask is not None:
+        if mask.shape != q.shape[:2]:
+            raise ArgumentError(
+                f"mask must be (B, T) = {tuple(q.shape[:2])}, not {tuple(mask.shape)}"
+            )
+        mask = mask.bool()
     if dropout_p and seed is None:
-        raise ValueError("dropout_p > 0 needs seed, a (1,) int64 tensor")
+        raise ArgumentError("dropout_p > 0 needs seed, a (1,) int64 tensor")
     q, k, v = autocast(q, k, v)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     return _forward.call(q, k, v, scale, mask, dropout_p, seed)[0]

@@ -159,10 +159,14 @@ class backend:  # noqa: N801 - reads as a verb: gpt2fast.backend("reference")
         if name in ORDER and not any(name in op.implementations for op in OPS.values()):
             raise BackendError(f"backend {name!r} is not available: {_ABSENT[name]}")
         global _requested
+        self._name = name
         self._previous = _requested
         _requested = name
 
     def __enter__(self) -> backend:
+        global _requested
+        if _requested != self._name:  # chosen earlier, and something else since
+            self._previous, _requested = _requested, self._name
         return self
 
     def __exit__(

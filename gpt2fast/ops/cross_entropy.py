@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 
 # Logits held at once: 4 Mi elements stay in a last-level cache or close to it.
@@ -37,12 +38,12 @@ def linear_cross_entropy(
         Scalar loss in nats, at least float32.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"hidden (N, C) and weight (V, C) do not fit: {tuple(hidden.shape)} and "
             f"{tuple(weight.shape)}"
         )
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(
+        raise ArgumentError(
             f"targets must be ({hidden.shape[0]},), one per row of hidden, "
             f"not {tuple(targets.shape)}"
         )

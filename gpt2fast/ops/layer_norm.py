@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backend import Op, statistics_dtype
 
 
@@ -32,12 +33,12 @@ def residual_layer_norm(
     Mean and variance are computed and kept in at least float32.
     """
     if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must have the size of "
             f"x's last dimension, x being {tuple(x.shape)}"
         )
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}"
         )
     normed, summed, _, _ = _forward.call(x, residual, weight, bias, eps)

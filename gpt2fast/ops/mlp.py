@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 
 
@@ -27,7 +28,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
         (..., C) in x's dtype.
     """
     if x.shape[-1:] != bias.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"bias {tuple(bias.shape)} must have the size of x's last dimension, "
             f"x being {tuple(x.shape)}"
         )
@@ -49,7 +50,7 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     """
     sizes = (x.shape[-1], *b_fc.shape, *b_proj.shape)
     if w_fc.shape != sizes[:2] or w_proj.shape != sizes[1:]:
-        raise ValueError(
+        raise ArgumentError(
             f"shapes do not chain: x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, "
             f"b_fc {tuple(b_fc.shape)}, w_proj {tuple(w_proj.shape)}, "
             f"b_proj {tuple(b_proj.shape)}; weights are (in, out)"

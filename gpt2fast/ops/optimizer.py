@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backend import Implementation, Op
 
 
@@ -38,9 +39,9 @@ def fused_adamw(
         lr, beta1, beta2, eps, weight_decay: as in the formula above.
     """
     if step < 1:
-        raise ValueError(f"step={step}: updates are counted from 1")
+        raise ArgumentError(f"step={step}: updates are counted from 1")
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
-        raise ValueError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
+        raise ArgumentError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
     _adamw.call(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs),
         step, lr, beta1, beta2, eps, weight_decay,

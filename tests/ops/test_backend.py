@@ -28,6 +28,14 @@ def test_a_block_restores_the_backend_and_a_call_keeps_it():
         backend("auto")
 
 
+def test_a_choice_made_earlier_holds_in_its_block():
+    chosen = backend("reference")
+    backend("auto")
+    with chosen:
+        assert requested_backend() == "reference"
+    assert requested_backend() == "auto"
+
+
 def test_a_forced_backend_is_the_one_that_runs():
     x, bias = torch.ones(2, 3), torch.ones(3)
     with record_calls() as calls:

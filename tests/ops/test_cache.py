@@ -54,8 +54,12 @@ def test_reordering_copies_and_drops_rows():
     assert cache.batch_size == 2 and cache.lengths.tolist() == [3, 3]
     assert torch.equal(cache.k[:, 0, :3], before[:, 2, :3])
     assert torch.equal(cache.k[:, 1, :3], before[:, 2, :3])
-    with pytest.raises(ValueError, match="expand"):
+    with pytest.raises(GenerationError, match="expand"):
         cache.reorder(torch.tensor([0, 1, 0]))
+    with pytest.raises(GenerationError, match=r"row 2 .* 0 \.\. 1"):
+        cache.reorder(torch.tensor([0, 2]))
+    with pytest.raises(GenerationError, match="row -1 "):
+        cache.release(torch.tensor([-1]))
 
 
 def test_expanding_repeats_rows_in_place():

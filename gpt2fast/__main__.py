@@ -1,0 +1,14 @@
+"""What can be run: python -m gpt2fast"""
+
+from __future__ import annotations
+
+_COMMANDS = """\
+python -m gpt2fast.generate   continue a text
+python -m gpt2fast.prepare    turn text into tokens for training
+python -m gpt2fast.train      train, fine-tune, resume
+python -m gpt2fast.doctor     which implementation of each op runs here, and why
+
+Each has --help."""
+
+if __name__ == "__main__":
+    print(_COMMANDS)
