@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -137,6 +137,8 @@ class StopCriteria:
         self.eos = list(eos)
         self.strings: list[str] = []
         self._sequences: list[list[int]] = []
+        if stop is not None and not isinstance(stop, Iterable):
+            raise GenerationError(f"stop is {stop!r}; it must be a text, or a list of texts")
         for item in [stop] if isinstance(stop, str) else stop or []:
             if isinstance(item, str) and item:
                 self.strings.append(item)
@@ -227,6 +229,7 @@ def decode(
     slides: bool = False,
     logprobs: bool = False,
     vocab_size: int | None = None,
+    first_sample: int = 0,
     timing: Timing | None = None,
 ) -> Iterator[Step]:
     """Continue every prompt `options.num_return_sequences` times, greedily or by sampling.
@@ -237,14 +240,16 @@ def decode(
     Args:
         limits: most new tokens for each prompt, at least one.
         vocab_size: take only tokens below this id; None allows all.
+        first_sample: number of the first continuation of each prompt among the prompt's samples.
         timing: filled in as decoding goes on.
     """
     timing = Timing() if timing is None else timing
     copies = options.num_return_sequences
-    numbers = None
+    blocks: Iterator[Tensor] | None = None
     if options.samples:
         seed = draw_seed() if options.seed is None else options.seed
-        numbers = uniforms(seed, copies, max(limits)).to(model.device).repeat(len(prompts), 1)
+        blocks = uniforms(seed, range(first_sample, first_sample + copies))
+    numbers, column = torch.empty(0, 0), 0
     processors = options.processors()
     continuations: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
     rows = list(range(len(continuations)))
@@ -258,7 +263,13 @@ def decode(
         logits = logits.repeat_interleave(copies, dim=0)
         for step in range(max(limits)):
             history = context.history if options.reads_history else context.history[:, :0]
-            uniform = None if numbers is None else numbers[:, step]
+            uniform = None
+            if blocks is not None:
+                if column == numbers.shape[1]:
+                    samples = torch.tensor([row % copies for row in rows])
+                    numbers, column = next(blocks)[samples].to(model.device), 0
+                uniform = numbers[:, column]
+                column += 1
             tokens = ops.sample(logits[:, :vocab_size], history, uniform, **processors)
             chosen = tokens.tolist()
             seconds = time.perf_counter() - start
@@ -288,7 +299,8 @@ def decode(
                 kept = torch.tensor(live, device=model.device)
                 context.keep(kept)
                 tokens = tokens[kept]
-                numbers = None if numbers is None else numbers[kept]
+                if blocks is not None:
+                    numbers = numbers[kept]
             logits = context.append(tokens)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,31 +34,47 @@ _SAMPLING = (
     "seed", "num_beams", "length_penalty",
 )  # fmt: skip
 _DRAWS_ONLY = ("temperature", "top_k", "top_p", "min_p", "seed")
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "storage size calculation")
+"""What torch says, on a GPU and on a CPU."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
-        from .errors import Error
-
-        try:
-            return _run(args)
-        except Error as error:
-            return _fail(error)
-        except (MemoryError, RuntimeError) as error:
-            if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
-                raise
-            return _fail("out of memory: take fewer samples or prompts, or a smaller model")
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        # A closed descriptor is None in Python, and print() would take standard output instead.
+        if sys.stdin is None:
+            sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if sys.stdout is None:
+            return _fail("standard output is closed: there is nowhere to write the text")
+        return _report(args)
     except KeyboardInterrupt:
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             _say("")  # the terminal shows ^C in the middle of the text
         return 130
     except BrokenPipeError:
-        # Whoever read our output has enough. Python would complain again when it closes stdout.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has enough
         return 0
+    except OSError as error:
+        _drop_output()
+        return _fail(f"reading or writing failed: {error}")
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Run, and say in one line what went wrong."""
+    from .errors import Error
+
+    try:
+        return _run(args)
+    except Error as error:
+        return _fail(error)
+    except (MemoryError, RuntimeError) as error:
+        message = str(error).lower()
+        if not isinstance(error, MemoryError) and all(words not in message for words in _NO_MEMORY):
+            raise
+        return _fail("out of memory: take fewer beams, samples or prompts, or a smaller model")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -67,10 +84,16 @@ def _run(args: argparse.Namespace) -> int:
     from .sampling import SamplingOptions
 
     options = _options(args)
+    if args.num_samples > 1 and args.num_beams == 1 and not _draws(options):
+        return _fail(
+            f"--num-samples is {args.num_samples}, and greedy decoding has one continuation only: "
+            "leave out --greedy and --temperature 0, or raise --num-beams too",
+            code=2,
+        )
     try:
         SamplingOptions(**options)
     except GenerationError as error:
-        return _fail(str(error).replace("num_return_sequences", "--num-samples"), code=2)
+        return _fail(_with_flags(str(error)), code=2)
     prompts = None if args.interactive and not args.words else _prompts(args)
     start = time.perf_counter()
     generator = _load(args)
@@ -101,16 +124,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Generator:
-    import torch
-
     from .generator import Generator
     from .hub import BUNDLED
     from .ops.backend import backend
 
     backend(args.backend)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(args.device)
     if args.model is None:
         _say(
             f"writing with the bundled model {BUNDLED!r}, which is small and knows old adventure "
@@ -125,6 +144,38 @@ def _load(args: argparse.Namespace) -> Generator:
         window=args.window,
         notify=lambda message: _say(f"note: {message}"),
     )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from .errors import GenerationError
+
+    usable = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        usable += [f"{accelerator.type}:{index}" for index in range(count)]
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu:0", *usable) and f"{name}:0" not in usable:
+        raise GenerationError(
+            f"--device {name}: this computer has {', '.join(usable)}; name one of these, or auto"
+        )
+    return name
+
+
+def _draws(options: dict[str, Any]) -> bool:
+    return options["do_sample"] and options["temperature"] != 0
+
+
+def _with_flags(message: str) -> str:
+    """A message about options as the library names them, with their names here."""
+    message = message.replace("num_return_sequences", "num_samples")
+    for name in (*_SAMPLING, "max_new_tokens", "num_samples"):
+        flag = "--" + name.replace("_", "-")
+        message = re.sub(rf"(?<![\w-]){name}(?!\w)", flag, message)
+    return message
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +218,8 @@ def _read_prompts(name: str) -> list[str]:
 
     from .errors import GenerationError
 
-    lines = [line for line in _read(name).splitlines() if line.strip()]
+    # Not splitlines(), which takes a form feed and U+2028 for ends of lines.
+    lines = [line.removesuffix("\r") for line in _read(name).split("\n") if line.strip()]
     if name.endswith(".jsonl"):
         for number, line in enumerate(lines):
             try:
@@ -190,8 +242,8 @@ def _read(name: str) -> str:
 
     try:
         if name == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        with open(name, encoding="utf-8", newline="") as file:
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with open(name, encoding="utf-8-sig", newline="") as file:
             return file.read()
     except UnicodeDecodeError as error:
         source = "standard input" if name == "-" else name
@@ -209,17 +261,14 @@ def _stream(generator: Generator, prompt: str, options: dict[str, Any]) -> None:
 
 
 def _write_all(generator: Generator, prompts: Sequence[str], options: dict[str, Any]) -> None:
-    first = True
-    for results in generator.each(prompts, **options):
-        for result in results:
-            _write(f"{result}\n" if first else f"---\n{result}\n")
-            first = False
+    for number, result in enumerate(generator.one_by_one(prompts, **options)):
+        _write(f"---\n{result}\n" if number else f"{result}\n")
 
 
 def _write_json(generator: Generator, prompts: Sequence[str], options: dict[str, Any]) -> None:
-    for results in generator.each(prompts, **options):
-        for number, result in enumerate(results):
-            _write(_json(result, number) + "\n")
+    copies = options["num_return_sequences"]
+    for number, result in enumerate(generator.one_by_one(prompts, **options)):
+        _write(_json(result, number % copies) + "\n")
 
 
 def _json(result: Generation, number: int) -> str:
@@ -260,8 +309,14 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _drop_output() -> None:
+    """Python writes what is left when it ends, and would complain again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _say(line: str) -> None:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
@@ -293,8 +348,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     given = [name for name, there in sources.items() if there]
     if len(given) > 1:
         parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
-    if args.greedy and args.do_sample:
-        parser.error("--greedy and --do-sample contradict each other")
+    for flag in ("model", "tokenizer", "prompts_file"):
+        if getattr(args, flag) == "":
+            parser.error(f"--{flag.replace('_', '-')} is empty; leave it out, or give a name")
+    if args.do_sample and (args.greedy or args.num_beams > 1):
+        other = "--greedy" if args.greedy else "--num-beams"
+        parser.error(f"{other} and --do-sample contradict each other")
     if args.interactive:
         for flag in ("prompts_file", "json", "stats"):
             if getattr(args, flag):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -100,8 +101,9 @@ def generate(
         seed=seed,
     )
     ends = end_tokens(model, eos_token_id)
+    padding = _padding(model, ends, pad_token_id, num_beams)
     criteria = StopCriteria(ends, stop, tokenizer)
-    input_ids = torch.as_tensor(input_ids)
+    input_ids = _tensor("input_ids", input_ids)
     prompts = _real_tokens(model, input_ids, attention_mask)
     for index, prompt in enumerate(prompts):
         check_length(model, len(prompt), max_new_tokens, f"row {index} of input_ids")
@@ -116,7 +118,6 @@ def generate(
             for row, token in zip(step.rows, step.tokens, strict=True):
                 continuations[row].append(token)
 
-    padding = _padding(model, ends, pad_token_id, num_beams)
     longest = max(len(tokens) for tokens in continuations)
     new = torch.tensor(
         [tokens + [padding] * (longest - len(tokens)) for tokens in continuations],
@@ -135,14 +136,17 @@ def end_tokens(model: GPT2, eos_token_id: EosTokenId) -> list[int]:
         # A small vocabulary under GPT-2's default of 50256 has no such token.
         token = model.config.eos_token_id
         return [] if token is None or not 0 <= token < vocab_size else [token]
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.tolist()
+    is_list = isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str | bytes)
+    ids: list[Any] = list(eos_token_id) if is_list else [eos_token_id]  # type: ignore[arg-type]
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+        if not _is_id(token) or not 0 <= token < vocab_size:
             raise GenerationError(
-                f"eos_token_id has {token!r}; ids of this model go from 0 to {vocab_size - 1}, "
-                "and None switches the end token off"
+                f"eos_token_id has {token!r}; ids of this model are whole numbers from 0 to "
+                f"{vocab_size - 1}, and None switches the end token off"
             )
-    return ids
+    return [int(token) for token in ids]
 
 
 def check_length(model: GPT2, tokens: int, new_tokens: int, name: str) -> None:
@@ -175,7 +179,7 @@ def _real_tokens(model: GPT2, input_ids: Tensor, mask: Tensor | None) -> list[li
         raise GenerationError(f"input_ids has dtype {input_ids.dtype}; token ids are integers")
     rows = input_ids.tolist()
     if mask is not None:
-        mask = torch.as_tensor(mask)
+        mask = _tensor("attention_mask", mask)
         if mask.shape != input_ids.shape:
             raise GenerationError(
                 f"attention_mask has shape {tuple(mask.shape)}; it must be that of input_ids, "
@@ -212,10 +216,29 @@ def check_vocabulary(model: GPT2, tokens: Sequence[int], name: str) -> None:
             )
 
 
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise GenerationError(
+            f"{name} is {value!r:.80}, which makes no tensor: pass a tensor (batch, time) of whole "
+            "numbers, as in torch.tensor([tokenizer.encode(text)])"
+        ) from error
+
+
+def _is_id(token: object) -> bool:
+    return isinstance(token, numbers.Integral) and not isinstance(token, bool)
+
+
 def _padding(model: GPT2, ends: list[int], pad_token_id: int | None, num_beams: int) -> int:
+    if pad_token_id is not None and not (_is_id(pad_token_id) and abs(pad_token_id) < 2**63):
+        raise GenerationError(
+            f"pad_token_id is {pad_token_id!r}; it must be a whole number of 64 bits, or None for "
+            "the end token"
+        )
     # transformers' beam search takes a pad_token_id of 0 for none.
     if pad_token_id is not None and not (pad_token_id == 0 and num_beams > 1 and ends):
-        return pad_token_id
+        return int(pad_token_id)
     if ends:
         return ends[0]
     return model.config.eos_token_id or 0

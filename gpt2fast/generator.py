@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, overload
 
 import torch
 
 from .beam_search import beam_search
 from .decoding import Step, StopCriteria, Timing, decode, evaluating
-from .errors import GenerationError
+from .errors import GenerationError, TokenizerError, WeightsError
 from .generation import FROM_CONFIG, EosTokenId, check_length, check_vocabulary, end_tokens
 from .model import GPT2
 from .sampling import SamplingOptions, draw_seed
@@ -23,6 +24,9 @@ DEFAULTS = SamplingOptions(
     max_new_tokens=100, do_sample=True, temperature=0.8, top_k=50, top_p=0.95
 )
 """Options of a `Generator`, unless it is told otherwise."""
+
+_MOST_PADDING = 127
+"""Rows by which a vocabulary is rounded up, to a multiple of 128 at most."""
 
 _BATCH_ROWS = 32
 """Continuations computed at once; more would take memory and save little time."""
@@ -67,10 +71,11 @@ class Generator:
         model, tokenizer: which belong together.
         window: what happens to a text longer than the model's `n_positions`: "error" refuses it
             in advance, "slide" goes on with the newest half of its tokens, "stop" ends it there.
-        notify: told once, when a text has slid.
+        notify: told once, when a text has slid; and when the tokenizer has a much smaller
+            vocabulary than the model.
 
     Raises:
-        GenerationError: no such window.
+        GenerationError: no such window, or a tokenizer with ids that the model does not have.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class Generator:
         self.window = window
         self._notify = notify
         self._has_slid = False
+        self._compare_vocabularies()
 
     @classmethod
     def from_pretrained(
@@ -131,11 +137,14 @@ class Generator:
         # A file of weights has its tokenizer beside it.
         if tokenizer is None and os.path.isfile(place):
             place = os.path.dirname(os.path.abspath(place))
-        loaded = Tokenizer.from_pretrained(
-            place,
-            revision=revision if tokenizer is None else None,
-            local_files_only=local_files_only,
-        )
+        try:
+            loaded = Tokenizer.from_pretrained(
+                place,
+                revision=revision if tokenizer is None else None,
+                local_files_only=local_files_only,
+            )
+        except WeightsError as error:
+            raise TokenizerError(f"the tokenizer {str(place)!r} is not found: {error}") from error
         return cls(model, loaded, window=window, notify=notify)
 
     @overload
@@ -175,10 +184,9 @@ class Generator:
             GenerationError: an option out of its range, or a prompt that is too long.
             TokenizerError: a text that cannot be encoded.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
         results = list(
             self.each(
-                texts,
+                prompts,
                 eos_token_id=eos_token_id,
                 stop=stop,
                 logprobs=logprobs,
@@ -192,7 +200,7 @@ class Generator:
 
     def each(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         eos_token_id: EosTokenId = FROM_CONFIG,
         stop: str | Sequence[str] | None = None,
@@ -205,18 +213,23 @@ class Generator:
         Arguments and errors are those of a call; all prompts are checked before the first result.
         """
         request = self._request(eos_token_id, stop, options)
-        names = [f"prompt {number} of {len(prompts)}" for number in range(1, len(prompts) + 1)]
-        encoded = [
-            self._encode(text, request, name if len(names) > 1 else "the prompt")
-            for text, name in zip(prompts, names, strict=True)
-        ]
-        copies = request.options.num_return_sequences
-        at_once = max(1, _BATCH_ROWS // max(copies, request.options.num_beams))
-        for first in range(0, len(prompts), at_once):
-            chunk = slice(first, first + at_once)
-            found = self._complete(prompts[chunk], encoded[chunk], request, logprobs, timing)
-            for start in range(0, len(found), copies):
-                yield found[start : start + copies]
+        found = self._continue(prompts, request, logprobs, timing)
+        while together := list(islice(found, request.options.num_return_sequences)):
+            yield together
+
+    def one_by_one(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        eos_token_id: EosTokenId = FROM_CONFIG,
+        stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+        timing: Timing | None = None,
+        **options: Any,
+    ) -> Iterator[Generation]:
+        """As `each`, but every continuation on its own: many of one prompt need not be awaited."""
+        request = self._request(eos_token_id, stop, options)
+        return self._continue(prompts, request, logprobs, timing)
 
     def stream(
         self,
@@ -241,6 +254,40 @@ class Generator:
         tokens = self._encode(prompt, request, "the prompt")
         steps = self._steps([tokens], request, logprobs=False, timing=timing)
         return TextStream(prompt, len(tokens), steps, self.tokenizer, request)
+
+    def _continue(
+        self,
+        prompts: str | Sequence[str],
+        request: _Request,
+        logprobs: bool,
+        timing: Timing | None,
+    ) -> Iterator[Generation]:
+        if not isinstance(prompts, Iterable):
+            raise GenerationError(
+                f"prompts is {prompts!r:.80}; it must be a text (str) or a list of texts"
+            )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = [
+            self._encode(
+                text,
+                request,
+                f"prompt {number} of {len(texts)}" if len(texts) > 1 else "the prompt",
+            )
+            for number, text in enumerate(texts, start=1)
+        ]
+        copies, beams = request.options.num_return_sequences, request.options.num_beams
+        samples_at_once = copies if beams > 1 else min(copies, _BATCH_ROWS)
+        texts_at_once = max(1, _BATCH_ROWS // max(samples_at_once, beams))
+        for first in range(0, len(texts), texts_at_once):
+            chunk = slice(first, first + texts_at_once)
+            for sample in range(0, copies, samples_at_once):
+                count = min(samples_at_once, copies - sample)
+                part = replace(
+                    request, options=replace(request.options, num_return_sequences=count)
+                )
+                yield from self._complete(
+                    texts[chunk], encoded[chunk], part, logprobs, timing, first_sample=sample
+                )
 
     def _request(self, eos_token_id: EosTokenId, stop: Any, options: dict[str, Any]) -> _Request:
         if "num_beams" in options and options["num_beams"] != 1:
@@ -286,6 +333,7 @@ class Generator:
         request: _Request,
         logprobs: bool,
         timing: Timing | None,
+        first_sample: int,
     ) -> list[Generation]:
         options = request.options
         copies = options.num_return_sequences
@@ -307,7 +355,9 @@ class Generator:
                 if logprobs:
                     scores[row] = self._score(prompts[row // copies], tokens)
         else:
-            for step in self._steps(prompts, request, logprobs=logprobs, timing=timing):
+            for step in self._steps(
+                prompts, request, logprobs=logprobs, timing=timing, first_sample=first_sample
+            ):
                 for place, row in enumerate(step.rows):
                     found[row].push(step.tokens[place], step.reasons[place])
                     if step.logprobs is not None:
@@ -332,6 +382,7 @@ class Generator:
         *,
         logprobs: bool,
         timing: Timing | None,
+        first_sample: int = 0,
     ) -> Iterator[Step]:
         new, room = request.options.max_new_tokens, self.model.config.n_positions
         if new == 0:
@@ -350,6 +401,7 @@ class Generator:
                 slides=self.window == "slide",
                 logprobs=logprobs,
                 vocab_size=self.tokenizer.vocab_size,
+                first_sample=first_sample,
                 timing=timing,
             ),
             start=1,
@@ -368,6 +420,23 @@ class Generator:
             logits = self.model(read, logits_to_keep=len(tokens)).logits[0]
         chosen = torch.tensor(tokens, device=logits.device)[:, None]
         return logits.float().log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+
+    def _compare_vocabularies(self) -> None:
+        rows = self.model.config.vocab_size
+        added = {token.id for token in self.tokenizer.added_tokens}
+        # Added tokens often have no row in the model; a prompt that holds one is refused then.
+        newest_first = range(self.tokenizer.vocab_size - 1, -1, -1)
+        largest = next((id for id in newest_first if id not in added), -1)
+        if largest >= rows:
+            raise GenerationError(
+                f"the tokenizer has ids up to {largest}, and the model's vocabulary ends at "
+                f"{rows - 1}: load the tokenizer that belongs to the model"
+            )
+        if rows - self.tokenizer.vocab_size > _MOST_PADDING:
+            self._notify(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, and the model's vocabulary "
+                f"{rows}: if the text makes no sense, load the tokenizer that belongs to the model"
+            )
 
     def _tell_slide(self) -> None:
         if not self._has_slid:

@@ -69,13 +69,16 @@ def _bundled(name: str) -> Path:
 
 
 def _newest_checkpoint(path: Path) -> Path:
-    """The newest checkpoint, if `path` is a training run that has no final model yet."""
+    """The newest checkpoint, if `path` is a training run that has no final model yet.
+
+    The one with the best validation loss counts where no other has been made.
+    """
     checkpoints = path / "checkpoints"
     if not checkpoints.is_dir() or (path / "config.json").exists():
         return path
     # Steps are zero-padded, so that the order of names is the order of time.
-    steps = sorted(p for p in checkpoints.glob("step-*") if (p / "config.json").is_file())
-    return steps[-1] if steps else path
+    found = [checkpoints / "best", *sorted(checkpoints.glob("step-*"))]
+    return next((p for p in reversed(found) if (p / "config.json").is_file()), path)
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import Error
+from .output import say
 
 EXAMPLES = """\
 examples:
@@ -27,8 +28,14 @@ A folder stands for its .txt and .md files, at any depth, in alphabetical order.
 given again. Text must be UTF-8."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage, as the other commands do."""
+        self.exit(2, f"error: {message}\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m gpt2fast.prepare",
         description="Turn text into train.bin, val.bin, a tokenizer and meta.json for training.",
         epilog=EXAMPLES,
@@ -44,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="char, bpe (trained on the training part of this text), gpt2, or another directory "
         "or hub name (default: char)",
     )
-    add("--out", type=Path, metavar="DIR", help="where to write (default: data/<name of INPUT>)")
+    add("--out", metavar="DIR", help="where to write (default: data/<name of INPUT>)")
     add("--vocab-size", type=int, metavar="N", help="tokens of a bpe tokenizer (default: 2048)")
     add(
         "--split",
@@ -71,11 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = command.parse_args([_hyphens(argument) for argument in given])
     if args.vocab_size is not None and args.tokenizer != "bpe":
         command.error(f"--vocab-size is for --tokenizer bpe, not {args.tokenizer}")
+    if args.vocab_size is not None and args.vocab_size < 1:
+        command.error(f"--vocab-size is {args.vocab_size}, but must be at least 1 (2048 is usual)")
+    if args.out == "":
+        command.error("--out is empty; name a folder, such as data/book")
     if args.seed is not None and args.split != "documents":
         command.error("--seed chooses the documents to hold out; it needs --split documents")
     if not 0 < args.val_fraction < 1:
         command.error(f"--val-fraction {args.val_fraction}: it must lie between 0 and 1")
-    out = args.out or Path("data") / _default_name(args.inputs[0])
+    out = Path(args.out or f"data/{_default_name(args.inputs[0])}")
     line = _ProgressLine()
     try:
         return _prepare(args, out, line)
@@ -83,10 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line.clear()
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader of our output has gone; nothing is left to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         line.clear()
         print(f"error: {error}", file=sys.stderr)
@@ -109,7 +116,7 @@ def _prepare(args: argparse.Namespace, out: Path, line: _ProgressLine) -> int:
         args.inputs,
         out,
         tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size or 2048,
+        vocab_size=2048 if args.vocab_size is None else args.vocab_size,
         split=args.split,
         val_fraction=args.val_fraction,
         seed=args.seed or 0,
@@ -120,23 +127,22 @@ def _prepare(args: argparse.Namespace, out: Path, line: _ProgressLine) -> int:
     meta = prepared.meta
     took = time.monotonic() - started
     resumed = ", continuing an interrupted run" if prepared.resumed else ""
-    print(f"{prepared.directory}: {meta.vocab_size:,} {meta.tokenizer} tokens in the vocabulary")
+    say(f"{prepared.directory}: {meta.vocab_size:,} {meta.tokenizer} tokens in the vocabulary")
     for split, tokens, characters in (
         ("train", meta.train_tokens, meta.train_characters),
         ("val", meta.val_tokens, meta.val_characters),
     ):
         rate = meta.characters_per_token(split) or 0.0
-        print(f"  {split:5} {tokens:>13,} tokens {characters:>13,} characters  {rate:.3f} a token")
+        say(f"  {split:5} {tokens:>13,} tokens {characters:>13,} characters  {rate:.3f} a token")
     if meta.documents:
         counts = meta.documents
-        print(f"  documents: {counts['train']:,} to train, {counts['val']:,} held out:")
+        say(f"  documents: {counts['train']:,} to train, {counts['val']:,} held out:")
         for held in counts["held_out"][:10]:
-            print(f"    {held['title']} (document {held['document']}, {held['characters']:,})")
+            say(f"    {held['title']} (document {held['document']}, {held['characters']:,})")
         if counts["val"] > 10:
-            print(f"    … and {counts['val'] - 10:,} more, see meta.json")
-    print(f"  {took:.1f} s{resumed}")
-    print(f"next: python -m gpt2fast.train --data {shlex.quote(str(prepared.directory))}")
-    sys.stdout.flush()
+            say(f"    … and {counts['val'] - 10:,} more, see meta.json")
+    say(f"  {took:.1f} s{resumed}")
+    say(f"next: python -m gpt2fast.train --data {shlex.quote(str(prepared.directory))}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,11 @@ from torch import Tensor
 from .errors import GenerationError
 
 _COLDEST = 1e-9
+_MOST_ROWS = 2**31 - 1
+_LARGEST = 2**63 - 1
+"""What an op takes as a whole number; no vocabulary and no text is longer."""
+_BLOCK = 256
+"""Steps to draw random numbers for at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,9 @@ class SamplingOptions:
         _number("min_p", self.min_p, low=0, high=1)
         _number("repetition_penalty", self.repetition_penalty, low=0, above=True)
         _whole("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0, off=True)
-        _whole("num_beams", self.num_beams, low=1)
+        _whole("num_beams", self.num_beams, low=1, high=_MOST_ROWS)
         _number("length_penalty", self.length_penalty, low=-10, high=10, off=False)
-        _whole("num_return_sequences", self.num_return_sequences, low=1)
+        _whole("num_return_sequences", self.num_return_sequences, low=1, high=_MOST_ROWS)
         _whole("seed", self.seed, low=0, off=True)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise GenerationError(
@@ -104,7 +110,7 @@ class SamplingOptions:
         """The processors that greedy and beam decoding apply too, as `ops.sample` takes them."""
         return {
             "repetition_penalty": float(_or(self.repetition_penalty, 1.0)),
-            "no_repeat_ngram_size": int(_or(self.no_repeat_ngram_size, 0)),
+            "no_repeat_ngram_size": min(int(_or(self.no_repeat_ngram_size, 0)), _LARGEST),
         }
 
     def processors(self) -> dict[str, Any]:
@@ -114,27 +120,26 @@ class SamplingOptions:
         return {
             **self.history_processors(),
             "temperature": float(_or(self.temperature, 1.0)),
-            "top_k": int(_or(self.top_k, 0)),
+            "top_k": min(int(_or(self.top_k, 0)), _LARGEST),
             "top_p": float(_or(self.top_p, 1.0)),
             "min_p": float(_or(self.min_p, 0.0)),
         }
 
 
-def uniforms(seed: int, samples: int, steps: int) -> Tensor:
-    """The random numbers of `samples` continuations of one prompt, on the CPU.
+def uniforms(seed: int, samples: range) -> Iterator[Tensor]:
+    """The random numbers of these continuations of one prompt, on the CPU.
 
-    Number (i, t) depends on `seed`, i and t only: more samples or more steps change none of the
-    others, and every prompt of a batch gets the same ones as alone.
+    The number of sample i at step t depends on `seed`, i and t only: more samples or more steps
+    change none of the others, and every prompt of a batch gets the same ones as alone.
 
     Returns:
-        (samples, steps) float32 in [0, 1).
+        Without end, blocks (samples, steps) float32 in [0, 1), each for the next steps.
     """
-    numbers = torch.empty(samples, steps)
-    for index in range(samples):
-        # torch's CPU generator reads 32 bits of its seed; hashing spreads all of ours over them.
-        mixed = random.Random(f"{seed}/{index}").getrandbits(32)
-        numbers[index] = torch.rand(steps, generator=torch.Generator().manual_seed(mixed))
-    return numbers
+    # torch's CPU generator reads 32 bits of its seed; hashing spreads all of ours over them.
+    seeds = [random.Random(f"{seed}/{index}").getrandbits(32) for index in samples]
+    generators = [torch.Generator().manual_seed(mixed) for mixed in seeds]
+    while True:
+        yield torch.stack([torch.rand(_BLOCK, generator=generator) for generator in generators])
 
 
 def draw_seed() -> int:
@@ -146,12 +151,16 @@ def _or(value: float | None, neutral: float) -> float:
     return neutral if value is None else value
 
 
-def _whole(name: str, value: object, *, low: int, off: bool = False) -> None:
+def _whole(
+    name: str, value: object, *, low: int, high: int | None = None, off: bool = False
+) -> None:
     if value is None and off:
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):  # type: ignore[operator]
         raise GenerationError(
             f"{name} is {value!r}; it must be a whole number of at least {low}"
+            + ("" if high is None else f" and at most {high}")
             + (", or None to switch it off" if off else "")
         )
 

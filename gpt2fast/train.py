@@ -93,10 +93,11 @@ def _parser() -> Any:
 
 def _kind(hint: Any) -> tuple[type, str]:
     """The type of a field, None aside, and how the help shows its values."""
+    if get_origin(hint) is not Literal:
+        hint = next((option for option in get_args(hint) if option is not type(None)), hint)
     if get_origin(hint) is Literal:
         return Literal, "|".join(get_args(hint))
-    kind = next((option for option in get_args(hint) if option is not type(None)), hint)
-    return kind, {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "[true|false]"}[kind]
+    return hint, {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "[true|false]"}[hint]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -185,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + stop.signum
         return 0
     except Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -315,9 +315,8 @@ def test_device_and_backend_are_obeyed(run):
     assert requested_backend() == "reference"
     backend("auto")
     assert_one_error(run(*base, "--backend", "fastest"), 1, "fastest", "reference")
-    assert_one_error(run(*base, "--device", "abacus"), 1, "abacus")
-    if not torch.cuda.is_available():
-        assert_one_error(run(*base, "--device", "cuda"), 1, "cuda", "cpu")
+    for device in ("abacus", "meta", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])):
+        assert_one_error(run(*base, "--device", device), 1, f"--device {device}:", "has cpu")
 
 
 @pytest.mark.parametrize(
@@ -327,13 +326,17 @@ def test_device_and_backend_are_obeyed(run):
         ("--temperature -1", ["temperature", "-1"]),
         ("--temperature warm", ["--temperature", "warm"]),
         ("--top-k 1.5", ["--top-k", "1.5"]),
-        ("--top-p 7", ["top_p", "7", "from 0 to 1"]),
-        ("--max-new-tokens -4", ["max_new_tokens", "-4"]),
+        ("--top-p 7", ["--top-p is 7", "from 0 to 1"]),
+        ("--max-new-tokens -4", ["--max-new-tokens is -4"]),
         ("--seed -1", ["seed", "-1"]),
         ("--num-samples 0", ["--num-samples is 0"]),
-        ("--num-samples 2 --greedy", ["--num-samples is 2", "greedy"]),
-        ("--num-samples 3 --num-beams 2", ["num_beams", "3"]),
-        ("--num-beams 2 --do-sample", ["num_beams", "do_sample"]),
+        ("--num-samples 2 --greedy", ["--num-samples is 2", "greedy", "leave out --greedy"]),
+        ("--num-samples 2 --temperature 0", ["--num-samples is 2", "--num-beams"]),
+        ("--num-beams 99999999999999999999", ["--num-beams is 9999", "at most"]),
+        ("--model=", ["--model is empty"]),
+        ("--tokenizer=", ["--tokenizer is empty"]),
+        ("--num-samples 3 --num-beams 2", ["--num-beams", "--num-samples is 3"]),
+        ("--num-beams 2 --do-sample", ["--num-beams", "--do-sample"]),
         ("--greedy --do_sample", ["--greedy", "--do-sample"]),
         ("--window wide", ["--window", "wide"]),
         ("--dtype int8", ["--dtype", "int8"]),
@@ -367,6 +370,61 @@ def test_an_unknown_model_without_a_network_names_the_way_out(run, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_one_error(run(PROMPT, model="nobody/nothing"), 1, "nobody/nothing", hub.BUNDLED)
+
+
+def test_an_unknown_tokenizer_is_called_a_tokenizer(run, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_one_error(run(PROMPT, "--tokenizer", "no/body"), 1, "the tokenizer 'no/body'")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_noticed(run, tmp_path):
+    for size, name in ((1000, "large"), (258, "small")):
+        words = (f"{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{i} " * 3 for i in range(2000))
+        BPETokenizer.train(words, size).save_pretrained(tmp_path / name)
+    large = run(PROMPT, "--tokenizer", tmp_path / "large")
+    assert_one_error(large, 1, "up to 998", "ends at 297", "tokenizer that belongs")
+    # 40 unused rows of the model may be padding.
+    code, _, err = run(PROMPT, "--tokenizer", tmp_path / "small", "--max-new-tokens", 2)
+    assert (code, err) == (0, "")
+
+
+def test_memory_that_a_processor_does_not_have_is_one_line(run, monkeypatch):
+    def exhaust(*args, **options):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(Generator, "stream", exhaust)
+    assert_one_error(run(PROMPT), 1, "out of memory")
+
+
+def test_samples_without_number_come_as_they_are_made(run, monkeypatch):
+    written = []
+
+    def write(text):
+        written.append(text)
+        if len(written) == 40:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("gpt2fast.generate._write", write)
+    flags = [PROMPT, "--seed", 0, "--max-new-tokens", 3]
+    assert run(*flags, "--num-samples", 10**8, "--json")[0] == 0
+    monkeypatch.undo()
+    assert [json.loads(line)["sample"] for line in written] == list(range(40))
+    assert run(*flags, "--num-samples", 40, "--json")[1] == "".join(written)
+
+
+def test_a_prompt_ends_at_the_end_of_its_line_only(run, tmp_path):
+    prompts = ["The\u2028cat", "The\fdog", "The\x85mat"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*prompts, ""]).encode())
+    flags = ["--seed", 0, "--max-new-tokens", 3, "--json"]
+    code, out, _ = run("--prompts-file", file, *flags)
+    assert code == 0
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == prompts
+    again = tmp_path / "out.jsonl"
+    again.write_text(out, encoding="utf-8")
+    assert run("--prompts-file", again, *flags) == (0, out, "")
 
 
 def test_sampling_options_without_effect_are_noted(run):
@@ -509,6 +567,46 @@ def test_generating_imports_no_heavy_module(model_dir):
         "torch._dynamo", "torch._inductor", "sympy",
     ):  # fmt: skip
         assert name not in loaded
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
+@pytest.mark.parametrize(
+    "redirection, flags, code, out, err",
+    [
+        (">&-", [], 1, b"", b"error: standard output is closed"),
+        (">/dev/full", [], 1, b"", b"error: reading or writing failed: [Errno 28]"),
+        (">/dev/full <&-", ["--interactive"], 1, b"", b"error: reading or writing failed"),
+        ("<&-", ["--interactive"], 0, PROMPT.encode(), b""),
+        ("2>&-", ["--window", "slide", "--eos-token-id", "none"], 0, PROMPT.encode(), b""),
+    ],
+)
+def test_closed_descriptors_and_full_disks(model_dir, redirection, flags, code, out, err):
+    arguments = command(model_dir, PROMPT, "--max-new-tokens", "100", *flags)
+    process = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *arguments],
+        capture_output=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.returncode == code, process.stderr
+    assert process.stdout.startswith(out)
+    assert bool(process.stdout) == bool(out)
+    assert b"note:" not in process.stdout
+    lines = [x for x in process.stderr.splitlines() if not x.startswith(b"note: ")]
+    assert len(lines) == bool(err)
+    assert all(line.startswith(err) for line in lines)
+
+
+def test_interrupting_an_import_leaves_no_traceback(model_dir):
+    for module in (b" torch.version\n", b" torch._ops\n"):
+        process = subprocess.Popen(
+            command(model_dir, PROMPT, *ENDLESS), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**ENVIRONMENT, "PYTHONPROFILEIMPORTTIME": "1"},
+        )  # fmt: skip
+        # It reports each import as it ends.
+        assert any(line.endswith(module) for line in process.stderr), module
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.communicate(timeout=60)[1]
+        assert process.returncode == 130
 
 
 class Terminal:

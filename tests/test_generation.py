@@ -333,10 +333,22 @@ def test_bad_prompts_are_refused(model, input_ids, mask, complaint):
     assert complaint in str(error.value)
 
 
-@pytest.mark.parametrize("eos", [61, -1, [3, 99], "x", True], ids=str)
+@pytest.mark.parametrize("eos", [61, -1, [3, 99], "x", True, 3.0], ids=str)
 def test_an_end_token_outside_the_vocabulary_is_refused(model, eos):
     with pytest.raises(GenerationError, match="eos_token_id"):
         model.generate(torch.tensor([[1]]), eos_token_id=eos)
+
+
+@pytest.mark.parametrize("padding", ["a", 10**30, 1.0, True], ids=str)
+def test_padding_that_is_no_id_is_refused(model, padding):
+    with pytest.raises(GenerationError, match="pad_token_id"):
+        model.generate(torch.tensor([[1]]), pad_token_id=padding)
+
+
+@pytest.mark.parametrize("prompt", [None, "text", [[1], [2, 3]]], ids=str)
+def test_what_makes_no_tensor_is_refused(model, prompt):
+    with pytest.raises(GenerationError, match="input_ids"):
+        model.generate(prompt)
 
 
 def test_a_default_end_token_outside_a_small_vocabulary_is_none():
@@ -609,6 +621,45 @@ def test_bad_requests_are_refused(generator):
         generator("a", num_beams=2, do_sample=True)
     with pytest.raises(GenerationError, match="must be a text"):
         generator(["a", 3], max_new_tokens=3)
+    with pytest.raises(GenerationError, match="prompts is None; it must be a text"):
+        generator(None)
+    with pytest.raises(GenerationError, match="prompt is None; it must be a text"):
+        generator.stream(None)
+    with pytest.raises(GenerationError, match="stop is 5"):
+        generator("a", stop=5)
+
+
+def test_a_tokenizer_and_a_model_of_different_sizes_are_noticed(tokenizer):
+    size = tokenizer.vocab_size
+    with pytest.raises(GenerationError, match=f"up to {size - 2}.* ends at {size - 3}"):
+        Generator(small_model(vocab_size=size - 2), tokenizer)
+    # The end token, an added one, need not have a row: nothing generates it.
+    told = []
+    Generator(small_model(vocab_size=size - 1), tokenizer, notify=told.append)
+    Generator(small_model(vocab_size=size + 127), tokenizer, notify=told.append)
+    assert told == []
+    Generator(small_model(vocab_size=size + 128), tokenizer, notify=told.append)
+    assert len(told) == 1
+    assert f"{size} tokens, and the model's vocabulary {size + 128}" in told[0]
+
+
+def test_a_seed_means_the_same_in_any_batch_and_however_long_the_text(generator, tokenizer):
+    sliding = Generator(generator.model, tokenizer, window="slide", notify=lambda message: None)
+    options = {"max_new_tokens": 270, "seed": 3}
+    prompts = ["The cat", "Once upon a time"]
+    together = sliding(prompts, num_return_sequences=2, **options)
+    for prompt, (first, second) in zip(prompts, together, strict=True):
+        assert sliding(prompt, **options) == first
+        assert first.tokens != second.tokens
+    unended = {**options, "eos_token_id": None}
+    assert sliding("The", **unended).tokens[:9] == generator("The", max_new_tokens=9, seed=3).tokens
+
+
+def test_continuations_come_one_by_one_from_any_number(generator):
+    options = {"max_new_tokens": 3, "seed": 3}
+    found = generator.one_by_one("The", num_return_sequences=10**9, **options)
+    first = [next(found) for _ in range(70)]
+    assert first == generator("The", num_return_sequences=70, **options)
 
 
 def test_timing_counts_what_was_read_and_written(generator, tokenizer):

@@ -187,13 +187,31 @@ def test_sample_is_a_proper_torch_op():
 
 
 def test_random_numbers_depend_on_seed_sample_and_step_only():
-    numbers = uniforms(7, samples=5, steps=300)
-    assert torch.equal(uniforms(7, samples=2, steps=41), numbers[:2, :41])
-    assert not torch.equal(uniforms(8, samples=5, steps=300), numbers)
-    assert not torch.equal(uniforms(7 + 2**32, samples=5, steps=300), numbers)
-    assert len(numbers.unique()) > 1490
+    def numbers_of(seed, samples, steps=600):
+        found = torch.empty(len(samples), 0)
+        blocks = uniforms(seed, samples)
+        while found.shape[1] < steps:
+            found = torch.cat([found, next(blocks)], dim=1)
+        return found[:, :steps]
+
+    numbers = numbers_of(7, range(5))
+    assert torch.equal(numbers_of(7, range(1, 3)), numbers[1:3])
+    assert not torch.equal(numbers_of(8, range(5)), numbers)
+    assert not torch.equal(numbers_of(7 + 2**32, range(5)), numbers)
+    assert len(numbers.unique()) > 2980
     assert numbers.min() >= 0
     assert numbers.max() < 1
+
+
+def test_whole_numbers_too_large_for_an_op_mean_no_limit():
+    options = SamplingOptions(
+        do_sample=True, max_new_tokens=10**30, top_k=10**30, no_repeat_ngram_size=10**30
+    )
+    scores, history = random_scores(), random_history()
+    chosen = ops.sample(scores, history, torch.rand(6), **options.processors())
+    assert chosen.shape == (6,)
+    kept = processors.process(scores, history, **options.processors())
+    assert torch.equal(kept, scores)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +237,7 @@ def test_random_numbers_depend_on_seed_sample_and_step_only():
         ("length_penalty", 300.0, "from -10 to 10"),
         ("early_stopping", "sometimes", "'never'"),
         ("num_return_sequences", 0, "at least 1"),
+        ("num_return_sequences", 10**30, "at most 2147483647"),
         ("seed", -1, "at least 0"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
 import unicodedata
@@ -617,6 +618,8 @@ def test_a_lone_surrogate_is_refused_with_its_position(trained, tokenizer):
     tokenizer = trained if tokenizer == "bpe" else CharTokenizer.train(["ab"])
     with pytest.raises(TokenizerError, match=r"U\+D83E at position 2"):
         tokenizer.encode("ab\ud83e")
+    with pytest.raises(TokenizerError, match="a byte that is not UTF-8"):
+        tokenizer.encode(os.fsdecode(b"ab\xff"))
     with pytest.raises(TokenizerError, match="bytes"):
         tokenizer.encode(b"ab")
 

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,9 @@ import torch
 
 from gpt2fast import train as command
 from gpt2fast.data import DataModule, prepare_data
-from gpt2fast.errors import ConfigError, DataError, Error
+from gpt2fast.errors import ConfigError, DataError, Error, WeightsError
 from gpt2fast.model import GPT2
-from gpt2fast.tokenizer import Tokenizer
+from gpt2fast.tokenizer import CharTokenizer, Tokenizer
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, checkpoint, loop, train
 from gpt2fast.training.config import field_help
 from gpt2fast.training.log import COLUMNS
@@ -296,6 +297,7 @@ def test_flag_threads_sets_the_number_of_threads_for_the_run(config, monkeypatch
         ("device", "tpu", "one of auto, cpu, cuda"),
         ("compile", "yes", "true or false"),
         ("seed", -1, "from 0 to"),
+        ("threads", 100_000, "at most 1024"),
         ("init_from", "gpt2", "brings its own architecture"),
     ],
 )
@@ -686,8 +688,9 @@ def test_damaged_training_state_is_refused(config, trained, tmp_path, damage):
         state.write_bytes(state.read_bytes()[:200])
     else:
         torch.save({"format": 1, "config": Path("x")}, state)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         train(config, resume=copy)
+    assert str(copy) in str(caught.value) and "weights_only" not in str(caught.value)
 
 
 def test_diverging_loss_stops_the_run_and_names_step_and_rate(config, monkeypatch):
@@ -738,3 +741,171 @@ def test_progress_bar_shows_on_a_terminal(config, monkeypatch, capsys):
     train(config)
     shown = capsys.readouterr().out
     assert "tok/s" in shown and "val" in shown
+
+
+# -- resuming from an older checkpoint, or from the best one --------------------------------------
+
+
+def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(config, capsys):
+    config = changed(config, max_steps=8, checkpoint_interval=2, keep_checkpoints=4)
+    train(config)
+    folder = Path(config.out) / "checkpoints"
+    train(
+        changed(config, max_steps=5, keep_checkpoints=1, lr=1e-3), resume=folder / "step-00000004"
+    )
+    assert "set aside the checkpoints of later steps" in capsys.readouterr().out
+    assert checkpoint.find_checkpoint(Path(config.out)).name == "step-00000005"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best", "replaced-step-00000006", "replaced-step-00000008", "step-00000005"
+    ]  # fmt: skip
+    state = checkpoint.load_state(folder / "best")
+    assert state["position"]["step"] == 5  # not the one of the branch that was left
+
+
+@pytest.fixture
+def only_best(config) -> TrainConfig:
+    """A run that was killed before its first step checkpoint."""
+    config = changed(config, max_steps=6)
+    train(config)
+    out = Path(config.out)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    for name in ("config.json", "model.safetensors"):
+        (out / name).unlink()
+    return config
+
+
+def test_a_run_with_only_its_best_checkpoint_is_found(only_best):
+    best = Path(only_best.out) / "checkpoints" / "best"
+    with pytest.raises(ConfigError, match="already holds a run.*best"):
+        train(only_best)
+    saved = GPT2.from_pretrained(best)
+    assert torch.equal(GPT2.from_pretrained(only_best.out).wte.weight, saved.wte.weight)
+    config, resume = command.parse(["--resume", only_best.out])
+    assert resume == best
+    assert train(config, resume).steps == 6
+
+
+# -- two runs at once, lost readers, full disks ---------------------------------------------------
+
+
+def test_a_second_run_in_the_same_folder_is_refused(config, monkeypatch):
+    pytest.importorskip("fcntl")
+    real, refused = loop._Run._step, []
+
+    def step(self, batches):
+        with pytest.raises(ConfigError, match="another process is training in .*--out"):
+            train(config)
+        refused.append(self.position.step)
+        real(self, batches)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    train(config)
+    assert refused == [0, 1, 2]
+    assert not (Path(config.out) / ".lock").exists()
+
+
+@pytest.mark.parametrize("redirection", ["| true", ">&-", "> /dev/full"])
+def test_a_reader_that_goes_does_not_end_the_run(config, redirection):
+    if "full" in redirection and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    arguments = shlex.join(settings_of(config))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m gpt2fast.train {arguments} "
+         + redirection],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (Path(config.out) / "model.safetensors").is_file()
+
+
+def test_a_file_as_run_folder_is_refused(config, text, capsys):
+    assert command.main(settings_of(config, out=str(text))) == 1
+    message = capsys.readouterr().err
+    assert message == f"error: out is {str(text)!r}, which is a file; name a folder with --out\n"
+
+
+@pytest.mark.parametrize("full", ["folder", "weights", "state", "log"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(config, monkeypatch, capsys, full):
+    real = loop._Run._step
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    def torn_archive(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    def unsaved(*args, **kwargs):
+        raise WeightsError("the model cannot be saved to somewhere: [Errno 28] No space left")
+
+    def step(self, batches):
+        if self.position.step == 4:
+            target, name, failure = {
+                "folder": (Path, "mkdir", no_space),
+                "weights": (GPT2, "save_pretrained", unsaved),
+                "state": (torch, "save", torn_archive),
+                "log": (loop.RunLog, "write", no_space),
+            }[full]
+            monkeypatch.setattr(target, name, failure)
+        real(self, batches)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    assert command.main(settings_of(config, max_steps=9, checkpoint_interval=2)) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    folder = Path(config.out) / "checkpoints"
+    assert f"the last checkpoint stands: {folder / 'step-00000004'}" in message
+    assert checkpoint.load_state(folder / "step-00000004")["position"]["step"] == 4
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_running_out_of_memory_says_what_to_lower(config, monkeypatch, error):
+    def step(self, batches):
+        raise error
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    with pytest.raises(TrainingError, match=r"out of memory.*--batch-size \(now 4"):
+        train(config)
+
+
+def test_commands_to_copy_are_quoted(config, tmp_path, capsys):
+    out = tmp_path / "my run"
+    train(changed(config, out=str(out), max_steps=1))
+    assert f"gpt2fast.generate --model '{out}'" in capsys.readouterr().out
+
+
+# -- data that are not what the flags say ---------------------------------------------------------
+
+
+def test_a_run_as_data_is_refused(config, trained):
+    with pytest.raises(DataError, match="folder of a training run.*--resume.*--init-from"):
+        train(changed(config, data=str(trained)))
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("tokenizer", "bpe", "'char'"),
+        ("tokenizer", "OTHER", "char, "),
+        ("vocab_size", 7, r"\d+"),
+        ("split", "documents", "'position'"),
+        ("val_fraction", 0.5, "0.1"),
+    ],
+)
+def test_settings_that_contradict_prepared_data_are_refused(config, tmp_path, name, value, found):
+    if value == "OTHER":
+        value = str(tmp_path / "other")
+        CharTokenizer.train(["another text"]).save_pretrained(value)
+    with pytest.raises(ConfigError, match=rf"{name} is {value!r}.*prepared with .*{found}"):
+        train(changed(config, **{name: value}))
+
+
+def test_settings_that_agree_with_prepared_data_are_accepted(config, text, tmp_path):
+    # The text is too short for the size asked for; it is the size asked for that counts.
+    settings = {"tokenizer": "bpe", "vocab_size": 2048, "split": "documents", "val_fraction": 0.2}
+    prepared = prepare_data([text], tmp_path / "own", **settings)
+    assert prepared.meta.vocab_size < 2048
+    train(changed(config, data=str(prepared.directory), **settings))

@@ -33,6 +33,8 @@ class _TokenFile:
     def __init__(self, path: Path, dtype: str) -> None:
         self.path = path
         self.dtype = dtype
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, not a file of tokens; prepare the data again")
         try:
             size = path.stat().st_size
         except OSError as error:

@@ -34,6 +34,8 @@ class DataMeta:
     """`position` or `documents`."""
     val_fraction: float | None = None
     seed: int | None = None
+    asked_vocab_size: int | None = None
+    """Size asked for a `bpe` trained on the text; too short a text gives a smaller one."""
     documents: dict[str, Any] | None = None
     """With `split` = `documents`: the numbers of documents, and the ones held out."""
     sources: list[str] = field(default_factory=list)
@@ -65,6 +67,7 @@ _TYPES: dict[str, Any] = {
     "split": _OPTIONAL_STR,
     "val_fraction": (int, float, type(None)),
     "seed": _OPTIONAL_INT,
+    "asked_vocab_size": _OPTIONAL_INT,
     "documents": (dict, type(None)),
     "sources": list,
     "files": list,

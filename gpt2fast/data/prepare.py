@@ -23,11 +23,14 @@ from typing import IO, Any
 
 from ..errors import DataError, Error
 from ..files import atomic_write_text, sync_directory
+from ..lock import only_process
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from .meta import DataMeta, read_meta
 from .text import END_OF_TEXT, Cuts, Segment, read_blocks
 
 TEXT_SUFFIXES = (".txt", ".md")
+OUTPUT_MARKS = ("meta.json", "config.json", "tokenizer.json")
+"""A folder that holds one of these is prepared data, a model or a tokenizer, not text."""
 HELD_OUT_NAMED = 1000
 """meta.json names at most so many held-out documents."""
 
@@ -112,7 +115,10 @@ def _working_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out_dir} cannot be made: {error.strerror}") from None
-    with _locked(work):
+    busy = DataError(
+        f"another process is preparing data in {out_dir}; wait for it, or choose another directory"
+    )
+    with only_process(work / _LOCK, busy):
         if overwrite:
             _clear(work)
         run = work / "run.json"
@@ -128,23 +134,6 @@ def _working_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
                     for path in made:
                         path.rmdir()
             raise
-
-
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Keep a second process out of the directory, where the system can (not on Windows)."""
-    with open(work / _LOCK, "w") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"another process is preparing data in {work.parent}; wait for it, or choose "
-                    "another directory"
-                ) from None
-        yield
 
 
 def _check_vacant(out_dir: Path) -> None:
@@ -480,6 +469,7 @@ class _Run:
             split=self.settings["split"],
             val_fraction=self.settings["val_fraction"],
             seed=self.settings["seed"],
+            asked_vocab_size=self.settings["vocab_size"],
             documents=documents,
             sources=self.names,
             files=sorted(["meta.json", *_BIN_FILES, *made]),
@@ -514,7 +504,11 @@ def _find_files(inputs: str | Path | Sequence[str | Path], out_dir: Path) -> lis
         elif path.is_dir():
             files = _text_files(path, out_dir)
             if not files:
-                raise DataError(f"{path} holds no {' or '.join(TEXT_SUFFIXES)} files")
+                raise DataError(
+                    f"{path} holds no {' or '.join(TEXT_SUFFIXES)} files (in folders without "
+                    f"{', '.join(OUTPUT_MARKS[:-1])} or {OUTPUT_MARKS[-1]}, which hold data or "
+                    "models, not text); name the text file"
+                )
             found += files
         elif path.exists():
             raise DataError(f"{path} is neither a file nor a folder; pipe it in and give - instead")
@@ -537,6 +531,8 @@ def _text_files(folder: Path, out_dir: Path) -> list[Path]:
             for name in folders
             if not name.startswith(".") and (here / name).resolve() != out_dir.resolve()
         ]
+        if any(mark in names for mark in OUTPUT_MARKS):
+            continue
         files += [
             here / name
             for name in names

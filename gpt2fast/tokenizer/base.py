@@ -155,6 +155,6 @@ def _check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         raise TokenizerError(
             f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at position "
-            f"{error.start}, which is no character; read the file with errors='replace', or "
-            "remove it"
+            f"{error.start}, which is no character (a byte that is not UTF-8 may have been "
+            "read as one): remove or replace it"
         ) from None

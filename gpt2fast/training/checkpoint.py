@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Error, WeightsError
 from ..files import sync_directory
 
 if TYPE_CHECKING:
@@ -41,10 +41,14 @@ def save_checkpoint(
     aside = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, tokenizer=tokenizer)
-    torch.save({"format": _FORMAT, **state}, temporary / STATE_FILE)
-    for path in temporary.iterdir():
-        _fsync(path)
+    try:
+        save_model(model, temporary, tokenizer)
+        _save_state({"format": _FORMAT, **state}, temporary / STATE_FILE)
+        for path in temporary.iterdir():
+            _fsync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync_directory(temporary)
     if directory.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -54,8 +58,30 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """The training state in a checkpoint folder; tensors on the CPU. Runs no code from the file."""
+def save_model(model: GPT2, directory: Path, tokenizer: Tokenizer | None) -> None:
+    """`model.save_pretrained`, with an OSError where the disk does not take it."""
+    try:
+        model.save_pretrained(directory, tokenizer=tokenizer)
+    except WeightsError as error:
+        raise OSError(str(error)) from error
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch makes of a disk that is full
+        raise OSError(f"{path}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_state(directory: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The training state in a checkpoint folder; tensors on the CPU. Runs no code from the file.
+
+    With `mapped` the tensors stay in the file until they are read.
+    """
     path = directory / STATE_FILE
     if not path.is_file():
         raise ConfigError(
@@ -63,11 +89,12 @@ def load_state(directory: Path) -> dict[str, Any]:
             f"a new run from these weights, use --init-from {directory}"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError):
+        # Torch's own words advise to load the file in a way that runs code from it.
         raise ConfigError(
-            f"{path} cannot be read ({reason}); name an older checkpoint: --resume PATH"
+            f"{path} cannot be read: it is damaged, cut short or not a training state; "
+            "name an older checkpoint: --resume PATH"
         ) from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -80,16 +107,43 @@ def step_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
-def step_checkpoints(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders named by step, oldest first."""
+def step_checkpoints(checkpoints: Path, after: int = -1) -> list[Path]:
+    """Checkpoint folders named by step, oldest first; those of later steps than `after`."""
     if not checkpoints.is_dir():
         return []
     numbered = [
         (int(match[1]), path)
         for path in checkpoints.iterdir()
-        if (match := _STEP_NAME.fullmatch(path.name))
+        if (match := _STEP_NAME.fullmatch(path.name)) and int(match[1]) > after
     ]
     return [path for _, path in sorted(numbered)]
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint with the highest step; the best one counts where there is no other."""
+    if found := step_checkpoints(checkpoints):
+        return found[-1]
+    best = checkpoints / BEST
+    return best if (best / STATE_FILE).is_file() else None
+
+
+def best_step(checkpoints: Path) -> int | None:
+    """Step of the checkpoint with the best validation loss; None if there is none to read."""
+    try:
+        return load_state(checkpoints / BEST, mapped=True)["position"]["step"]
+    except (Error, KeyError):
+        return None
+
+
+def set_aside(checkpoints: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, which a resumed run makes anew; their new names."""
+    moved = []
+    for path in step_checkpoints(checkpoints, after=step):
+        aside = path.with_name(f"replaced-{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        moved.append(path.rename(aside))
+    return moved
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -97,8 +151,8 @@ def find_checkpoint(path: Path) -> Path:
     if (path / STATE_FILE).is_file():
         return path
     for checkpoints in (path / "checkpoints", path):
-        if found := step_checkpoints(checkpoints):
-            return found[-1]
+        if found := newest_checkpoint(checkpoints):
+            return found
     if not path.is_dir():
         raise ConfigError(f"cannot resume from {path}: there is no such folder")
     raise ConfigError(f"cannot resume from {path}: no checkpoint in it; start without --resume")

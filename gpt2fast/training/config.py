@@ -28,10 +28,10 @@ class TrainConfig:
     else char."""
     vocab_size: int | None = None
     """For text and tokenizer bpe: size of the vocabulary to train (default 2048)."""
-    split: Literal["position", "documents"] = "position"
-    """For text: hold out the end of the text, or whole documents."""
-    val_fraction: float = 0.1
-    """For text: share that is held out for validation, in (0, 1)."""
+    split: Literal["position", "documents"] | None = None
+    """For text: hold out the end of the text, or whole documents (default position)."""
+    val_fraction: float | None = None
+    """For text: share that is held out for validation, in (0, 1) (default 0.1)."""
 
     init_from: str | None = None
     """Start from these weights (folder, hub name or bundled name) instead of random ones."""
@@ -107,7 +107,10 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             _require(value >= 0, name, value, "0 or more")
-        _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "in (0, 1)")
+        if self.val_fraction is not None:
+            _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "in (0, 1)")
+        if self.threads is not None:
+            _require(self.threads <= 1024, "threads", self.threads, "at most 1024")
         _require(self.lr > 0, "lr", self.lr, "above 0; 1e-3 is usual for a small model")
         if self.min_lr is not None:
             _require(
@@ -217,15 +220,15 @@ def _require(holds: bool, name: str, value: Any, limit: str) -> None:
 
 def _checked_type(name: str, value: Any, hint: Any) -> Any:
     """`value` if it has the annotated type (an int passes for a float), else ConfigError."""
-    if get_origin(hint) is Literal:
-        _require(
-            value in get_args(hint), name, value, "one of " + ", ".join(map(str, get_args(hint)))
-        )
-        return value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return value
     kind = options[0]
+    if get_origin(kind) is Literal:
+        _require(
+            value in get_args(kind), name, value, "one of " + ", ".join(map(str, get_args(kind)))
+        )
+        return value
     if kind is float and type(value) in (int, float):
         _require(math.isfinite(value), name, value, "a finite number")
         return float(value)

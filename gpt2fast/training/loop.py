@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..data import DataModule
 from ..data.meta import DataMeta
 from ..errors import ConfigError, Error
 from ..files import atomic_write_text
+from ..lock import only_process
 from ..model import GPT2
 from ..ops.backend import backend
 from ..tokenizer import Tokenizer
@@ -34,7 +36,7 @@ from .source import locate, prepared_data
 
 
 class TrainingError(Error):
-    """The run cannot go on, such as when the loss is no longer a finite number."""
+    """The run cannot go on: the loss is no longer finite, the disk or the memory is full, …"""
 
 
 @dataclass
@@ -84,14 +86,15 @@ def train(config: TrainConfig, resume: str | Path | None = None) -> TrainResult:
     its tokenizer, ready for `GPT2.from_pretrained(config.out)`.
 
     Raises ConfigError or DataError before the first step for a mistake in settings or data,
-    TrainingError when the loss stops being finite, and Interrupted after SIGINT or SIGTERM, when
-    a checkpoint has been saved.
+    TrainingError when the loss stops being finite, memory runs out or a file cannot be written,
+    and Interrupted after SIGINT or SIGTERM, when a checkpoint has been saved.
     """
+    checkpoint = None if resume is None else ckpt.find_checkpoint(Path(resume))
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        with backend(config.backend):
-            run = _Run(config, None if resume is None else ckpt.find_checkpoint(Path(resume)))
+        with _failures_explained(config), _own_folder(Path(config.out)), backend(config.backend):
+            run = _Run(config, checkpoint)
             try:
                 with SignalWatch() as signals:
                     return run.finish(signals)
@@ -99,6 +102,64 @@ def train(config: TrainConfig, resume: str | Path | None = None) -> TrainResult:
                 run.close()
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    """Make the run folder and keep a second run out of it; an empty one goes when it fails."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out is {str(out)!r}, which is a file; name a folder with --out")
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    busy = ConfigError(
+        f"another process is training in {out}; wait for it, or name another folder with --out"
+    )
+    try:
+        with only_process(out / ".lock", busy):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _failures_explained(config: TrainConfig) -> Iterator[None]:
+    """Turn what the disk and the memory raise into one line that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        reason = f"{where}{error.strerror or error}"
+        raise TrainingError(
+            f"cannot train in {config.out}: {reason}; {_standing(Path(config.out))}. Make room, "
+            "or name another folder with --out"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory; {_standing(Path(config.out))}. Lower --batch-size (now "
+            f"{config.batch_size}; --grad-accumulation keeps the tokens of a step), --block-size "
+            f"(now {config.block_size}), or train a smaller model"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "can't allocate memory" in text  # torch on a CPU
+        or "bad_alloc" in text
+    )
+
+
+def _standing(out: Path) -> str:
+    newest = ckpt.newest_checkpoint(out / "checkpoints")
+    if newest is None:
+        return "no checkpoint was made"
+    return f"the last checkpoint stands: {newest} (--resume {shlex.quote(str(out))})"
 
 
 def _device(name: str) -> torch.device:
@@ -152,11 +213,16 @@ class _Run:
         self.row_started, self.row_tokens = time.perf_counter(), self.position.tokens
         self.val: tuple[float, float | None] | None = None
 
-        self.out.mkdir(parents=True, exist_ok=True)
+        replaced = [] if state is None else ckpt.set_aside(self.checkpoints, self.position.step)
         self._write_config()
         self.log = RunLog(self.out / "log.csv", None if resume is None else self.position.step)
         self.display = open_display(self.steps, self.position.step)
         self._introduce(resume)
+        if replaced:
+            names = ", ".join(path.name for path in replaced)
+            self.display.message(
+                f"set aside the checkpoints of later steps, as {names} in {self.checkpoints}"
+            )
 
     def close(self) -> None:
         self.display.close()
@@ -212,6 +278,9 @@ class _Run:
                 f"{resume} is at step {self.position.step}, past the end of this run "
                 f"({self.steps} steps); raise --max-steps to train on"
             )
+        if ckpt.best_step(self.checkpoints) != self.position.best_step:
+            # The best one so far has been overwritten since, or is in another folder.
+            self.position.best_val_loss, self.position.best_step = math.inf, -1
         ckpt.restore_random_states(state["random"])
 
     def _require_same(self, name: str, saved: Any, asked: Any, resume: Path) -> None:
@@ -325,14 +394,10 @@ class _Run:
         return (self.position.tokens - self.row_tokens) / max(seconds, 1e-9)
 
     def _fail(self, loss: float, rate: float) -> None:
-        standing = ckpt.step_checkpoints(self.checkpoints)
-        way_out = (
-            f"the last checkpoint stands: {standing[-1]}" if standing else "no checkpoint was made"
-        )
         raise TrainingError(
             f"at step {self.position.step + 1} the loss is {loss} and the gradient norm "
-            f"{self.position.grad_norm} (learning rate {rate:.3g}); {way_out}. Lower --lr, "
-            "lengthen --warmup-steps, or set --grad-clip 1.0"
+            f"{self.position.grad_norm} (learning rate {rate:.3g}); {_standing(self.out)}. "
+            "Lower --lr, lengthen --warmup-steps, or set --grad-clip 1.0"
         )
 
     # -- evaluating and reporting ------------------------------------------------------------
@@ -405,13 +470,13 @@ class _Run:
         raise Interrupted(
             signum,
             f"stopped at step {step}; checkpoint in {directory}. Continue with:\n"
-            f"  python -m gpt2fast.train --resume {self.out}",
+            f"  python -m gpt2fast.train --resume {shlex.quote(str(self.out))}",
         )
 
     def _deliver(self) -> TrainResult:
         self.model.eval()
         finished = copy.deepcopy(self.model).to(getattr(torch, self.config.save_dtype))
-        finished.save_pretrained(self.out, tokenizer=self.tokenizer)
+        ckpt.save_model(finished, self.out, self.tokenizer)
         position = self.position
         if self.val is None:
             self._evaluate()
@@ -421,12 +486,13 @@ class _Run:
             f"done: {position.step} steps, {position.tokens:,} tokens, {position.elapsed:,.0f} s; "
             f"validation loss in nats per token {format_val(loss, per_char)}"
         )
-        if position.best_step != position.step:
+        if position.best_step not in (-1, position.step):
             self.display.message(
                 f"the best validation loss was {position.best_val_loss:.4f}, at step "
                 f"{position.best_step}: {self.checkpoints / ckpt.BEST}"
             )
-        self.display.message(f"try it:\n  python -m gpt2fast.generate --model {self.out}")
+        model = shlex.quote(str(self.out))
+        self.display.message(f"try it:\n  python -m gpt2fast.generate --model {model}")
         return TrainResult(
             out=self.out,
             steps=position.step,
@@ -439,12 +505,12 @@ class _Run:
 
 
 def _require_no_run(out: Path) -> None:
-    standing = ckpt.step_checkpoints(out / "checkpoints")
+    standing = ckpt.newest_checkpoint(out / "checkpoints")
     if standing or (out / "model.safetensors").exists():
-        found = standing[-1] if standing else out / "model.safetensors"
+        found = standing or out / "model.safetensors"
         raise ConfigError(
             f"out is {str(out)!r}, which already holds a run ({found}): continue it with "
-            f"--resume {out}, name another --out, or delete the folder"
+            f"--resume {shlex.quote(str(out))}, name another --out, or delete the folder"
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol
 
+from ..output import say
+
 
 class Display(Protocol):
     """Where a run reports to."""
@@ -20,7 +22,8 @@ class Display(Protocol):
 
 def open_display(steps: int, done: int) -> Display:
     """The display that suits standard output, for a run of `steps` steps, `done` already made."""
-    return _Bar(steps, done) if sys.stdout.isatty() else _Lines()
+    # There is no sys.stdout where it was closed before the start.
+    return _Bar(steps, done) if sys.stdout and sys.stdout.isatty() else _Lines()
 
 
 def format_row(row: dict[str, Any], steps: int) -> str:
@@ -44,7 +47,7 @@ def format_val(loss: float, per_char: float | None) -> str:
 
 class _Lines:
     def message(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         pass

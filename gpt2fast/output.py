@@ -1,0 +1,17 @@
+"""Lines on standard output that may be lost without harm to the work they report on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+
+
+def say(text: str) -> None:
+    """Print a line at once. A reader that has gone, or a full disk, silences the lines after it."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # What is still buffered would fail again when Python ends.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
