@@ -22,6 +22,8 @@ class LayerCache(NamedTuple):
     """(B,) entries stored before the new tokens."""
     counts: Tensor | None
     """(B,) how many of the new tokens each row stores; None means all of them."""
+    empty: bool
+    """Whether no row holds an entry yet, so that the new tokens see themselves only."""
 
 
 class KVCache:
@@ -70,7 +72,8 @@ class KVCache:
 
     def layer(self, index: int, counts: Tensor | None = None) -> LayerCache:
         """The views that layer `index` writes to and reads from."""
-        return LayerCache(self.k[index], self.v[index], self.lengths, counts)
+        empty = self._longest == 0
+        return LayerCache(self.k[index], self.v[index], self.lengths, counts, empty)
 
     def reserve(self, new_tokens: int, counts: Tensor | None = None) -> None:
         """Check that each row has room for more entries.

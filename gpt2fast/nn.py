@@ -140,6 +140,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.unbind(2)
         if cache is not None:
             ops.append_to_cache(k, v, cache.k, cache.v, cache.lengths, cache.counts)
+        if cache is not None and not cache.empty:
             out = ops.attention_with_cache(q, cache.k, cache.v, cache.lengths, self.scale)
         else:
             dropout = self.dropout if self.training else 0.0

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 
-# Logits held at once: 4 Mi elements stay in a last-level cache or close to it.
-_CHUNK_ELEMENTS = 1 << 22
+# Logits held at once: 64 MB in float32. Every chunk reads the weight and adds to its gradient, so
+# fewer rows cost more (docs/performance.md).
+_CHUNK_ELEMENTS = 1 << 24
 
 
 def linear_cross_entropy(
