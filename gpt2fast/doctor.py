@@ -5,7 +5,6 @@ python -m gpt2fast.doctor
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -13,11 +12,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from . import __version__, backend, ops
+from .arguments import OneLineParser
 from .errors import Error
 from .ops.backend import ORDER, Call, record_calls
 
@@ -28,16 +27,9 @@ _CPU_FEATURES = (
 )  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists all options)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    parser = _Parser(prog="python -m gpt2fast.doctor", description=__doc__)
+    parser = OneLineParser(prog="python -m gpt2fast.doctor", description=__doc__)
     parser.add_argument(
         "--backend", default="auto", choices=("auto", *ORDER), help="force one for every op"
     )

@@ -8,7 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from .arguments import OneLineParser
 
 if TYPE_CHECKING:
     from .decoding import Timing
@@ -325,13 +327,6 @@ def _fail(error: object, code: int = 1) -> int:
     return code
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists all options)\n")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args(_hyphens(argv))
@@ -379,7 +374,7 @@ def _hyphens(argv: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m gpt2fast.generate",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from .arguments import OneLineParser
 from .errors import Error
 from .output import say
 
@@ -28,14 +28,8 @@ A folder stands for its .txt and .md files, at any depth, in alphabetical order.
 given again. Text must be UTF-8."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage, as the other commands do."""
-        self.exit(2, f"error: {message}\n")
-
-
 def parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m gpt2fast.prepare",
         description="Turn text into train.bin, val.bin, a tokenizer and meta.json for training.",
         epilog=EXAMPLES,
