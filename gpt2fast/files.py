@@ -37,12 +37,6 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     sync_directory(target.parent)
 
 
-def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace the content of `path` by `data` atomically."""
-    with atomic_write(path, "wb") as file:
-        file.write(data)
-
-
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace the content of `path` by `text` (UTF-8) atomically."""
     with atomic_write(path, "w") as file:

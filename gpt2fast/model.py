@@ -269,6 +269,7 @@ class GPT2(nn.Module):
         """(..., width) hidden states -> (..., vocab) logits."""
         return F.linear(hidden, self.projection)
 
+    @torch.no_grad()
     def decode_step(
         self, tokens: Tensor, cache: KVCache, position_ids: Tensor | None = None
     ) -> Tensor:

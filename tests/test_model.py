@@ -192,6 +192,13 @@ def test_a_step_takes_more_rows_than_the_model_has_positions():
         assert torch.allclose(step, model(tokens).logits[:, 1], atol=1e-5)
 
 
+def test_a_step_leaves_no_graph_behind():
+    model = with_random_weights(SMALL, 0)
+    cache = model.new_cache(2)
+    assert not model.decode_step(torch.tensor([1, 2]), cache).requires_grad
+    assert not cache.k.requires_grad and not cache.v.requires_grad
+
+
 def test_hooks_see_what_goes_through_a_block_and_its_projections():
     model = with_random_weights(SMALL, 0)
     ids = torch.randint(61, (2, 9))
