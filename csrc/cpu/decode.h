@@ -1,0 +1,388 @@
+// A whole-model step (Radford et al., 2019): new tokens of one or many sequences in, logits out.
+//
+// Every thread of the team walks through the same chain of phases. Each phase is one matrix, one
+// attention or one normalisation, and ends at a barrier. With few tokens what lies between two
+// matrices - layer normalisation, the packing of rows - is done by every thread for itself, which
+// costs less than meeting.
+//
+// Traffic of a step with few tokens: the bytes of the weights, once, and of the keys and values in
+// use. With many tokens the multiply-adds of the matrices bound it.
+#pragma once
+
+#include "attention.h"
+#include "gemm.h"
+
+namespace gpt2fast::GPT2FAST_ISA {
+
+// out = (x - mean) / sqrt(var + eps) * weight + bias over `size` elements.
+inline void normalise(const float* x, int64_t size, const float* weight, const float* bias,
+                      float eps, float* out) {
+    constexpr int width = Vec::width;
+    const int64_t whole = size / width * width;
+    const int rest = int(size - whole);
+    Vec sum(0.0f);
+    for (int64_t i = 0; i < whole; i += width) sum = sum + Vec::load(x + i);
+    if (rest) sum = sum + Vec::load(x + whole, rest);
+    const float mean = reduce_add(sum) / float(size);
+    Vec squares(0.0f);
+    float tail = 0.0f;
+    for (int64_t i = 0; i < whole; i += width) {
+        const Vec d = Vec::load(x + i) - Vec(mean);
+        squares = fma(d, d, squares);
+    }
+    for (int64_t i = whole; i < size; ++i) tail += (x[i] - mean) * (x[i] - mean);
+    const float variance = (reduce_add(squares) + tail) / float(size);
+    const Vec rstd(1.0f / std::sqrt(variance + eps));
+    for (int64_t i = 0; i < whole; i += width) {
+        fma((Vec::load(x + i) - Vec(mean)) * rstd, Vec::load(weight + i), Vec::load(bias + i))
+            .store(out + i);
+    }
+    if (rest) {
+        fma((Vec::load(x + whole, rest) - Vec(mean)) * rstd, Vec::load(weight + whole, rest),
+            Vec::load(bias + whole, rest))
+            .store(out + whole, rest);
+    }
+}
+
+inline Vec activate(Activation activation, Vec z) {
+    switch (activation) {
+        case Activation::gelu_new: return gelu(z);
+        case Activation::relu: return max(Vec(0.0f), z);
+        case Activation::silu: return z / (Vec(1.0f) + exp(Vec(0.0f) - z));
+        case Activation::tanh: return tanh(z);
+        case Activation::gelu: break;
+    }
+    float values[Vec::width];
+    z.store(values);
+    for (float& x : values) x = 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+    return Vec::load(values);
+}
+
+// Most tokens for which every thread normalises and packs all rows for itself.
+constexpr int64_t few_tokens = 2;
+// Most tokens for which a matrix passes through once however many rows it meets.
+constexpr int64_t single_pass_tokens = 64;
+// Bytes of packed rows that stay in a core's own cache while panels pass by.
+constexpr int64_t resident_rows = 384 * 1024;
+
+class Step {
+public:
+    Step(const StepArgs& args, Member& member)
+        : args_(args),
+          model_(*args.model),
+          member_(member),
+          width_(model_.width),
+          shared_packing_(args.tokens > few_tokens || member.threads() == 1) {
+        uint8_t* next = args.workspace;
+        hidden_ = floats(next, args.tokens * width_);
+        qkv_ = floats(next, args.tokens * 3 * width_);
+        attended_ = floats(next, args.tokens * width_);
+        inner_ = floats(next, args.tokens * model_.inner_width);
+        const int64_t packed = packed_size(args);
+        const int64_t scratch = scratch_size(args);
+        packed_ = take(next, packed * (shared_packing_ ? 1 : member.threads())) +
+                  (shared_packing_ ? 0 : packed * member.index());
+        scratch_ = floats(next, scratch * member.threads()) + scratch * member.index();
+    }
+
+    void run() {
+        embed();
+        for (int64_t layer = 0; layer < model_.layers; ++layer) {
+            const PackedLayer& at = model_.layer(layer);
+            pack_normalised(at.qkv, at.ln_1_weight, at.ln_1_bias);
+            multiply_rows(at.qkv, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
+                store(qkv_ + row * 3 * width_, at.qkv, column, sum);
+            });
+            attend(layer, float(at.scale));
+            pack_plain(at.attention_out, attended_, width_);
+            multiply_rows(at.attention_out, args_.tokens,
+                          [&](int64_t row, int64_t column, Vec sum) {
+                              add(hidden_ + row * width_, at.attention_out, column, sum);
+                          });
+            pack_normalised(at.inner, at.ln_2_weight, at.ln_2_bias);
+            multiply_rows(at.inner, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
+                store(inner_ + row * model_.inner_width, at.inner, column,
+                      activate(model_.activation, sum));
+            });
+            pack_plain(at.mlp_out, inner_, model_.inner_width);
+            multiply_rows(at.mlp_out, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
+                add(hidden_ + row * width_, at.mlp_out, column, sum);
+            });
+        }
+        if (args_.outputs == 0) return;
+        pack_normalised(model_.projection, model_.ln_f_weight, model_.ln_f_bias, args_.output_tokens,
+                        args_.outputs);
+        multiply_rows(model_.projection, args_.outputs, [&](int64_t row, int64_t column, Vec sum) {
+            store(args_.logits + row * model_.vocab, model_.projection, column, sum);
+        });
+    }
+
+    static int64_t workspace(const StepArgs& args, int threads) {
+        const PackedModel& model = *args.model;
+        const int64_t activations =
+            args.tokens * (5 * model.width + model.inner_width) + 4 * 16;
+        return 4 * activations + packed_size(args) * threads + 64 +
+               4 * scratch_size(args) * threads + 64;
+    }
+
+private:
+    static uint8_t* take(uint8_t*& next, int64_t bytes) {
+        uint8_t* begin = next;
+        next += (bytes + 63) / 64 * 64;
+        return begin;
+    }
+    static float* floats(uint8_t*& next, int64_t count) {
+        return reinterpret_cast<float*>(take(next, 4 * count));
+    }
+
+    // Bytes for the packed rows of any of the model's matrices.
+    static int64_t packed_size(const StepArgs& args) {
+        const PackedModel& model = *args.model;
+        int64_t most = PackedRows::size(model.projection, std::max<int64_t>(1, args.outputs));
+        for (int64_t layer = 0; layer < model.layers; ++layer) {
+            const PackedLayer& at = model.layer(layer);
+            for (const PackedMatrix* w : {&at.qkv, &at.attention_out, &at.inner, &at.mlp_out}) {
+                most = std::max(most, PackedRows::size(*w, args.tokens));
+            }
+        }
+        return (most + 63) / 64 * 64;
+    }
+
+    // Floats that each thread has for itself: a normalised row, an attention's scores.
+    static int64_t scratch_size(const StepArgs& args) {
+        const PackedModel& model = *args.model;
+        int64_t longest = 0;
+        for (int64_t i = 0; i < args.sequences; ++i) {
+            longest = std::max(longest, args.lengths[i] + args.starts[i + 1] - args.starts[i]);
+        }
+        // An int8 cache's entries of one head are widened before a block of queries meets them.
+        const int64_t widened = args.cache_dtype == DType::int8 ? 2 * longest * model.head_dim : 0;
+        const int64_t most = std::max({model.width, longest + Vec::width,
+                                       attention_scratch(model.head_dim) + widened});
+        return (most + 15) / 16 * 16;
+    }
+
+    void embed() {
+        const PackedMatrix& w = model_.embedding;
+        const uint8_t* data = model_.at(w.data);
+        const float* wpe = model_.floats(model_.wpe);
+        member_.for_each(args_.tokens, [&](int64_t token) {
+            float* row = hidden_ + token * width_;
+            unpack_column(w, data, args_.token_ids[token], row);
+            const float* position = wpe + args_.positions[token] * width_;
+            for (int64_t i = 0; i < width_; ++i) row[i] += position[i];
+        });
+    }
+
+    // Packs rows for a product with w; `row(i)` is the i-th one's `inputs` floats.
+    template <typename Row>
+    void pack(const PackedMatrix& w, int64_t rows, Row row) {
+        const PackedRows to = packed_rows(w, packed_);
+        const Tiles tiles(w.format, rows);
+        const auto pack_tile = [&](int64_t tile) {
+            const int size = tiles.size(tile);
+            for (int r = 0; r < size; ++r) {
+                pack_row(row(tiles.begin(tile) + r), w.inputs, to, to.tile(tiles, tile), size, r);
+            }
+        };
+        if (shared_packing_) {
+            member_.for_each(tiles.count, pack_tile);
+        } else {
+            for (int64_t tile = 0; tile < tiles.count; ++tile) pack_tile(tile);
+        }
+    }
+
+    void pack_plain(const PackedMatrix& w, const float* x, int64_t stride) {
+        pack(w, args_.tokens, [&](int64_t row) { return x + row * stride; });
+    }
+
+    // Packs the layer normalisation of hidden rows: of all, or of the chosen ones.
+    void pack_normalised(const PackedMatrix& w, int64_t weight, int64_t bias,
+                         const int64_t* chosen = nullptr, int64_t count = -1) {
+        pack(w, count < 0 ? args_.tokens : count, [&](int64_t row) {
+            normalise(hidden_ + (chosen ? chosen[row] : row) * width_, width_,
+                      model_.floats(weight), model_.floats(bias), float(model_.eps), scratch_);
+            return scratch_;
+        });
+    }
+
+    // Calls finish(row, column, sums + bias) for every vector of packed rows times w.
+    template <typename Finish>
+    void multiply_rows(const PackedMatrix& w, int64_t rows, Finish finish) {
+        const PackedRows x = packed_rows(w, packed_);
+        const Tiles tiles(w.format, rows);
+        const uint8_t* data = model_.at(w.data);
+        const float* bias = w.bias < 0 ? nullptr : model_.floats(w.bias);
+        // Few rows: the weights pass by once. Many: a block of rows stays, the panels pass by.
+        int64_t block = tiles.count;
+        if (rows > single_pass_tokens) {
+            const int64_t tile_size = x.row_size() * most_rows(w.format);
+            block = std::max<int64_t>(1, std::min(block, resident_rows / tile_size));
+        }
+        const int64_t panels = w.panels();
+        const int64_t blocks = (tiles.count + block - 1) / block;
+        member_.for_each(panels * blocks, [&](int64_t item) {
+            const int64_t panel = item % panels, first = item / panels * block;
+            alignas(64) float sums[most_rows(Format::float32) * panel_columns];
+            for (int64_t tile = first; tile < std::min(first + block, tiles.count); ++tile) {
+                const int size = tiles.size(tile);
+                multiply_for(w.format, size)(data + panel * w.panel_size, x.tile(tiles, tile), x,
+                                             sums);
+                for (int r = 0; r < size; ++r) {
+                    for (int c = 0; c < panel_columns; c += Vec::width) {
+                        const int64_t column = panel * panel_columns + c;
+                        if (column >= w.outputs) break;
+                        Vec sum = Vec::load(sums + r * panel_columns + c);
+                        if (bias != nullptr) sum = sum + Vec::load(bias + column);
+                        finish(tiles.begin(tile) + r, column, sum);
+                    }
+                }
+            }
+        });
+    }
+
+    static void store(float* row, const PackedMatrix& w, int64_t column, Vec x) {
+        if (column + Vec::width <= w.outputs) {
+            x.store(row + column);
+        } else {
+            x.store(row + column, int(w.outputs - column));
+        }
+    }
+
+    static void add(float* row, const PackedMatrix& w, int64_t column, Vec x) {
+        if (column + Vec::width <= w.outputs) {
+            (Vec::load(row + column) + x).store(row + column);
+        } else {
+            const int n = int(w.outputs - column);
+            (Vec::load(row + column, n) + x).store(row + column, n);
+        }
+    }
+
+    void attend(int64_t layer, float scale) {
+        switch (args_.cache_dtype) {
+            case DType::float32: return attend<float>(layer, scale);
+            case DType::bfloat16: return attend<bfloat16>(layer, scale);
+            case DType::int8: return attend<int8_t>(layer, scale);
+        }
+    }
+
+    template <typename T>
+    T* entries(const CacheView& cache, int64_t layer, int64_t row, int64_t head) {
+        return static_cast<T*>(cache.data) + layer * cache.layer_stride + row * cache.row_stride +
+               head * model_.head_dim;
+    }
+
+    static float* scales(const CacheView& cache, int64_t layer, int64_t row, int64_t head) {
+        return cache.scales + layer * cache.scale_layer_stride + row * cache.scale_row_stride + head;
+    }
+
+    // Stores one head's keys or values of tokens [begin, end) behind the row's end.
+    template <typename T>
+    void append(const CacheView& cache, int64_t layer, int64_t sequence, int64_t head,
+                const float* from) {
+        const int64_t row = args_.rows[sequence], length = args_.lengths[sequence];
+        const int64_t begin = args_.starts[sequence], end = args_.starts[sequence + 1];
+        const int64_t dim = model_.head_dim;
+        T* to = entries<T>(cache, layer, row, head) + length * cache.entry_stride;
+        for (int64_t token = begin; token < end; ++token, to += cache.entry_stride) {
+            const float* x = from + token * 3 * width_ + head * dim;
+            if constexpr (std::is_same_v<T, int8_t>) {
+                float most = 0.0f;
+                for (int64_t d = 0; d < dim; ++d) most = std::max(most, std::fabs(x[d]));
+                const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+                for (int64_t d = 0; d < dim; ++d) to[d] = int8_t(std::lrint(x[d] * inverse));
+                scales(cache, layer, row, head)[(length + token - begin) *
+                                                cache.scale_entry_stride] = most / 127.0f;
+            } else {
+                for (int64_t d = 0; d < dim; ++d) gpt2fast::assign(to[d], x[d]);
+            }
+        }
+    }
+
+    template <typename T>
+    void attend(int64_t layer, float scale) {
+        const int64_t heads = model_.heads, dim = model_.head_dim;
+        int64_t blocks = 0;
+        for (int64_t i = 0; i < args_.sequences; ++i) blocks += blocks_of(i);
+        const bool single = blocks == args_.sequences;
+        const auto append_head = [&](int64_t sequence, int64_t head) {
+            append<T>(args_.k_cache, layer, sequence, head, qkv_ + width_);
+            append<T>(args_.v_cache, layer, sequence, head, qkv_ + 2 * width_);
+        };
+        if (!single) {
+            member_.for_each(args_.sequences * heads, [&](int64_t item) {
+                append_head(item / heads, item % heads);
+            });
+        }
+        member_.for_each(blocks * heads, [&](int64_t item) {
+            const int64_t head = item % heads;
+            int64_t sequence = 0, block = item / heads;
+            if (single) {
+                sequence = block;
+                block = 0;
+                append_head(sequence, head);
+            } else {
+                while (block >= blocks_of(sequence)) block -= blocks_of(sequence++);
+                // The last blocks see most: they come first, the short ones even out the end.
+                block = blocks_of(sequence) - 1 - block;
+            }
+            const int64_t row = args_.rows[sequence], length = args_.lengths[sequence];
+            const int64_t start = args_.starts[sequence] + block * panel_columns;
+            const int queries = int(
+                std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
+            const int64_t first = length + block * panel_columns;
+            const Entries<T> k = {entries<T>(args_.k_cache, layer, row, head),
+                                  args_.k_cache.entry_stride};
+            const Entries<T> v = {entries<T>(args_.v_cache, layer, row, head),
+                                  args_.v_cache.entry_stride};
+            const float* q = qkv_ + start * 3 * width_ + head * dim;
+            float* out = attended_ + start * width_ + head * dim;
+            constexpr bool scaled = std::is_same_v<T, int8_t>;
+            const float* k_scales = scaled ? scales(args_.k_cache, layer, row, head) : nullptr;
+            const float* v_scales = scaled ? scales(args_.v_cache, layer, row, head) : nullptr;
+            const int64_t scale_stride = args_.k_cache.scale_entry_stride;
+            if (queries == 1) {
+                attend_one<T>(q, first + 1, k, k_scales, v, v_scales, scale_stride, int(dim), scale,
+                              scratch_, out);
+            } else if constexpr (scaled) {
+                const int64_t count = first + queries;
+                float* wide = scratch_ + attention_scratch(dim);
+                for (int64_t t = 0; t < count; ++t) {
+                    for (int64_t d = 0; d < dim; ++d) {
+                        wide[t * dim + d] = float(k.data[t * k.stride + d]) *
+                                            k_scales[t * scale_stride];
+                        wide[(count + t) * dim + d] = float(v.data[t * v.stride + d]) *
+                                                      v_scales[t * scale_stride];
+                    }
+                }
+                attend_block<float>(q, 3 * width_, queries, first, Entries<float>{wide, dim},
+                                    Entries<float>{wide + count * dim, dim}, int(dim), scale,
+                                    scratch_, out, width_, nullptr);
+            } else {
+                attend_block<T>(q, 3 * width_, queries, first, k, v, int(dim), scale, scratch_, out,
+                                width_, nullptr);
+            }
+        });
+    }
+
+    int64_t blocks_of(int64_t sequence) const {
+        const int64_t tokens = args_.starts[sequence + 1] - args_.starts[sequence];
+        return (tokens + panel_columns - 1) / panel_columns;
+    }
+
+    const StepArgs& args_;
+    const PackedModel& model_;
+    Member& member_;
+    int64_t width_;
+    bool shared_packing_;
+    float *hidden_, *qkv_, *attended_, *inner_, *scratch_;
+    uint8_t* packed_;
+};
+
+inline void step(const StepArgs& args, Member& member) { Step(args, member).run(); }
+
+inline int64_t step_workspace(const StepArgs& args, int threads) {
+    return Step::workspace(args, threads);
+}
+
+}  // namespace gpt2fast::GPT2FAST_ISA

@@ -1,0 +1,16 @@
+// What the kernels take from outside. Included before an instruction set is switched on, so that
+// no inline function of the standard library is compiled for it and then linked in elsewhere.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+#include "step.h"
+#include "team.h"

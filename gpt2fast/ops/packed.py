@@ -1,0 +1,348 @@
+"""Packed weights: a whole model as one block of memory in the order in which a step reads it.
+
+The block, the arena, begins with a header of 64-bit words (`csrc/cpu/step.h` has the same structs)
+and holds every matrix as panels of 32 output columns:
+
+    float32    [panel][input][32]
+    bfloat16   [panel][input / 2][32][2]
+    int8       [panel][group] of 32 float16 scales, then [input / 4][32][4] bytes of q + 128
+    int4       [panel][group] of 32 float16 scales, then [input / 8][32][4] bytes: q + 8 of inputs
+               8i + j in the low half, of 8i + 4 + j in the high one
+
+A quantised weight is q * scale; each group of inputs has one scale a column. What does not fill a
+group or a panel is padded with zeros.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+_PANEL = 32
+_MAGIC = int.from_bytes(b"gt2fast1", "little")
+_FORMATS = ("float32", "bfloat16", "int8", "int4")
+_ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
+_ALIGNMENT = 4096
+_MATRIX_WORDS = 8
+# Panels that are packed at once: the copies on the way stay small.
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A weight matrix (inputs, outputs) as small integers, with a scale a group of inputs."""
+
+    q: Tensor
+    """(K, N) int8: in [-127, 127] for 8 bits, [-8, 7] for 4."""
+    scales: Tensor
+    """(ceil(K / group), N) float16."""
+    bits: int
+    """8 or 4."""
+    group: int
+    """Inputs that share a scale."""
+
+    def dequantize(self) -> Tensor:
+        """(K, N) float32."""
+        scales = self.scales.float().repeat_interleave(self.group, dim=0)
+        return self.q.float() * scales[: len(self.q)]
+
+
+Matrix = Tensor | QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class MatrixFormat:
+    """How a matrix's elements are stored."""
+
+    name: str
+    """float32, bfloat16, int8 or int4."""
+    group: int = 0
+    """Inputs that share a scale; 0 without quantisation."""
+
+    @classmethod
+    def of(cls, matrix: Matrix) -> MatrixFormat:
+        """The format that holds `matrix` as it is; float16 becomes float32."""
+        if isinstance(matrix, QuantizedMatrix):
+            return cls(f"int{matrix.bits}", matrix.group)
+        return cls("bfloat16" if matrix.dtype == torch.bfloat16 else "float32")
+
+    def padded(self, inputs: int) -> int:
+        """`inputs` rounded up to whole words, or to whole groups."""
+        unit = self.group or (2 if self.name == "bfloat16" else 1)
+        return -(-inputs // unit) * unit
+
+    def panel_size(self, inputs: int) -> int:
+        """Bytes of a panel."""
+        padded = self.padded(inputs)
+        bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[self.name]
+        scales = 2 * (padded // self.group) if self.group else 0
+        return _PANEL * (padded * bits // 8 + scales)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the arena's header says of a model, besides where its weights are."""
+
+    n_head: int
+    width: int
+    inner_width: int
+    vocab_size: int
+    n_positions: int
+    activation: str
+    eps: float
+    scales: tuple[float, ...]
+    """Factor on the attention scores of each layer."""
+    tied: bool
+    """Whether the token embedding is the output projection."""
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of every matrix by name; embeddings stand transposed."""
+        sizes = {"wte.weight": (self.width, self.vocab_size)}
+        if not self.tied:
+            sizes["lm_head.weight"] = (self.width, self.vocab_size)
+        for layer in range(len(self.scales)):
+            sizes[f"h.{layer}.attn.c_attn.weight"] = (self.width, 3 * self.width)
+            sizes[f"h.{layer}.attn.c_proj.weight"] = (self.width, self.width)
+            sizes[f"h.{layer}.mlp.c_fc.weight"] = (self.width, self.inner_width)
+            sizes[f"h.{layer}.mlp.c_proj.weight"] = (self.inner_width, self.width)
+        return sizes
+
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of everything that is stored in float32, by name."""
+        shapes: dict[str, tuple[int, ...]] = {"wpe.weight": (self.n_positions, self.width)}
+        for layer in range(len(self.scales)):
+            for norm in ("ln_1", "ln_2"):
+                shapes[f"h.{layer}.{norm}.weight"] = (self.width,)
+                shapes[f"h.{layer}.{norm}.bias"] = (self.width,)
+            for name, (_, outputs) in self.matrices().items():
+                if name.startswith(f"h.{layer}."):
+                    shapes[name.replace(".weight", ".bias")] = (outputs,)
+        shapes["ln_f.weight"] = shapes["ln_f.bias"] = (self.width,)
+        return shapes
+
+
+class PackedWeights:
+    """Memory for a model's packed weights, to be filled with `put`.
+
+    Args:
+        shape: of the model.
+        formats: the format of every matrix of `shape.matrices()`.
+    """
+
+    def __init__(self, shape: ModelShape, formats: Mapping[str, MatrixFormat]):
+        if shape.activation not in _ACTIVATIONS:
+            raise ArgumentError(
+                f"activation {shape.activation!r} cannot be packed; "
+                f"these can: {', '.join(_ACTIVATIONS)}"
+            )
+        self.shape = shape
+        self.formats = dict(formats)
+        self._sizes = shape.matrices()
+        self._offsets: dict[str, int] = {}
+        header_words = 30 + len(shape.scales) * (5 + 4 * _MATRIX_WORDS)
+        end = _aligned(8 * header_words)
+        for name, dims in shape.vectors().items():
+            self._offsets[name] = end
+            elements = torch.Size(dims).numel()
+            # Read in whole panels.
+            end = _aligned(end + 4 * (-(-elements // _PANEL) * _PANEL), 64)
+        for name, (inputs, outputs) in self._sizes.items():
+            end = self._offsets[name] = _aligned(end)
+            end += self.formats[name].panel_size(inputs) * _panels(outputs)
+        self.arena = _allocate(_aligned(end))
+        """(bytes,) uint8."""
+        header = self._header(self.arena.numel())
+        assert len(header) == header_words
+        self.arena[: 8 * header_words] = torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """Every matrix, in the order of the arena."""
+        return list(self._sizes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a step for one token reads of the weights."""
+        read = [name for name in self._sizes if self.shape.tied or name != "wte.weight"]
+        return sum(
+            self.formats[name].panel_size(self._sizes[name][0]) * _panels(self._sizes[name][1])
+            for name in read
+        )
+
+    def put(self, name: str, value: Matrix) -> None:
+        """Store a vector, wpe, or a matrix (in, out) in the format that it was announced with."""
+        if name not in self._sizes:
+            self._floats(name).copy_(value if isinstance(value, Tensor) else value.dequantize())
+            return
+        form = self.formats[name]
+        given = MatrixFormat.of(value)
+        if given != form and form.group:
+            raise ArgumentError(f"{name} was announced as {form}, not {given}")
+        for panels, begin, end in self._chunks(name):
+            panels.copy_(_pack(_columns(value, begin, end), form))
+
+    def get(self, name: str) -> Matrix:
+        """What was stored: a float32 vector, or a matrix (in, out) in its format."""
+        if name not in self._sizes:
+            return self._floats(name).clone()
+        inputs, outputs = self._sizes[name]
+        form = self.formats[name]
+        parts = [
+            _unpack(panels, form, inputs, end - begin) for panels, begin, end in self._chunks(name)
+        ]
+        if form.group:
+            return QuantizedMatrix(
+                torch.cat([part.q for part in parts], 1),  # type: ignore[union-attr]
+                torch.cat([part.scales for part in parts], 1),  # type: ignore[union-attr]
+                8 if form.name == "int8" else 4,
+                form.group,
+            )
+        return torch.cat(parts, 1)  # type: ignore[arg-type]
+
+    def _floats(self, name: str) -> Tensor:
+        dims = self.shape.vectors()[name]
+        begin = self._offsets[name]
+        size = 4 * torch.Size(dims).numel()
+        return self.arena[begin : begin + size].view(torch.float32).view(dims)
+
+    def _chunks(self, name: str) -> Iterator[tuple[Tensor, int, int]]:
+        """Some panels (P, bytes) at a time, and the columns that they hold."""
+        inputs, outputs = self._sizes[name]
+        size = self.formats[name].panel_size(inputs)
+        count = _panels(outputs)
+        begin = self._offsets[name]
+        panels = self.arena[begin : begin + count * size].view(count, size)
+        for first in range(0, count, _CHUNK):
+            last = min(first + _CHUNK, count)
+            yield panels[first:last], first * _PANEL, min(last * _PANEL, outputs)
+
+    def _header(self, size: int) -> list[int]:
+        shape = self.shape
+        at = self._offsets
+        embedding = self._matrix_words("wte.weight")
+        words = [
+            _MAGIC,
+            size,
+            len(shape.scales),
+            shape.n_head,
+            shape.width // shape.n_head,
+            shape.width,
+            shape.inner_width,
+            shape.vocab_size,
+            shape.n_positions,
+            _ACTIVATIONS.index(shape.activation),
+            _double(shape.eps),
+            at["wpe.weight"],
+            at["ln_f.weight"],
+            at["ln_f.bias"],
+            *embedding,
+            *(embedding if shape.tied else self._matrix_words("lm_head.weight")),
+        ]
+        for layer, scale in enumerate(shape.scales):
+            block = f"h.{layer}."
+            words += [at[f"{block}{norm}"] for norm in ("ln_1.weight", "ln_1.bias")]
+            words += [at[f"{block}{norm}"] for norm in ("ln_2.weight", "ln_2.bias")]
+            words.append(_double(scale))
+            for matrix in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+                words += self._matrix_words(f"{block}{matrix}.weight")
+        return words
+
+    def _matrix_words(self, name: str) -> list[int]:
+        inputs, outputs = self._sizes[name]
+        form = self.formats[name]
+        return [
+            _FORMATS.index(form.name),
+            inputs,
+            form.padded(inputs),
+            outputs,
+            form.group,
+            self._offsets[name],
+            form.panel_size(inputs),
+            self._offsets.get(name.replace(".weight", ".bias"), -1) if name[0] == "h" else -1,
+        ]
+
+
+def _panels(outputs: int) -> int:
+    return -(-outputs // _PANEL)
+
+
+def _aligned(offset: int, to: int = _ALIGNMENT) -> int:
+    return -(-offset // to) * to
+
+
+def _double(x: float) -> int:
+    """The bits of a float64, as an int64."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _allocate(size: int) -> Tensor:
+    """Zeroed memory on huge pages where the system has them: fewer address translations."""
+    block = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=torch.uint8)
+
+
+def _columns(matrix: Matrix, begin: int, end: int) -> Matrix:
+    if isinstance(matrix, QuantizedMatrix):
+        return QuantizedMatrix(
+            matrix.q[:, begin:end], matrix.scales[:, begin:end], matrix.bits, matrix.group
+        )
+    return matrix[:, begin:end]
+
+
+def _pack(matrix: Matrix, form: MatrixFormat) -> Tensor:
+    """Columns of a matrix as panels (P, bytes)."""
+    values = matrix.q if isinstance(matrix, QuantizedMatrix) else matrix.detach()
+    inputs, outputs = values.shape
+    count, padded = _panels(outputs), form.padded(inputs)
+    if not isinstance(matrix, QuantizedMatrix):
+        values = values.to(getattr(torch, form.name))
+    values = F.pad(values, (0, count * _PANEL - outputs, 0, padded - inputs))
+    if not isinstance(matrix, QuantizedMatrix):
+        unit = 4 // values.element_size()
+        words = values.view(padded // unit, unit, count, _PANEL).permute(2, 0, 3, 1)
+        return words.reshape(count, -1).view(torch.uint8)
+    groups, group = padded // form.group, form.group
+    if form.name == "int8":
+        stored = (values.short() + 128).to(torch.uint8).view(groups, group // 4, 4, count, _PANEL)
+    else:
+        halves = (values + 8).to(torch.uint8).view(groups, group // 8, 2, 4, count, _PANEL)
+        stored = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    words = stored.permute(3, 0, 1, 4, 2).reshape(count, groups, -1)
+    scales = F.pad(matrix.scales, (0, count * _PANEL - outputs))
+    scales = scales.view(groups, count, _PANEL).transpose(0, 1).contiguous().view(torch.uint8)
+    return torch.cat([scales, words], 2).view(count, -1)
+
+
+def _unpack(panels: Tensor, form: MatrixFormat, inputs: int, outputs: int) -> Matrix:
+    """The inverse of `_pack`."""
+    count, padded = len(panels), form.padded(inputs)
+    if not form.group:
+        words = panels.view(getattr(torch, form.name))
+        unit = 4 // words.element_size()
+        words = words.view(count, padded // unit, _PANEL, unit).permute(1, 3, 0, 2)
+        return words.reshape(padded, -1)[:inputs, :outputs]
+    groups, group = padded // form.group, form.group
+    blocks = panels.view(count, groups, -1)
+    scales = blocks[:, :, : 2 * _PANEL].contiguous().view(torch.float16)
+    stored = blocks[:, :, 2 * _PANEL :].reshape(count, groups, -1, _PANEL, 4)
+    if form.name == "int8":
+        values = (stored.short() - 128).to(torch.int8).permute(1, 2, 4, 0, 3)
+    else:
+        halves = torch.stack([stored & 15, stored >> 4], dim=3).to(torch.int8) - 8
+        values = halves.permute(1, 2, 3, 5, 0, 4)
+    return QuantizedMatrix(
+        values.reshape(groups * group, -1)[:inputs, :outputs].contiguous(),
+        scales.transpose(0, 1).reshape(groups, -1)[:, :outputs].contiguous(),
+        8 if form.name == "int8" else 4,
+        form.group,
+    )
