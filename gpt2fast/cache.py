@@ -35,7 +35,8 @@ class KVCache:
         n_layer, n_head, head_dim: shape of the model.
         batch_size: rows, B.
         max_length: entries that each row can hold, T_max.
-        dtype, device: of keys and values.
+        dtype, device: of keys and values. Of int8 each head's entry has a float32 factor, the
+            largest of its elements being 127; packed models alone read such a cache.
     """
 
     def __init__(
@@ -53,6 +54,13 @@ class KVCache:
         """(L, B, T_max, H, D) keys."""
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         """(L, B, T_max, H, D) values."""
+        self.k_scales: Tensor | None = None
+        """(L, B, T_max, H) factors of int8 keys."""
+        self.v_scales: Tensor | None = None
+        """(L, B, T_max, H) factors of int8 values."""
+        if dtype == torch.int8:
+            self.k_scales = torch.zeros(shape[:-1], device=device)
+            self.v_scales = torch.zeros(shape[:-1], device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) entries stored in each row."""
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -69,6 +77,12 @@ class KVCache:
     def max_length(self) -> int:
         """Entries that each row can hold."""
         return self.k.shape[2]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes that one token's keys and values take in all layers."""
+        tensors = [t for t in (self.k, self.v, self.k_scales, self.v_scales) if t is not None]
+        return sum(tensor[:, 0, 0].numel() * tensor.element_size() for tensor in tensors)
 
     def layer(self, index: int, counts: Tensor | None = None) -> LayerCache:
         """The views that layer `index` writes to and reads from."""
@@ -121,6 +135,11 @@ class KVCache:
         for k, v in zip(self.k, self.v, strict=True):
             ops.reorder_cache(k[:, :used], v[:, :used], rows)
         self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+        if self.k_scales is not None and self.v_scales is not None:
+            for k, v in zip(self.k_scales, self.v_scales, strict=True):
+                ops.reorder_cache(k[:, :used, :, None], v[:, :used, :, None], rows)
+            self.k_scales = self.k_scales[:, : len(rows)]
+            self.v_scales = self.v_scales[:, : len(rows)]
         self.lengths, self.positions = self.lengths[rows], self.positions[rows]
 
     def release(self, rows: Tensor) -> None:
@@ -137,6 +156,9 @@ class KVCache:
         """Repeat each row `times` times in place of itself (beams, several samples a prompt)."""
         self.k = self.k.repeat_interleave(times, dim=1)
         self.v = self.v.repeat_interleave(times, dim=1)
+        if self.k_scales is not None and self.v_scales is not None:
+            self.k_scales = self.k_scales.repeat_interleave(times, dim=1)
+            self.v_scales = self.v_scales.repeat_interleave(times, dim=1)
         self.lengths = self.lengths.repeat_interleave(times)
         self.positions = self.positions.repeat_interleave(times)
 

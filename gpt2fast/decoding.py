@@ -40,7 +40,7 @@ class Context:
         use_cache: bool = True,
         slides: bool = False,
     ):
-        self.model = model
+        self.model = model.for_decoding()
         longest = max(len(prompt) for prompt in prompts)
         self.history = torch.tensor(
             [[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts],
@@ -53,14 +53,10 @@ class Context:
         """Tokens of each row that the model sees, the newest ones of its history."""
         if slides:
             self._visible = [n if n <= self._room else self._half for n in self._visible]
-        looked_up = [] if model.config.tie_word_embeddings else [model.wte.weight]
-        looked_up.append(model.wpe.weight)
-        self._weight_bytes = sum(p.nbytes for p in model.parameters())
-        self._weight_bytes -= sum(p.nbytes for p in looked_up)
         self._cache = None
         if use_cache:
             capacity = min(max(self._visible) + steps, self._room)
-            self._cache = model.new_cache(len(prompts), capacity)
+            self._cache = self.model.new_cache(len(prompts), capacity)
 
     def read(self) -> Tensor:
         """Read all that is visible; returns the logits (rows, vocab) of every row's next token."""
@@ -98,25 +94,12 @@ class Context:
 
     def step_bytes(self) -> int:
         """Bytes of weights and of cached keys and values that one step reads."""
-        config = self.model.config
-        width = 2 * config.n_layer * config.n_embd * self.model.dtype.itemsize
-        return self._weight_bytes + sum(self._visible) * width
+        entries = 0 if self._cache is None else sum(self._visible) * self._cache.entry_bytes
+        return self.model.weight_bytes + entries
 
     def _read(self, counts: list[int], offsets: list[int]) -> Tensor:
         """Read each row's newest `counts[row]` tokens, from position `offsets[row]` on."""
-        longest = max(counts)
-        tokens = self.history[:, -longest:]
-        mask = positions = None
-        if any(offsets) or min(counts) < longest:
-            device = tokens.device
-            column = torch.arange(longest, device=device) - longest
-            index = column + torch.tensor(counts, device=device)[:, None]
-            mask = (index >= 0).long()
-            positions = (index + torch.tensor(offsets, device=device)[:, None]).clamp(min=0)
-        hidden = self.model.hidden_states(
-            tokens.clamp(min=0), attention_mask=mask, position_ids=positions, cache=self._cache
-        )
-        return self.model.project(hidden[:, -1])
+        return self.model.read(self.history, counts, offsets, self._cache)
 
 
 class StopCriteria:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,9 +14,22 @@ from torch import Tensor, nn
 from . import ops
 from .cache import KVCache
 from .config import GPT2Config
-from .errors import ArgumentError, ConfigError, GenerationError
+from .errors import ArgumentError, ConfigError
+from .inputs import (
+    check_cache,
+    check_inputs,
+    check_positions,
+    check_tokens,
+    check_wanted,
+    is_known_full,
+)
 from .nn import Block, LinearCrossEntropy, ResidualLayerNorm, is_hooked
+from .ops.backend import requested_backend
 from .ops.decode import LAYER_WEIGHTS
+from .ops.native import CACHE_DTYPES as KERNEL_CACHE_DTYPES
+from .ops.native import DTYPES as KERNEL_DTYPES
+from .ops.native import fingerprint, unavailable
+from .packed import PackedGPT2, pack
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -43,6 +57,13 @@ class GPT2Output:
             # Neither a traced program nor a tensor made in inference mode counts its changes.
             counted = not torch.compiler.is_compiling() and not projection.is_inference()
             self._version = projection._version if counted else None
+
+    @classmethod
+    def computed(cls, loss: Tensor | None, logits: Tensor) -> GPT2Output:
+        """An output whose logits are there already."""
+        output = cls.__new__(cls)
+        output.loss, output._logits = loss, logits
+        return output
 
     @property
     def logits(self) -> Tensor:
@@ -94,6 +115,7 @@ class GPT2(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.gradient_checkpointing = False
+        self._packed: tuple[list[tuple[int, int]], int, PackedGPT2] | None = None
         # From empty tables: initial values drawn here would only be replaced below.
         self.wte = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.n_embd, **factory), freeze=False
@@ -159,6 +181,13 @@ class GPT2(nn.Module):
             return self.wte.weight
         return self.lm_head.weight
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step for one token reads."""
+        looked_up = [] if self.config.tie_word_embeddings else [self.wte.weight]
+        looked_up.append(self.wpe.weight)
+        return sum(p.nbytes for p in self.parameters()) - sum(p.nbytes for p in looked_up)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -191,7 +220,7 @@ class GPT2(nn.Module):
             )
         for name, wanted in (("labels", labels), ("targets", targets)):
             if wanted is not None:
-                self._check_wanted(name, wanted, input_ids)
+                check_wanted(self.config, name, wanted, input_ids)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         loss = None
         if labels is not None:
@@ -213,18 +242,18 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, width) output of the last layer normalisation; arguments as in `forward`."""
-        self._check(input_ids, attention_mask)
+        check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()
-        if mask is not None and _is_known_full(mask):
+        if mask is not None and is_known_full(mask):
             mask = None
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         if cache is None:
             positions = steps if position_ids is None else position_ids
-            self._check_positions(positions)
+            check_positions(self.config, positions)
             return self._blocks(input_ids, positions, mask, None, None)
-        self._check_cache(cache, len(input_ids))
+        check_cache(self.config, cache, len(input_ids))
         positions = cache.positions[:, None] + steps if position_ids is None else position_ids
-        self._check_positions(positions)
+        check_positions(self.config, positions)
         positions = positions.expand(input_ids.shape)
         counts = None if mask is None else mask.sum(1)
         cache.reserve(input_ids.shape[1], counts)
@@ -282,11 +311,18 @@ class GPT2(nn.Module):
 
         Returns:
             (B, vocab) logits. Not differentiable.
+
+        Where the native kernels run, the weights are packed first, and again when they have
+        changed; a change through `parameter.data` goes unnoticed until `for_decoding` or
+        `generate` is called.
         """
+        packed = self._packed_form(thorough=False)
+        if packed is not None and cache.k.dtype in KERNEL_CACHE_DTYPES:
+            return packed.decode_step(tokens, cache, position_ids).to(self.dtype)
         positions = cache.positions if position_ids is None else position_ids
-        self._check_tokens(tokens)
-        self._check_positions(positions[:, None])
-        self._check_cache(cache, len(tokens))
+        check_tokens(self.config, tokens)
+        check_positions(self.config, positions[:, None])
+        check_cache(self.config, cache, len(tokens))
         cache.reserve(1)
         logits = ops.decode_step(
             self._decode_weights(),
@@ -324,6 +360,76 @@ class GPT2(nn.Module):
             self.device,
         )
 
+    @torch.no_grad()
+    def read(
+        self, tokens: Tensor, counts: Sequence[int], offsets: Sequence[int], cache: KVCache | None
+    ) -> Tensor:
+        """Logits (B, V) after the newest tokens of each row.
+
+        Args:
+            tokens: (B, T) int64; row b's newest counts[b] columns are read.
+            counts: tokens of each row, at least 1.
+            offsets: position of each row's first token.
+            cache: with B rows, which keeps what was read; None keeps nothing.
+        """
+        longest = max(counts)
+        mask = positions = None
+        if any(offsets) or min(counts) < longest:
+            column = torch.arange(longest, device=tokens.device) - longest
+            index = column + torch.tensor(counts, device=tokens.device)[:, None]
+            mask = (index >= 0).long()
+            starts = torch.tensor(offsets, device=tokens.device)[:, None]
+            positions = (index + starts).clamp(min=0)
+        hidden = self.hidden_states(tokens[:, -longest:].clamp(min=0), mask, positions, cache=cache)
+        return self.project(hidden[:, -1])
+
+    def for_decoding(self) -> GPT2 | PackedGPT2:
+        """The form of this model that decodes fastest here.
+
+        Where the native kernels run, that is a packed copy of the weights. It is made when it is
+        first asked for and again after the weights have changed; `pack(release=True)` keeps no
+        second copy.
+        """
+        return self._packed_form(thorough=True) or self
+
+    def pack(self, *, release: bool = False) -> PackedGPT2:
+        """A copy for inference whose weights, in their own dtype, lie as a step reads them.
+
+        Args:
+            release: free this model's parameters on the way, so that there is never more than one
+                copy of them; only the result can be used then.
+
+        Raises:
+            ArgumentError: the model is not on the CPU, or its weights are of another dtype than
+                float32 and bfloat16.
+        """
+        reason = self._unpackable()
+        if reason is not None:
+            raise ArgumentError(f"this model cannot be packed: {reason}")
+        self._packed = None
+        return pack(self, release=release)
+
+    def quantize(
+        self,
+        scheme: str,
+        *,
+        calibration: Tensor | None = None,
+        seed: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> PackedGPT2:
+        """A copy for inference with weights of 8 or 4 bits; see `gpt2fast.quantization`.
+
+        Args:
+            scheme: "int8" or "int4".
+            calibration: (N, T) int64 token ids of typical text, by which int4 weighs its errors;
+                None lets the model write some itself.
+            seed: of that text.
+            progress: is told what goes on.
+        """
+        from .quantization import quantize
+
+        return quantize(self, scheme, calibration=calibration, seed=seed, progress=progress)
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
         """Continue each row; see `gpt2fast.generation.generate` for the options."""
         from .generation import generate
@@ -345,6 +451,44 @@ class GPT2(nn.Module):
 
         save_pretrained(self, directory, tokenizer)
 
+    def _packed_form(self, *, thorough: bool) -> PackedGPT2 | None:
+        """The packed copy of the weights as they are now, or None where kernels cannot use it.
+
+        Args:
+            thorough: look at the weights themselves and not at torch's count of their changes
+                alone, which `parameter.data` passes by.
+        """
+        if requested_backend() not in ("auto", "native") or unavailable() is not None:
+            return None
+        if torch.compiler.is_compiling() or self._unpackable() is not None:
+            return None
+        parameters = list(self.parameters())
+        state = [
+            (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+            for parameter in parameters
+        ]
+        known = self._packed
+        digest = known[1] if known is not None and known[0] == state and not thorough else None
+        if digest is None:
+            digest = fingerprint(parameters)
+        if known is None or known[1] != digest:
+            known = (state, digest, pack(self))
+        self._packed = (state, *known[1:])
+        return known[2]
+
+    def _unpackable(self) -> str | None:
+        """Why the weights cannot be packed, or None."""
+        if self.device.type != "cpu":
+            return f"it is on {self.device}; move it with .cpu()"
+        if self.dtype not in KERNEL_DTYPES:
+            return f"it is in {self.dtype}; use .float() or .bfloat16()"
+        if any(is_hooked(module) for module in self.modules()):
+            return "a hook watches one of its modules"
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed": None}  # type: ignore[misc]
+
     def _decode_weights(self) -> list[Tensor]:
         layers = [weight for block in self.blocks for weight in _layer_weights(block)]
         return [
@@ -356,78 +500,6 @@ class GPT2(nn.Module):
             self.projection,
         ]
 
-    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise GenerationError(
-                f"input_ids must be (batch, time) with at least one token, "
-                f"not {tuple(input_ids.shape)}"
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise GenerationError(
-                f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
-                f"{tuple(input_ids.shape)}"
-            )
-        self._check_tokens(input_ids)
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        if _is_readable(tokens):
-            low, high = (int(bound) for bound in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise GenerationError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary "
-                    f"0 .. {self.config.vocab_size - 1}; was the text encoded with this model's "
-                    "tokenizer?"
-                )
-
-    def _check_positions(self, positions: Tensor) -> None:
-        limit = self.config.n_positions
-        if positions.shape[-1] > limit:
-            raise GenerationError(
-                f"{positions.shape[-1]} tokens exceed this model's n_positions={limit}; "
-                "shorten the input"
-            )
-        if not _is_readable(positions):
-            return
-        low, high = (int(bound) for bound in positions.aminmax())
-        if low < 0 or high >= limit:
-            raise GenerationError(
-                f"position {low if low < 0 else high} is outside this model's 0 .. {limit - 1} "
-                f"(n_positions={limit}); shorten the input or generate fewer tokens"
-            )
-
-    def _check_wanted(self, name: str, wanted: Tensor, input_ids: Tensor) -> None:
-        if wanted.shape != input_ids.shape:
-            raise ArgumentError(
-                f"{name} {tuple(wanted.shape)} must have the shape of input_ids "
-                f"{tuple(input_ids.shape)}"
-            )
-        if _is_readable(wanted) and wanted.numel():
-            high = int(wanted.max())
-            low = int(wanted.where(wanted != -100, 0).min())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ArgumentError(
-                    f"{name} hold {low if low < 0 else high}, which is neither a token id "
-                    f"0 .. {self.config.vocab_size - 1} nor -100 (does not count)"
-                )
-
-    def _check_cache(self, cache: KVCache, rows: int) -> None:
-        config = self.config
-        shape = (config.n_layer, rows, cache.max_length, config.n_head, config.head_dim)
-        if cache.k.shape != shape:
-            raise GenerationError(
-                f"the cache has the shape {tuple(cache.k.shape)} and this call needs {shape} "
-                "(layers, rows, length, heads, head size); model.new_cache(rows) makes one"
-            )
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether looking at values is free: on the CPU, outside a traced program."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
 
 def _stream(x: Tensor, residual: Tensor | None) -> Tensor:
     return x if residual is None else residual + x
-
-
-def _is_known_full(mask: Tensor) -> bool:
-    return _is_readable(mask) and bool(mask.all())

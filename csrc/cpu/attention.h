@@ -9,7 +9,10 @@
 // but for the diagonal's blocks, T^2 / 2 exponentials.
 #pragma once
 
+#include "attention_cached.h"
 #include "gemm.h"
+#include "rows.h"
+#include "scratch.h"
 
 namespace gpt2fast::GPT2FAST_ISA {
 
@@ -25,24 +28,239 @@ inline int64_t attention_scratch(int64_t head_dim) {
     return 2 * panel + key_block * panel_columns + key_block * head_dim;
 }
 
-// One head's keys or values: entry t begins at data + t * stride.
+// The type in which products over values stored as T are computed: bfloat16 where the processor
+// multiplies it, else float32.
+#ifdef GPT2FAST_AVX512_BF16
 template <typename T>
-struct Entries {
-    const T* data;
-    int64_t stride;
-};
+using Factor = T;
+#else
+template <typename T>
+using Factor = float;
+#endif
 
 // Words of the queries' panel: [input / u][32][u], queries past the last being zero.
 template <typename T, typename Q>
 void pack_queries(const Q* q, int64_t stride, int queries, int head_dim, uint32_t* panel) {
     constexpr int u = inputs_per_word(format_of<T>);
-    for (int k = 0; k < head_dim / u; ++k) {
+    for (int k = 0; k < (head_dim + u - 1) / u; ++k) {
         for (int i = 0; i < panel_columns; ++i) {
             T values[u] = {};
-            for (int j = 0; j < u; ++j) {
+            for (int j = 0; j < u && k * u + j < head_dim; ++j) {
                 if (i < queries) gpt2fast::assign(values[j], to_float(q[i * stride + k * u + j]));
             }
             std::memcpy(panel + k * panel_columns + i, values, 4);
+        }
+    }
+}
+
+// One entry as words: [input / u][u].
+template <Format format, typename T>
+void pack_entry(const T* x, int size, uint32_t* words) {
+    if constexpr (format == Format::bfloat16) {
+        if (size % 2) words[size / 2] = 0;
+        std::memcpy(words, x, size_t(size) * sizeof(T));
+    } else {
+        float* floats = reinterpret_cast<float*>(words);
+        for_columns(size, [&](int64_t j, auto step, auto) {
+            store(load(x + j, step), floats + j, step);
+        });
+    }
+}
+
+// The first of `rows` entries, or with two inputs to a word the first two: [input][u].
+template <Format format, typename T>
+void pack_pairs(const T* x, int64_t stride, int64_t rows, int size, uint32_t* words) {
+    if constexpr (format == Format::bfloat16) {
+        if (rows > 1) {
+            const T* odd = x + stride;
+            for (int d = 0; d < size; ++d) words[d] = x[d].bits | uint32_t(odd[d].bits) << 16;
+        } else {
+            for (int d = 0; d < size; ++d) words[d] = x[d].bits;
+        }
+    } else {
+        pack_entry<format>(x, size, words);
+    }
+}
+
+// What an attention weight meets besides causality.
+struct Weighting {
+    const uint8_t* visible = nullptr;  // by key, or null: all of them
+    float dropout = 0.0f;              // probability
+    uint64_t seed = 0;
+    uint32_t head = 0;  // counts through all heads of the batch
+};
+
+// Factors by which dropout multiplies the weights of 32 queries from `first` on, for four keys from
+// `key` on, a multiple of 4: 0, or 1 / (1 - p). Philox 4x32-10 (Salmon et al., 2011) with the
+// counter (key / 4, query, head, 0): a function of the seed and the weight's place alone.
+inline void dropout_factors(const Weighting& weighting, int64_t first, int64_t key,
+                            float* factors) {
+    constexpr int n = panel_columns;
+    uint32_t c0[n], c1[n], c2[n], c3[n];
+    for (int i = 0; i < n; ++i) {
+        c0[i] = uint32_t(key / 4);
+        c1[i] = uint32_t(first) + uint32_t(i);
+        c2[i] = weighting.head;
+        c3[i] = 0;
+    }
+    uint32_t low = uint32_t(weighting.seed), high = uint32_t(weighting.seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int i = 0; i < n; ++i) {
+            const uint64_t x = uint64_t(0xd2511f53u) * c0[i];
+            const uint64_t y = uint64_t(0xcd9e8d57u) * c2[i];
+            c0[i] = uint32_t(y >> 32) ^ c1[i] ^ low;
+            c2[i] = uint32_t(x >> 32) ^ c3[i] ^ high;
+            c1[i] = uint32_t(y);
+            c3[i] = uint32_t(x);
+        }
+        low += 0x9e3779b9u;
+        high += 0xbb67ae85u;
+    }
+    const float kept = 1.0f / (1.0f - weighting.dropout);
+    const uint32_t* words[] = {c0, c1, c2, c3};
+    for (int r = 0; r < 4; ++r) {
+        for (int i = 0; i < n; ++i) {
+            const float uniform = float(int32_t(words[r][i] >> 8)) * 0x1p-24f;
+            factors[r * n + i] = uniform < weighting.dropout ? 0.0f : kept;
+        }
+    }
+}
+
+// The index of a query in its block, for each vector of a panel's row.
+struct Lanes {
+    Vec v[panel_vectors];
+
+    Lanes() {
+        for (int c = 0; c < panel_vectors; ++c) {
+            float index[Vec::width];
+            for (int i = 0; i < Vec::width; ++i) index[i] = float(c * Vec::width + i);
+            v[c] = Vec::load(index);
+        }
+    }
+};
+
+// The scores of a block of queries, from `first` on, with one key; those that it hides are -inf.
+inline Vec visible_scores(Vec scores, const Lanes& lanes, int c, int64_t first, int64_t key,
+                          const Weighting& weighting) {
+    const Vec hidden(-std::numeric_limits<float>::infinity());
+    if (weighting.visible != nullptr && !weighting.visible[key]) return hidden;
+    if (key <= first) return scores;
+    return select(lanes.v[c] < Vec(float(key - first)), hidden, scores);
+}
+
+// Rows of weights (keys, 32) as words: for bfloat16, pairs of neighbouring keys share one. In place.
+template <Format format>
+void pack_weights(float* weights, int keys) {
+    if constexpr (format == Format::bfloat16) {
+        for (int j = 0; j < (keys + 1) / 2; ++j) {
+            bfloat16 low[panel_columns], high[panel_columns] = {};
+            for (int c = 0; c < panel_vectors; ++c) {
+                const float* row = weights + 2 * j * panel_columns + c * Vec::width;
+                Vec::load(row).store(low + c * Vec::width);
+                if (2 * j + 1 < keys) Vec::load(row + panel_columns).store(high + c * Vec::width);
+            }
+            // Row j of pairs lies before row 2j of weights, which was read just now.
+            uint32_t* packed = reinterpret_cast<uint32_t*>(weights) + j * panel_columns;
+            for (int i = 0; i < panel_columns; ++i) {
+                packed[i] = low[i].bits | uint32_t(high[i].bits) << 16;
+            }
+        }
+    }
+}
+
+// Attention of `queries` <= 32 queries, packed in `panel`, to entries 0 .. first + i. keys(begin)
+// gives the words of the keys from `begin` on, values(begin, count) those of the values with the
+// columns as rows and the entries as inputs. `sums` (head_dim, 32) receives the weighted values,
+// `inverse` (32) what they have to be multiplied with, `lse` (32) the logarithm of the sum of the
+// exponentials of the scores. A query that sees nothing has an inverse of 0 and an lse of infinity.
+// `scores` is scratch for key_block rows of 32, twice as many with dropout.
+template <Format format, typename Keys, typename Values>
+void attend_panel(const uint32_t* panel, int words, int queries, int64_t first, Keys keys_from,
+                  Values values_of, int head_dim, float scale, const Weighting& weighting,
+                  float* scores, float* sums, float* inverse, float* lse) {
+    constexpr int vectors = panel_vectors;
+    std::memset(sums, 0, size_t(head_dim) * panel_columns * sizeof(float));
+    const Lanes lanes;
+    Vec largest[vectors], total[vectors];
+    for (int c = 0; c < vectors; ++c) {
+        // Finite, so that where all scores are -inf their distance from it is a number.
+        largest[c] = Vec(std::numeric_limits<float>::lowest());
+        total[c] = Vec(0.0f);
+    }
+    const int64_t entries = first + queries;
+    for (int64_t begin = 0; begin < entries; begin += key_block) {
+        const int keys = int(std::min<int64_t>(key_block, entries - begin));
+        const Strided key_words = keys_from(begin);
+        const Tiles key_tiles(format, keys);
+        for (int64_t tile = 0; tile < key_tiles.count; ++tile) {
+            const int64_t key = key_tiles.begin(tile);
+            multiply_floats_for<format>(key_tiles.size(tile))(
+                reinterpret_cast<const uint8_t*>(panel),
+                {key_words.data + key * key_words.row_stride, key_words.row_stride,
+                 key_words.word_stride},
+                words, scores + key * panel_columns, false);
+        }
+        for (int c = 0; c < vectors; ++c) {
+            const Vec before = largest[c];
+            for (int j = 0; j < keys; ++j) {
+                float* row = scores + j * panel_columns + c * Vec::width;
+                const Vec score = visible_scores(Vec::load(row) * Vec(scale), lanes, c, first,
+                                                 begin + j, weighting);
+                score.store(row);
+                largest[c] = max(largest[c], score);
+            }
+            Vec sum(0.0f);
+            for (int j = 0; j < keys; ++j) {
+                float* row = scores + j * panel_columns + c * Vec::width;
+                const Vec weight = exp(Vec::load(row) - largest[c]);
+                weight.store(row);
+                sum = sum + weight;
+            }
+            const Vec kept = exp(before - largest[c]);
+            total[c] = fma(total[c], kept, sum);
+            if (begin > 0) {
+                for (int d = 0; d < head_dim; ++d) {
+                    float* row = sums + d * panel_columns + c * Vec::width;
+                    (Vec::load(row) * kept).store(row);
+                }
+            }
+        }
+        if (weighting.dropout > 0.0f) {
+            float* factors = scores + key_block * panel_columns;
+            for (int j = 0; j < keys; j += 4) {
+                dropout_factors(weighting, first, begin + j, factors + j * panel_columns);
+            }
+            for (int i = 0; i < keys * panel_columns; i += Vec::width) {
+                (Vec::load(scores + i) * Vec::load(factors + i)).store(scores + i);
+            }
+        }
+        pack_weights<format>(scores, keys);
+        const Strided values = values_of(begin, keys);
+        const int u = inputs_per_word(format);
+        const Tiles dim_tiles(format, head_dim);
+        for (int64_t tile = 0; tile < dim_tiles.count; ++tile) {
+            const int64_t d = dim_tiles.begin(tile);
+            multiply_floats_for<format>(dim_tiles.size(tile))(
+                reinterpret_cast<const uint8_t*>(scores),
+                {values.data + d * values.row_stride, values.row_stride, values.word_stride},
+                (keys + u - 1) / u, sums + d * panel_columns, true);
+        }
+    }
+    for (int c = 0; c < vectors; ++c) {
+        const Vec none(0.0f);
+        select(none < total[c], Vec(1.0f) / total[c], total[c]).store(inverse + c * Vec::width);
+        largest[c].store(lse + c * Vec::width);
+    }
+    for (int i = 0; i < queries; ++i) lse[i] -= std::log(inverse[i]);
+}
+
+// out[i, d] = sums[d, i] * inverse[i].
+template <typename O>
+void write_queries(const float* sums, const float* inverse, int queries, int head_dim, O* out,
+                   int64_t out_stride) {
+    for (int i = 0; i < queries; ++i) {
+        for (int d = 0; d < head_dim; ++d) {
+            gpt2fast::assign(out[i * out_stride + d], sums[d * panel_columns + i] * inverse[i]);
         }
     }
 }
@@ -56,185 +274,113 @@ void attend_block(const Q* q, int64_t q_stride, int queries, int64_t first, Entr
                   int64_t out_stride, float* lse) {
     constexpr Format format = format_of<T>;
     constexpr int u = inputs_per_word(format);
-    constexpr int vectors = panel_vectors;
     uint32_t* panel = reinterpret_cast<uint32_t*>(scratch);
     float* sums = scratch + head_dim * panel_columns;
     float* scores = sums + head_dim * panel_columns;
     uint32_t* pairs = reinterpret_cast<uint32_t*>(scores + key_block * panel_columns);
     pack_queries<T>(q, q_stride, queries, head_dim, panel);
-    std::memset(sums, 0, size_t(head_dim) * panel_columns * sizeof(float));
+    const auto keys = [&](int64_t begin) {
+        return Strided{reinterpret_cast<const uint8_t*>(k.data + begin * k.stride),
+                       k.stride * int64_t(sizeof(T)), 4};
+    };
+    const auto values = [&](int64_t begin, int count) {
+        if constexpr (format == Format::float32) {
+            return Strided{reinterpret_cast<const uint8_t*>(v.data + begin * v.stride), 4,
+                           v.stride * int64_t(sizeof(T))};
+        } else {
+            for (int j = 0; j < count; j += u) {
+                pack_pairs<format>(v.data + (begin + j) * v.stride, v.stride, count - j, head_dim,
+                                   pairs + j / u * head_dim);
+            }
+            return Strided{reinterpret_cast<const uint8_t*>(pairs), 4, 4 * int64_t(head_dim)};
+        }
+    };
+    alignas(64) float inverse[panel_columns], logarithms[panel_columns];
+    attend_panel<format>(panel, head_dim / u, queries, first, keys, values, head_dim, scale, {},
+                         scores, sums, inverse, logarithms);
+    write_queries(sums, inverse, queries, head_dim, out, out_stride);
+    if (lse != nullptr) std::memcpy(lse, logarithms, size_t(queries) * sizeof(float));
+}
 
-    Vec largest[vectors], total[vectors], lane[vectors];
-    for (int c = 0; c < vectors; ++c) {
-        float index[Vec::width];
-        for (int i = 0; i < Vec::width; ++i) index[i] = float(c * Vec::width + i);
-        lane[c] = Vec::load(index);
-        largest[c] = Vec(-std::numeric_limits<float>::infinity());
-        total[c] = Vec(0.0f);
-    }
-    const Vec hidden(-std::numeric_limits<float>::infinity());
-    const int64_t entries = first + queries;
-    for (int64_t begin = 0; begin < entries; begin += key_block) {
-        const int keys = int(std::min<int64_t>(key_block, entries - begin));
-        const Tiles key_tiles(format, keys);
-        for (int64_t tile = 0; tile < key_tiles.count; ++tile) {
-            const int64_t key = key_tiles.begin(tile);
-            multiply_floats_for<format>(key_tiles.size(tile))(
-                reinterpret_cast<const uint8_t*>(panel),
-                {reinterpret_cast<const uint8_t*>(k.data + (begin + key) * k.stride),
-                 k.stride * int64_t(sizeof(T)), 4},
-                head_dim / u, scores + key * panel_columns, false);
+// Entries [begin, end) of one head at [entry][input / u][u], and, if asked for, at
+// [entry / u][input][u]. `begin` is a multiple of u.
+template <Format format, typename T>
+void pack_entries(Entries<T> x, int64_t begin, int64_t end, int size, uint32_t* along,
+                  uint32_t* across) {
+    constexpr int u = inputs_per_word(format);
+    const int words = (size + u - 1) / u;
+    for (int64_t t = begin; t < end; ++t) {
+        if (along != nullptr) pack_entry<format>(x.data + t * x.stride, size, along + t * words);
+        if (across != nullptr && t % u == 0) {
+            pack_pairs<format>(x.data + t * x.stride, x.stride, end - t, size,
+                               across + t / u * size);
         }
-        Vec before[vectors];
-        for (int c = 0; c < vectors; ++c) {
-            before[c] = largest[c];
-            for (int j = 0; j < keys; ++j) {
-                float* row = scores + j * panel_columns + c * Vec::width;
-                Vec score = Vec::load(row) * Vec(scale);
-                if (begin + j > first) {
-                    score = select(lane[c] < Vec(float(begin + j - first)), hidden, score);
-                }
-                score.store(row);
-                largest[c] = max(largest[c], score);
-            }
-            Vec sum(0.0f);
-            for (int j = 0; j < keys; ++j) {
-                float* row = scores + j * panel_columns + c * Vec::width;
-                const Vec weight = exp(Vec::load(row) - largest[c]);
-                weight.store(row);
-                sum = sum + weight;
-            }
-            const Vec kept = exp(before[c] - largest[c]);
-            total[c] = fma(total[c], kept, sum);
-            if (begin > 0) {
-                for (int d = 0; d < head_dim; ++d) {
-                    float* row = sums + d * panel_columns + c * Vec::width;
-                    (Vec::load(row) * kept).store(row);
-                }
-            }
-        }
-
-        Strided values = {reinterpret_cast<const uint8_t*>(v.data + begin * v.stride), 4,
-                          v.stride * int64_t(sizeof(T))};
-        int words = keys;
-        if constexpr (format == Format::bfloat16) {
-            // Pairs of neighbouring keys share a word, in the weights as in the values.
-            words = (keys + 1) / 2;
-            for (int j = 0; j < words; ++j) {
-                const T* even = v.data + (begin + 2 * j) * v.stride;
-                const bool single = 2 * j + 1 == keys;
-                const T* odd = even + (single ? 0 : v.stride);
-                for (int d = 0; d < head_dim; ++d) {
-                    pairs[j * head_dim + d] =
-                        even[d].bits | (single ? 0u : uint32_t(odd[d].bits) << 16);
-                }
-                bfloat16 low[panel_columns], high[panel_columns] = {};
-                for (int c = 0; c < vectors; ++c) {
-                    const float* row = scores + 2 * j * panel_columns + c * Vec::width;
-                    Vec::load(row).store(low + c * Vec::width);
-                    if (!single) Vec::load(row + panel_columns).store(high + c * Vec::width);
-                }
-                // Row j of pairs lies before row 2j of weights, which was read just now.
-                uint32_t* packed = reinterpret_cast<uint32_t*>(scores) + j * panel_columns;
-                for (int i = 0; i < panel_columns; ++i) {
-                    packed[i] = low[i].bits | uint32_t(high[i].bits) << 16;
-                }
-            }
-            values = {reinterpret_cast<const uint8_t*>(pairs), 4, 4 * int64_t(head_dim)};
-        }
-        const Tiles dim_tiles(format, head_dim);
-        for (int64_t tile = 0; tile < dim_tiles.count; ++tile) {
-            const int64_t d = dim_tiles.begin(tile);
-            multiply_floats_for<format>(dim_tiles.size(tile))(
-                reinterpret_cast<const uint8_t*>(scores),
-                {values.data + 4 * d, values.row_stride, values.word_stride}, words,
-                sums + d * panel_columns, true);
-        }
-    }
-
-    alignas(64) float inverse[panel_columns];
-    for (int c = 0; c < vectors; ++c) (Vec(1.0f) / total[c]).store(inverse + c * Vec::width);
-    for (int i = 0; i < queries; ++i) {
-        for (int d = 0; d < head_dim; ++d) {
-            gpt2fast::assign(out[i * out_stride + d], sums[d * panel_columns + i] * inverse[i]);
-        }
-    }
-    if (lse != nullptr) {
-        alignas(64) float maxima[panel_columns];
-        for (int c = 0; c < vectors; ++c) largest[c].store(maxima + c * Vec::width);
-        for (int i = 0; i < queries; ++i) lse[i] = maxima[i] - std::log(inverse[i]);
     }
 }
 
-// Attention of one query to the first `entries` entries: memory is read once, keys then values.
-// `weights` is scratch for that many floats. int8 entries have a scale each, `scale_stride` apart.
 template <typename T>
-void attend_one(const float* q, int64_t entries, Entries<T> k, const float* k_scales, Entries<T> v,
-                const float* v_scales, int64_t scale_stride, int head_dim, float scale,
-                float* weights, float* out) {
-    constexpr bool scaled = std::is_same_v<T, int8_t>;
-    constexpr int ahead = 8;
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t t = 0; t < entries; ++t) {
-        const T* key = k.data + t * k.stride;
-        for (int64_t byte = 0; byte < head_dim * int64_t(sizeof(T)); byte += 64) {
-            prefetch(reinterpret_cast<const uint8_t*>(key + ahead * k.stride) + byte);
-        }
-        Vec even(0.0f), odd(0.0f);
-        int d = 0;
-        for (; d + 2 * Vec::width <= head_dim; d += 2 * Vec::width) {
-            even = fma(Vec::load(q + d), Vec::load(key + d), even);
-            odd = fma(Vec::load(q + d + Vec::width), Vec::load(key + d + Vec::width), odd);
-        }
-        for (; d < head_dim; d += Vec::width) {
-            const int n = std::min(Vec::width, head_dim - d);
-            even = fma(Vec::load(q + d, n), Vec::load(key + d, n), even);
-        }
-        float score = reduce_add(even + odd) * scale;
-        if (scaled) score *= k_scales[t * scale_stride];
-        weights[t] = score;
-        largest = std::max(largest, score);
+Entries<T> head_of(const Heads& x, int64_t row, int64_t head) {
+    return {static_cast<const T*>(x.data) + row * x.batch + head * x.head, x.time};
+}
+
+inline Weighting weighting_of(const Attention& args, int64_t row, int64_t head) {
+    return {args.visible == nullptr ? nullptr : args.visible + row * args.time, args.dropout,
+            args.seed, uint32_t(row * args.heads + head)};
+}
+
+// Keys and values of a head are packed as far as its blocks get, once for all blocks of the range.
+template <typename T>
+void attention_blocks(const Attention& args, int64_t begin, int64_t end) {
+    constexpr Format format = format_of<Factor<T>>;
+    constexpr int u = inputs_per_word(format);
+    const int size = int(args.head_dim);
+    const int words = (size + u - 1) / u;
+    const int64_t pairs = (args.time + u - 1) / u;
+    const int64_t blocks = (args.time + panel_columns - 1) / panel_columns;
+    const int64_t weights = 2 * key_block * panel_columns;
+    Scratch scratch(Scratch::size(args.time * words) + Scratch::size(pairs * size) +
+                    (words + size) * panel_columns + weights);
+    auto* keys = reinterpret_cast<uint32_t*>(scratch.take(args.time * words));
+    auto* values = reinterpret_cast<uint32_t*>(scratch.take(pairs * size));
+    auto* panel = reinterpret_cast<uint32_t*>(scratch.take(words * panel_columns));
+    float* sums = scratch.take(size * panel_columns);
+    float* scores = scratch.take(weights);
+    int64_t packed = 0;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t row = item / blocks / args.heads, head = item / blocks % args.heads;
+        const int64_t first = item % blocks * panel_columns;
+        const int queries = int(std::min<int64_t>(panel_columns, args.time - first));
+        if (first == 0) packed = 0;
+        pack_entries<format>(head_of<T>(args.k, row, head), packed, first + queries, size, keys,
+                             nullptr);
+        pack_entries<format>(head_of<T>(args.v, row, head), packed, first + queries, size, nullptr,
+                             values);
+        packed = first + queries;
+        const Entries<T> q = head_of<T>(args.q, row, head);
+        pack_queries<Factor<T>>(q.data + first * q.stride, q.stride, queries, size, panel);
+        alignas(64) float inverse[panel_columns], lse[panel_columns];
+        attend_panel<format>(
+            panel, words, queries, first,
+            [&](int64_t key) {
+                return Strided{reinterpret_cast<const uint8_t*>(keys + key * words), 4 * words, 4};
+            },
+            [&](int64_t key, int) {
+                return Strided{reinterpret_cast<const uint8_t*>(values + key / u * size), 4,
+                               4 * size};
+            },
+            size, args.scale, weighting_of(args, row, head), scores, sums, inverse, lse);
+        T* out = static_cast<T*>(args.out) + ((row * args.time + first) * args.heads + head) * size;
+        write_queries(sums, inverse, queries, size, out, args.heads * size);
+        std::memcpy(args.lse + (row * args.heads + head) * args.time + first, lse,
+                    size_t(queries) * sizeof(float));
     }
-    Vec sums(0.0f);
-    int64_t t = 0;
-    for (; t + Vec::width <= entries; t += Vec::width) {
-        const Vec weight = exp(Vec::load(weights + t) - Vec(largest));
-        weight.store(weights + t);
-        sums = sums + weight;
-    }
-    float total = reduce_add(sums);
-    if (const int n = int(entries - t)) {
-        const Vec weight = exp(Vec::load(weights + t, n) - Vec(largest));
-        weight.store(weights + t, n);
-        for (int i = 0; i < n; ++i) total += weights[t + i];
-    }
-    const float inverse = 1.0f / total;
-    constexpr int most = 4;  // vectors of the result that are summed in one pass
-    for (int begin = 0; begin < head_dim; begin += most * Vec::width) {
-        const int size = std::min(most * Vec::width, head_dim - begin);
-        Vec sum[most];
-        for (int c = 0; c < most; ++c) sum[c] = Vec(0.0f);
-        for (t = 0; t < entries; ++t) {
-            const T* value = v.data + t * v.stride + begin;
-            prefetch(reinterpret_cast<const uint8_t*>(value + ahead * v.stride));
-            prefetch(reinterpret_cast<const uint8_t*>(value + ahead * v.stride + size - 1));
-            const Vec weight(scaled ? weights[t] * v_scales[t * scale_stride] : weights[t]);
-            if (size == most * Vec::width) {
-                for (int c = 0; c < most; ++c) {
-                    sum[c] = fma(weight, Vec::load(value + c * Vec::width), sum[c]);
-                }
-            } else {
-                for (int c = 0; c * Vec::width < size; ++c) {
-                    const int n = std::min(Vec::width, size - c * Vec::width);
-                    sum[c] = fma(weight, Vec::load(value + c * Vec::width, n), sum[c]);
-                }
-            }
-        }
-        for (int c = 0; c * Vec::width < size; ++c) {
-            const int n = std::min(Vec::width, size - c * Vec::width);
-            (sum[c] * Vec(inverse)).store(out + begin + c * Vec::width, n);
-        }
-    }
+}
+
+inline void attention(const Attention& args, int64_t begin, int64_t end) {
+    static_assert(panel_columns == attention_queries);
+    with_type(args.dtype, [&](auto* type) {
+        attention_blocks<std::remove_pointer_t<decltype(type)>>(args, begin, end);
+    });
 }
 
 }  // namespace gpt2fast::GPT2FAST_ISA

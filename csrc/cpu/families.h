@@ -1,9 +1,17 @@
 // All kernels, compiled for the instruction set GPT2FAST_ISA, and their table.
 #include "simd/math.h"
 
+#include "attention_backward.h"
+#include "cache.h"
+#include "cached_attention.h"
+#include "cross_entropy.h"
 #include "decode.h"
+#include "embedding.h"
 #include "gemm.h"
+#include "layer_norm.h"
 #include "mlp.h"
+#include "optimizer.h"
+#include "sampling.h"
 
 #define GPT2FAST_NAME_(isa) #isa
 #define GPT2FAST_NAME(isa) GPT2FAST_NAME_(isa)
@@ -16,6 +24,23 @@ extern const Kernels GPT2FAST_TABLE(GPT2FAST_ISA);
 const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {
     GPT2FAST_NAME(GPT2FAST_ISA),
     GPT2FAST_ISA::bias_gelu,
+    GPT2FAST_ISA::bias_gelu_backward,
+    GPT2FAST_ISA::sum_rows,
+    GPT2FAST_ISA::add_blocks,
+    GPT2FAST_ISA::layer_norm,
+    GPT2FAST_ISA::layer_norm_backward,
+    GPT2FAST_ISA::attention,
+    GPT2FAST_ISA::attention_backward,
+    GPT2FAST_ISA::cross_entropy,
+    GPT2FAST_ISA::accumulate,
+    GPT2FAST_ISA::adamw,
+    GPT2FAST_ISA::embedding,
+    GPT2FAST_ISA::embedding_backward,
+    GPT2FAST_ISA::cached_attention,
+    GPT2FAST_ISA::append_to_cache,
+    GPT2FAST_ISA::reorder_cache,
+    GPT2FAST_ISA::sample,
+    GPT2FAST_ISA::sample_workspace,
     GPT2FAST_ISA::step,
     GPT2FAST_ISA::step_workspace,
 };

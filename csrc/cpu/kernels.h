@@ -20,12 +20,246 @@ struct BiasGelu {
     DType dtype;
 };
 
+// `rows` rows in `count` blocks of nearly equal size, by their number alone: what is summed block
+// by block does not depend on the number of threads.
+struct Blocks {
+    int64_t rows, count;
+    int64_t begin(int64_t block) const { return rows * block / count; }
+};
+
+// From grad, the gradient of gelu(x + bias): grad_x, and its sums over each block of rows. The
+// activation itself is written too where `activated` is given. grad_x may be grad.
+struct BiasGeluBackward {
+    const void* grad;
+    const void* x;
+    const void* bias;
+    void* grad_x;
+    void* activated;
+    float* sums;  // (blocks, columns)
+    Blocks blocks;
+    int64_t columns;
+    int64_t grad_stride, x_stride;
+    DType dtype;
+};
+
+// Sums of x over each block of rows.
+struct SumRows {
+    const void* x;
+    float* sums;  // (blocks, columns)
+    Blocks blocks;
+    int64_t columns;
+    int64_t stride;
+    DType dtype;
+};
+
+// out[j] = sum over blocks of sums[block * stride + j].
+struct AddBlocks {
+    const float* sums;
+    void* out;
+    int64_t blocks, stride;
+    DType dtype;
+};
+
+// summed = x + residual, normed = (summed - mean) * rstd * weight + bias; without a residual
+// nothing is written to `summed`. Rows of inputs are *_stride elements apart.
+struct LayerNorm {
+    const void* x;
+    const void* residual;
+    const void* weight;
+    const void* bias;
+    void* normed;
+    void* summed;
+    float* mean;
+    float* rstd;
+    int64_t columns;
+    int64_t x_stride, residual_stride;
+    float eps;
+    DType x_dtype, residual_dtype, weight_dtype;
+};
+
+struct LayerNormBackward {
+    const void* grad;
+    const void* grad_summed;  // or null
+    const void* summed;
+    const void* weight;
+    const float* mean;
+    const float* rstd;
+    void* grad_input;
+    float* sums;  // (blocks, 2, columns): of weight's gradient, of bias's
+    Blocks blocks;
+    int64_t columns;
+    int64_t grad_stride, grad_summed_stride, summed_stride;
+    DType grad_dtype, summed_dtype, weight_dtype;
+};
+
+// A (batch, time, heads, head size) tensor whose last dimension is contiguous; strides in elements.
+struct Heads {
+    const void* data;
+    int64_t batch, time, head;
+};
+
+// causal_attention. One item is a block of `attention_queries` queries of one head; heads of a
+// batch row follow each other, the blocks of a head too.
+struct Attention {
+    Heads q, k, v;
+    void* out;               // (batch, time, heads, head size)
+    float* lse;              // (batch, heads, time)
+    const uint8_t* visible;  // (batch, time), or null: every position
+    int64_t batch, time, heads, head_dim;
+    float scale;
+    float dropout;  // probability
+    uint64_t seed;
+    DType dtype;
+};
+
+constexpr int64_t attention_queries = 32;
+
+// One item is a head.
+struct AttentionBackward {
+    Attention forward;  // out is read
+    Heads grad, out;
+    void *grad_q, *grad_k, *grad_v;  // (batch, time, heads, head size)
+};
+
+// Rows of logits become losses and, with `differentiate`, their own gradients times `factor`.
+struct CrossEntropy {
+    void* logits;
+    const int64_t* targets;
+    float* losses;
+    int64_t columns;
+    int64_t ignore_index;
+    float factor;
+    bool differentiate;
+    DType dtype;
+};
+
+// sum += x, element by element.
+struct Accumulate {
+    float* sum;
+    const void* x;
+    DType dtype;
+};
+
+// Some neighbouring elements of a parameter, its gradient and its moments.
+struct AdamWPiece {
+    void* param;
+    const void* grad;
+    void* first;
+    void* second;
+    int64_t size;
+    DType dtype;
+};
+
+struct AdamW {
+    const AdamWPiece* pieces;
+    float beta1, beta2;
+    float rest1, rest2;  // 1 - beta
+    float kept;       // 1 - lr * weight_decay
+    float rate;       // lr / (1 - beta1^step)
+    float unbiasing;  // 1 / sqrt(1 - beta2^step)
+    float eps;
+};
+
+// out[i] = wte[tokens[i]] + wpe[positions[i]]; tables and out are contiguous.
+struct Embedding {
+    const int64_t* tokens;
+    const int64_t* positions;
+    const void* wte;
+    const void* wpe;
+    void* out;
+    int64_t columns;
+    DType dtype;
+};
+
+// out[r] = sum of grad[i] over i in order[starts[r]] .. order[starts[r + 1] - 1], in that order.
+struct EmbeddingBackward {
+    const void* grad;
+    const int64_t* starts;
+    const int64_t* order;
+    void* out;
+    int64_t columns;
+    int64_t grad_stride;
+    DType dtype;
+};
+
+// attention_with_cache. One item is a block of `attention_queries` queries of one head; heads
+// follow each other within a block, the blocks of a batch row too.
+struct CachedAttention {
+    Heads q, k, v;           // of k and v: (rows, entries, heads, head size)
+    const int64_t* lengths;  // (batch): entries before the queries' own
+    void* out;               // (batch, time, heads, head size)
+    int64_t batch, time, heads, head_dim, entries;
+    float scale;
+    DType dtype, cache_dtype;
+};
+
+// New entries of one cache go behind each row's end. One item is an entry: row * time + t.
+struct AppendToCache {
+    Heads from;
+    void* cache;
+    int64_t row_stride, entry_stride, head_stride;  // elements
+    const int64_t* lengths;                         // (batch)
+    const int64_t* counts;                          // (batch), or null: all are stored
+    int64_t time, heads, head_dim;
+    DType dtype, cache_dtype;
+};
+
+// One step of moving rows; a row of -1 is a spare one.
+struct RowCopy {
+    int64_t to, from;
+};
+
+// Carries out a plan of copies in each entry of a cache. One item is an entry.
+struct ReorderCache {
+    uint8_t* cache;
+    const RowCopy* plan;
+    int64_t steps;
+    int64_t row_stride, entry_stride, head_stride, head_bytes;  // bytes
+    int64_t heads;
+};
+
+// One token for each row of logits; gpt2fast/ops/sampling.py says what the options mean.
+struct Sample {
+    const void* logits;  // (rows, vocab)
+    int64_t vocab;
+    int64_t logits_stride;
+    DType dtype;
+    const int64_t* history;  // (rows, history_length)
+    int64_t history_length, history_stride, history_step;
+    const float* uniform;  // (rows), or null: the highest score
+    int64_t uniform_stride;
+    float temperature;
+    int64_t top_k;
+    double top_p;
+    float min_p;
+    float repetition_penalty;
+    int64_t no_repeat_ngram_size;
+    int64_t* out;  // (rows)
+};
+
 struct StepArgs;
 class Member;
 
 struct Kernels {
     const char* name;
     void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
+    void (*bias_gelu_backward)(const BiasGeluBackward&, int64_t begin, int64_t end);
+    void (*sum_rows)(const SumRows&, int64_t begin, int64_t end);
+    void (*add_blocks)(const AddBlocks&, int64_t begin, int64_t end);
+    void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end);
+    void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end);
+    void (*attention)(const Attention&, int64_t begin, int64_t end);
+    void (*attention_backward)(const AttentionBackward&, int64_t begin, int64_t end);
+    void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end);
+    void (*accumulate)(const Accumulate&, int64_t begin, int64_t end);
+    void (*adamw)(const AdamW&, int64_t begin, int64_t end);
+    void (*embedding)(const Embedding&, int64_t begin, int64_t end);
+    void (*embedding_backward)(const EmbeddingBackward&, int64_t begin, int64_t end);
+    void (*cached_attention)(const CachedAttention&, int64_t begin, int64_t end);
+    void (*append_to_cache)(const AppendToCache&, int64_t begin, int64_t end);
+    void (*reorder_cache)(const ReorderCache&, int64_t begin, int64_t end);
+    void (*sample)(const Sample&, int64_t begin, int64_t end, uint8_t* workspace);
+    int64_t (*sample_workspace)(const Sample&);  // bytes for a thread
     void (*step)(const StepArgs&, Member&);
     int64_t (*step_workspace)(const StepArgs&, int threads);  // bytes
 };

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Implementation, Op, autocast, statistics_dtype
+from .native import native, refuses_tensors
 
 
 def causal_attention(
@@ -203,6 +204,60 @@ def _flash_backward(
     return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)  # type: ignore
 
 
+def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _seed(dropout_p: float, seed: Tensor | None) -> int:
+    return int(seed.item()) if seed is not None and dropout_p else 0
+
+
+def _visible_keys(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.gpt2fast_native.attention(
+        *_contiguous_heads(q, k, v), scale, _visible_keys(mask), dropout_p, _seed(dropout_p, seed)
+    )
+
+
+def _backward_native(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.gpt2fast_native.attention_backward(
+        *_contiguous_heads(grad, q, k, v, out),
+        lse.contiguous(),
+        scale,
+        _visible_keys(mask),
+        dropout_p,
+        _seed(dropout_p, seed),
+    )
+
+
+def _native_refuses(*tensors: Tensor) -> str | None:
+    if not tensors[0].numel():
+        return "the native kernels need at least one element"
+    return refuses_tensors(*tensors)
+
+
 def _cached_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
@@ -224,6 +279,12 @@ _backward = Op(
     "causal_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
     "Tensor? mask, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    native=native(
+        _backward_native,
+        lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _native_refuses(
+            grad, q, k, v, out
+        ),
+    ),
     torch=Implementation(
         _flash_backward,
         lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _flash_refuses(
@@ -236,6 +297,9 @@ _forward = Op(
     "causal_attention",
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed) "
     "-> (Tensor out, Tensor lse)",
+    native=native(
+        _native, lambda q, k, v, scale, mask, dropout_p, seed: _native_refuses(q, k, v)
+    ),
     torch=Implementation(
         _flash,
         lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(q, mask, dropout_p),

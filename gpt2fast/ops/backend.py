@@ -25,10 +25,9 @@ from torch import Tensor
 from ..errors import BackendError
 
 ORDER = ("native", "triton", "torch", "reference")
-_ABSENT = {
-    "native": "no compiled kernels in this version",
-    "triton": "no Triton kernels in this version",
-}
+_ABSENT = {"triton": "no Triton kernels in this version"}
+AVAILABILITY: dict[str, Callable[[], str | None]] = {}
+"""Of backends that not every machine has: why there is none here, or None."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,9 @@ class backend:  # noqa: N801 - reads as a verb: gpt2fast.backend("reference")
     def __init__(self, name: str):
         if name != "auto" and name not in ORDER:
             raise BackendError(f"no backend {name!r}; choose one of {', '.join(('auto', *ORDER))}")
-        if name in ORDER and not any(name in op.implementations for op in OPS.values()):
-            raise BackendError(f"backend {name!r} is not available: {_ABSENT[name]}")
+        reason = AVAILABILITY[name]() if name in AVAILABILITY else _ABSENT.get(name)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} is not available: {reason}")
         global _requested
         self._name = name
         self._previous = _requested

@@ -5,11 +5,14 @@
              logsumexp(logits[n, :]) - logits[n, targets[n]]
 
 The loss is kept in at least float32. With no target left the mean is NaN, as in torch.
+
+Gradients are computed along with the loss, so that each chunk of logits is computed once: the
+backward pass only multiplies them with the gradient that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
+from .native import native, refuses_tensors
 
 # Logits held at once: 64 MB in float32. Every chunk reads the weight and adds to its gradient, so
 # fewer rows cost more (docs/performance.md).
@@ -49,116 +53,177 @@ def linear_cross_entropy(
             f"not {tuple(targets.shape)}"
         )
     hidden, weight = autocast(hidden, weight)
-    return _forward.call(hidden, weight, targets, ignore_index)[0]
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    return _forward.call(hidden, weight, targets, ignore_index, *wanted)[0]
 
 
 def _reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = (hidden @ weight.t()).to(statistics_dtype(hidden.dtype))
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index), logits.logsumexp(-1)
-
-
-def _backward_reference(
-    grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    logits = (hidden @ weight.t()).to(lse.dtype)
-    grad_logits = _grad_logits(
-        logits, targets, lse, ignore_index, _per_target(grad, targets, ignore_index)
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    grad_logits = _grad_logits(logits, logits.logsumexp(-1), targets, ignore_index)
+    grad_logits = (grad_logits / _count(targets, ignore_index)).to(hidden.dtype)
+    return (
+        loss,
+        grad_logits @ weight if hidden_grad else hidden.new_empty(0),
+        grad_logits.t() @ hidden if weight_grad else weight.new_empty(0),
     )
-    grad_logits = grad_logits.to(hidden.dtype)
-    return grad_logits @ weight, grad_logits.t() @ hidden
 
 
-def _per_target(grad: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    return grad / (targets != ignore_index).sum()
+def _count(targets: Tensor, ignore_index: int) -> Tensor:
+    return (targets != ignore_index).sum()
 
 
-def _grad_logits(
-    logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, scale: Tensor
-) -> Tensor:
-    """softmax(logits) - onehot(targets), scaled, in the storage of `logits`."""
+def _grad_logits(logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """softmax(logits) - onehot(targets), in the storage of `logits`."""
     counted = targets != ignore_index
     grad = logits.sub_(lse[:, None]).exp_()
     rows = torch.arange(len(targets), device=targets.device)
     grad[rows, targets.where(counted, 0)] -= 1.0
-    return grad.mul_((scale * counted)[:, None])
-
-
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    rows = max(64, _CHUNK_ELEMENTS // max(1, len(weight)))
-    for start in range(0, len(hidden), rows):
-        yield slice(start, start + rows)
+    return grad.mul_(counted[:, None])
 
 
 def _chunked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    add: Callable[[Tensor, Tensor], object],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of all rows and the wanted gradients, a chunk of logits at a time.
+
+    turn(logits, targets, losses) fills in the losses of a chunk and returns the gradient of its
+    logits, which may take their place; add(total, x) adds x to a sum of a wider dtype.
+    """
     dtype = statistics_dtype(hidden.dtype)
-    lse = hidden.new_empty(len(hidden), dtype=dtype)
-    total = hidden.new_zeros((), dtype=dtype)
-    for rows in _chunks(hidden, weight):
-        logits = (hidden[rows] @ weight.t()).to(dtype)
-        lse[rows] = logits.logsumexp(-1)
-        counted = targets[rows] != ignore_index
-        picked = logits.gather(1, targets[rows].where(counted, 0)[:, None])[:, 0]
-        total += ((lse[rows] - picked) * counted).sum()
-    return total / (targets != ignore_index).sum(), lse
+    losses = hidden.new_empty(len(hidden), dtype=dtype)
+    grad_hidden = hidden.new_empty(hidden.shape if hidden_grad else 0)
+    grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
+    if weight_grad and not len(hidden):
+        grad_weight.zero_()
+    step = max(64, _CHUNK_ELEMENTS // max(1, len(weight)))
+    logits = hidden.new_empty((min(step, len(hidden)), len(weight)))
+    # Several chunks add up in at least float32.
+    total = grad_weight
+    if len(hidden) > step and dtype != weight.dtype:
+        total = torch.empty_like(grad_weight, dtype=dtype)
+    for start in range(0, len(hidden), step):
+        rows = slice(start, start + step)
+        chunk = logits[: len(hidden[rows])]
+        torch.mm(hidden[rows], weight.t(), out=chunk)
+        grad_logits = turn(chunk, targets[rows], losses[rows])
+        if hidden_grad:
+            torch.mm(grad_logits, weight, out=grad_hidden[rows])
+        if weight_grad:
+            if start > 0 and total is grad_weight:
+                total.addmm_(grad_logits.t(), hidden[rows])
+            else:
+                torch.mm(grad_logits.t(), hidden[rows], out=grad_weight)
+                if start > 0:
+                    add(total, grad_weight)
+                elif total is not grad_weight:
+                    total.copy_(grad_weight)
+    return losses, grad_hidden, total.to(weight.dtype)
 
 
-def _chunked_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    scale = _per_target(grad, targets, ignore_index)
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
-    for rows in _chunks(hidden, weight):
-        logits = (hidden[rows] @ weight.t()).to(lse.dtype)
-        grad_logits = _grad_logits(logits, targets[rows], lse[rows], ignore_index, scale)
-        grad_logits = grad_logits.to(hidden.dtype)
-        torch.mm(grad_logits, weight, out=grad_hidden[rows])
-        if grad_weight.dtype == hidden.dtype:
-            grad_weight.addmm_(grad_logits.t(), hidden[rows])
-        else:
-            grad_weight += grad_logits.t() @ hidden[rows]
-    return grad_hidden, grad_weight.to(weight.dtype)
+def _torch(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = _count(targets, ignore_index)
+
+    def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+        wide = logits.to(losses.dtype)
+        lse = wide.logsumexp(-1)
+        counted = targets != ignore_index
+        picked = wide.gather(1, targets.where(counted, 0)[:, None])[:, 0]
+        losses.copy_((lse - picked) * counted)
+        if not (hidden_grad or weight_grad):
+            return logits
+        return _grad_logits(wide, lse, targets, ignore_index).div_(count).to(logits.dtype)
+
+    losses, *gradients = _chunked(
+        turn, Tensor.add_, hidden, weight, targets, hidden_grad, weight_grad
+    )
+    return losses.sum() / count, *gradients
 
 
-_backward = Op(
-    "linear_cross_entropy_backward",
-    "(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor lse, int ignore_index) "
-    "-> (Tensor, Tensor)",
-    torch=_chunked_backward,
-    reference=_backward_reference,
-)
+def _native(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = int(_count(targets, ignore_index))
+
+    def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+        torch.ops.gpt2fast_native.cross_entropy(
+            logits,
+            targets.contiguous(),
+            losses,
+            ignore_index,
+            1.0 / max(1, count),
+            hidden_grad or weight_grad,
+        )
+        return logits
+
+    add = torch.ops.gpt2fast_native.accumulate
+    losses, *gradients = _chunked(turn, add, hidden, weight, targets, hidden_grad, weight_grad)
+    return losses.sum() / count, *gradients
+
+
+def _native_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
+    if targets.dtype != torch.int64:
+        return "the native kernels take int64 targets"
+    return refuses_tensors(hidden, weight)
+
+
 _forward = Op(
     "linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index) -> (Tensor loss, Tensor lse)",
-    torch=_chunked,
+    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool hidden_grad, "
+    "bool weight_grad) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
+    native=native(_native, _native_refuses),
+    torch=_torch,
     reference=_reference,
 )
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, weight, targets, ctx.ignore_index = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(hidden, weight, targets, lse)
+    _, grad_hidden, grad_weight = output
+    ctx.mark_non_differentiable(grad_hidden, grad_weight)
+    ctx.wanted = inputs[-2:]
+    ctx.save_for_backward(grad_hidden, grad_weight)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Any, ...]:
-    return (*_backward.call(grad, *ctx.saved_tensors, ctx.ignore_index), None, None)
+def _differentiate(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
+    gradients = (
+        gradient * grad if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    )
+    return (*gradients, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, _setup_context)
 
 
 @_forward.register_fake
-def _(hidden, weight, targets, ignore_index):  # type: ignore[no-untyped-def]
-    dtype = statistics_dtype(hidden.dtype)
-    return hidden.new_empty((), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype)
-
-
-@_backward.register_fake
-def _(grad, hidden, weight, targets, lse, ignore_index):  # type: ignore[no-untyped-def]
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+def _(hidden, weight, targets, ignore_index, hidden_grad, weight_grad):  # type: ignore[no-untyped-def]
+    return (
+        hidden.new_empty((), dtype=statistics_dtype(hidden.dtype)),
+        hidden.new_empty(hidden.shape if hidden_grad else 0),
+        weight.new_empty(weight.shape if weight_grad else 0),
+    )

@@ -1,6 +1,9 @@
-"""One whole GPT-2 step: a token per row in, the next token's logits out (Radford et al., 2019).
+"""One whole GPT-2 step: tokens in, the next tokens' logits out (Radford et al., 2019).
 
-The step is stateless: it takes the weights as a list and writes into caches that the caller owns.
+A step is stateless: it takes the weights and writes into caches that the caller owns. There are two
+forms. `packed_step` takes packed weights and any number of new tokens a row; its native
+implementation is one call from token ids to logits. `decode_step` takes the weights as a list and
+one token a row, and is made of the other ops.
 `LAYER_WEIGHTS` names what each layer contributes, in order; the list is
 
     wte, wpe, *(LAYER_WEIGHTS of layer 0), ..., ln_f.weight, ln_f.bias, output projection
@@ -20,6 +23,8 @@ from .cache import append_to_cache
 from .embedding import embedding
 from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu
+from .native import CACHE_DTYPES, native
+from .packed import Matrix, PackedWeights, QuantizedMatrix
 
 LAYER_WEIGHTS = (
     "ln_1.weight",
@@ -125,6 +130,176 @@ _decode = Op(
     torch=_reference,
     reference=_reference,
 )
+
+
+def packed_step(
+    weights: PackedWeights,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    outputs: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    """Logits after some of the new tokens of S sequences, all of which enter the caches.
+
+    The sequences may differ in everything: one brings a prompt of 500 tokens, the others one token
+    each. All integers are int64.
+
+    Args:
+        weights: packed.
+        k_cache, v_cache: (L, B, T_max, H, D) float32, bfloat16 or int8, the last two dimensions
+            contiguous; written in place.
+        tokens: (N,) token ids, sequence after sequence.
+        positions: (N,) each token's position.
+        starts: (S + 1,) where each sequence begins in `tokens`; the last one is N.
+        rows: (S,) the caches' row of each sequence, all different.
+        lengths: (S,) entries stored in that row before; not changed.
+        outputs: (P,) indices into `tokens`: after which of them logits are wanted.
+        k_scales, v_scales: (L, B, T_max, H) float32 factors of int8 caches, written in place.
+
+    Returns:
+        (P, V) float32. Not differentiable.
+    """
+    return _packed.call(
+        weights.arena, k_cache, v_cache, k_scales, v_scales,
+        tokens, positions, starts, rows, lengths, outputs,
+    )  # fmt: skip
+
+
+def _packed_native(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    *indices: Tensor,
+) -> Tensor:
+    return torch.ops.gpt2fast_native.packed_step(
+        arena, k_cache, v_cache, k_scales, v_scales, *(index.contiguous() for index in indices)
+    )
+
+
+def _packed_refuses(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    *indices: Tensor,
+) -> str | None:
+    if arena.device.type != "cpu":
+        return f"the native step runs on the CPU, and the weights are on {arena.device}"
+    if k_cache.dtype not in CACHE_DTYPES:
+        return f"the native step's cache is float32, bfloat16 or int8, not {k_cache.dtype}"
+    if k_cache.dtype == torch.bfloat16 and k_cache.shape[-1] % 2:
+        return f"bfloat16 entries are read in pairs, and the heads have size {k_cache.shape[-1]}"
+    return None
+
+
+def _packed_reference(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    outputs: Tensor,
+) -> Tensor:
+    weights = PackedWeights.from_arena(arena)
+    shape = weights.shape
+
+    def matrix(name: str) -> Tensor:
+        return _as_float(weights.get(name))
+
+    wte = matrix("wte.weight").t()
+    x = embedding(tokens[None], positions[None], wte, matrix("wpe.weight"))
+    residual = None
+    bounds = starts.tolist()
+    for layer, scale in enumerate(shape.scales):
+        block = f"h.{layer}."
+        normed, residual = residual_layer_norm(
+            x, residual, matrix(f"{block}ln_1.weight"), matrix(f"{block}ln_1.bias"), shape.eps
+        )
+        qkv = torch.addmm(
+            matrix(f"{block}attn.c_attn.bias"), normed[0], matrix(f"{block}attn.c_attn.weight")
+        )
+        q, k, v = qkv.view(1, len(tokens), 3, shape.n_head, -1).unbind(2)
+        attended = torch.empty_like(q)
+        for begin, end, row, length in zip(
+            bounds[:-1], bounds[1:], rows.tolist(), lengths.tolist(), strict=True
+        ):
+            caches = []
+            for new, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+                stored, factors = _stored(new[:, begin:end], cache.dtype)
+                entries = slice(length, length + end - begin)
+                cache[layer, row, entries] = stored[0]
+                used = cache[layer, row : row + 1, : entries.stop].float()
+                if scales is not None:
+                    scales[layer, row, entries] = factors[0]
+                    used = used * scales[layer, row : row + 1, : entries.stop, :, None]
+                caches.append(used)
+            at = lengths.new_full((1,), length)
+            attended[:, begin:end] = attention_with_cache(q[:, begin:end], *caches, at, scale)
+        x = torch.addmm(
+            matrix(f"{block}attn.c_proj.bias"),
+            attended.view(len(tokens), -1),
+            matrix(f"{block}attn.c_proj.weight"),
+        )[None]
+        normed, residual = residual_layer_norm(
+            x, residual, matrix(f"{block}ln_2.weight"), matrix(f"{block}ln_2.bias"), shape.eps
+        )
+        inner = torch.addmm(
+            matrix(f"{block}mlp.c_fc.bias"), normed[0], matrix(f"{block}mlp.c_fc.weight")
+        )
+        x = torch.addmm(
+            matrix(f"{block}mlp.c_proj.bias"),
+            ACTIVATIONS[shape.activation](inner),
+            matrix(f"{block}mlp.c_proj.weight"),
+        )[None]
+    normed, _ = residual_layer_norm(
+        x, residual, matrix("ln_f.weight"), matrix("ln_f.bias"), shape.eps
+    )
+    projection = wte.t() if shape.tied else matrix("lm_head.weight")
+    return normed[0, outputs] @ projection
+
+
+def _as_float(matrix: Matrix) -> Tensor:
+    return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix.float()
+
+
+def _stored(entries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a cache of `dtype` holds of entries (..., D), and their factors (...)."""
+    if dtype != torch.int8:
+        return entries.to(dtype), entries.new_ones(entries.shape[:-1])
+    factors = entries.abs().amax(-1) / 127
+    return (entries / factors.clamp(min=1e-30)[..., None]).round().to(torch.int8), factors
+
+
+_packed = Op(
+    "packed_step",
+    "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
+    "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor starts, Tensor rows, "
+    "Tensor lengths, Tensor outputs) -> Tensor",
+    native=native(_packed_native, _packed_refuses),
+    torch=_packed_reference,
+    reference=_packed_reference,
+)
+
+
+@_packed.register_fake
+def _(arena, k_cache, v_cache, k_scales, v_scales, tokens, *indices):  # type: ignore[no-untyped-def]
+    vocab = PackedWeights.from_arena(arena).shape.vocab_size
+    return k_cache.new_empty((len(indices[-1]), vocab), dtype=torch.float32)
 
 
 @_decode.register_fake

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Op
+from .native import native, refuses_tensors, rows
 
 
 def embedding(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
@@ -43,16 +44,51 @@ def _backward_reference(
     )
 
 
+def _each(positions: Tensor, tokens: Tensor) -> Tensor:
+    """A position for every token, in one row."""
+    return positions.expand(tokens.shape).reshape(-1).contiguous()
+
+
+def _native(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    out = torch.ops.gpt2fast_native.embedding(
+        tokens.reshape(-1).contiguous(), _each(positions, tokens), wte.contiguous(), wpe.contiguous()
+    )
+    return out.view(*tokens.shape, -1)
+
+
+def _backward_native(
+    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
+) -> tuple[Tensor, Tensor]:
+    grad = rows(grad)
+    gradient = torch.ops.gpt2fast_native.embedding_backward
+    return (
+        gradient(grad, tokens.reshape(-1).contiguous(), vocab_size),
+        gradient(grad, _each(positions, tokens), n_positions),
+    )
+
+
+def _refuses(tokens: Tensor, positions: Tensor, *floating: Tensor) -> str | None:
+    if tokens.dtype != torch.int64 or positions.dtype != torch.int64:
+        return "the native kernels take int64 tokens and positions"
+    if not tokens.numel():
+        return "the native kernels need at least one token"
+    return refuses_tensors(*floating)
+
+
 _backward = Op(
     "embedding_backward",
     "(Tensor grad, Tensor tokens, Tensor positions, SymInt vocab_size, SymInt n_positions) "
     "-> (Tensor, Tensor)",
+    native=native(
+        _backward_native, lambda grad, tokens, positions, *sizes: _refuses(tokens, positions, grad)
+    ),
     torch=_backward_reference,
     reference=_backward_reference,
 )
 _forward = Op(
     "embedding",
     "(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) -> Tensor",
+    native=native(_native, _refuses),
     torch=_reference,
     reference=_reference,
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, statistics_dtype
+from .native import native, refuses_tensors, rows
 
 
 def residual_layer_norm(
@@ -82,6 +83,69 @@ def _torch(
     )
 
 
+def _native(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed, summed, mean, rstd = torch.ops.gpt2fast_native.layer_norm(
+        rows(x),
+        None if residual is None else rows(residual),
+        weight.contiguous(),
+        bias.contiguous(),
+        eps,
+    )
+    row_statistics = (*x.shape[:-1], 1)
+    return (
+        normed.view(x.shape),
+        summed if residual is None else summed.view(x.shape),
+        mean.view(row_statistics),
+        rstd.view(row_statistics),
+    )
+
+
+def _native_refuses(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> str | None:
+    return _refuses(x, residual, weight) or refuses_tensors(weight, bias)
+
+
+def _refuses(*tensors: Tensor | None) -> str | None:
+    """The dtypes of stream, branch and parameters may differ."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not given[0].numel():
+        return "the native kernels need at least one element"
+    return next(filter(None, map(refuses_tensors, given)), None)
+
+
+def _backward_native(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input, grad_weight, grad_bias = torch.ops.gpt2fast_native.layer_norm_backward(
+        rows(grad_normed),
+        None if grad_summed is None else rows(grad_summed),
+        rows(summed),
+        mean.contiguous(),
+        rstd.contiguous(),
+        weight.contiguous(),
+    )
+    return grad_input.view(summed.shape), grad_weight, grad_bias
+
+
+def _backward_native_refuses(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> str | None:
+    return _refuses(grad_normed, weight, summed) or refuses_tensors(summed, grad_summed)
+
+
 def _backward_reference(
     grad_normed: Tensor,
     grad_summed: Tensor | None,
@@ -136,6 +200,7 @@ _backward = Op(
     "residual_layer_norm_backward",
     "(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor mean, Tensor rstd, "
     "Tensor weight) -> (Tensor, Tensor, Tensor)",
+    native=native(_backward_native, _backward_native_refuses),
     torch=_backward_torch,
     reference=_backward_reference,
 )
@@ -143,6 +208,7 @@ _forward = Op(
     "residual_layer_norm",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
+    native=native(_native, _native_refuses),
     torch=_torch,
     reference=_reference,
 )

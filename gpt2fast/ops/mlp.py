@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
+from .native import native, refuses_tensors, rows
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -90,14 +91,28 @@ def _bias_gelu_backward_torch(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Te
     return grad_x, rows.sum(0, dtype=statistics_dtype(x.dtype)).to(bias.dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _bias_gelu_native(x: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.gpt2fast_native.bias_gelu(rows(x), bias.contiguous()).view(x.shape)
+
+
+def _bias_gelu_backward_native(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_bias = torch.ops.gpt2fast_native.bias_gelu_backward(
+        rows(grad), rows(x), bias.contiguous(), rows(grad_x), None
+    )
+    return grad_x, grad_bias
+
+
+def _refuses(*tensors: Tensor) -> str | None:
+    if not tensors[0].numel():
+        return "the native kernels need at least one element"
+    return refuses_tensors(*tensors)
 
 
 def _gelu_mlp_forward(
     x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
 ) -> tuple[Tensor, Tensor]:
-    inner = _rows(x) @ w_fc
+    inner = rows(x) @ w_fc
     out = torch.addmm(b_proj, bias_gelu(inner, b_fc), w_proj)
     return out.view(*x.shape[:-1], -1), inner
 
@@ -105,25 +120,56 @@ def _gelu_mlp_forward(
 def _gelu_mlp_backward(
     grad: Tensor, x: Tensor, inner: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = _rows(grad)
+    grad = rows(grad)
     activated = bias_gelu(inner, b_fc)
     grad_w_proj = activated.t() @ grad
     grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.t(), inner, b_fc)
-    grad_w_fc = _rows(x).t() @ grad_inner
+    grad_w_fc = rows(x).t() @ grad_inner
     grad_x = (grad_inner @ w_fc.t()).view(x.shape)
     grad_b_proj = grad.sum(0, dtype=statistics_dtype(grad.dtype)).to(grad.dtype)
     return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, grad_b_proj
 
 
+# The matrix products are torch's: oneDNN and MKL run them at the processor's rate.
+
+
+def _gelu_mlp_forward_native(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
+) -> tuple[Tensor, Tensor]:
+    inner = rows(x) @ w_fc
+    activated = torch.ops.gpt2fast_native.bias_gelu(inner, b_fc.contiguous())
+    out = torch.addmm(b_proj, activated, w_proj)
+    return out.view(*x.shape[:-1], -1), inner
+
+
+def _gelu_mlp_backward_native(
+    grad: Tensor, x: Tensor, inner: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad = rows(grad)
+    grad_inner = grad @ w_proj.t()
+    activated = torch.empty_like(grad_inner)
+    grad_b_fc = torch.ops.gpt2fast_native.bias_gelu_backward(
+        grad_inner, inner, b_fc.contiguous(), grad_inner, activated
+    )
+    grad_w_proj = activated.t() @ grad
+    grad_w_fc = rows(x).t() @ grad_inner
+    grad_x = (grad_inner @ w_fc.t()).view(x.shape)
+    return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, torch.ops.gpt2fast_native.sum_rows(grad)
+
+
+
+
 _bias_gelu_backward = Op(
     "bias_gelu_backward",
     "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    native=native(_bias_gelu_backward_native, _refuses),
     torch=_bias_gelu_backward_torch,
     reference=_bias_gelu_backward_reference,
 )
 _bias_gelu = Op(
     "bias_gelu",
     "(Tensor x, Tensor bias) -> Tensor",
+    native=native(_bias_gelu_native, _refuses),
     torch=_bias_gelu_torch,
     reference=_bias_gelu_reference,
 )
@@ -131,6 +177,7 @@ _gelu_mlp_gradient = Op(
     "gelu_mlp_backward",
     "(Tensor grad, Tensor x, Tensor inner, Tensor w_fc, Tensor b_fc, Tensor w_proj) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    native=native(_gelu_mlp_backward_native, _refuses),
     torch=_gelu_mlp_backward,
     reference=_gelu_mlp_backward,
 )
@@ -138,6 +185,7 @@ _gelu_mlp = Op(
     "gelu_mlp",
     "(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor b_proj) "
     "-> (Tensor out, Tensor inner)",
+    native=native(_gelu_mlp_forward_native, _refuses),
     torch=_gelu_mlp_forward,
     reference=_gelu_mlp_forward,
 )

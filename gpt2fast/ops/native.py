@@ -2,33 +2,103 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from functools import cache
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backend import Implementation
+from ..errors import BackendError
+from ..library import INSTALLED, Library, build_library, find_library, is_switched_off, notice
+from .backend import AVAILABILITY, Implementation
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the CPU kernels store; they compute in float32."""
+CACHE_DTYPES = (*DTYPES, torch.int8)
+"""What they store keys and values in."""
 
 
-@cache
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The library whose kernels run."""
+
+    library: Library
+    isa: str
+    """Instruction set: portable, avx2, avx512, avx512_bf16 or neon."""
+
+
+# What the first call of `unavailable` found; the reason is empty if it found a library.
+_loaded: Loaded | None = None
+_reason: str | None = None
+
+
 def unavailable() -> str | None:
-    """Load the library, once; returns why there is none, or None."""
-    path = os.environ.get("GPT2FAST_LIBRARY")
-    if path is None:
-        return "no compiled kernels in this version"
-    torch.ops.load_library(path)
-    return None
+    """Why there are no compiled kernels here, or None. The first call loads or builds them."""
+    global _loaded, _reason
+    if _reason is None:
+        with _lock:
+            if _reason is None:  # another thread was not faster
+                try:
+                    _loaded = _find_and_load()
+                    _reason = ""
+                except BackendError as error:
+                    _reason = str(error)
+                    if not is_switched_off():
+                        notice(f"no compiled kernels, torch's operations run instead: {error}")
+    return _reason or None
+
+
+def loaded() -> Loaded | None:
+    """The library that runs, or None if there is none: `unavailable()` says why."""
+    unavailable()
+    return _loaded
+
+
+def _find_and_load() -> Loaded:
+    library = find_library()
+    try:
+        return _load(library)
+    except OSError as error:
+        if library.origin != INSTALLED:
+            raise BackendError(_does_not_load(library, error)) from None
+    # Made on another machine, for another C library: this one can have its own.
+    library = build_library()
+    try:
+        return _load(library)
+    except OSError as error:
+        raise BackendError(_does_not_load(library, error)) from None
+
+
+def _does_not_load(library: Library, error: OSError) -> str:
+    # torch's own words name the file only.
+    return f"{library.path} ({library.origin}) does not load: {error.__cause__ or error}"
+
+
+def _load(library: Library) -> Loaded:
+    torch.ops.load_library(library.path)
+    try:
+        return Loaded(library, torch.ops.gpt2fast_native.isa())
+    except RuntimeError as error:  # GPT2FAST_ISA names none that this processor has
+        raise BackendError(str(error).partition("\n")[0]) from None
+
+
+AVAILABILITY["native"] = unavailable
 
 
 def native(run: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:
     """An implementation that calls `torch.ops.gpt2fast_native`; it refuses without the library."""
     return Implementation(run, lambda *args, **kwargs: unavailable() or refuses(*args, **kwargs))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as (rows, columns) for a kernel: a view where the columns are contiguous, else a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def refuses_tensors(*tensors: Tensor | None) -> str | None:
@@ -42,3 +112,8 @@ def refuses_tensors(*tensors: Tensor | None) -> str | None:
         if tensor.dtype != given[0].dtype:
             return f"the native kernels take one dtype, not {given[0].dtype} and {tensor.dtype}"
     return None
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """A number that changes when the contents of CPU tensors do; it takes one pass over them."""
+    return torch.ops.gpt2fast_native.fingerprint([x.detach().contiguous() for x in tensors])

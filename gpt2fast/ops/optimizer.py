@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Implementation, Op
+from .native import native, refuses_tensors
 
 
 def fused_adamw(
@@ -46,6 +47,9 @@ def fused_adamw(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs),
         step, lr, beta1, beta2, eps, weight_decay,
     )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        # torch counts changes of a tensor for its own ops alone.
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 def _reference(
@@ -66,6 +70,40 @@ def _reference(
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
         spread = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
         param.addcdiv_(exp_avg, spread, value=-lr / (1.0 - beta1**step))
+
+
+def _native(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    grads = [grad.contiguous() for grad in grads]
+    torch.ops.gpt2fast_native.adamw(
+        params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay
+    )
+
+
+def _native_refuses(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *scalars: object,
+) -> str | None:
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        reason = refuses_tensors(*tensors)
+        if reason is not None:
+            return reason
+        if not all(tensors[i].is_contiguous() for i in (0, 2, 3)):
+            return "the native AdamW takes contiguous parameters and moments"
+    return None
 
 
 def _torch_refuses(params: list[Tensor], *rest: object) -> str | None:
@@ -108,6 +146,7 @@ _adamw = Op(
     "fused_adamw",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    native=native(_native, _native_refuses),
     torch=Implementation(_torch, _torch_refuses),
     reference=_reference,
 )

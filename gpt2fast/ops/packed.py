@@ -32,6 +32,8 @@ _FORMATS = ("float32", "bfloat16", "int8", "int4")
 _ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 _ALIGNMENT = 4096
 _MATRIX_WORDS = 8
+_MODEL_WORDS = 14 + 2 * _MATRIX_WORDS
+_LAYER_WORDS = 5 + 4 * _MATRIX_WORDS
 # Panels that are packed at once: the copies on the way stay small.
 _CHUNK = 64
 
@@ -143,11 +145,48 @@ class PackedWeights:
                 f"activation {shape.activation!r} cannot be packed; "
                 f"these can: {', '.join(_ACTIVATIONS)}"
             )
+        header_words = self._lay_out(shape, formats)
+        self.arena = _allocate(self._size)
+        """(bytes,) uint8."""
+        header = self._header()
+        assert len(header) == header_words
+        self.arena[: 8 * header_words] = torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+
+    @classmethod
+    def from_arena(cls, arena: Tensor) -> PackedWeights:
+        """The weights in an arena that `PackedWeights` made."""
+        words = arena[: len(arena) // 8 * 8].view(torch.int64)
+        if len(words) < _MODEL_WORDS or words[0] != _MAGIC or words[1] != len(arena):
+            raise ArgumentError("this tensor is not an arena of packed weights")
+        layers, heads, _, width, inner, vocab, positions, activation, eps = words[2:11].tolist()
+        tied = words[14:22].equal(words[22:30])
+        table = words[_MODEL_WORDS : _MODEL_WORDS + layers * _LAYER_WORDS].view(layers, -1)
+        shape = ModelShape(
+            heads, width, inner, vocab, positions, _ACTIVATIONS[activation], _to_float(eps),
+            tuple(_to_float(scale) for scale in table[:, 4].tolist()), tied,
+        )  # fmt: skip
+        found = [words[14:22]] if tied else [words[14:22], words[22:30]]
+        found += list(table[:, 5:].reshape(-1, _MATRIX_WORDS))
+        names = [name for name in shape.matrices() if name[0] != "h"]
+        names += [name for name in shape.matrices() if name[0] == "h"]
+        self = cls.__new__(cls)
+        self._lay_out(
+            shape,
+            {
+                name: MatrixFormat(_FORMATS[int(matrix[0])], int(matrix[4]))
+                for name, matrix in zip(names, found, strict=True)
+            },
+        )
+        self.arena = arena
+        return self
+
+    def _lay_out(self, shape: ModelShape, formats: Mapping[str, MatrixFormat]) -> int:
+        """Settle where everything lies; returns the header's size in words."""
         self.shape = shape
         self.formats = dict(formats)
         self._sizes = shape.matrices()
         self._offsets: dict[str, int] = {}
-        header_words = 30 + len(shape.scales) * (5 + 4 * _MATRIX_WORDS)
+        header_words = _MODEL_WORDS + len(shape.scales) * _LAYER_WORDS
         end = _aligned(8 * header_words)
         for name, dims in shape.vectors().items():
             self._offsets[name] = end
@@ -157,11 +196,8 @@ class PackedWeights:
         for name, (inputs, outputs) in self._sizes.items():
             end = self._offsets[name] = _aligned(end)
             end += self.formats[name].panel_size(inputs) * _panels(outputs)
-        self.arena = _allocate(_aligned(end))
-        """(bytes,) uint8."""
-        header = self._header(self.arena.numel())
-        assert len(header) == header_words
-        self.arena[: 8 * header_words] = torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+        self._size = _aligned(end)
+        return header_words
 
     @property
     def matrix_names(self) -> list[str]:
@@ -224,13 +260,13 @@ class PackedWeights:
             last = min(first + _CHUNK, count)
             yield panels[first:last], first * _PANEL, min(last * _PANEL, outputs)
 
-    def _header(self, size: int) -> list[int]:
+    def _header(self) -> list[int]:
         shape = self.shape
         at = self._offsets
         embedding = self._matrix_words("wte.weight")
         words = [
             _MAGIC,
-            size,
+            self._size,
             len(shape.scales),
             shape.n_head,
             shape.width // shape.n_head,
@@ -281,6 +317,11 @@ def _aligned(offset: int, to: int = _ALIGNMENT) -> int:
 def _double(x: float) -> int:
     """The bits of a float64, as an int64."""
     return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _to_float(bits: int) -> float:
+    """The float64 that has these bits."""
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
 
 
 def _allocate(size: int) -> Tensor:

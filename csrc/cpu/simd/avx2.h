@@ -114,6 +114,13 @@ inline float reduce_max(Vec a) {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+// Element i of the result is the sum of x[i]'s elements.
+inline Vec reduce_add_each(const Vec (&x)[8]) {
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4].v, x[5].v), _mm256_hadd_ps(x[6].v, x[7].v));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
 inline Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no.v, yes.v, m.m); }
 inline uint32_t bits(Mask m) { return uint32_t(_mm256_movemask_ps(m.m)); }
@@ -160,6 +167,16 @@ inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     const __m256i odd =
         _mm256_madd_epi16(_mm256_srli_epi16(w.v, 8), _mm256_srai_epi16(x.v, 8));
     return _mm256_add_epi32(sum.v, _mm256_add_epi32(even, odd));
+}
+
+// Signed bytes + 128, as unsigned ones.
+inline Words flip_signs(Words w) {
+    return {_mm256_xor_si256(w.v, _mm256_set1_epi8(char(0x80)))};
+}
+// The first and second bfloat16 of each word.
+inline Vec even_halves(Words w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 16)); }
+inline Vec odd_halves(Words w) {
+    return _mm256_castsi256_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(int(0xffff0000))));
 }
 
 // The low and high halves of each byte.

@@ -84,6 +84,27 @@ inline Vec round(Vec a) {
 inline Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// Element i of the result is the sum of x[i]'s elements.
+inline Vec reduce_add_each(const Vec (&x)[16]) {
+    __m512 fours[4];
+    for (int i = 0; i < 4; ++i) {
+        __m512 twos[2];
+        for (int j = 0; j < 2; ++j) {
+            const __m512 a = x[4 * i + 2 * j].v, b = x[4 * i + 2 * j + 1].v;
+            twos[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        const __m512d a = _mm512_castps_pd(twos[0]), b = _mm512_castps_pd(twos[1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    __m512 eights[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
+                         _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+}
 
 inline Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_mov_ps(no.v, m.m, yes.v); }
@@ -127,6 +148,16 @@ inline Vec dot_bfloat16(Vec sum, Words w, Words x) {
 
 // Unsigned bytes of w times signed bytes of x.
 inline IntVec dot_int8(IntVec sum, Words w, Words x) { return _mm512_dpbusd_epi32(sum.v, w.v, x.v); }
+
+// Signed bytes + 128, as unsigned ones.
+inline Words flip_signs(Words w) {
+    return {_mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80)))};
+}
+// The first and second bfloat16 of each word.
+inline Vec even_halves(Words w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16)); }
+inline Vec odd_halves(Words w) {
+    return _mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(int(0xffff0000))));
+}
 
 // The low and high halves of each byte.
 inline Words low_nibbles(Words w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }

@@ -101,6 +101,11 @@ inline float reduce_max(Vec a) {
     return x > y ? x : y;
 }
 
+// Element i of the result is the sum of x[i]'s elements.
+inline Vec reduce_add_each(const Vec (&x)[4]) {
+    return Floats{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])};
+}
+
 // 4 words of 4 bytes: one float, two bfloat16, or four int8 each.
 struct Words {
     UInts v;
@@ -139,6 +144,12 @@ inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     }
     return sum;
 }
+
+// Signed bytes + 128, as unsigned ones.
+inline Words flip_signs(Words w) { return {w.v ^ 0x80808080u}; }
+// The first and second bfloat16 of each word.
+inline Vec even_halves(Words w) { return Floats(w.v << 16); }
+inline Vec odd_halves(Words w) { return Floats(w.v & 0xffff0000u); }
 
 // The low and high halves of each byte.
 inline Words low_nibbles(Words w) { return {w.v & 0x0f0f0f0fu}; }

@@ -1,0 +1,257 @@
+// Vectors, products and attention of one instruction set, each against double precision.
+#include "packing.h"
+
+#include "cpu/prelude.h"
+#include GPT2FAST_SIMD
+#include "cpu/simd/math.h"
+
+#include "cpu/attention.h"
+#include "cpu/gemm.h"
+
+namespace {
+
+using namespace gpt2fast::GPT2FAST_ISA;
+using gpt2fast::bfloat16;
+using gpt2fast::Format;
+using testing::expect;
+using testing::expect_close;
+using testing::Matrix;
+using testing::Random;
+
+// Loads and stores of every length leave their neighbours alone.
+template <typename T>
+void vectors_keep_to_their_length() {
+    Random random;
+    for (int offset = 0; offset < 3; ++offset) {
+        for (int n = 1; n <= Vec::width; ++n) {
+            constexpr int margin = Vec::width + 4;
+            std::vector<T> from(size_t(offset + n));  // the end of the memory
+            std::vector<T> to(size_t(offset + n + margin), T{});
+            for (T& x : from) gpt2fast::assign(x, random.normal());
+            if (n < Vec::width) {
+                Vec::load(from.data() + offset, n).store(to.data() + offset, n);
+                float whole[Vec::width];
+                Vec::load(from.data() + offset, n).store(whole);
+                for (int i = n; i < Vec::width; ++i) expect(whole[i] == 0, "the rest is not zero");
+            } else {
+                Vec::load(from.data() + offset).store(to.data() + offset);
+            }
+            for (int i = 0; i < offset + n + margin; ++i) {
+                const bool copied = i >= offset && i < offset + n;
+                expect(gpt2fast::to_float(to[size_t(i)]) ==
+                           (copied ? gpt2fast::to_float(from[size_t(i)]) : 0.0f),
+                       "length " + std::to_string(n) + ", element " + std::to_string(i - offset));
+            }
+        }
+    }
+}
+
+void bfloat16_is_rounded_to_nearest_even() {
+    Random random;
+    const float infinity = std::numeric_limits<float>::infinity();
+    std::vector<float> values = {0.0f,          -0.0f,          1.00390625f, 1.01171875f, -1.00390625f,
+                                 3.38953139e38f, 3.40282347e38f, infinity,   -infinity,   NAN};
+    while (values.size() % Vec::width || values.size() < 1000) {
+        values.push_back(random.normal() * std::exp2(float(random.below(60) - 30)));
+    }
+    for (size_t i = 0; i < values.size(); i += Vec::width) {
+        bfloat16 narrow[Vec::width];
+        Vec::load(values.data() + i).store(narrow);
+        for (int j = 0; j < Vec::width; ++j) {
+            const float x = values[i + size_t(j)];
+            expect(std::isnan(x) ? std::isnan(gpt2fast::to_float(narrow[j]))
+                                 : narrow[j].bits == gpt2fast::to_bfloat16(x).bits,
+                   "bfloat16 of " + std::to_string(x));
+        }
+    }
+}
+
+void bytes_are_rounded_and_saturated() {
+    const float values[] = {0.5f,   1.5f,  2.5f,    -0.5f, -1.5f,  -2.5f, 126.6f, 127.4f,
+                            128.0f, 1e6f, -128.6f, -1e6f, 99.49f, -3.5f, 3.51f,  0.0f};
+    for (int i = 0; i < 16; i += Vec::width) {
+        int8_t bytes[Vec::width];
+        Vec::load(values + i).store(bytes);
+        for (int j = 0; j < Vec::width; ++j) {
+            const float nearest = std::nearbyint(values[i + j]);
+            expect(float(bytes[j]) == std::min(127.0f, std::max(-128.0f, nearest)),
+                   "the byte of " + std::to_string(values[i + j]));
+        }
+    }
+}
+
+template <typename Ours, typename Exact>
+void check_function(const char* name, float low, float high, double units, Ours ours, Exact exact) {
+    constexpr int steps = 40000;
+    for (int i = 0; i < steps; i += Vec::width) {
+        float x[Vec::width], y[Vec::width];
+        for (int j = 0; j < Vec::width; ++j) x[j] = low + (high - low) * float(i + j) / steps;
+        ours(Vec::load(x)).store(y);
+        for (int j = 0; j < Vec::width; ++j) {
+            const double want = exact(double(x[j]));
+            const double unit = std::max(std::fabs(want), 1e-37) * 0x1p-23;
+            expect(std::fabs(y[j] - want) <= units * unit,
+                   std::string(name) + "(" + std::to_string(x[j]) + ") = " + std::to_string(y[j]));
+        }
+    }
+}
+
+void functions_are_accurate() {
+    check_function("exp", -87.0f, 88.0f, 4, [](Vec x) { return exp(x); },
+                   [](double x) { return std::exp(x); });
+    check_function("tanh", -10.0f, 10.0f, 4, [](Vec x) { return tanh(x); },
+                   [](double x) { return std::tanh(x); });
+    // Relative to the result; where that is nearly zero, exp's argument has lost digits.
+    check_function("gelu", -3.0f, 10.0f, 30, [](Vec x) { return gelu(x); }, [](double x) {
+        return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    });
+    float y[Vec::width];
+    exp(Vec(200.0f)).store(y);
+    expect(std::isinf(y[0]), "exp(200) is not infinite");
+    exp(Vec(-std::numeric_limits<float>::infinity())).store(y);
+    expect(y[0] == 0.0f, "exp(-inf) is not 0");
+    exp(Vec(NAN)).store(y);
+    expect(std::isnan(y[0]), "exp(NaN) is a number");
+}
+
+// What a product makes of a row before it multiplies.
+std::vector<double> as_multiplied(const std::vector<float>& x, const Matrix& w) {
+    std::vector<double> row(x.begin(), x.end());
+    if (w.format == Format::bfloat16) {
+        for (double& value : row) value = gpt2fast::to_float(gpt2fast::to_bfloat16(float(value)));
+    }
+    for (int64_t begin = 0; w.group && begin < w.inputs; begin += w.group) {
+        const int64_t end = std::min(begin + w.group, w.inputs);
+        float most = 0.0f;
+        for (int64_t k = begin; k < end; ++k) most = std::max(most, std::fabs(x[size_t(k)]));
+        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+        for (int64_t k = begin; k < end; ++k) {
+            row[size_t(k)] = std::nearbyint(x[size_t(k)] * inverse) * double(most / 127.0f);
+        }
+    }
+    return row;
+}
+
+void products_are_exact(Format format) {
+    Random random;
+    for (int64_t group : {32, 64}) {
+        for (int64_t inputs : {1, 3, 64, 100, 192}) {
+            const Matrix w(random, format, inputs, 40, group);
+            const gpt2fast::PackedMatrix packed = {
+                format, inputs, w.padded_inputs(), w.outputs, w.group, 0, w.panel_size, -1};
+            for (int rows = 1; rows <= most_rows(format); ++rows) {
+                std::vector<uint8_t> tile(size_t(PackedRows::size(packed, rows)));
+                const PackedRows to = packed_rows(packed, tile.data());
+                std::vector<float> ours(size_t(rows * 64));
+                std::vector<double> exact(size_t(rows * 64));
+                for (int r = 0; r < rows; ++r) {
+                    // A row of zeros has no scale.
+                    const std::vector<float> x = random.normals(inputs, r == 1 ? 0.0f : 2.0f);
+                    pack_row(x.data(), inputs, to, tile.data(), rows, r);
+                    const std::vector<double> row = as_multiplied(x, w);
+                    for (int64_t n = 0; n < w.outputs; ++n) {
+                        for (int64_t k = 0; k < inputs; ++k) {
+                            exact[size_t(n / 32 * rows * 32 + r * 32 + n % 32)] +=
+                                row[size_t(k)] * w.values[size_t(k * w.outputs + n)];
+                        }
+                    }
+                }
+                for (int panel = 0; panel < 2; ++panel) {
+                    multiply_for(format, rows)(w.panels.data() + panel * w.panel_size, tile.data(),
+                                               to, ours.data() + panel * rows * 32);
+                }
+                expect_close(ours, exact, 1e-6,
+                             std::to_string(rows) + " rows of " + std::to_string(inputs));
+            }
+            for (int64_t column : {int64_t(0), int64_t(33), w.outputs - 1}) {
+                std::vector<float> ours(static_cast<size_t>(inputs));
+                unpack_column(packed, w.panels.data(), column, ours.data());
+                for (int64_t k = 0; k < inputs; ++k) {
+                    expect(ours[size_t(k)] == float(w.values[size_t(k * w.outputs + column)]),
+                           "a column is not what was packed");
+                }
+            }
+        }
+    }
+}
+
+template <typename T>
+std::vector<T> stored(const std::vector<float>& values) {
+    std::vector<T> out(values.size());
+    for (size_t i = 0; i < values.size(); ++i) gpt2fast::assign(out[i], values[i]);
+    return out;
+}
+
+// Queries first .. first + queries - 1 against keys and values that lie `stride` apart.
+template <typename T>
+void attention_is_exact(double tolerance) {
+    Random random;
+    for (int64_t dim : {2, 16, 30, 64, 96}) {
+        for (int64_t first : {0, 5, 70}) {
+            for (int queries : {1, 7, 32}) {
+                const int64_t entries = first + queries, stride = dim + 6;
+                const std::vector<float> q = random.normals(queries * stride);
+                // The last entry ends where the memory does.
+                const auto k = stored<T>(random.normals((entries - 1) * stride + dim));
+                const auto v = stored<T>(random.normals((entries - 1) * stride + dim));
+                const float scale = 0.3f;
+                std::vector<float> scratch(size_t(attention_scratch(dim) + entries + Vec::width));
+                std::vector<float> out(size_t(queries * dim));
+                attend_block<T>(q.data(), stride, queries, first, Entries<T>{k.data(), stride},
+                                Entries<T>{v.data(), stride}, int(dim), scale, scratch.data(),
+                                out.data(), dim, nullptr);
+                std::vector<double> exact(out.size());
+                for (int i = 0; i < queries; ++i) {
+                    std::vector<double> weights(size_t(first + i + 1));
+                    double total = 0;
+                    for (size_t t = 0; t < weights.size(); ++t) {
+                        double score = 0;
+                        for (int64_t d = 0; d < dim; ++d) {
+                            T narrow;  // queries take the keys' precision
+                            gpt2fast::assign(narrow, q[size_t(i * stride + d)]);
+                            score += double(gpt2fast::to_float(narrow)) *
+                                     gpt2fast::to_float(k[t * size_t(stride) + size_t(d)]);
+                        }
+                        total += weights[t] = std::exp(score * scale);
+                    }
+                    for (size_t t = 0; t < weights.size(); ++t) {
+                        for (int64_t d = 0; d < dim; ++d) {
+                            exact[size_t(i * dim + d)] +=
+                                weights[t] / total *
+                                gpt2fast::to_float(v[t * size_t(stride) + size_t(d)]);
+                        }
+                    }
+                }
+                const std::string shape = std::to_string(queries) + " queries behind " +
+                                          std::to_string(first) + ", size " + std::to_string(dim);
+                expect_close(out, exact, tolerance, shape);
+                if (queries == 1) {
+                    attend_one<T>(q.data(), entries, Entries<T>{k.data(), stride}, nullptr,
+                                  Entries<T>{v.data(), stride}, nullptr, 0, int(dim), scale,
+                                  scratch.data(), out.data());
+                    expect_close(out, exact, tolerance, "one query, " + shape);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+bool test_kernels() {
+    using testing::formats;
+    using testing::name_of;
+    using testing::passes;
+    bool fine = passes("float32 keeps to its length", vectors_keep_to_their_length<float>);
+    fine &= passes("bfloat16 keeps to its length", vectors_keep_to_their_length<bfloat16>);
+    fine &= passes("bfloat16 is rounded", bfloat16_is_rounded_to_nearest_even);
+    fine &= passes("bytes are rounded", bytes_are_rounded_and_saturated);
+    fine &= passes("functions are accurate", functions_are_accurate);
+    for (Format format : formats) {
+        const std::string name = std::string("products of ") + name_of(format);
+        fine &= passes(name.c_str(), [&] { products_are_exact(format); });
+    }
+    fine &= passes("attention in float32", [] { attention_is_exact<float>(1e-6); });
+    fine &= passes("attention in bfloat16", [] { attention_is_exact<bfloat16>(4e-3); });
+    return fine;
+}

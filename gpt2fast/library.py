@@ -1,0 +1,239 @@
+"""Where the compiled kernels are: named by the user, installed with the package, or built here.
+
+    GPT2FAST_NATIVE=0         no compiled kernels
+    GPT2FAST_LIBRARY=FILE     this library and no other
+    GPT2FAST_CACHE=FOLDER     where what is built at first use is kept (~/.cache/gpt2fast)
+
+A build is kept under the hash of the sources, the flags and the compiler. Neither torch's version
+nor Python's is part of it: the library uses torch's stable ABI and nothing of Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from .compilation import (
+    FLAGS,
+    CompilerError,
+    Toolchain,
+    compile_library,
+    extra_flags,
+    find_compiler,
+    find_toolchain,
+    processors,
+    source_files,
+    source_folder,
+)
+from .errors import BackendError
+from .files import atomic_write_text
+from .lock import only_process
+
+FILE_NAME = "libgpt2fast_native.so"
+"""What setup.py puts into the package."""
+INSTALLED = "installed with the package"
+
+# Seconds of one processor that a build takes, for the line that announces it.
+_WORK = 40
+# After this time a build that failed is tried again: something else may have been installed.
+_RETRY = 3600
+_AGAIN = "The kernels are compiled again when this file is removed or an hour old."
+_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library with the kernels."""
+
+    path: Path
+    origin: str
+    """How it came to be there, in words."""
+
+
+def find_library() -> Library:
+    """The library that belongs to these sources, built now if need be.
+
+    Raises:
+        BackendError: there is none, and why.
+    """
+    if is_switched_off():
+        raise BackendError("switched off by GPT2FAST_NATIVE")
+    named = os.environ.get("GPT2FAST_LIBRARY")
+    if named:
+        if not os.path.isfile(named):
+            raise BackendError(f"GPT2FAST_LIBRARY={named} is not a file")
+        return Library(Path(named).absolute(), "named by GPT2FAST_LIBRARY")
+    installed = Path(__file__).resolve().parent / FILE_NAME
+    if installed.is_file():
+        return Library(installed, INSTALLED)
+    return build_library()
+
+
+def is_switched_off() -> bool:
+    """Whether the user asked for no compiled kernels: nobody needs to hear of it."""
+    return os.environ.get("GPT2FAST_NATIVE", "").lower() in ("0", "off", "no", "false")
+
+
+def notice(text: str) -> None:
+    """A line on standard error, from the main one of the processes that would all say it."""
+    if multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError, ValueError):
+            print(f"gpt2fast: {text}", file=sys.stderr, flush=True)
+
+
+def build_library() -> Library:
+    """The library in the cache, built now if it is not there.
+
+    Raises:
+        BackendError: it cannot be built, and why.
+    """
+    sources = _source_key()
+    try:
+        name = f"gpt2fast_native-{sources}-{_compiler_key(find_compiler())}.so"
+    except BackendError:
+        # Without a compiler, whichever one built these sources.
+        name = f"gpt2fast_native-{sources}-*.so"
+    for folder in _cache_folders():
+        if not _is_ours(folder):
+            continue
+        for path in sorted(folder.glob(name)):
+            return Library(path, "built at first use")
+    toolchain = find_toolchain()
+    folder = _writable_folder()
+    return Library(_build(folder / name, toolchain), "built at first use")
+
+
+def _build(path: Path, toolchain: Toolchain) -> Path:
+    log = path.with_suffix(".log")
+    busy = BackendError("another process is compiling the kernels")
+    waited = False
+    while True:
+        try:
+            with only_process(path.with_suffix(".lock"), busy):
+                # Whoever held the lock before may have done it, or failed.
+                if not path.is_file():
+                    _complain_again(log)
+                    _compile(path, toolchain, log)
+                return path
+        except BackendError as error:
+            if error is not busy:
+                raise
+        if not waited:
+            notice("another process is compiling the kernels; waiting for it")
+            waited = True
+        time.sleep(0.1)
+
+
+def _compile(path: Path, toolchain: Toolchain, log: Path) -> None:
+    seconds = max(10, 10 * round(_WORK / min(processors(), 4) / 10))
+    notice(f"compiling its kernels for this machine, once (about {seconds} s)")
+    for left in path.parent.glob(f".{path.stem}-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        compile_library(path, toolchain)
+    except CompilerError as error:
+        with suppress(OSError):
+            atomic_write_text(log, f"{error}\n{_AGAIN}\n\n{error.output}")
+        raise BackendError(_failure(error, log)) from None
+    except OSError as error:
+        raise BackendError(f"compiling the kernels in {path.parent} failed: {error}") from None
+    with suppress(OSError):
+        log.unlink(missing_ok=True)
+        _forget_old(path.parent)
+
+
+def _complain_again(log: Path) -> None:
+    """Raise what a recent build with the same sources and compiler failed of."""
+    with suppress(OSError):
+        if time.time() - log.stat().st_mtime < _RETRY:
+            first = log.read_text(encoding="utf-8").partition("\n")[0]
+            raise BackendError(_failure(first, log))
+
+
+def _failure(error: object, log: Path) -> str:
+    return f"compiling the kernels failed: {error}; the compiler's output is in {log}"
+
+
+def _forget_old(folder: Path) -> None:
+    libraries = sorted(
+        folder.glob("gpt2fast_native-*.so"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    for path in libraries[_KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def _source_key() -> str:
+    """Of the sources, the flags and the kind of machine."""
+    folder = source_folder()
+    key = hashlib.sha256(repr([platform.system(), platform.machine(), FLAGS]).encode())
+    key.update(repr(extra_flags()).encode())
+    for path in source_files(folder):
+        content = path.read_bytes()
+        key.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+        key.update(content)
+    return key.hexdigest()[:12]
+
+
+def _compiler_key(command: tuple[str, ...]) -> str:
+    """Of the compiler's file: running it for its version would cost more than the rest."""
+    path = os.path.realpath(command[0])
+    found = os.stat(path)
+    key = repr([path, command[1:], found.st_size, found.st_mtime_ns])
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
+
+
+def _cache_folders() -> Iterator[Path]:
+    """Where builds may be: the one that was named, or the user's, or else a temporary one."""
+    named = os.environ.get("GPT2FAST_CACHE")
+    if named:
+        yield Path(named).absolute()
+        return
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    if xdg and os.path.isabs(xdg):
+        yield Path(xdg, "gpt2fast")
+    else:
+        with suppress(RuntimeError):  # no HOME, and a user of whom the system knows none
+            yield Path.home() / ".cache" / "gpt2fast"
+    yield Path(tempfile.gettempdir(), f"gpt2fast-{_user()}")
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody but us (and root) can have put libraries there."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return False
+    return found.st_uid in (_user(), 0) and not found.st_mode & 0o002
+
+
+def _writable_folder() -> Path:
+    reasons = []
+    for folder in _cache_folders():
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reasons.append(f"{folder}: {error.strerror}")
+            continue
+        if _is_ours(folder):
+            return folder
+        reasons.append(f"{folder}: others can write there")
+    raise BackendError(
+        f"there is nowhere to keep compiled kernels ({'; '.join(reasons)}); "
+        "name a folder of your own in GPT2FAST_CACHE"
+    )
