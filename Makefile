@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: setup check format test bench constraints
+.PHONY: setup check format test kernels bench constraints
 
 setup: .venv/ready  ## an environment to develop in
 
@@ -22,6 +22,11 @@ format: .venv/ready  ## rewrite the source in the house's format
 
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest -q tests
+
+kernels:  ## the C++ kernels and their own tests; SANITIZE=address,undefined or thread watches them
+	cmake -S . -B build-kernels -DGPT2FAST_SANITIZE=$(SANITIZE)
+	cmake --build build-kernels --parallel
+	ctest --test-dir build-kernels --output-on-failure
 
 bench: .venv/ready  ## ours beside torch and transformers
 	$(BIN)/python -m pytest -q benchmarks

@@ -1,87 +1,158 @@
-"""Forward and backward of each op against the expression that one would write in torch."""
+"""Each op against the expression that one would write in torch, eager and compiled.
+
+Shapes are GPT-2's (124M); `forward` runs without gradients, `training` forward and backward.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from gpt2fast import ops
 
-DTYPES = [torch.float32, torch.bfloat16]
+
+def each_way(test: Callable) -> Callable:
+    """Both dtypes, both ways, against both of torch's."""
+    dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_short)
+    ways = pytest.mark.parametrize("way", ["forward", "training"])
+    return dtypes(ways(pytest.mark.parametrize("against", ["eager", "compiled"])(test)))
 
 
-def both_ways(function, *inputs):
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+TIMES = pytest.mark.parametrize("batch,time", [(8, 256), (2, 1024)])
+
+
+def timed(function: Callable[..., Any], inputs: tuple[Tensor, ...], way: str) -> Callable:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
 
-    def run():
+    def forward():
+        with torch.no_grad():
+            function(*leaves)
+
+    def training():
         out = function(*leaves)
         out = out[0] if isinstance(out, tuple) else out
-        torch.autograd.grad(out.sum(), leaves)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    return run
+    return forward if way == "forward" else training
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_causal_attention_against_scaled_dot_product_attention(versus, dtype):
-    qkv = torch.randn(8, 256, 3, 12, 64, dtype=dtype)
+def pair(
+    ours: Callable, theirs: Callable, inputs: tuple[Tensor, ...], way: str, against: str
+) -> tuple[Callable, Callable]:
+    if against == "compiled":
+        torch.compiler.reset()
+        theirs = torch.compile(theirs, dynamic=False)
+    return timed(ours, inputs, way), timed(theirs, inputs, way)
 
-    def peer(qkv):
+
+@each_way
+@TIMES
+def test_causal_attention(versus, dtype, way, against, batch, time):
+    qkv = torch.randn(batch, time, 3, 12, 64, dtype=dtype)
+
+    def theirs(qkv):
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    ours = both_ways(lambda qkv: ops.causal_attention(*qkv.unbind(2)), qkv)
-    versus(ours, both_ways(peer, qkv))
+    def ours(qkv):
+        return ops.causal_attention(*qkv.unbind(2))
+
+    versus(*pair(ours, theirs, (qkv,), way, against))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_residual_layer_norm_against_layer_norm(versus, dtype):
-    x, residual = torch.randn(2, 4096, 768, dtype=dtype)
+@each_way
+@TIMES
+def test_residual_layer_norm(versus, dtype, way, against, batch, time):
+    x, residual = torch.randn(2, batch, time, 768, dtype=dtype)
     weight, bias = torch.ones(768, dtype=dtype), torch.zeros(768, dtype=dtype)
 
-    def peer(x, residual, weight, bias):
-        return F.layer_norm(x + residual, (768,), weight, bias)
+    def theirs(x, residual, weight, bias):
+        summed = x + residual
+        return F.layer_norm(summed, (768,), weight, bias), summed
 
     inputs = (x, residual, weight, bias)
-    versus(both_ways(ops.residual_layer_norm, *inputs), both_ways(peer, *inputs))
+    versus(*pair(ops.residual_layer_norm, theirs, inputs, way, against), rounds=21)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gelu_mlp_against_linear_and_gelu(versus, dtype):
-    x = torch.randn(2048, 768, dtype=dtype)
+@each_way
+@TIMES
+def test_bias_gelu(versus, dtype, way, against, batch, time):
+    def theirs(x, bias):
+        return F.gelu(x + bias, approximate="tanh")
+
+    inputs = (torch.randn(batch, time, 3072, dtype=dtype), torch.randn(3072, dtype=dtype))
+    versus(*pair(ops.bias_gelu, theirs, inputs, way, against), rounds=21)
+
+
+@each_way
+@TIMES
+def test_gelu_mlp(versus, dtype, way, against, batch, time):
+    x = torch.randn(batch * time, 768, dtype=dtype)
     w_fc, w_proj = (torch.randn(s, dtype=dtype) * 0.02 for s in [(768, 3072), (3072, 768)])
     b_fc, b_proj = torch.zeros(3072, dtype=dtype), torch.zeros(768, dtype=dtype)
 
-    def peer(x, w_fc, b_fc, w_proj, b_proj):
-        return F.gelu(torch.addmm(b_fc, x, w_fc), approximate="tanh") @ w_proj + b_proj
+    def theirs(x, w_fc, b_fc, w_proj, b_proj):
+        return torch.addmm(b_proj, F.gelu(torch.addmm(b_fc, x, w_fc), approximate="tanh"), w_proj)
 
-    inputs = (x, w_fc, b_fc, w_proj, b_proj)
-    versus(both_ways(ops.gelu_mlp, *inputs), both_ways(peer, *inputs))
+    versus(*pair(ops.gelu_mlp, theirs, (x, w_fc, b_fc, w_proj, b_proj), way, against))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_cross_entropy_against_linear_and_cross_entropy(versus, dtype):
-    hidden = torch.randn(1024, 768, dtype=dtype)
+@each_way
+@pytest.mark.parametrize("rows", [256, 1024])
+def test_linear_cross_entropy(versus, dtype, way, against, rows):
+    hidden = torch.randn(rows, 768, dtype=dtype)
     weight = torch.randn(50257, 768, dtype=dtype) * 0.02
-    targets = torch.randint(50257, (1024,))
+    targets = torch.randint(50257, (rows,))
 
-    def peer(hidden, weight):
+    def theirs(hidden, weight):
         return F.cross_entropy((hidden @ weight.t()).float(), targets)
 
-    ours = both_ways(lambda h, w: ops.linear_cross_entropy(h, w, targets), hidden, weight)
-    versus(ours, both_ways(peer, hidden, weight), rounds=5)
+    def ours(hidden, weight):
+        return ops.linear_cross_entropy(hidden, weight, targets)
+
+    versus(*pair(ours, theirs, (hidden, weight), way, against), rounds=5)
 
 
-def test_fused_adamw_against_torch_optim(versus):
-    params = [torch.randn(768, 3072, requires_grad=True) for _ in range(8)]
+@each_way
+@TIMES
+def test_embedding(versus, dtype, way, against, batch, time):
+    tables = torch.randn(50257, 768, dtype=dtype), torch.randn(1024, 768, dtype=dtype)
+    tokens, positions = torch.randint(50257, (batch, time)), torch.arange(time)
+
+    def theirs(wte, wpe):
+        return F.embedding(tokens, wte) + F.embedding(positions, wpe)
+
+    def ours(wte, wpe):
+        return ops.embedding(tokens, positions, wte, wpe)
+
+    versus(*pair(ours, theirs, tables, way, against), rounds=21)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_short)
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+def test_fused_adamw_against_torch_optim(versus, dtype, fused):
+    params = [torch.randn(768, 3072, dtype=dtype, requires_grad=True) for _ in range(8)]
     for param in params:
         param.grad = torch.randn_like(param)
-    optimizer = torch.optim.AdamW(params, lr=1e-3)
+    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=fused)
     ours = [p.detach().clone() for p in params]
     grads = [p.grad for p in params]
     moments = [[torch.zeros_like(p) for p in ours] for _ in range(2)]
     settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-    versus(lambda: ops.fused_adamw(ours, grads, *moments, step=1, **settings), optimizer.step)
+
+    def step():
+        ops.fused_adamw(ours, grads, *moments, step=1, **settings)
+
+    versus(step, optimizer.step, rounds=21)
 
 
 def test_sample_against_sort_and_multinomial(versus):

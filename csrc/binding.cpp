@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/bandwidth.h"
 #include "cpu/fingerprint.h"
 #include "cpu/kernels.h"
 #include "cpu/row_copies.h"
@@ -627,10 +628,17 @@ Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, doub
 // The instruction set whose kernels run.
 std::string isa() { return kernels().name; }
 
+// Bytes per second, the median of `repeats` passes.
+double read_bandwidth(int64_t threads, int64_t bytes, int64_t repeats) {
+    STD_TORCH_CHECK(threads > 0 && bytes > 0 && repeats > 0, "gpt2fast: nothing to read");
+    return gpt2fast::read_bandwidth(int(threads), size_t(bytes), int(repeats))[repeats / 2];
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(gpt2fast_native, m) {
     m.def("isa() -> str");
+    m.def("read_bandwidth(int threads, int bytes, int repeats) -> float");
     m.def("fingerprint(Tensor[] tensors) -> int");
     m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
     m.def(
@@ -678,6 +686,7 @@ STABLE_TORCH_LIBRARY(gpt2fast_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CompositeExplicitAutograd, m) {
     m.impl("isa", TORCH_BOX(&isa));
+    m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) {

@@ -40,6 +40,7 @@ else:
         *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"),
     )
 
+
 class CompilerError(BackendError):
     """The compiler ran and failed; `output` is what it said."""
 
@@ -105,7 +106,7 @@ def source_files(folder: Path) -> list[Path]:
 
 
 def extra_flags() -> list[str]:
-    """What the environment adds: CXXFLAGS."""
+    """What the environment adds, and may change: CXXFLAGS."""
     return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
@@ -132,7 +133,7 @@ def compile_library(target: Path, toolchain: Toolchain) -> None:
             objects.append(os.path.join(scratch, f"{unit.parent.name}-{unit.stem}.o"))
             include = ["-isystem", str(toolchain.torch / "include"), f"-I{folder}"]
             commands.append(
-                [*toolchain.compiler, *extra_flags(), *FLAGS]
+                [*toolchain.compiler, *FLAGS, *extra_flags()]
                 + (include if unit.name == "binding.cpp" else [])
                 + ["-c", str(unit), "-o", objects[-1]]
             )

@@ -18,7 +18,9 @@ import torch
 from . import __version__, backend, ops
 from .arguments import OneLineParser
 from .errors import Error
+from .ops import native
 from .ops.backend import ORDER, Call, record_calls
+from .ops.packed import MatrixFormat, ModelShape, PackedWeights
 
 # What x86 kernels may use, under the names of /proc/cpuinfo, and the same for AArch64.
 _CPU_FEATURES = (
@@ -69,6 +71,7 @@ def _environment() -> list[tuple[str, str]]:
         ("ninja", _version("ninja")),
         ("cuda", _cuda()),
         ("cpu", _cpu()),
+        ("kernels", _kernels()),
     ]
 
 
@@ -81,6 +84,14 @@ def _version(command: str) -> str:
     lines = [line.strip() for line in shown.stdout.splitlines() if line.strip()]
     release = [line for line in lines if "release" in line]
     return (release or lines or ["no answer to --version"])[0]
+
+
+def _kernels() -> str:
+    """The library of compiled kernels that runs here, or why there is none."""
+    found = native.loaded()
+    if found is None:
+        return f"none: {native.unavailable()}"
+    return f"{found.isa}, {found.library.path} ({found.library.origin})"
 
 
 def _cuda() -> str:
@@ -118,6 +129,9 @@ def _samples(device: str) -> dict[str, Callable[[], object]]:
     row, one = ids[0, :1], torch.zeros_like(x)
     layer = [bias, bias, torch.randn(64, 192, device=device), bias.repeat(3), weight, bias,
              bias, bias, weight, bias, weight, bias]  # fmt: skip
+    shape = ModelShape(2, 64, 64, 64, 8, "gelu_new", 1e-5, (0.2,), True)
+    packed = PackedWeights(shape, dict.fromkeys(shape.matrices(), MatrixFormat("float32")))
+    packed.arena = packed.arena.to(device)
     return {
         "causal_attention": lambda: ops.causal_attention(q, q, q),
         "append_to_cache": lambda: ops.append_to_cache(q, q, cache, cache.clone(), row),
@@ -139,6 +153,9 @@ def _samples(device: str) -> dict[str, Callable[[], object]]:
             cache[None], cache[None].clone(), row, row, row,
             n_head=2, scales=[0.2], activation="gelu_new", eps=1e-5,
         ),  # fmt: skip
+        "packed_step": lambda: ops.packed_step(
+            packed, cache[None], cache[None].clone(), row, row, torch.tensor([0, 1]), row, row, row
+        ),
     }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ import torch
 
 from .beam_search import beam_search
 from .decoding import Step, StopCriteria, Timing, decode, evaluating
-from .errors import GenerationError, TokenizerError, WeightsError
+from .errors import ArgumentError, GenerationError, TokenizerError, WeightsError
 from .generation import FROM_CONFIG, EosTokenId, check_length, check_vocabulary, end_tokens
 from .model import GPT2
+from .packed import PackedGPT2
 from .sampling import SamplingOptions, draw_seed
 from .tokenizer import Tokenizer
 
@@ -106,6 +107,8 @@ class Generator:
         revision: str | None = None,
         local_files_only: bool = False,
         preset: str | None = None,
+        quantize: str | None = None,
+        pack: bool = False,
         window: str = "error",
         notify: Callable[[str], None] = warnings.warn,
     ) -> Generator:
@@ -118,6 +121,9 @@ class Generator:
             dtype: of the weights; None means as stored, but float32 on a CPU where a half type
                 is stored, since many CPUs only emulate those.
             tokenizer: where the tokenizer is, if not with the model.
+            quantize: "int8" or "int4" weights, on the CPU: `GPT2.quantize`.
+            pack: keep the weights in packed form alone, where the kernels that read it run: a
+                `PackedGPT2`, for inference, in half the memory that both forms take.
             window, notify: see `Generator`.
 
         Raises:
@@ -133,6 +139,14 @@ class Generator:
         )
         if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4:
             model = model.float()
+        if quantize is not None:
+            if isinstance(model, PackedGPT2):
+                raise ArgumentError(
+                    f"{name_or_path} is quantised already ({model.format}); leave quantize out"
+                )
+            model = model.quantize(quantize, release=True)
+        elif pack and isinstance(model, GPT2) and model.can_be_packed():
+            model = model.pack(release=True)
         place = name_or_path if tokenizer is None else tokenizer
         # A file of weights has its tokenizer beside it.
         if tokenizer is None and os.path.isfile(place):

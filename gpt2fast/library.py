@@ -212,7 +212,9 @@ def _user() -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether nobody but us (and root) can have put libraries there."""
+    """Whether nobody but us (and root) can have put libraries there; what was named is trusted."""
+    if os.environ.get("GPT2FAST_CACHE"):
+        return True
     try:
         found = folder.stat()
     except OSError:

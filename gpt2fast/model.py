@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -392,6 +392,11 @@ class GPT2(nn.Module):
         """
         return self._packed_form(thorough=True) or self
 
+    def can_be_packed(self) -> bool:
+        """Whether there are kernels here that read packed weights of this model."""
+        chosen = requested_backend() in ("auto", "native") and unavailable() is None
+        return chosen and self._unpackable() is None
+
     def pack(self, *, release: bool = False) -> PackedGPT2:
         """A copy for inference whose weights, in their own dtype, lie as a step reads them.
 
@@ -409,26 +414,23 @@ class GPT2(nn.Module):
         self._packed = None
         return pack(self, release=release)
 
-    def quantize(
-        self,
-        scheme: str,
-        *,
-        calibration: Tensor | None = None,
-        seed: int = 0,
-        progress: Callable[[str], None] | None = None,
-    ) -> PackedGPT2:
-        """A copy for inference with weights of 8 or 4 bits; see `gpt2fast.quantization`.
+    def quantize(self, scheme: str, *, release: bool = False, **options: Any) -> PackedGPT2:
+        """A copy for inference with weights of 8 or 4 bits.
 
         Args:
             scheme: "int8" or "int4".
-            calibration: (N, T) int64 token ids of typical text, by which int4 weighs its errors;
-                None lets the model write some itself.
-            seed: of that text.
-            progress: is told what goes on.
-        """
-        from .quantization import quantize
+            release: free this model's parameters on the way; only the result can be used then.
+            options: `calibration`, `group_size`, `seed`, ... of
+                `gpt2fast.quantization.quantize_weights`.
 
-        return quantize(self, scheme, calibration=calibration, seed=seed, progress=progress)
+        Raises:
+            ArgumentError, WeightsError: as there.
+        """
+        from .quantization import quantize_weights
+
+        quantized = quantize_weights(self, scheme, **options)
+        self._packed = None
+        return pack(self, quantized, release=release)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
         """Continue each row; see `gpt2fast.generation.generate` for the options."""
@@ -437,7 +439,7 @@ class GPT2(nn.Module):
         return generate(self, input_ids, attention_mask, **options)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> GPT2:
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         """Load a checkpoint; see `gpt2fast.weights.from_pretrained` for the options."""
         from .weights import from_pretrained
 
@@ -458,9 +460,7 @@ class GPT2(nn.Module):
             thorough: look at the weights themselves and not at torch's count of their changes
                 alone, which `parameter.data` passes by.
         """
-        if requested_backend() not in ("auto", "native") or unavailable() is not None:
-            return None
-        if torch.compiler.is_compiling() or self._unpackable() is not None:
+        if torch.compiler.is_compiling() or not self.can_be_packed():
             return None
         parameters = list(self.parameters())
         state = [

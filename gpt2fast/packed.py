@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +23,11 @@ from .inputs import (
     check_wanted,
     is_known_full,
 )
-from .ops.packed import Matrix, MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
+from .ops.packed import Matrix, MatrixFormat, ModelShape, PackedWeights
 
 if TYPE_CHECKING:
     from .model import GPT2, GPT2Output
+    from .quantization import QuantizedWeights
     from .tokenizer import Tokenizer
 
 # Tokens that pass through the model at once: more need more memory and gain nothing.
@@ -42,16 +44,19 @@ class PackedGPT2(nn.Module):
     Args:
         config: the shape.
         weights: packed.
-        notes: what is known about how they were quantised; saved with them.
+        quantization: how they were quantised, without the matrices; None: they were not.
     """
 
     def __init__(
-        self, config: GPT2Config, weights: PackedWeights, notes: Mapping[str, str] | None = None
+        self,
+        config: GPT2Config,
+        weights: PackedWeights,
+        quantization: QuantizedWeights | None = None,
     ):
         super().__init__()
         self.config = config
         self.weights = weights
-        self.notes = dict(notes or {})
+        self.quantization = quantization
         self.eval()
 
     @property
@@ -331,32 +336,32 @@ def model_shape(config: GPT2Config) -> ModelShape:
 
 def pack(
     model: GPT2,
-    quantized: Mapping[str, QuantizedMatrix] | None = None,
+    quantized: QuantizedWeights | None = None,
     *,
-    notes: Mapping[str, str] | None = None,
     release: bool = False,
 ) -> PackedGPT2:
     """Pack a model's weights.
 
     Args:
         model: on the CPU.
-        quantized: matrices (in, out) that take the place of the model's, by parameter name.
-        notes: kept with the result.
+        quantized: matrices that take the place of the model's.
         release: free each parameter of `model` as soon as it is packed; the model can only be
             thrown away afterwards.
     """
-    quantized = quantized or {}
+    matrices = quantized.matrices if quantized is not None else {}
     shape = model_shape(model.config)
     parameters = dict(model.named_parameters())
     formats = {
-        name: MatrixFormat.of(quantized.get(name, parameters[name])) for name in shape.matrices()
+        name: MatrixFormat.of(matrices.get(name, parameters[name])) for name in shape.matrices()
     }
     weights = PackedWeights(shape, formats)
     for name, parameter in parameters.items():
-        value: Matrix = quantized.get(name, parameter.detach())
+        value: Matrix = matrices.get(name, parameter.detach())
         if name in ("wte.weight", "lm_head.weight") and isinstance(value, Tensor):
             value = value.t()
         weights.put(name, value)
         if release:
             parameter.data = parameter.data.new_empty(0)
-    return PackedGPT2(model.config, weights, notes)
+    return PackedGPT2(
+        model.config, weights, None if quantized is None else replace(quantized, matrices={})
+    )

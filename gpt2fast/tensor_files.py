@@ -39,6 +39,8 @@ _SAFETENSORS_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 
 
@@ -67,7 +69,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     Reads safetensors, pickles of torch.save (with `weights_only=True`), and the
     `*.index.json` of both kinds, whose shards lie in the same directory. A pickled dict that holds
     its tensors under "model", "state_dict" or "model_state_dict" is unwrapped; its other entries
-    (nanoGPT's "model_args", ...) are the second result, empty otherwise.
+    (nanoGPT's "model_args", ...) are the second result; of a safetensors file, that is its
+    metadata, texts by name; of shards, it is empty.
 
     Raises:
         WeightsError: with the file's name, for a file that is missing, damaged or malicious.
@@ -79,19 +82,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path), {}
+        return _read_safetensors(path)
     return _read_pickle(path, head)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors (floating point, any device) to a safetensors file, atomically.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors (any device) and texts by name to a safetensors file, atomically.
 
     safetensors' own writer fixes neither durability nor alignment: here the data start at a
     multiple of 64 bytes, so that memory-mapped weights are aligned for vector loads.
     """
     # Wider elements first keep each tensor aligned to its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         tensor = tensors[name]
@@ -150,7 +155,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     with _open(path) as file:
@@ -174,7 +179,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
                 raise WeightsError(
                     f"{path} holds {len(names)} tensors, beyond the limit of {_MOST_TENSORS}"
                 )
-            return {name: opened.get_tensor(name) for name in names}
+            tensors = {name: opened.get_tensor(name) for name in names}
+            return tensors, opened.metadata() or {}
     except WeightsError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as cause:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -32,10 +32,13 @@ from .config import PRESETS, GPT2Config
 from .errors import ConfigError, WeightsError
 from .files import atomic_write_text
 from .hub import resolve
+from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
+from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .tensor_files import read_json, read_tensors, write_safetensors
 
 if TYPE_CHECKING:
     from .model import GPT2
+    from .packed import PackedGPT2
     from .tokenizer import Tokenizer
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -65,8 +68,10 @@ def from_pretrained(
     revision: str | None = None,
     local_files_only: bool = False,
     preset: str | None = None,
-) -> GPT2:
+) -> GPT2 | PackedGPT2:
     """A GPT2 with the weights of a checkpoint, in evaluation mode, parameters trainable.
+
+    Quantised weights, as `PackedGPT2.save_pretrained` writes them, give a `PackedGPT2`.
 
     On the CPU, weights that need no conversion stay memory-mapped, copy-on-write: loading takes
     one copy of them at most, and that one is read when it is first used. (A change of dtype,
@@ -108,6 +113,15 @@ def from_pretrained(
             wanted = _dtype(stored_dtype, f"{described}: dtype")
 
     stored, extra = read_tensors(file)
+    if is_quantized(extra):
+        if config is None:
+            raise ConfigError(f"{file} holds quantised weights; its config.json must lie beside it")
+        if target.type != "cpu" or dtype is not None:
+            raise WeightsError(
+                f"{file} holds quantised weights, which run on the CPU as they are: "
+                "leave device and dtype out"
+            )
+        return _build_quantized(stored, extra, config, file)
     named = _named(stored, file)
     stored.clear()
     if config is None:
@@ -134,20 +148,71 @@ def save_pretrained(
     Raises:
         WeightsError: the directory cannot be written.
     """
-    config = model.config
-    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     tensors = {
         name if name == "lm_head.weight" else f"transformer.{name}": tensor
         for name, tensor in model.state_dict().items()
     }
-    folder = Path(directory)
+    _save(model.config, tensors, model.config.to_dict(), {}, Path(directory), tokenizer)
+
+
+def save_packed(
+    model: PackedGPT2, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+) -> None:
+    """Write packed weights into a directory that `from_pretrained` loads.
+
+    Float weights are written as `save_pretrained` does, for transformers as well. Quantised ones
+    become integers and scales (`gpt2fast.quantization.storage`), which no other program reads;
+    config.json says so under `quantization_config`.
+
+    Raises:
+        WeightsError: the directory cannot be written.
+    """
+    packed = model.weights
+    matrices = {name: packed.get(name) for name in packed.matrix_names}
+    tensors = {name: cast("Tensor", packed.get(name)) for name in packed.shape.vectors()}
+    described = model.config.to_dict()
+    metadata: dict[str, str] = {}
+    quantized = {name: m for name, m in matrices.items() if isinstance(m, QuantizedMatrix)}
+    if model.quantization is not None:
+        stored, metadata = to_tensors(replace(model.quantization, matrices=quantized), model.config)
+        tensors.update(stored)
+        described["quantization_config"] = {
+            "quant_method": "gpt2fast",
+            "scheme": model.quantization.scheme,
+            "group_size": model.quantization.group,
+        }
+    else:
+        for name, matrix in matrices.items():
+            tensor = cast("Tensor", matrix)
+            tensors[name] = tensor if name.startswith("h.") else tensor.t()
+        dtype = tensors["h.0.attn.c_attn.weight"].dtype
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    _save(
+        model.config,
+        {n if n.startswith("lm_head.") else f"transformer.{n}": t for n, t in tensors.items()},
+        described,
+        metadata,
+        Path(directory),
+        tokenizer,
+    )
+
+
+def _save(
+    config: GPT2Config,
+    tensors: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    folder: Path,
+    tokenizer: Tokenizer | None,
+) -> None:
+    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", tensors)
+        write_safetensors(folder / "model.safetensors", tensors, metadata)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         atomic_write_text(folder / "generation_config.json", _json(special))
-        atomic_write_text(folder / "config.json", _json(config.to_dict()))
+        atomic_write_text(folder / "config.json", _json(described))
     except OSError as error:
         raise WeightsError(f"the model cannot be saved to {folder}: {error}") from error
 
@@ -370,6 +435,28 @@ def _build(
     model = GPT2(config, device="meta", dtype=dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def _build_quantized(
+    stored: Mapping[str, Tensor], metadata: Mapping[str, str], config: GPT2Config, file: Path
+) -> PackedGPT2:
+    from .packed import PackedGPT2, model_shape
+
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    quantized = from_tensors(tensors, metadata, config, str(file))
+    shape = model_shape(config)
+    packed = PackedWeights(
+        shape, {name: MatrixFormat.of(matrix) for name, matrix in quantized.matrices.items()}
+    )
+    for name, matrix in quantized.matrices.items():
+        packed.put(name, matrix)
+    for name, size in shape.vectors().items():
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != size or not tensor.is_floating_point():
+            found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise WeightsError(f"{file}: {name} must be floats of shape {size}, and is {found}")
+        packed.put(name, tensor)
+    return PackedGPT2(config, packed, replace(quantized, matrices={}))
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from gpt2fast import backend
+from gpt2fast.ops.native import DTYPES as NATIVE_DTYPES
+from gpt2fast.ops.native import unavailable
 from tolerance import assert_close
 
-BACKENDS = ["torch", "reference"]
+needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -58,6 +62,8 @@ def compare(
         name: backend of `ours`.
         layout: how our inputs lie in memory.
     """
+    if name == "native" and dtype not in NATIVE_DTYPES:
+        pytest.skip(f"the native kernels leave {dtype} to torch")
     exact, exact_gradients = _run(theirs, inputs, torch.float64, contiguous)
     other, other_gradients = _run(theirs, inputs, dtype, contiguous)
     with backend(name):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from gpt2fast import doctor, ops
+from gpt2fast.ops import native
 from gpt2fast.ops.backend import requested_backend
 
 
@@ -11,9 +12,29 @@ def test_every_op_is_listed_with_its_backend_and_the_reason(capsys):
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
     for name in ops.__all__:
-        assert rows[name][0] == "torch" and "native:" in rows[name]
-    for name in ("torch", "compiler", "cuda", "cpu"):
+        assert rows[name][0] in ("native", "torch", "reference")
+        assert "first" in rows[name] or "native:" in rows[name]
+    for name in ("torch", "compiler", "cuda", "cpu", "kernels"):
         assert rows[name]
+
+
+def test_the_kernels_are_named_with_their_instruction_set_and_origin(capsys):
+    found = native.loaded()
+    if found is None:
+        pytest.skip(str(native.unavailable()))
+    assert doctor.main(["--device", "cpu"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels"))
+    assert line.split()[1].rstrip(",") == found.isa
+    assert str(found.library.path) in line and found.library.origin in line
+
+
+def test_kernels_that_are_not_there_are_explained(monkeypatch, capsys):
+    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setattr(native, "_reason", "nobody compiled them")
+    assert doctor.main(["--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "none: nobody compiled them" in printed
+    assert "native: nobody compiled them" in printed
 
 
 def test_a_forced_backend_is_shown(capsys):

@@ -230,7 +230,7 @@ def test_the_model_runs_on_our_ops(activation):
     config = dataclasses.replace(SMALL, activation_function=activation, dropout=None)
     model = with_random_weights(config, 0)
     ids = torch.randint(61, (2, 9))
-    with record_calls() as calls:
+    with backend("torch"), record_calls() as calls:
         model(ids, labels=ids).loss.backward()
         cache = model.new_cache(2)
         model(ids, cache=cache)

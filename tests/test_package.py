@@ -8,16 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import torch
 
 import gpt2fast
+from fake_compiler import FakeCompiler
+from gpt2fast.compilation import source_files
 
 ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
 
 LAZY = (
     "transformers",
@@ -61,25 +66,41 @@ def run_here(code: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from this tree, where importing torch would fail."""
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build needs, where importing torch would fail."""
     pytest.importorskip("setuptools", "77")
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(
-        ROOT / "gpt2fast", tree / "gpt2fast", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for name in ("gpt2fast", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "torch.py").write_text("raise ImportError('the build imports torch')")
+    return tree
+
+
+def build_wheel(tree: Path, into: Path, **environment: str) -> Path:
+    """The wheel that pip builds from `tree`."""
     command = [
         *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index"),
-        *("--no-build-isolation", "--wheel-dir", str(tree / "dist"), str(tree)),
+        *("--no-build-isolation", "--wheel-dir", str(into), str(tree)),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {**os.environ, "PYTHONPATH": str(tree), **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (built,) = (tree / "dist").iterdir()
+    (built,) = into.iterdir()
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without compiled kernels."""
+    return build_wheel(tree, tmp_path_factory.mktemp("wheel"), GPT2FAST_NATIVE="0")
+
+
+def in_package(wheel: Path) -> set[str]:
+    """The files of the package in `wheel`."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path):
@@ -88,11 +109,46 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
         for path in (ROOT / "gpt2fast").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == source
-    assert {"gpt2fast/py.typed", "gpt2fast/configs/adventures.yaml"} <= names
-    assert "gpt2fast/assets/adventures/model.safetensors" in names
+    kernels = {f"gpt2fast/csrc/{path.relative_to(CSRC)}" for path in source_files(CSRC)}
+    assert in_package(wheel) == source | kernels
+    assert {"gpt2fast/py.typed", "gpt2fast/configs/adventures.yaml"} <= source
+    assert "gpt2fast/assets/adventures/model.safetensors" in source
+    assert {"gpt2fast/csrc/binding.cpp", "gpt2fast/csrc/cpu/kernels.h"} <= kernels
+
+
+def test_with_a_compiler_the_wheel_is_for_this_platform_and_every_python(
+    tree: Path, wheel: Path, tmp_path: Path
+):
+    if not (Path(torch.__file__).with_name("include")).is_dir():
+        pytest.skip("torch came without its headers")
+    compiler = FakeCompiler(tmp_path / "compiler")
+    built = build_wheel(tree, tmp_path / "dist", CXX=str(compiler.path), GPT2FAST_NATIVE="1")
+    assert in_package(built) == in_package(wheel) | {"gpt2fast/libgpt2fast_native.so"}
+    name = f"gpt2fast-{gpt2fast.__version__}-py3-none-"
+    assert built.name.startswith(name) and "any" not in built.name
+
+
+@pytest.mark.parametrize("missing", ["compiler", "success"])
+def test_an_install_does_not_fail_for_want_of_compiled_kernels(
+    missing: str, tree: Path, wheel: Path, tmp_path: Path
+):
+    compiler = FakeCompiler(tmp_path / "compiler")
+    if missing == "success":
+        compiler.behave("broken")
+    command = "no-such-compiler" if missing == "compiler" else str(compiler.path)
+    built = build_wheel(tree, tmp_path / "dist", CXX=command, GPT2FAST_NATIVE="1")
+    assert built.name == wheel.name and in_package(built) == in_package(wheel)
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tree: Path, tmp_path: Path):
+    code = f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = tmp_path.iterdir()
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"csrc/{path.relative_to(CSRC)}" for path in source_files(CSRC)} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "gpt2fast/library.py"} <= names
 
 
 @pytest.fixture(scope="module")

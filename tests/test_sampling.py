@@ -7,10 +7,14 @@ import math
 import pytest
 import torch
 
-from gpt2fast import ops
+from comparison import BACKENDS
+from gpt2fast import backend, ops
 from gpt2fast.errors import GenerationError
 from gpt2fast.ops import sampling as processors
+from gpt2fast.ops.native import unavailable
 from gpt2fast.sampling import SamplingOptions, uniforms
+
+needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 OFF = dict(
     temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram_size=0
@@ -82,9 +86,19 @@ def test_processors_equal_transformers(options, banned):
 
 def test_processors_equal_transformers_on_ties():
     scores = torch.randint(4, (8, 40), generator=torch.Generator().manual_seed(1)).float()
-    for options in ({"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.6}, {"top_k": 5, "top_p": 0.5}):
+    for options in ({"top_k": 5}, {"min_p": 0.6}):
         expected = reference_processors(**options)(None, scores.clone())
         assert torch.equal(processors.process(scores, scores.long(), **options), expected)
+    # Which of equal scores top-p keeps, transformers leaves to an unstable sort: as many of them.
+    for options in ({"top_p": 0.5}, {"top_k": 5, "top_p": 0.5}):
+        expected = reference_processors(**options)(None, scores.clone())
+        actual = processors.process(scores, scores.long(), **options)
+        assert torch.equal(actual.sort(-1).values, expected.sort(-1).values)
+
+
+def test_top_p_keeps_the_later_ones_of_equal_scores():
+    kept = processors.keep_top_p(torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]]), 0.5)
+    assert kept.isfinite().tolist() == [[False, False, True, False, True]]
 
 
 def test_processing_leaves_its_input_alone():
@@ -184,6 +198,149 @@ def test_low_precision_logits_are_processed_in_float32(dtype):
 def test_sample_is_a_proper_torch_op():
     arguments = (random_scores(), random_history(), torch.rand(6), 0.8, 20, 0.9, 0.05, 1.2, 2)
     torch.library.opcheck(torch.ops.gpt2fast.sample.default, arguments)
+
+
+def logits_of(kind, rows, vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    noise = torch.randn(rows, vocab, generator=generator)
+    if kind == "flat":
+        return noise * 0.02
+    if kind == "peaked":
+        return noise * 12.0
+    if kind == "equal":
+        return (noise * 2.0).round()
+    if kind == "banned":
+        return (noise * 3.0).masked_fill(noise > 0.3, -math.inf)
+    if kind == "outliers":
+        # Masks that are merely very low, and one token far above the others.
+        noise = (noise * 3.0).masked_fill(noise < -0.3, torch.finfo(torch.float32).min)
+        noise[:, vocab // 2] = 1e4
+        noise[::2, vocab // 2] = 15.0
+        return noise
+    return noise * 3.0
+
+
+DRAWS = [
+    {},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 50, "temperature": 0.8},
+    {"top_k": 700},
+    {"top_p": 0.9},
+    {"top_p": 0.999, "temperature": 1.5},
+    {"top_p": 0.0},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_k": 50, "top_p": 0.9},
+    {"top_k": 400, "top_p": 0.97, "min_p": 0.02},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    {"repetition_penalty": 0.8, "temperature": 0.6, "top_k": 40, "top_p": 0.95},
+]
+
+
+def assert_draws_as_the_reference(logits, history, uniform, options):
+    """The same tokens, but where a random number lies within rounding of an edge between two."""
+    with backend("native"):
+        ours = ops.sample(logits, history, uniform, **options)
+    with backend("reference"):
+        theirs = ops.sample(logits, history, uniform, **options)
+    different = (ours != theirs).nonzero()[:, 0]
+    assert len(different) <= 0.02 * len(ours)
+    scores = processors.process(logits[different].float(), history[different], **options)
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    ours, theirs = ours[different, None], theirs[different, None]
+    edges = cumulative.gather(1, torch.minimum(ours, theirs))[:, 0]
+    assert (scores.gather(1, ours) > -math.inf).all()
+    assert torch.all((edges - uniform[different].double()).abs() < 1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("options", DRAWS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "equal", "banned", "outliers"])
+def test_native_draws_the_references_tokens(kind, options):
+    generator = torch.Generator().manual_seed(9)
+    for rows, vocab in [(200, 1000), (40, 63), (40, 64), (40, 1), (40, 17)]:
+        uniform = torch.rand(rows, generator=generator)
+        uniform[0] = 0.0
+        history = random_history(rows, max(vocab, 8))
+        assert_draws_as_the_reference(logits_of(kind, rows, vocab), history, uniform, options)
+
+
+@needs_native
+@pytest.mark.parametrize("options", DRAWS, ids=str)
+def test_native_draws_the_references_tokens_of_a_large_vocabulary(options):
+    logits = torch.cat([logits_of(kind, 8, 50257) for kind in ("normal", "flat", "equal")])
+    uniform = torch.rand(24, generator=torch.Generator().manual_seed(2))
+    assert_draws_as_the_reference(logits, random_history(24, 50257), uniform, options)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_reads_views_of_logits_and_random_numbers(dtype):
+    logits = (torch.randn(300, 257) * 4).to(dtype)
+    uniform = torch.rand(300, 9)[:, 4]
+    history = random_history(300, 200, 31)[:, ::2]
+    for options in DRAWS:
+        assert_draws_as_the_reference(logits[:, :251], history, uniform, options)
+        assert_draws_as_the_reference(logits[:, 1:200:2], history, uniform, options)
+    with backend("native"):
+        greedy = ops.sample(logits[:, :251], history)
+    assert torch.equal(greedy, logits[:, :251].float().argmax(-1))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_finds_the_first_of_the_highest(dtype):
+    for vocab in (1, 5, 64, 777, 5000):
+        logits = torch.randint(vocab // 3 + 2, (50, vocab)).to(dtype)
+        logits[:10] = -math.inf
+        logits[20:30, vocab // 2 :] = math.inf
+        logits[30:40, vocab // 3] = math.nan
+        logits[35:40, vocab // 4] = math.inf
+        logits[38:, -1] = math.nan
+        with backend("native"):
+            chosen = ops.sample(logits, torch.empty(50, 0).long())
+        assert torch.equal(chosen, logits.float().argmax(-1))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_row_without_probabilities_gives_token_zero(name):
+    logits = torch.randn(6, 300)
+    logits[0, 200] = math.nan
+    logits[1, 10] = math.inf
+    logits[2] = -math.inf
+    logits[3, 299] = math.nan
+    history, uniform = torch.zeros(6, 0).long(), torch.full((6,), 0.5)
+    with backend(name):
+        for options in ({}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0.5}):
+            chosen = ops.sample(logits, history, uniform, **options)
+            assert chosen[:4].tolist() == [0, 0, 0, 0]
+            assert (chosen[4:] > 0).all()
+
+
+@needs_native
+def test_native_spreads_rows_over_threads():
+    logits, uniform = logits_of("normal", 9, 20000), torch.rand(9)
+    options = {"top_k": 50, "top_p": 0.9}
+    history = torch.empty(9, 0).long()
+    with backend("native"):
+        alone = ops.sample(logits, history, uniform, **options)
+        torch.set_num_threads(2)
+        try:
+            for _ in range(20):
+                assert torch.equal(ops.sample(logits, history, uniform, **options), alone)
+        finally:
+            torch.set_num_threads(1)
+
+
+@needs_native
+def test_native_checks_what_it_is_given():
+    logits, uniform = torch.randn(3, 8), torch.rand(3)
+    with backend("native"):
+        with pytest.raises(RuntimeError, match="history must be int64"):
+            ops.sample(logits, torch.zeros(2, 4).long(), uniform, repetition_penalty=1.1)
+        with pytest.raises(RuntimeError, match="uniform"):
+            ops.sample(logits, torch.zeros(3, 0).long(), uniform[:2])
 
 
 def test_random_numbers_depend_on_seed_sample_and_step_only():

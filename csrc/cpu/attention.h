@@ -9,7 +9,7 @@
 // but for the diagonal's blocks, T^2 / 2 exponentials.
 #pragma once
 
-#include "attention_cached.h"
+#include "attention_heads.h"
 #include "gemm.h"
 #include "rows.h"
 #include "scratch.h"
@@ -38,21 +38,6 @@ template <typename T>
 using Factor = float;
 #endif
 
-// Words of the queries' panel: [input / u][32][u], queries past the last being zero.
-template <typename T, typename Q>
-void pack_queries(const Q* q, int64_t stride, int queries, int head_dim, uint32_t* panel) {
-    constexpr int u = inputs_per_word(format_of<T>);
-    for (int k = 0; k < (head_dim + u - 1) / u; ++k) {
-        for (int i = 0; i < panel_columns; ++i) {
-            T values[u] = {};
-            for (int j = 0; j < u && k * u + j < head_dim; ++j) {
-                if (i < queries) gpt2fast::assign(values[j], to_float(q[i * stride + k * u + j]));
-            }
-            std::memcpy(panel + k * panel_columns + i, values, 4);
-        }
-    }
-}
-
 // One entry as words: [input / u][u].
 template <Format format, typename T>
 void pack_entry(const T* x, int size, uint32_t* words) {
@@ -64,6 +49,43 @@ void pack_entry(const T* x, int size, uint32_t* words) {
         for_columns(size, [&](int64_t j, auto step, auto) {
             store(load(x + j, step), floats + j, step);
         });
+    }
+}
+
+// Words of the queries' panel: [input / u][32][u], queries past the last being zero.
+template <typename T, typename Q>
+void pack_queries(const Q* q, int64_t stride, int queries, int head_dim, uint32_t* panel) {
+    constexpr int u = inputs_per_word(format_of<T>);
+    constexpr int width = Vec::width;
+    const int words = (head_dim + u - 1) / u;
+    for (int k = 0; k < words; k += width) {
+        const int n = std::min(width, words - k);
+        for (int begin = 0; begin < panel_columns; begin += width) {
+            Vec rows[width];
+            for (int r = 0; r < width; ++r) {
+                uint32_t row[width] = {};
+                if (begin + r >= queries) {
+                    rows[r] = Vec(0.0f);
+                    continue;
+                }
+                const Q* from = q + (begin + r) * stride + k * u;
+                const int size = std::min(n * u, head_dim - k * u);
+                if constexpr (std::is_same_v<T, bfloat16> && !std::is_same_v<Q, bfloat16>) {
+                    bfloat16 narrow[width * u] = {};
+                    for_columns(size, [&](int64_t j, auto step, auto) {
+                        store(load(from + j, step), narrow + j, step);
+                    });
+                    std::memcpy(row, narrow, sizeof row);
+                } else {
+                    pack_entry<format_of<T>>(from, size, row);
+                }
+                rows[r] = Vec::load(reinterpret_cast<const float*>(row));
+            }
+            transpose(rows);
+            for (int c = 0; c < n; ++c) {
+                rows[c].store(reinterpret_cast<float*>(panel) + (k + c) * panel_columns + begin);
+            }
+        }
     }
 }
 
@@ -258,9 +280,21 @@ void attend_panel(const uint32_t* panel, int words, int queries, int64_t first, 
 template <typename O>
 void write_queries(const float* sums, const float* inverse, int queries, int head_dim, O* out,
                    int64_t out_stride) {
-    for (int i = 0; i < queries; ++i) {
-        for (int d = 0; d < head_dim; ++d) {
-            gpt2fast::assign(out[i * out_stride + d], sums[d * panel_columns + i] * inverse[i]);
+    constexpr int width = Vec::width;
+    for (int begin = 0; begin < queries; begin += width) {
+        const Vec factor = Vec::load(inverse + begin);
+        for (int d = 0; d < head_dim; d += width) {
+            const int n = std::min(width, head_dim - d);
+            Vec rows[width];
+            for (int c = 0; c < width; ++c) {
+                rows[c] = c < n ? Vec::load(sums + (d + c) * panel_columns + begin) * factor
+                                : Vec(0.0f);
+            }
+            transpose(rows);
+            for (int r = 0; r < std::min(width, queries - begin); ++r) {
+                O* to = out + (begin + r) * out_stride + d;
+                n == width ? rows[r].store(to) : rows[r].store(to, n);
+            }
         }
     }
 }

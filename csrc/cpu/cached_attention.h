@@ -50,8 +50,8 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
             args.v.time};
         if (inside == 1) {
             for (int d = 0; d < dim; ++d) query[d] = to_float(q[d]);
-            attend_one<T>(query, first + 1, k, nullptr, v, nullptr, 0, dim, args.scale, weights,
-                          result);
+            attend_heads<T>(query, 1, first + 1, {k.data, k.stride, nullptr, 0},
+                            {v.data, v.stride, nullptr, 0}, dim, args.scale, weights, result);
             for (int d = 0; d < dim; ++d) gpt2fast::assign(out[d], result[d]);
         } else if (widens) {
             for (int64_t t = 0; t < first + inside; ++t) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_heads.h"
 #include "gemm.h"
 
 namespace gpt2fast::GPT2FAST_ISA {
@@ -83,6 +84,7 @@ public:
         packed_ = take(next, packed * (shared_packing_ ? 1 : member.threads())) +
                   (shared_packing_ ? 0 : packed * member.index());
         scratch_ = floats(next, scratch * member.threads()) + scratch * member.index();
+        wide_ = take(next, wide_size(args));
     }
 
     void run() {
@@ -122,7 +124,7 @@ public:
         const int64_t activations =
             args.tokens * (5 * model.width + model.inner_width) + 4 * 16;
         return 4 * activations + packed_size(args) * threads + 64 +
-               4 * scratch_size(args) * threads + 64;
+               4 * scratch_size(args) * threads + 64 + wide_size(args) + 64;
     }
 
 private:
@@ -155,11 +157,19 @@ private:
         for (int64_t i = 0; i < args.sequences; ++i) {
             longest = std::max(longest, args.lengths[i] + args.starts[i + 1] - args.starts[i]);
         }
-        // An int8 cache's entries of one head are widened before a block of queries meets them.
-        const int64_t widened = args.cache_dtype == DType::int8 ? 2 * longest * model.head_dim : 0;
-        const int64_t most = std::max({model.width, longest + Vec::width,
-                                       attention_scratch(model.head_dim) + widened});
+        const int64_t most = std::max({model.width, attend_heads_scratch(model.heads, longest),
+                                       attention_scratch(model.head_dim)});
         return (most + 15) / 16 * 16;
+    }
+
+    // Bytes for the widened entries of an int8 cache that blocks of tokens meet.
+    static int64_t wide_size(const StepArgs& args) {
+        if (args.cache_dtype != DType::int8 || args.tokens == args.sequences) return 0;
+        int64_t entries = 0;
+        for (int64_t i = 0; i < args.sequences; ++i) {
+            entries += args.lengths[i] + args.starts[i + 1] - args.starts[i];
+        }
+        return 2 * entries * args.model->width * int64_t(sizeof(float));
     }
 
     void embed() {
@@ -224,10 +234,12 @@ private:
         member_.for_each(panels * blocks, [&](int64_t item) {
             const int64_t panel = item % panels, first = item / panels * block;
             alignas(64) float sums[most_rows(Format::float32) * panel_columns];
-            for (int64_t tile = first; tile < std::min(first + block, tiles.count); ++tile) {
+            const int64_t last = std::min(first + block, tiles.count);
+            for (int64_t tile = first; tile < last; ++tile) {
                 const int size = tiles.size(tile);
-                multiply_for(w.format, size)(data + panel * w.panel_size, x.tile(tiles, tile), x,
-                                             sums);
+                multiply_for(w.format, size)(
+                    data + panel * w.panel_size, x.tile(tiles, tile), x, sums,
+                    ahead_of(data + panel * w.panel_size, w.panel_size, tile - first, last - first));
                 for (int r = 0; r < size; ++r) {
                     for (int c = 0; c < panel_columns; c += Vec::width) {
                         const int64_t column = panel * panel_columns + c;
@@ -300,74 +312,132 @@ private:
     }
 
     template <typename T>
+    CachedHeads<T> heads_of(const CacheView& cache, int64_t layer, int64_t sequence, int64_t head) {
+        const int64_t row = args_.rows[sequence];
+        return {entries<T>(cache, layer, row, head), cache.entry_stride,
+                std::is_same_v<T, int8_t> ? scales(cache, layer, row, head) : nullptr,
+                cache.scale_entry_stride};
+    }
+
+    template <typename T>
     void attend(int64_t layer, float scale) {
-        const int64_t heads = model_.heads, dim = model_.head_dim;
-        int64_t blocks = 0;
-        for (int64_t i = 0; i < args_.sequences; ++i) blocks += blocks_of(i);
-        const bool single = blocks == args_.sequences;
-        const auto append_head = [&](int64_t sequence, int64_t head) {
-            append<T>(args_.k_cache, layer, sequence, head, qkv_ + width_);
-            append<T>(args_.v_cache, layer, sequence, head, qkv_ + 2 * width_);
-        };
-        if (!single) {
-            member_.for_each(args_.sequences * heads, [&](int64_t item) {
-                append_head(item / heads, item % heads);
-            });
+        if (args_.tokens == args_.sequences) {
+            attend_single<T>(layer, scale);
+        } else {
+            attend_blocks<T>(layer, scale);
         }
-        member_.for_each(blocks * heads, [&](int64_t item) {
-            const int64_t head = item % heads;
-            int64_t sequence = 0, block = item / heads;
-            if (single) {
-                sequence = block;
-                block = 0;
-                append_head(sequence, head);
-            } else {
-                while (block >= blocks_of(sequence)) block -= blocks_of(sequence++);
-                // The last blocks see most: they come first, the short ones even out the end.
-                block = blocks_of(sequence) - 1 - block;
-            }
-            const int64_t row = args_.rows[sequence], length = args_.lengths[sequence];
-            const int64_t start = args_.starts[sequence] + block * panel_columns;
-            const int queries = int(
-                std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
-            const int64_t first = length + block * panel_columns;
-            const Entries<T> k = {entries<T>(args_.k_cache, layer, row, head),
-                                  args_.k_cache.entry_stride};
-            const Entries<T> v = {entries<T>(args_.v_cache, layer, row, head),
-                                  args_.v_cache.entry_stride};
-            const float* q = qkv_ + start * 3 * width_ + head * dim;
-            float* out = attended_ + start * width_ + head * dim;
-            constexpr bool scaled = std::is_same_v<T, int8_t>;
-            const float* k_scales = scaled ? scales(args_.k_cache, layer, row, head) : nullptr;
-            const float* v_scales = scaled ? scales(args_.v_cache, layer, row, head) : nullptr;
-            const int64_t scale_stride = args_.k_cache.scale_entry_stride;
-            if (queries == 1) {
-                attend_one<T>(q, first + 1, k, k_scales, v, v_scales, scale_stride, int(dim), scale,
-                              scratch_, out);
-            } else if constexpr (scaled) {
-                const int64_t count = first + queries;
-                float* wide = scratch_ + attention_scratch(dim);
-                for (int64_t t = 0; t < count; ++t) {
-                    for (int64_t d = 0; d < dim; ++d) {
-                        wide[t * dim + d] = float(k.data[t * k.stride + d]) *
-                                            k_scales[t * scale_stride];
-                        wide[(count + t) * dim + d] = float(v.data[t * v.stride + d]) *
-                                                      v_scales[t * scale_stride];
-                    }
-                }
-                attend_block<float>(q, 3 * width_, queries, first, Entries<float>{wide, dim},
-                                    Entries<float>{wide + count * dim, dim}, int(dim), scale,
-                                    scratch_, out, width_, nullptr);
-            } else {
-                attend_block<T>(q, 3 * width_, queries, first, k, v, int(dim), scale, scratch_, out,
-                                width_, nullptr);
-            }
+    }
+
+    template <typename T>
+    void append_head(int64_t layer, int64_t sequence, int64_t head) {
+        append<T>(args_.k_cache, layer, sequence, head, qkv_ + width_);
+        append<T>(args_.v_cache, layer, sequence, head, qkv_ + 2 * width_);
+    }
+
+    // One token a sequence: the heads of a sequence stay together while there are sequences enough
+    // for all threads.
+    template <typename T>
+    void attend_single(int64_t layer, float scale) {
+        const int64_t heads = model_.heads;
+        const int64_t groups = args_.sequences >= 4 * member_.threads()
+                                   ? 1
+                                   : std::min<int64_t>(heads, member_.threads());
+        member_.for_each(args_.sequences * groups, [&](int64_t item) {
+            const int64_t sequence = item / groups, group = item % groups;
+            const int64_t begin = heads * group / groups, end = heads * (group + 1) / groups;
+            for (int64_t head = begin; head < end; ++head) append_head<T>(layer, sequence, head);
+            const int64_t offset = begin * model_.head_dim;
+            attend_heads<T>(qkv_ + sequence * 3 * width_ + offset, int(end - begin),
+                            args_.lengths[sequence] + 1,
+                            heads_of<T>(args_.k_cache, layer, sequence, begin),
+                            heads_of<T>(args_.v_cache, layer, sequence, begin),
+                            int(model_.head_dim), scale, scratch_,
+                            attended_ + sequence * width_ + offset);
         });
     }
 
+    // Blocks of 32 tokens of a sequence.
+    template <typename T>
+    void attend_blocks(int64_t layer, float scale) {
+        // Blocks meet int8 entries in the type that the processor multiplies fastest.
+        constexpr bool widens = std::is_same_v<T, int8_t>;
+        using Wide = std::conditional_t<widens, Factor<bfloat16>, T>;
+        const int64_t heads = model_.heads, dim = model_.head_dim;
+        int64_t blocks = 0;
+        for (int64_t i = 0; i < args_.sequences; ++i) blocks += blocks_of(i);
+        member_.for_each(args_.sequences * heads, [&](int64_t item) {
+            const int64_t sequence = item / heads, head = item % heads;
+            append_head<T>(layer, sequence, head);
+            if constexpr (widens) {
+                if (tokens_of(sequence) == 1) return;
+                widen(heads_of<T>(args_.k_cache, layer, sequence, head), entries_of(sequence),
+                      wide<Wide>(sequence, head));
+                widen(heads_of<T>(args_.v_cache, layer, sequence, head), entries_of(sequence),
+                      wide<Wide>(sequence, head) + entries_of(sequence) * dim);
+            }
+        });
+        member_.for_each(blocks * heads, [&](int64_t item) {
+            const int64_t head = item % heads;
+            int64_t sequence = 0, block = item / heads;
+            while (block >= blocks_of(sequence)) block -= blocks_of(sequence++);
+            // The last blocks see most: they come first, the short ones even out the end.
+            block = blocks_of(sequence) - 1 - block;
+            const int64_t start = args_.starts[sequence] + block * panel_columns;
+            const int queries = int(
+                std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
+            const int64_t first = args_.lengths[sequence] + block * panel_columns;
+            const CachedHeads<T> k = heads_of<T>(args_.k_cache, layer, sequence, head);
+            const CachedHeads<T> v = heads_of<T>(args_.v_cache, layer, sequence, head);
+            const float* q = qkv_ + start * 3 * width_ + head * dim;
+            float* out = attended_ + start * width_ + head * dim;
+            if (tokens_of(sequence) == 1) {
+                attend_heads<T>(q, 1, first + 1, k, v, int(dim), scale, scratch_, out);
+                return;
+            }
+            Entries<Wide> keys, values;
+            if constexpr (widens) {
+                keys = {wide<Wide>(sequence, head), dim};
+                values = {keys.data + entries_of(sequence) * dim, dim};
+            } else {
+                keys = {k.data, k.stride};
+                values = {v.data, v.stride};
+            }
+            attend_block<Wide>(q, 3 * width_, queries, first, keys, values, int(dim), scale,
+                               scratch_, out, width_, nullptr);
+        });
+    }
+
+    template <typename T>
+    void widen(CachedHeads<int8_t> x, int64_t entries, T* to) {
+        const int dim = int(model_.head_dim);
+        for (int64_t t = 0; t < entries; ++t, to += dim) {
+            const Vec factor(x.scales[t * x.scale_stride]);
+            const int8_t* entry = x.data + t * x.stride;
+            int d = 0;
+            for (; d + Vec::width <= dim; d += Vec::width) {
+                (Vec::load(entry + d) * factor).store(to + d);
+            }
+            if (const int n = dim - d) (Vec::load(entry + d, n) * factor).store(to + d, n);
+        }
+    }
+
+    // Where a head's widened keys lie, the values behind them.
+    template <typename T>
+    T* wide(int64_t sequence, int64_t head) {
+        int64_t before = 0;
+        for (int64_t i = 0; i < sequence; ++i) before += entries_of(i);
+        return static_cast<T*>(static_cast<void*>(wide_)) +
+               2 * (before * width_ + head * entries_of(sequence) * model_.head_dim);
+    }
+
+    int64_t tokens_of(int64_t sequence) const {
+        return args_.starts[sequence + 1] - args_.starts[sequence];
+    }
+    int64_t entries_of(int64_t sequence) const {
+        return args_.lengths[sequence] + tokens_of(sequence);
+    }
     int64_t blocks_of(int64_t sequence) const {
-        const int64_t tokens = args_.starts[sequence + 1] - args_.starts[sequence];
-        return (tokens + panel_columns - 1) / panel_columns;
+        return (tokens_of(sequence) + panel_columns - 1) / panel_columns;
     }
 
     const StepArgs& args_;
@@ -376,7 +446,7 @@ private:
     int64_t width_;
     bool shared_packing_;
     float *hidden_, *qkv_, *attended_, *inner_, *scratch_;
-    uint8_t* packed_;
+    uint8_t *packed_, *wide_;
 };
 
 inline void step(const StepArgs& args, Member& member) { Step(args, member).run(); }

@@ -129,10 +129,29 @@ inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8
     }
 }
 
-// Bytes ahead of the loads that one row's product asks memory for.
-constexpr int64_t prefetch_distance = 2048;
-
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+
+// What memory is asked for while a panel is at work: two lines at `next`, which then moves on by
+// `step` for each word of the inputs.
+struct Ahead {
+    const uint8_t* next;
+    int64_t step;
+
+    void ask() {
+        prefetch(next);
+        prefetch(next + 64);
+        next += step;
+    }
+};
+
+// The lines to ask for while tile `index` of `count` meets a panel, the next panel lying behind it.
+inline Ahead ahead_of(const uint8_t* panel, int64_t panel_size, int64_t index, int64_t count) {
+    constexpr int64_t distance = 4096;
+    if (count == 1) return {panel + distance, 4 * panel_columns};
+    // Half the next panel each; the other tiles find nothing left to ask for.
+    if (index < 2) return {panel + panel_size + index * (panel_size / 2), 2 * panel_columns};
+    return {panel, 0};
+}
 
 template <int R>
 struct Sums {
@@ -166,16 +185,12 @@ struct Strided {
     int64_t row_stride, word_stride;
 };
 
-// out (R, 32) = panel * rows over `words` words of inputs; with `add`, out is added to.
+// sums += panel * rows over `words` words of inputs.
 template <Format format, int R>
-void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* out, bool add) {
-    Sums<R> sums;
-    add ? sums.load(out) : sums.clear();
+inline void add_floats(Sums<R>& sums, const uint8_t* panel, Strided rows, int64_t words,
+                       Ahead ahead) {
     for (int64_t k = 0; k < words; ++k) {
-        if (R <= 2) {
-            prefetch(panel + prefetch_distance);
-            prefetch(panel + prefetch_distance + 64);
-        }
+        ahead.ask();
         Words w[panel_vectors];
         for (int c = 0; c < panel_vectors; ++c) w[c] = Words::load(panel + c * 4 * Vec::width);
         for (int r = 0; r < R; ++r) {
@@ -191,6 +206,14 @@ void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* o
         panel += 4 * panel_columns;
         rows.data += rows.word_stride;
     }
+}
+
+// out (R, 32) = panel * rows over `words` words of inputs; with `add`, out is added to.
+template <Format format, int R>
+void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* out, bool add) {
+    Sums<R> sums;
+    add ? sums.load(out) : sums.clear();
+    add_floats<format, R>(sums, panel, rows, words, {panel, 0});
     sums.store(out);
 }
 
@@ -198,7 +221,7 @@ void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* o
 // applied in float32.
 template <Format format, int R>
 void multiply_quantised(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
-                        float* out) {
+                        float* out, Ahead ahead) {
     constexpr int vectors = panel_vectors;
     const int64_t groups = rows.padded_inputs / rows.group;
     const int words = int(rows.group) / 4;
@@ -210,17 +233,14 @@ void multiply_quantised(const uint8_t* panel, const uint8_t* tile, const PackedR
     for (int64_t g = 0; g < groups; ++g) {
         const float16* w_scales = reinterpret_cast<const float16*>(panel);
         panel += 2 * panel_columns;
-        if (R <= 2) prefetch(panel + prefetch_distance);
+        ahead.ask();
         IntVec dots[R][vectors];
         for (int r = 0; r < R; ++r) {
             for (int c = 0; c < vectors; ++c) dots[r][c] = IntVec(corrections[g * R + r]);
         }
         if constexpr (format == Format::int8) {
             for (int k = 0; k < words; ++k) {
-                if (R <= 2) {
-                    prefetch(panel + prefetch_distance);
-                    prefetch(panel + prefetch_distance + 64);
-                }
+                ahead.ask();
                 Words w[vectors];
                 for (int c = 0; c < vectors; ++c) w[c] = Words::load(panel + c * 4 * Vec::width);
                 for (int r = 0; r < R; ++r) {
@@ -232,10 +252,7 @@ void multiply_quantised(const uint8_t* panel, const uint8_t* tile, const PackedR
             }
         } else {
             for (int k = 0; k < words; k += 2) {
-                if (R <= 2) {
-                    prefetch(panel + prefetch_distance);
-                    prefetch(panel + prefetch_distance + 64);
-                }
+                ahead.ask();
                 Words low[vectors], high[vectors];
                 for (int c = 0; c < vectors; ++c) {
                     const Words both = Words::load(panel + c * 4 * Vec::width);
@@ -266,16 +283,20 @@ void multiply_quantised(const uint8_t* panel, const uint8_t* tile, const PackedR
 
 // The same for a packed tile of R rows, whatever its format.
 template <Format format, int R>
-void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows, float* out) {
+void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows, float* out,
+              Ahead ahead) {
     if constexpr (format == Format::float32 || format == Format::bfloat16) {
-        multiply_floats<format, R>(panel, {tile, 4, 4 * R}, rows.words(), out, false);
+        Sums<R> sums;
+        sums.clear();
+        add_floats<format, R>(sums, panel, {tile, 4, 4 * R}, rows.words(), ahead);
+        sums.store(out);
     } else {
-        multiply_quantised<format, R>(panel, tile, rows, out);
+        multiply_quantised<format, R>(panel, tile, rows, out, ahead);
     }
 }
 
 using MultiplyFloats = void (*)(const uint8_t*, Strided, int64_t, float*, bool);
-using Multiply = void (*)(const uint8_t*, const uint8_t*, const PackedRows&, float*);
+using Multiply = void (*)(const uint8_t*, const uint8_t*, const PackedRows&, float*, Ahead);
 
 // The functions for 1 .. most_rows(format) rows.
 template <Format format>

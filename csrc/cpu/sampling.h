@@ -89,7 +89,7 @@ private:
         }
         Kept kept;
         if (args_.top_k > 0 && args_.top_k < vocab_) {
-            kept.after = kept.before = std::max(kept.after, kth_largest(args_.top_k));
+            kept.after = kept.before = kth_largest(args_.top_k);
         }
         if (args_.top_p < 1.0) kept = nucleus(kept, float(1.0 - args_.top_p));
         return draw(kept, args_.uniform[row_ * args_.uniform_stride]);
@@ -241,6 +241,8 @@ private:
     static float reduce_min(Vec x) { return -reduce_max(Vec(-1.0f) * x); }
 
     static constexpr int ranges = 7;
+    // Scores whose masses are summed in float32 before they are added in float64.
+    static constexpr int64_t measured = 8 * score_group;
 
     // Thresholds at equal distances above `low`, the last one being `high`.
     static void divide_range(float low, float high, float* thresholds) {
@@ -261,11 +263,11 @@ private:
             for (int j = 0; j < ranges; ++j) thresholds[j] = Vec(at[j]);
         }
 
-        // Adds the scores of at least `low`.
-        void add(const float* scores, Vec low) {
+        // Adds those of `count` scores, whole groups, that are at least `low`.
+        void add(const float* scores, int64_t count, Vec low) {
             Vec sums[ranges], sum(0.0f);
             for (int j = 0; j < ranges; ++j) sums[j] = Vec(0.0f);
-            for (int64_t i = 0; i < score_group; i += Vec::width) {
+            for (int64_t i = 0; i < count; i += Vec::width) {
                 const Vec score = Vec::load(scores + i);
                 const Vec weight = select(score < low, Vec(0.0f), mass(score));
                 sum = sum + weight;
@@ -308,7 +310,10 @@ private:
             float thresholds[ranges];
             divide_range(low, high, thresholds);
             Measure<Mass> measure(mass, thresholds);
-            for (int64_t i = 0; i < count; i += score_group) measure.add(found_ + i, Vec(low));
+            const int64_t padded = (count + score_group - 1) / score_group * score_group;
+            for (int64_t i = 0; i < padded; i += measured) {
+                measure.add(found_ + i, std::min(measured, padded - i), Vec(low));
+            }
             const int range = measure.range(base, exceeds);
             int64_t kept = 0;
             for (int64_t i = 0; i < count; ++i) {
@@ -344,43 +349,64 @@ private:
         return {found_[i], ids_[i]};
     }
 
-    float kth_largest(int64_t k) {
-        const auto kth = [&](int64_t count) {
-            const double others = double(count - k);
-            return boundary(count, 0.0, CountMass{}, [=](double mass) { return mass > others; })
-                .score;
-        };
-        // At least k scores are no smaller than the k-th largest of the maxima.
-        float low = -std::numeric_limits<float>::max();
-        if (k <= groups_) {
-            for (int64_t i = 0; i < groups_; ++i) found_[i] = std::max(low, maxima_[i]);
-            std::memset(ids_, 0, size_t(groups_) * sizeof(int32_t));
-            low = kth(groups_);
-        }
-        const int64_t count = gather(low, std::numeric_limits<float>::infinity());
-        return count < k ? -std::numeric_limits<float>::infinity() : kth(count);
-    }
-
-    // Leaves out the least likely ones whose share of what is kept does not exceed `rest`.
-    Kept nucleus(Kept kept, float rest) {
-        constexpr float far = 16.0f;  // below the largest score; e^-16 of its weight
-        const float low = kept.after;
+    // The boundary among all scores of at least `low`; the first thresholds begin at `start`.
+    // exceeds_of(total) says what mass of scores, from the lowest on, exceeds.
+    template <typename Mass, typename ExceedsOf>
+    Boundary boundary_of_all(float low, float start, Mass mass, ExceedsOf exceeds_of) {
         float thresholds[ranges];
-        divide_range(std::max({low, smallest_, largest_ - far}), largest_, thresholds);
-        const WeightMass mass{Vec(largest_)};
-        Measure<WeightMass> measure(mass, thresholds);
-        for (int64_t group = 0; group < groups_; ++group) {
-            if (maxima_[group] < low) continue;
-            measure.add(scores_ + group * score_group, Vec(low));
+        divide_range(std::max(low, start), largest_, thresholds);
+        Measure<Mass> measure(mass, thresholds);
+        for (int64_t group = 0, end = 0; group < groups_; group = end) {
+            for (; end < groups_ && end - group < measured / score_group; ++end) {
+                if (maxima_[end] < low) break;
+            }
+            if (end == group) {
+                ++end;
+            } else {
+                measure.add(scores_ + group * score_group, (end - group) * score_group, Vec(low));
+            }
         }
-        const double total = measure.total;
-        const auto exceeds = [=](double mass) { return float(mass / total) > rest; };
+        const auto exceeds = exceeds_of(measure.total);
         const int range = measure.range(0.0, exceeds);
         const int64_t count =
             gather(range == 0 ? low : thresholds[range - 1],
                    range == ranges ? std::numeric_limits<float>::infinity() : thresholds[range]);
-        const Boundary edge =
-            boundary(count, range == 0 ? 0.0 : measure.below[range - 1], mass, exceeds);
+        return boundary(count, range == 0 ? 0.0 : measure.below[range - 1], mass, exceeds);
+    }
+
+    float kth_largest(int64_t k) {
+        // The k-th largest of the maxima has at least k scores that are no smaller; their smallest
+        // has as many as there are groups.
+        constexpr float lowest = -std::numeric_limits<float>::max();
+        const auto exceeds_of = [=](double total) {
+            return [=](double mass) { return mass > total - double(k); };
+        };
+        if (k > groups_) {
+            float start = largest_;
+            for (int64_t i = 0; i < groups_; ++i) {
+                if (maxima_[i] >= lowest) start = std::min(start, maxima_[i]);
+            }
+            return boundary_of_all(lowest, start, CountMass{}, exceeds_of).score;
+        }
+        for (int64_t i = 0; i < groups_; ++i) {
+            found_[i] = std::max(lowest, maxima_[i]);
+            ids_[i] = 0;
+        }
+        const float low =
+            boundary(groups_, 0.0, CountMass{}, exceeds_of(double(groups_))).score;
+        const int64_t count = gather(low, std::numeric_limits<float>::infinity());
+        if (count < k) return lowest;
+        return boundary(count, 0.0, CountMass{}, exceeds_of(double(count))).score;
+    }
+
+    // Leaves out the least likely ones whose share of what is kept does not exceed `rest`.
+    Kept nucleus(Kept kept, float rest) {
+        constexpr float far = 16.0f;  // below the largest score: e^-16 of its weight
+        const Boundary edge = boundary_of_all(
+            kept.after, std::max(smallest_, largest_ - far), WeightMass{Vec(largest_)},
+            [=](double total) {
+                return [=](double mass) { return float(mass / total) > rest; };
+            });
         return {std::nextafter(edge.score, std::numeric_limits<float>::infinity()), edge.score,
                 edge.token};
     }

@@ -157,8 +157,9 @@ void products_are_exact(Format format) {
                     }
                 }
                 for (int panel = 0; panel < 2; ++panel) {
-                    multiply_for(format, rows)(w.panels.data() + panel * w.panel_size, tile.data(),
-                                               to, ours.data() + panel * rows * 32);
+                    const uint8_t* begin = w.panels.data() + panel * w.panel_size;
+                    multiply_for(format, rows)(begin, tile.data(), to,
+                                               ours.data() + panel * rows * 32, {begin, 0});
                 }
                 expect_close(ours, exact, 1e-6,
                              std::to_string(rows) + " rows of " + std::to_string(inputs));
@@ -226,9 +227,9 @@ void attention_is_exact(double tolerance) {
                                           std::to_string(first) + ", size " + std::to_string(dim);
                 expect_close(out, exact, tolerance, shape);
                 if (queries == 1) {
-                    attend_one<T>(q.data(), entries, Entries<T>{k.data(), stride}, nullptr,
-                                  Entries<T>{v.data(), stride}, nullptr, 0, int(dim), scale,
-                                  scratch.data(), out.data());
+                    attend_heads<T>(q.data(), 1, entries, {k.data(), stride, nullptr, 0},
+                                    {v.data(), stride, nullptr, 0}, int(dim), scale,
+                                    scratch.data(), out.data());
                     expect_close(out, exact, tolerance, "one query, " + shape);
                 }
             }

@@ -69,7 +69,8 @@ def attention_with_cache(
         q: (B, T, H, D), the T newest positions of each row.
         k_cache, v_cache: (B, T_max, H, D).
         lengths: (B,) int64, entries stored before the new ones: query t of row b sees
-            entries 0 .. lengths[b] + t.
+            entries 0 .. lengths[b] + t. Of queries that lie past the end of the cache, as padding
+            may, the result is unspecified.
         scale: factor on the scores; None means 1 / sqrt(D).
 
     Returns:
@@ -275,6 +276,23 @@ def _cached_reference(
     return torch.einsum("bhts,bshd->bthd", weights, v_cache).to(q.dtype).contiguous()
 
 
+def _cached_native(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    return torch.ops.gpt2fast_native.attention_with_cache(q, k_cache, v_cache, lengths, scale)
+
+
+def _cached_native_refuses(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+) -> str | None:
+    reason = refuses_tensors(q) or refuses_tensors(k_cache, v_cache)
+    if reason is None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
+        return "the native kernels read caches whose last dimension is contiguous"
+    return reason
+
+
 _backward = Op(
     "causal_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
@@ -297,9 +315,7 @@ _forward = Op(
     "causal_attention",
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed) "
     "-> (Tensor out, Tensor lse)",
-    native=native(
-        _native, lambda q, k, v, scale, mask, dropout_p, seed: _native_refuses(q, k, v)
-    ),
+    native=native(_native, lambda q, k, v, scale, mask, dropout_p, seed: _native_refuses(q, k, v)),
     torch=Implementation(
         _flash,
         lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(q, mask, dropout_p),
@@ -309,6 +325,7 @@ _forward = Op(
 _cached = Op(
     "attention_with_cache",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor",
+    native=native(_cached_native, _cached_native_refuses),
     torch=_cached_reference,
     reference=_cached_reference,
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import Op
+from .native import native, refuses_tensors
 
 
 def append_to_cache(
@@ -79,22 +80,79 @@ def _release_reference(lengths: Tensor, rows: Tensor) -> None:
     lengths[rows] = 0
 
 
+def _contiguous_heads(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _refuses_cache(*caches: Tensor) -> str | None:
+    for cache in caches:
+        if cache.device.type != "cpu":
+            return f"the native kernels run on the CPU, and a cache is on {cache.device}"
+        if cache.stride(-1) != 1 and cache.shape[-1] != 1:
+            return "the native kernels write to caches whose last dimension is contiguous"
+    return None
+
+
+def _append_native(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+) -> None:
+    k, v = _contiguous_heads(k), _contiguous_heads(v)
+    torch.ops.gpt2fast_native.append_to_cache(k, v, k_cache, v_cache, lengths, counts)
+
+
+def _append_refuses(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+) -> str | None:
+    return (
+        refuses_tensors(k, v)
+        or refuses_tensors(k_cache, v_cache)
+        or _refuses_cache(k_cache, v_cache)
+    )
+
+
+def _reorder_native(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    torch.ops.gpt2fast_native.reorder_cache(k_cache, v_cache, rows)
+
+
+def _release_native(lengths: Tensor, rows: Tensor) -> None:
+    torch.ops.gpt2fast_native.release_rows(lengths, rows)
+
+
+def _release_refuses(lengths: Tensor, rows: Tensor) -> str | None:
+    if lengths.device.type != "cpu":
+        return f"the native kernels run on the CPU, and the lengths are on {lengths.device}"
+    return None
+
+
 _append = Op(
     "append_to_cache",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
     "Tensor? counts) -> ()",
+    native=native(_append_native, _append_refuses),
     torch=_append_reference,
     reference=_append_reference,
 )
 _reorder = Op(
     "reorder_cache",
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()",
+    native=native(_reorder_native, lambda k_cache, v_cache, rows: _refuses_cache(k_cache, v_cache)),
     torch=_reorder_reference,
     reference=_reorder_reference,
 )
 _release = Op(
     "release_rows",
     "(Tensor(a!) lengths, Tensor rows) -> ()",
+    native=native(_release_native, _release_refuses),
     torch=_release_reference,
     reference=_release_reference,
 )

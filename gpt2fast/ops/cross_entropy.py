@@ -154,10 +154,10 @@ def _torch(
             return logits
         return _grad_logits(wide, lse, targets, ignore_index).div_(count).to(logits.dtype)
 
-    losses, *gradients = _chunked(
+    losses, grad_hidden, grad_weight = _chunked(
         turn, Tensor.add_, hidden, weight, targets, hidden_grad, weight_grad
     )
-    return losses.sum() / count, *gradients
+    return losses.sum() / count, grad_hidden, grad_weight
 
 
 def _native(
@@ -182,8 +182,10 @@ def _native(
         return logits
 
     add = torch.ops.gpt2fast_native.accumulate
-    losses, *gradients = _chunked(turn, add, hidden, weight, targets, hidden_grad, weight_grad)
-    return losses.sum() / count, *gradients
+    losses, grad_hidden, grad_weight = _chunked(
+        turn, add, hidden, weight, targets, hidden_grad, weight_grad
+    )
+    return losses.sum() / count, grad_hidden, grad_weight
 
 
 def _native_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:

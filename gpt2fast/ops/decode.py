@@ -249,7 +249,9 @@ def _packed_reference(
                     used = used * scales[layer, row : row + 1, : entries.stop, :, None]
                 caches.append(used)
             at = lengths.new_full((1,), length)
-            attended[:, begin:end] = attention_with_cache(q[:, begin:end], *caches, at, scale)
+            attended[:, begin:end] = attention_with_cache(
+                q[:, begin:end], caches[0], caches[1], at, scale
+            )
         x = torch.addmm(
             matrix(f"{block}attn.c_proj.bias"),
             attended.view(len(tokens), -1),

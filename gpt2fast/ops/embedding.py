@@ -51,7 +51,10 @@ def _each(positions: Tensor, tokens: Tensor) -> Tensor:
 
 def _native(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     out = torch.ops.gpt2fast_native.embedding(
-        tokens.reshape(-1).contiguous(), _each(positions, tokens), wte.contiguous(), wpe.contiguous()
+        tokens.reshape(-1).contiguous(),
+        _each(positions, tokens),
+        wte.contiguous(),
+        wpe.contiguous(),
     )
     return out.view(*tokens.shape, -1)
 

@@ -157,8 +157,6 @@ def _gelu_mlp_backward_native(
     return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, torch.ops.gpt2fast_native.sum_rows(grad)
 
 
-
-
 _bias_gelu_backward = Op(
     "bias_gelu_backward",
     "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backend import Op
+from .native import native, refuses_tensors
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
@@ -49,8 +50,11 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of likeliest tokens with a total probability of `p`, at least one."""
-    ascending, order = scores.sort(dim=-1)
+    """Keep the smallest set of likeliest tokens with a total probability of `p`, at least one.
+
+    Of equal scores at the edge of the set, those of lower token ids are left out first.
+    """
+    ascending, order = scores.sort(dim=-1, stable=True)
     outside = ascending.softmax(-1).cumsum(-1) <= 1 - p
     outside[..., -1] = False
     return scores.masked_fill(outside.scatter(-1, order, outside), -math.inf)
@@ -174,10 +178,27 @@ def _reference(
     return reached.int().argmax(-1)
 
 
+def _native(logits: Tensor, *rest: Any) -> Tensor:
+    # The kernel sums weights in its own order: a token differs from the reference's only where a
+    # random number lies within rounding, about 1e-7, of the edge between two tokens.
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    return torch.ops.gpt2fast_native.sample(logits, *rest)
+
+
+def _native_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest: Any) -> Any:
+    if uniform is not None and uniform.dtype != torch.float32:
+        return f"the native kernel takes float32 random numbers, not {uniform.dtype}"
+    if not logits.shape[1]:
+        return "there is no token to choose"
+    return refuses_tensors(logits)
+
+
 _sample = Op(
     "sample",
     "(Tensor logits, Tensor history, Tensor? uniform, float temperature, int top_k, float top_p, "
     "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> Tensor",
+    native=native(_native, _native_refuses),
     torch=_reference,
     reference=_reference,
 )

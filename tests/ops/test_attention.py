@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,9 @@ from gpt2fast import backend, ops
 from gpt2fast.errors import BackendError
 from gpt2fast.ops.attention import _backward, _cached, _forward
 from tolerance import assert_close
+
+# torch's flash attention takes neither mask nor dropout.
+WITH_MASK = [name for name in BACKENDS if name != "torch"]
 
 
 def torch_attention(q, k, v, mask=None, scale=None):
@@ -23,15 +29,18 @@ def torch_attention(q, k, v, mask=None, scale=None):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 1, 2, 64), (3, 17, 3, 32), (2, 65, 1, 40)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 2, 64), (3, 17, 3, 32), (2, 65, 1, 40), (1, 57, 2, 128), (2, 9, 1, 7)], ids=str
+)
 def test_matches_torch_at_odd_shapes(name, dtype, shape):
     compare(ops.causal_attention, torch_attention, [random(*shape) for _ in "qkv"], dtype, name)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_matches_torch_on_a_long_sequence(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_torch_on_a_long_sequence(name, dtype):
     inputs = [random(1, 1023, 2, 64) for _ in "qkv"]
-    compare(ops.causal_attention, torch_attention, inputs, torch.float32, name)
+    compare(ops.causal_attention, torch_attention, inputs, dtype, name)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -64,46 +73,110 @@ def test_scale_replaces_the_default(name):
     )
 
 
+@pytest.mark.parametrize("name", WITH_MASK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_mask_with_a_visible_key_matches_torch(dtype):
-    mask = torch.rand(3, 23) < 0.6
+@pytest.mark.parametrize("time", [23, 130])
+def test_any_mask_with_a_visible_key_matches_torch(name, dtype, time):
+    mask = torch.rand(3, time) < 0.6
     mask[:, 0] = True
     compare(
         lambda q, k, v: ops.causal_attention(q, k, v, mask=mask),
         lambda q, k, v: torch_attention(q, k, v, mask=mask),
-        [random(3, 23, 2, 32) for _ in "qkv"],
+        [random(3, time, 2, 32) for _ in "qkv"],
         dtype,
-        "auto",
+        name,
     )
 
 
-def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
+@pytest.mark.parametrize("name", WITH_MASK)
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(name):
     q, k, v = (random(1, 6, 2, 32).float().requires_grad_() for _ in "qkv")
     mask = torch.tensor([[False, False, True, True, False, True]])
-    out = ops.causal_attention(q, k, v, mask=mask)
-    assert (out[0, :2] == 0).all() and (out[0, 2:] != 0).any()
-    out.sum().backward()
+    with backend(name):
+        out = ops.causal_attention(q, k, v, mask=mask)
+        assert (out[0, :2] == 0).all() and (out[0, 2:] != 0).any()
+        out.sum().backward()
     for tensor in (q, k, v):
         assert tensor.grad.isfinite().all()
     assert (q.grad[0, :2] == 0).all() and (v.grad[0, ~mask[0]] == 0).all()
 
 
-def test_one_seed_drops_the_same_weights_forward_and_backward():
-    q, k = (random(2, 12, 2, 32) for _ in "qk")
+@pytest.mark.parametrize("name", WITH_MASK)
+def test_one_seed_drops_the_same_weights_forward_and_backward(name):
+    q, k = (random(2, 12, 2, 32).float() for _ in "qk")
     seed = torch.tensor([7])
-    identity = torch.eye(12, dtype=torch.float64)[None, :, None, :].expand(2, 12, 2, 12)
-    attend = torch.ops.gpt2fast.causal_attention
+    identity = torch.eye(12)[None, :, None, :].expand(2, 12, 2, 12)
     # With the identity for values, the output is the matrix of dropped weights itself.
-    padded = F.pad(identity, (0, 20))
-    dropped = attend(q, k, padded, 0.2, None, 0.4, seed)[0][..., :12].transpose(1, 2)
-    whole = attend(q, k, padded, 0.2, None, 0.0, None)[0][..., :12].transpose(1, 2)
-    kept = dropped != 0
-    assert torch.allclose(dropped[kept], whole[kept] / 0.6)
-    visible = torch.ones(12, 12).tril().bool().expand_as(kept)
-    assert 0.5 < kept[visible].double().mean() < 0.7
-    again = attend(q, k, padded, 0.2, None, 0.4, seed)[0][..., :12].transpose(1, 2)
-    other = attend(q, k, padded, 0.2, None, 0.4, seed + 1)[0][..., :12].transpose(1, 2)
-    assert torch.equal(dropped, again) and not torch.equal(dropped, other)
+    padded = F.pad(identity, (0, 20)).clone().requires_grad_()
+
+    def attend(p, seed):
+        return torch.ops.gpt2fast.causal_attention(q, k, padded, 0.2, None, p, seed)[0]
+
+    def weights(p, seed):
+        return attend(p, seed)[..., :12].transpose(1, 2)
+
+    with backend(name):
+        dropped, whole = weights(0.4, seed), weights(0.0, None)
+        kept = dropped != 0
+        assert torch.allclose(dropped[kept], whole[kept] / 0.6)
+        visible = torch.ones(12, 12).tril().bool().expand_as(kept)
+        assert 0.5 < kept[visible].double().mean() < 0.7
+        again, other = weights(0.4, seed), weights(0.4, seed + 1)
+        assert torch.equal(dropped, again) and not torch.equal(dropped, other)
+        # The values' gradient is the transposed matrix of the very weights of the forward pass.
+        (gradient,) = torch.autograd.grad(attend(0.4, seed)[..., 0].sum(), padded)
+    assert torch.allclose(gradient[..., 0].transpose(1, 2), dropped.sum(2))
+
+
+def philox_uniforms(seed, batch, heads, time):
+    """(batch, heads, query, key) in [0, 1): Philox 4x32-10 (Salmon et al., 2011), 24 bits."""
+    low = np.uint64(0xFFFFFFFF)
+    shape = (batch * heads, time, -(-time // 4))
+    head, query, key = (np.broadcast_to(axis, shape).astype(np.uint64) for axis in np.ogrid[
+        : shape[0], : shape[1], : shape[2]
+    ])  # fmt: skip
+    counter = [key, query, head, np.zeros(shape, np.uint64)]
+    words = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        x, y = np.uint64(0xD2511F53) * counter[0], np.uint64(0xCD9E8D57) * counter[2]
+        counter = [
+            (y >> np.uint64(32)) ^ counter[1] ^ np.uint64(words[0]),
+            y & low,
+            (x >> np.uint64(32)) ^ counter[3] ^ np.uint64(words[1]),
+            x & low,
+        ]
+        words = [(words[0] + 0x9E3779B9) % 2**32, (words[1] + 0xBB67AE85) % 2**32]
+    uniforms = np.stack([c >> np.uint64(8) for c in counter], -1).astype(np.float32) * 2.0**-24
+    return torch.from_numpy(uniforms.reshape(batch, heads, time, -1)[..., :time])
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MASK if name != "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_is_a_function_of_seed_and_place(name, dtype, masked):
+    batch, time, heads, p, seed = 2, 70, 3, 0.3, 123456789 << 31
+    factors = (philox_uniforms(seed, batch, heads, time) >= p) / (1.0 - p)
+    visible = torch.ones(time, time).tril().bool()
+    kept = factors[..., visible]
+    # Of a mean of n factors with variance p / (1 - p); 4 standard deviations.
+    assert abs(kept.mean() - 1.0) < 4 * math.sqrt(p / (1.0 - p) / kept.numel())
+    mask = torch.rand(batch, time) < 0.7 if masked else None
+    if mask is not None:
+        mask[:, 0] = True
+        visible = visible & mask[:, None, None, :]
+
+    def theirs(q, k, v):
+        scores = torch.einsum("bthd,bshd->bhts", q, k).to(torch.promote_types(dtype, v.dtype)) / 6
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1) * factors
+        return torch.einsum("bhts,bshd->bthd", weights.to(v.dtype), v)
+
+    compare(
+        lambda q, k, v: ops.causal_attention(q, k, v, 1 / 6, mask, p, torch.tensor([seed])),
+        theirs,
+        [random(batch, time, heads, 36) for _ in "qkv"],
+        dtype,
+        name,
+    )
 
 
 def test_gradient_with_dropout_passes_gradcheck():
@@ -124,12 +197,14 @@ def test_passes_opcheck(name):
         opcheck(_backward.call, (out, *detached, out, lse, 0.2, None, 0.0, None))
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compiles_into_one_graph(name):
     q, k, v = (random(2, 7, 2, 32).float().requires_grad_() for _ in "qkv")
-    compiled = torch.compile(ops.causal_attention, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(ops.causal_attention(q, k, v).sum(), (q, k, v))
-    got = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    with backend(name):
+        compiled = torch.compile(ops.causal_attention, fullgraph=True, backend="aot_eager")
+        expected = torch.autograd.grad(ops.causal_attention(q, k, v).sum(), (q, k, v))
+        got = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_forced_backend_says_what_it_cannot_do():
@@ -151,21 +226,43 @@ def test_autocast_sets_the_dtype():
         assert ops.causal_attention(q, k, v).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, strided])
-def test_against_a_cache_equals_attention_over_the_whole_sequence(dtype, layout):
-    heads, width, old, new = 2, 32, [0, 5, 11], 4
+@pytest.mark.parametrize(
+    "heads, width, old, new",
+    [(2, 32, [0, 5, 11], 4), (3, 64, [0, 40, 130], 1), (1, 33, [7, 0], 70), (2, 6, [64, 3], 33)],
+    ids=str,
+)
+def test_against_a_cache_equals_attention_over_the_whole_sequence(
+    name, dtype, stored, layout, heads, width, old, new
+):
     rows = [[random(1, length + new, heads, width) for _ in "qkv"] for length in old]
-    k_cache, v_cache = (torch.full((3, 20, heads, width), float("nan"), dtype=dtype) for _ in "kv")
+    entries = max(old) + new + 3
+    caches = torch.full((2, len(old), entries, heads + 1, width), float("nan"), dtype=stored)
+    k_cache, v_cache = caches[..., :heads, :]
     for row, (_, k, v) in enumerate(rows):
-        k_cache[row, : k.shape[1]], v_cache[row, : v.shape[1]] = k[0].to(dtype), v[0].to(dtype)
+        k_cache[row, : k.shape[1]], v_cache[row, : v.shape[1]] = k[0].to(stored), v[0].to(stored)
     # Entries past a row's end are unspecified, keys too.
-    k_cache = torch.where(k_cache.isnan(), 1e4, k_cache)
+    k_cache[k_cache.isnan()] = 1e4
     queries = torch.cat([q[:, -new:] for q, _, _ in rows]).to(dtype)
-    out = ops.attention_with_cache(layout(queries), k_cache, v_cache, torch.tensor(old))
+    with backend(name):
+        out = ops.attention_with_cache(layout(queries), k_cache, v_cache, torch.tensor(old))
     exact = torch.cat([torch_attention(*row)[:, -new:] for row in rows])
     other = torch.cat([torch_attention(*(x.to(dtype) for x in row))[:, -new:] for row in rows])
     assert_close([out], [other], [exact], times=2.0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_queries_past_the_end_of_a_cache_leave_the_others_alone(name):
+    cache = random(2, 40, 2, 16).float()
+    q = random(2, 36, 2, 16).float()
+    with backend(name):
+        alone = ops.attention_with_cache(q[:, :3], cache, cache, torch.tensor([1, 37]))
+        padded = ops.attention_with_cache(q, cache, cache, torch.tensor([1, 37]))
+    assert torch.allclose(padded[1, :3], alone[1], atol=1e-5)
+    assert torch.allclose(padded[0, :3], alone[0], atol=1e-5)
 
 
 def test_cached_attention_passes_opcheck_and_refuses_a_gradient():

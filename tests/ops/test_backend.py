@@ -37,7 +37,7 @@ def test_a_choice_made_earlier_holds_in_its_block():
 
 
 def test_a_forced_backend_is_the_one_that_runs():
-    x, bias = torch.ones(2, 3), torch.ones(3)
+    x, bias = torch.ones(2, 3).double(), torch.ones(3).double()
     with record_calls() as calls:
         ops.bias_gelu(x, bias)
         with backend("reference"):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from comparison import random
-from gpt2fast import KVCache, ops
+from comparison import BACKENDS, random
+from gpt2fast import KVCache, backend, ops
 from gpt2fast.errors import GenerationError
 from gpt2fast.ops.cache import _append, _release, _reorder
+from gpt2fast.ops.native import unavailable
 
 
 def new_cache(rows=3, length=10):
@@ -88,6 +89,76 @@ def test_overflow_names_the_limit_and_is_found_before_writing():
     assert torch.equal(cache.k, before)
     append(cache, 2, torch.tensor([2, 1, 2]))
     assert cache.lengths.tolist() == [3, 5, 4]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, width", [(3, 64), (2, 5), (1, 1)], ids=str)
+def test_appending_to_views(name, stored, given, heads, width):
+    packed = torch.randn(4, 7, 3, heads, width).to(given)
+    _, k, v = packed.unbind(2)
+    lengths, counts = torch.tensor([0, 3, 9, 5]), torch.tensor([7, 0, 3, -1])
+    for cut in (lambda x: x, lambda x: x[:, 2:14], lambda x: x[..., :heads, :width]):
+        whole = torch.zeros(2, 4, 16, heads + 1, width).to(stored)
+        k_cache, v_cache = (cut(cache[..., :heads, :]) for cache in whole)
+        expected_k, expected_v = k_cache.clone(), v_cache.clone()
+        with backend(name):
+            ops.append_to_cache(k, v, k_cache, v_cache, lengths, counts)
+        for row, (begin, count) in enumerate(zip([0, 3, 9, 5], [7, 0, 3, 0], strict=True)):
+            expected_k[row, begin : begin + count] = k[row, :count]
+            expected_v[row, begin : begin + count] = v[row, :count]
+        assert torch.equal(k_cache, expected_k) and torch.equal(v_cache, expected_v)
+        assert (whole[..., heads, :] == 0).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_reordering_reads_rows_before_they_are_overwritten(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randint(7, (n,), generator=generator) for n in (1, 3, 7, 7, 7, 7, 7)]
+    orders += [torch.randperm(7, generator=generator) for _ in range(6)]
+    orders += [torch.tensor(rows) for rows in ([1, 2, 3, 4, 5, 6, 0], [1, 0, 3, 2], [6] * 7, [])]
+    for order in orders:
+        order = order.long()
+        k = torch.randint(-99, 99, (7, 5, 2, 3), generator=generator).to(dtype)
+        wide = torch.randint(-99, 99, (7, 9, 3, 3), generator=generator).to(dtype)
+        untouched = wide.clone()
+        v = wide[:, 2:7, :2]
+        before_k, before_v = k.clone(), v.clone()
+        with backend(name):
+            ops.reorder_cache(k, v, order)
+        assert torch.equal(k[: len(order)], before_k[order])
+        assert torch.equal(v[: len(order)], before_v[order])
+        assert torch.equal(k[len(order) :], before_k[len(order) :])
+        wide[:, 2:7, :2] = untouched[:, 2:7, :2]
+        assert torch.equal(wide, untouched)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_releasing_through_views(name):
+    lengths, rows = torch.arange(1, 13), torch.tensor([3, 9, 0, 9, 5])
+    with backend(name):
+        ops.release_rows(lengths[::2], rows[::2])
+    assert lengths.tolist() == [0, 2, 3, 4, 5, 6, 0, 8, 9, 10, 0, 12]
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+def test_native_refuses_what_lies_outside():
+    k, cache = torch.zeros(2, 3, 1, 4), torch.zeros(2, 5, 1, 4)
+    with backend("native"):
+        with pytest.raises(RuntimeError, match="row 1 holds 3 of at most 5 entries; 3 more"):
+            ops.append_to_cache(k, k, cache, cache.clone(), torch.tensor([2, 3]))
+        with pytest.raises(RuntimeError, match=r"lengths\[0\] = -1"):
+            ops.append_to_cache(k, k, cache, cache.clone(), torch.tensor([-1, 0]))
+        with pytest.raises(RuntimeError, match=r"rows\[1\] = 2 is not in 0 .. 1"):
+            ops.reorder_cache(cache, cache.clone(), torch.tensor([0, 2]))
+        with pytest.raises(RuntimeError, match=r"rows\[0\] = -3"):
+            ops.release_rows(torch.tensor([4, 5]), torch.tensor([-3]))
+        with pytest.raises(RuntimeError, match="of their sizes only the second"):
+            ops.append_to_cache(k, k, cache[..., :2], cache, torch.tensor([0, 0]))
+        with pytest.raises(RuntimeError, match="caches must be"):
+            ops.attention_with_cache(k, cache[..., :2], cache, torch.tensor([0, 0]))
 
 
 def test_the_ops_pass_opcheck():

@@ -26,14 +26,16 @@ def test_matches_torch(name, dtype, time, per_row):
     )
 
 
-def test_equal_runs_give_equal_gradients():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equal_runs_give_equal_gradients(name):
     tokens, positions = torch.randint(5, (8, 100)), torch.arange(100)
     gradients = []
     for _ in range(3):
         wte = torch.ones(5, 16, requires_grad=True)
         wpe = torch.ones(100, 16, requires_grad=True)
         weight = torch.randn(8, 100, 16, generator=torch.Generator().manual_seed(2))
-        (ops.embedding(tokens, positions, wte, wpe) * weight).sum().backward()
+        with backend(name):
+            (ops.embedding(tokens, positions, wte, wpe) * weight).sum().backward()
         gradients.append(wte.grad)
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
@@ -43,3 +45,27 @@ def test_passes_opcheck(name):
     wte, wpe = (random(9, 8).float().requires_grad_() for _ in range(2))
     with backend(name):
         opcheck(_forward.call, (torch.randint(9, (2, 5)), torch.arange(5), wte, wpe))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_index_outside_its_table_is_an_error(name):
+    tables = torch.ones(9, 8), torch.ones(4, 8)
+    with backend(name):
+        for token, position in [(9, 0), (-1, 0), (0, 4)]:
+            with pytest.raises((IndexError, RuntimeError)):
+                ops.embedding(torch.tensor([[token]]), torch.tensor([position]), *tables)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compiles_into_one_graph(name):
+    wte, wpe = (random(9, 8).float().requires_grad_() for _ in range(2))
+    tokens, positions = torch.randint(9, (2, 5)), torch.arange(5)
+
+    def run(wte, wpe):
+        return ops.embedding(tokens, positions, wte, wpe).square().sum()
+
+    with backend(name):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        expected = torch.autograd.grad(run(wte, wpe), (wte, wpe))
+        got = torch.autograd.grad(compiled(wte, wpe), (wte, wpe))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))

@@ -63,15 +63,15 @@ def test_a_wide_residual_stays_wide(name):
     assert_close([normed], [rounded], [exact[0]], times=2.0)
 
 
-def test_large_offsets_do_not_cancel_the_variance():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_large_offsets_do_not_cancel_the_variance(name):
     x = (1e4 + torch.randn(4, 64)).double()
     weight, bias = torch.ones(64), torch.zeros(64)
     exact = F.layer_norm(x, (64,))
-    for name in BACKENDS:
-        with backend(name):
-            normed, _ = ops.residual_layer_norm(x.float(), None, weight, bias)
-        other = F.layer_norm(x.float(), (64,))
-        assert_close([normed], [other], [exact], times=2.0)
+    with backend(name):
+        normed, _ = ops.residual_layer_norm(x.float(), None, weight, bias)
+    other = F.layer_norm(x.float(), (64,))
+    assert_close([normed], [other], [exact], times=2.0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -82,17 +82,19 @@ def test_passes_opcheck(name):
         opcheck(_forward.call, (x, None, weight, bias, 1e-5))
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compiles_into_one_graph(name):
     arguments = [t.float().requires_grad_() for t in inputs(2, 7, 16)]
 
     def loss(*arguments):
         normed, summed = ops.residual_layer_norm(*arguments)
         return (normed * summed).sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(loss(*arguments), arguments)
-    got = torch.autograd.grad(compiled(*arguments), arguments)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    with backend(name):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        expected = torch.autograd.grad(loss(*arguments), arguments)
+        got = torch.autograd.grad(compiled(*arguments), arguments)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_mismatched_shapes_are_named():

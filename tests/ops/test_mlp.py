@@ -71,12 +71,14 @@ def test_both_pass_opcheck(name):
         opcheck(_bias_gelu.call, (arguments[0], arguments[4]))
 
 
-def test_gelu_mlp_compiles_into_one_graph():
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gelu_mlp_compiles_into_one_graph(name):
     arguments = [t.float().requires_grad_() for t in mlp_inputs(2, 7, 16)]
-    compiled = torch.compile(ops.gelu_mlp, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(ops.gelu_mlp(*arguments).sum(), arguments)
-    got = torch.autograd.grad(compiled(*arguments).sum(), arguments)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    with backend(name):
+        compiled = torch.compile(ops.gelu_mlp, fullgraph=True, backend="aot_eager")
+        expected = torch.autograd.grad(ops.gelu_mlp(*arguments).sum(), arguments)
+        got = torch.autograd.grad(compiled(*arguments).sum(), arguments)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_autocast_sets_the_dtype():

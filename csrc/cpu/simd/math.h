@@ -40,4 +40,33 @@ inline Vec gelu(Vec z) {
     return z / (Vec(1.0f) + exp(Vec(-2.0f) * u));
 }
 
+// Elements of a where bit `stage` of their place is clear and those of b, moved down by `stage`
+// places, where it is set; with `upper`, a's are moved and b's are not.
+template <int stage, bool upper, int... l>
+Vec exchange(Vec a, Vec b, std::integer_sequence<int, l...>) {
+    constexpr int width = Vec::width;
+#if defined(__clang__)
+    return Vec(__builtin_shufflevector(
+        a.v, b.v, ((l & stage) ? width + l - (upper ? 0 : stage) : l + (upper ? stage : 0))...));
+#else
+    typedef int Places __attribute__((vector_size(4 * width)));
+    return Vec(__builtin_shuffle(
+        a.v, b.v,
+        Places{((l & stage) ? width + l - (upper ? 0 : stage) : l + (upper ? stage : 0))...}));
+#endif
+}
+
+// rows[i] element j <-> rows[j] element i, by bits of i and j.
+template <int stage = 1>
+void transpose(Vec* rows) {
+    using Places = std::make_integer_sequence<int, Vec::width>;
+    for (int i = 0; i < Vec::width; ++i) {
+        if (i & stage) continue;
+        const Vec a = rows[i], b = rows[i + stage];
+        rows[i] = exchange<stage, false>(a, b, Places());
+        rows[i + stage] = exchange<stage, true>(a, b, Places());
+    }
+    if constexpr (2 * stage < Vec::width) transpose<2 * stage>(rows);
+}
+
 }  // namespace gpt2fast::GPT2FAST_ISA

@@ -1,0 +1,404 @@
+"""gpt2fast beside other engines, in turns, with the memory's speed measured in every round:
+
+    python compare.py --model MODEL                        everything that is installed
+    python compare.py --model MODEL --weights int8 --cases decode-1 prefill-512
+    python compare.py --model MODEL --check                do the float32 engines write the same?
+
+MODEL is a directory of GPT2.save_pretrained; `random_model.py` makes one with random weights, and
+`setup_peers.py` installs the engines. Results go to RESULTS.json, .md and, where matplotlib is
+installed, .png; figures of another call with the same names are replaced and the others kept, so
+that a long comparison can be made in pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint import Checkpoint, PeerError
+from setup_peers import DEFAULT_FOLDER, python_of
+
+_HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(_HERE.parent))  # machine.py, which the other benchmarks use as well
+
+import machine  # noqa: E402
+
+OURS = "gpt2fast"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of prompts of one length, continued."""
+
+    rows: int
+    prompt: int
+    new: int
+    kind: str
+    """Which of the two speeds counts: "prefill" or "decode"."""
+
+
+CASES = {
+    "decode-1": Case(1, 128, 128, "decode"),
+    "decode-8": Case(8, 128, 64, "decode"),
+    "decode-32": Case(32, 128, 32, "decode"),
+    "decode-1-at-896": Case(1, 896, 64, "decode"),
+    "prefill-512": Case(1, 512, 1, "prefill"),
+    "prefill-1024": Case(1, 1024, 1, "prefill"),
+}
+
+FORMATS = {
+    "float32": [
+        (OURS, "float32"),
+        ("transformers", "float32"),
+        ("ctranslate2", "float32"),
+        ("onnxruntime", "float32"),
+        ("llama_cpp", "float32"),
+    ],
+    "bfloat16": [
+        (OURS, "bfloat16"),
+        ("transformers", "bfloat16"),
+        ("llama_cpp", "bfloat16"),
+        ("llama_cpp", "float16"),
+    ],
+    "int8": [
+        (OURS, "int8"),
+        ("ctranslate2", "int8"),
+        ("onnxruntime", "int8"),
+        ("onnxruntime", "int8-blocks"),
+        ("llama_cpp", "int8"),
+    ],
+    "int4": [(OURS, "int4"), ("onnxruntime", "int4"), ("llama_cpp", "int4")],
+}
+"""The engines that are compared with each other, ours first, and their formats of the weights."""
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}
+"""Bytes a weight, for the floor where our engine does not say what it reads."""
+
+_PAUSE = 0.3
+"""Seconds between two engines' turns, until the threads of the one before have gone to sleep."""
+
+
+class Engine:
+    """A peer in a process of its own (serve.py).
+
+    Raises:
+        PeerError: it is not installed, or lacks the format.
+    """
+
+    def __init__(
+        self, peer: str, weights: str, model: Path, threads: int, folder: Path, converted: Path
+    ):
+        self.peer, self.weights = peer, weights
+        python = _python(peer, folder)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        words = [
+            python, _HERE / "serve.py", peer, "--model", model, "--weights", weights,
+            "--threads", threads, "--converted", converted,
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            [str(word) for word in words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        try:
+            self.version: str = self._read()["version"]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def label(self) -> str:
+        """Name and, where it is not that of the group, format."""
+        return f"{self.peer} {self.weights}"
+
+    def generate(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        """One greedy continuation; see `engine.Run`."""
+        command = json.dumps({"op": "generate", "prompts": prompts, "new": new})
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer that is missing says so
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(f"{self.label}: the process ended with code {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(f"{self.label}: {answer['error']}")
+        return answer
+
+
+def _python(peer: str, folder: Path) -> Path:
+    """The interpreter to run a peer with: its own environment's, or this one's if it has it."""
+    found = python_of(peer, folder)
+    if found is not None:
+        return found
+    needed = {"llama_cpp": ()}.get(peer, (peer, "onnx") if peer == "onnxruntime" else (peer,))
+    if needed and all(importlib.util.find_spec(name) for name in needed):
+        return Path(sys.executable)
+    raise PeerError(f"{peer} is not installed: see setup_peers.py")
+
+
+def start(
+    weights: str, model: Path, threads: int, folder: Path, converted: Path
+) -> tuple[list[Engine], list[str]]:
+    """The engines of a group that run here, ours first, and why the others do not."""
+    engines, missing = [], []
+    for peer, own in FORMATS[weights]:
+        try:
+            engines.append(Engine(peer, own, model, threads, folder, converted))
+        except PeerError as error:
+            missing.append(str(error))
+    return engines, missing
+
+
+def prompts_of(case: Case, vocabulary: int) -> list[list[int]]:
+    """The same random tokens at every call."""
+    draw = random.Random(0)
+    return [[draw.randrange(vocabulary) for _ in range(case.prompt)] for _ in range(case.rows)]
+
+
+def measure(
+    engines: Sequence[Engine], case: Case, rounds: int, threads: int, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    """Tokens per second of each engine and the memory's speed, round by round."""
+    prompts = prompts_of(case, checkpoint.config["vocab_size"])
+    for engine in engines:
+        engine.generate(prompts, min(case.new, 4))
+    bandwidths: list[float] = []
+    speeds: dict[str, list[float]] = {engine.label: [] for engine in engines}
+    step_bytes = None
+    for _ in range(rounds):
+        time.sleep(_PAUSE)
+        bandwidths.append(machine.read_bandwidth(threads))
+        for engine in engines:
+            time.sleep(_PAUSE)
+            run = engine.generate(prompts, case.new)
+            if case.kind == "prefill":
+                tokens, seconds = case.rows * case.prompt, run["prefill_seconds"]
+            else:
+                tokens, seconds = case.rows * (case.new - 1), run["decode_seconds"]
+                if run["decode_bytes"]:
+                    step_bytes = run["decode_bytes"] / (case.new - 1)
+            speeds[engine.label].append(tokens / seconds)
+    return {
+        "case": asdict(case),
+        "bandwidth": bandwidths,
+        "step_bytes": step_bytes,
+        "speeds": speeds,
+    }
+
+
+def assumed_step_bytes(weights: str, case: Case, checkpoint: Checkpoint) -> float:
+    """What a decoding step must read: every weight once, and the cache half-way through."""
+    width, inner = checkpoint.width, checkpoint.inner_width
+    matrices = checkpoint.layers * width * (4 * width + 2 * inner)
+    matrices += checkpoint.config["vocab_size"] * width
+    entry = 2 * checkpoint.layers * width * (2 if weights == "bfloat16" else 4)
+    return matrices * _BYTES[weights] + case.rows * entry * (case.prompt + case.new / 2)
+
+
+def check(engines: Iterable[Engine], checkpoint: Checkpoint) -> dict[str, int]:
+    """For each engine, how many of some greedy continuations equal the first engine's."""
+    draw = random.Random(1)
+    vocabulary = checkpoint.config["vocab_size"]
+    prompts = [[draw.randrange(vocabulary) for _ in range(8 + 5 * n)] for n in range(20)]
+    same: dict[str, int] = {}
+    expected: list[list[int]] | None = None
+    for engine in engines:
+        found = [engine.generate([prompt], 24)["tokens"][0] for prompt in prompts]
+        expected = expected or found
+        same[engine.label] = sum(a == b for a, b in zip(found, expected, strict=True))
+    return same
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """Medians, our speed over each peer's round by round, and the share of the floor."""
+    case = Case(**row["case"])
+    speeds = {label: statistics.median(values) for label, values in row["speeds"].items()}
+    ours = next((label for label in speeds if label.startswith(OURS)), None)
+    ratios = {}
+    if ours:
+        for label, theirs in row["speeds"].items():
+            pairs = zip(row["speeds"][ours], theirs, strict=True)
+            ratios[label] = statistics.median(mine / other for mine, other in pairs)
+    result = {"speeds": speeds, "ratios": ratios, "bandwidth": statistics.median(row["bandwidth"])}
+    if case.kind == "decode":
+        floors = [case.rows * speed / row["step_bytes"] for speed in row["bandwidth"]]
+        result["floor"] = statistics.median(floors)
+        if ours:
+            mine = zip(row["speeds"][ours], floors, strict=True)
+            result["share"] = statistics.median(speed / floor for speed, floor in mine)
+    return result
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"{results['machine']}, {results['threads']} threads, model {results['model']}. Tokens per "
+        "second, medians; in brackets our speed over theirs, the median of neighbouring runs.",
+        "",
+        "| weights | case | gpt2fast | share of the floor | memory GB/s | others |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, row in results["rows"].items():
+        weights, name = key.split("/")
+        found = summary(row)
+        ours, others = "–", []
+        for label, speed in found["speeds"].items():
+            ratio = found["ratios"].get(label)
+            if label.startswith(OURS):
+                ours = f"{speed:,.0f}"
+            else:
+                peer, own = label.split()
+                shown = peer if own == weights else label
+                beside = f" ({ratio:.2f} x)" if ratio else ""
+                others.append(f"{shown} {speed:,.0f}{beside}")
+        share = "–"
+        if "floor" in found:
+            share = f"of {found['floor']:,.0f}"
+            if "share" in found:
+                share = f"{found['share']:.2f} {share}"
+        speed = found["bandwidth"] / 1e9
+        lines.append(
+            f"| {weights} | {name} | {ours} | {share} | {speed:.1f} | {', '.join(others)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], file: Path) -> bool:
+    """Bars of every case, one picture; False where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {key: summary(row) for key, row in results["rows"].items()}
+    columns = 4
+    height = -(-len(rows) // columns)
+    figure, axes = pyplot.subplots(height, columns, figsize=(16, 3 * height), squeeze=False)
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, (key, found) in zip(axes.flat, rows.items(), strict=False):
+        labels = list(found["speeds"])
+        colours = ["tab:red" if label.startswith(OURS) else "tab:gray" for label in labels]
+        axis.barh(labels, list(found["speeds"].values()), color=colours)
+        axis.invert_yaxis()
+        if "floor" in found:
+            axis.axvline(found["floor"], color="black", linestyle=":", label="floor")
+        axis.set_title(f"{key}, tokens/s", fontsize=10)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--weights", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", type=Path, default=DEFAULT_FOLDER, help="of setup_peers.py")
+    parser.add_argument(
+        "--converted", type=Path, help="converted models; default: `models` in the peers' folder"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=_HERE.parent / "results" / "cpu.json",
+        help="default: %(default)s",
+    )
+    parser.add_argument("--check", action="store_true", help="compare tokens instead of speed")
+    options = parser.parse_args(argv)
+    try:
+        _run(options)
+    except PeerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    checkpoint = Checkpoint(options.model)
+    converted = options.converted or options.peers / "models"
+    groups = ["float32"] if options.check else options.weights
+    results = _earlier(options)
+    for weights in groups:
+        engines, missing = start(weights, options.model, options.threads, options.peers, converted)
+        for reason in missing:
+            print(f"left out: {reason}", file=sys.stderr)
+        try:
+            if options.check:
+                for label, same in check(engines, checkpoint).items():
+                    print(f"{label}: {same} of 20 continuations equal those of {engines[0].label}")
+                continue
+            for engine in engines:
+                results["versions"][engine.peer] = engine.version
+            for name in options.cases if engines else ():
+                row = measure(engines, CASES[name], options.rounds, options.threads, checkpoint)
+                row["step_bytes"] = row["step_bytes"] or assumed_step_bytes(
+                    weights, CASES[name], checkpoint
+                )
+                results["rows"][f"{weights}/{name}"] = row
+                _write(results, options.results)
+                print(table({**results, "rows": {f"{weights}/{name}": row}}).splitlines()[-1])
+        finally:
+            for engine in engines:
+                engine.close()
+
+
+def _earlier(options: argparse.Namespace) -> dict[str, Any]:
+    results: dict[str, Any] = {"versions": {}, "rows": {}}
+    if options.results.is_file():
+        results = json.loads(options.results.read_text())
+    results.update(
+        machine=machine.name(), threads=options.threads, model=options.model.name
+    )  # fmt: skip
+    return results
+
+
+def _write(results: dict[str, Any], file: Path) -> None:
+    order = [f"{weights}/{name}" for weights in FORMATS for name in CASES]
+    results["rows"] = {key: results["rows"][key] for key in order if key in results["rows"]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(results))
+    plot(results, file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""gpt2fast itself, through the loop that `GPT2.generate` and `Generator` run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from checkpoint import PeerError
+from engine import Prompts, Run
+
+import gpt2fast
+from gpt2fast import GPT2
+from gpt2fast.decoding import StopCriteria, Timing, decode
+from gpt2fast.sampling import SamplingOptions
+
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+
+
+class Engine:
+    """A model in evaluation mode."""
+
+    version = f"{gpt2fast.__version__}, torch {torch.__version__}"
+
+    def __init__(self, target: Path, weights: str, threads: int):
+        torch.set_num_threads(threads)
+        quantised = weights.startswith("int")
+        if quantised and not hasattr(GPT2, "quantize"):
+            raise PeerError(f"this gpt2fast has no {weights} weights")
+        model = GPT2.from_pretrained(target, dtype="float32" if quantised else weights).eval()
+        if quantised:
+            # Any text will do: what is measured does not depend on the weights' values.
+            text = torch.randint(model.config.vocab_size, (2, 128))
+            model = model.quantize(weights, calibration=text)
+        self._model = model
+
+    def generate(self, prompts: Prompts, new: int) -> Run:
+        """Continue every row by `new` tokens."""
+        timing = Timing()
+        options = SamplingOptions(max_new_tokens=new)
+        rows: list[list[int]] = [[] for _ in prompts]
+        limits = [new] * len(prompts)
+        for step in decode(self._model, prompts, limits, options, StopCriteria([]), timing=timing):
+            for row, token in zip(step.rows, step.tokens, strict=True):
+                rows[row].append(token)
+        return Run(timing.prefill_seconds, timing.decode_seconds, rows, timing.decode_bytes)

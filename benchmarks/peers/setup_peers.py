@@ -1,0 +1,155 @@
+"""Set up the engines that gpt2fast is compared with, each in an environment of its own:
+
+    python setup_peers.py                                  those that PyPI has
+    python setup_peers.py --llama-cpp ~/llama.cpp          and llama.cpp, built from that checkout
+
+transformers is the one peer that needs no setting up: `pip install -e ".[bench]"` brings it.
+Whatever fails leaves nothing behind; what is there already is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGES = {
+    "ctranslate2": ("ctranslate2==4.8.5", "numpy"),
+    "onnxruntime": ("onnxruntime==1.31.1", "onnx==1.23.2", "numpy"),
+    "llama_cpp": ("gguf==0.19.0", "numpy", "cmake", "ninja"),
+}
+DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / ".venv-peers"
+
+_READY = "ready.json"
+"""Written last into an environment: one without it is not finished."""
+_SHIM = Path(__file__).resolve().parent / "llama_cpp_shim.cpp"
+
+
+class SetupError(Exception):
+    """What went wrong, and what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "peers", nargs="*", help=f"some of {', '.join(PACKAGES)}; default: all that can be had"
+    )
+    parser.add_argument(
+        "--into", type=Path, default=DEFAULT_FOLDER, help="folder for all of it: %(default)s"
+    )
+    parser.add_argument("--llama-cpp", type=Path, metavar="PATH", help="a checkout of llama.cpp")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--again", action="store_true", help="replace what is there already")
+    options = parser.parse_args(argv)
+    for peer in options.peers:
+        if peer not in PACKAGES:
+            parser.error(f"{peer} is not one of {', '.join(PACKAGES)}")
+    peers = options.peers or [
+        peer for peer in PACKAGES if peer != "llama_cpp" or options.llama_cpp is not None
+    ]
+    try:
+        if "llama_cpp" in peers:
+            _check_checkout(options.llama_cpp)
+        for peer in peers:
+            _set_up(peer, options)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
+    return 0
+
+
+def python_of(peer: str, folder: Path) -> Path | None:
+    """The interpreter of a peer's finished environment, or None."""
+    python = folder / peer / "bin" / "python"
+    return python if (folder / peer / _READY).is_file() else None
+
+
+def _check_checkout(checkout: Path | None) -> None:
+    if checkout is None:
+        raise SetupError("llama_cpp is built from source: name a checkout with --llama-cpp PATH")
+    for file in ("CMakeLists.txt", "include/llama.h", "ggml/CMakeLists.txt"):
+        if not (checkout / file).is_file():
+            raise SetupError(f"{checkout} is no checkout of llama.cpp: it has no {file}")
+    if not (os.environ.get("CXX") or shutil.which("c++")):
+        raise SetupError("there is no C++ compiler: install one, or name it in CXX")
+
+
+def _set_up(peer: str, options: argparse.Namespace) -> None:
+    place = options.into / peer
+    if python_of(peer, options.into) and not options.again:
+        print(f"{peer}: already in {place} (--again replaces it)")
+        return
+    print(f"{peer}: setting up {place}", flush=True)
+    shutil.rmtree(place, ignore_errors=True)  # an unfinished one, or one to be replaced
+    try:
+        venv.create(place, with_pip=True)
+        packages = PACKAGES[peer]
+        _run([place / "bin" / "python", "-m", "pip", "install", "-q", *packages])
+        if peer == "llama_cpp":
+            _build_llama_cpp(options.llama_cpp.resolve(), place.resolve(), options.jobs)
+        (place / _READY).write_text(json.dumps({"packages": packages}) + "\n")
+    except BaseException as error:
+        shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise SetupError(f"{place}: {error}") from error
+        raise
+    print(f"{peer}: ready", flush=True)
+
+
+def _build_llama_cpp(checkout: Path, place: Path, jobs: int) -> None:
+    """libllama for this very CPU and the shim on top of it, into the environment's lib."""
+    tools = place / "bin"
+    library = place / "lib"
+    with tempfile.TemporaryDirectory(prefix="build-", dir=place) as folder:
+        switched_off = ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")
+        _run(
+            [
+                tools / "cmake", "-S", checkout, "-B", folder, "-G", "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
+                "-DCMAKE_BUILD_TYPE=Release",
+                "-DBUILD_SHARED_LIBS=ON",
+                "-DGGML_NATIVE=ON",
+                "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+                "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+                *(f"-DLLAMA_BUILD_{part}=OFF" for part in switched_off),
+            ]
+        )  # fmt: skip
+        _run([tools / "cmake", "--build", folder, "--target", "llama", "-j", jobs])
+        for built in Path(folder, "bin").glob("lib*"):
+            shutil.copy2(built, library, follow_symlinks=False)
+    includes = [f"-I{checkout / part / 'include'}" for part in (".", "ggml")]
+    _run(
+        [
+            os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC",
+            *includes, _SHIM, "-o", library / "libllama_cpp_shim.so",
+            f"-L{library}", "-lllama", "-Wl,-rpath,$ORIGIN",
+        ]
+    )  # fmt: skip
+
+
+def _run(command: Sequence[object]) -> None:
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise SetupError(f"{words[0]} cannot be run: {error}") from error
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise SetupError(f"{' '.join(words)}\nfailed with exit code {done.returncode}:\n{last}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+// Attention of single queries to a cache: what each decoding step does for every sequence.
+//
+// Traffic: the keys and values in use, once each. Per key a product a vector and about three
+// operations of the sums of 16 keys at a time; per value a multiply-add a vector, after widening
+// where it is not float32.
+//
+// Head by head, each a strided walk through the cache, 32 rows of 129 bfloat16 entries were read at
+// 16 GB/s beside 29 that the memory gives (2 cores of an EPYC, Zen 4).
+#pragma once
+
+#include "gemm.h"
+
+namespace gpt2fast::GPT2FAST_ISA {
+
+// One head's keys or values: entry t begins at data + t * stride.
+template <typename T>
+struct Entries {
+    const T* data;
+    int64_t stride;
+};
+
+// Neighbouring heads' keys or values: entry t of head h begins at data + t * stride + h * head_dim.
+// int8 entries have factors, that of entry t of head h at scales[t * scale_stride + h].
+template <typename T>
+struct CachedHeads {
+    const T* data;
+    int64_t stride;
+    const float* scales;
+    int64_t scale_stride;
+};
+
+// One query, in the type in which its products with keys are computed: float32 beside float32
+// entries, bfloat16 beside bfloat16, int8 with one scale beside int8. Heads whose size does not fill
+// whole vectors of words are computed in float32 whatever the entries are.
+template <typename T>
+struct Query {
+    static constexpr int word_inputs = 4 / sizeof(T);
+    static constexpr int vector_inputs = word_inputs * Vec::width;
+
+    const float* q;
+    int head_dim;
+    bool whole;    // whether head_dim is a multiple of vector_inputs
+    float scale;   // on every product
+    float offset;  // what to add to every product before
+    alignas(64) uint8_t words[512];
+
+    void prepare(const float* query, int size) {
+        q = query;
+        head_dim = size;
+        whole = !std::is_same_v<T, float> && head_dim % vector_inputs == 0 &&
+                size_t(head_dim) * sizeof(T) <= sizeof words;
+        scale = 1.0f;
+        offset = 0.0f;
+        if (!whole) return;
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            for (int d = 0; d < head_dim; d += Vec::width) {
+                Vec::load(q + d).store(reinterpret_cast<bfloat16*>(words) + d);
+            }
+        } else if constexpr (std::is_same_v<T, int8_t>) {
+            Vec largest(0.0f);
+            for (int d = 0; d < head_dim; d += Vec::width) {
+                largest = max(largest, abs(Vec::load(q + d)));
+            }
+            const float most = reduce_max(largest);
+            const Vec inverse(most > 0.0f ? 127.0f / most : 0.0f);
+            int8_t* narrow = reinterpret_cast<int8_t*>(words);
+            for (int d = 0; d < head_dim; d += Vec::width) {
+                (Vec::load(q + d) * inverse).store(narrow + d);
+            }
+            int sum = 0;
+            for (int d = 0; d < head_dim; ++d) sum += narrow[d];
+            // Keys enter as unsigned bytes, 128 too large.
+            offset = -128.0f * float(sum);
+            scale = most / 127.0f;
+        }
+    }
+
+    // Products with one key, to be summed over the elements.
+    Vec times(const T* key) const {
+        if constexpr (!std::is_same_v<T, float>) {
+            if (whole) {
+                const uint8_t* bytes = reinterpret_cast<const uint8_t*>(key);
+                const int size = head_dim * int(sizeof(T));
+                if constexpr (std::is_same_v<T, bfloat16>) {
+                    Vec sum(0.0f);
+                    for (int i = 0; i < size; i += 4 * Vec::width) {
+                        sum = dot_bfloat16(sum, Words::load(bytes + i), Words::load(words + i));
+                    }
+                    return sum;
+                } else {
+                    IntVec sum(0);
+                    for (int i = 0; i < size; i += 4 * Vec::width) {
+                        sum = dot_int8(sum, flip_signs(Words::load(bytes + i)),
+                                       Words::load(words + i));
+                    }
+                    return sum.to_float();
+                }
+            }
+        }
+        Vec even(0.0f), odd(0.0f);
+        int d = 0;
+        for (; d + 2 * Vec::width <= head_dim; d += 2 * Vec::width) {
+            even = fma(Vec::load(q + d), Vec::load(key + d), even);
+            odd = fma(Vec::load(q + d + Vec::width), Vec::load(key + d + Vec::width), odd);
+        }
+        for (; d < head_dim; d += Vec::width) {
+            const int n = std::min(Vec::width, head_dim - d);
+            even = fma(Vec::load(q + d, n), Vec::load(key + d, n), even);
+        }
+        return even + odd;
+    }
+};
+
+inline void prefetch_range(const void* begin, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const uint8_t*>(begin) + i);
+}
+
+// sums += weights[t] * entry t over some entries, for `vectors` x width elements. bfloat16 entries
+// are read as words, so that the sums of two vectors hold the even and the odd elements.
+template <typename T, int vectors>
+inline void add_entries(const T* data, int64_t stride, int count, const float* weights,
+                        int64_t ahead, float* sums) {
+    Vec sum[vectors];
+    for (int c = 0; c < vectors; ++c) sum[c] = Vec::load(sums + c * Vec::width);
+    for (int t = 0; t < count; ++t) {
+        const T* value = data + t * stride;
+        prefetch_range(value + ahead, vectors * Vec::width * int64_t(sizeof(T)));
+        const Vec weight(weights[t]);
+        if constexpr (std::is_same_v<T, bfloat16> && vectors % 2 == 0) {
+            for (int c = 0; c < vectors; c += 2) {
+                const Words both = Words::load(value + c * Vec::width);
+                sum[c] = fma(weight, even_halves(both), sum[c]);
+                sum[c + 1] = fma(weight, odd_halves(both), sum[c + 1]);
+            }
+        } else {
+            for (int c = 0; c < vectors; ++c) {
+                sum[c] = fma(weight, Vec::load(value + c * Vec::width), sum[c]);
+            }
+        }
+    }
+    for (int c = 0; c < vectors; ++c) sum[c].store(sums + c * Vec::width);
+}
+
+constexpr int value_vectors = 4;  // vectors of one head that are summed at once
+
+// The same for a whole head.
+template <typename T>
+inline void add_head(const T* data, int64_t stride, int count, const float* weights, int64_t ahead,
+                     int head_dim, float* sums) {
+    int d = 0;
+    for (; d + value_vectors * Vec::width <= head_dim; d += value_vectors * Vec::width) {
+        add_entries<T, value_vectors>(data + d, stride, count, weights, ahead, sums + d);
+    }
+    for (; d + Vec::width <= head_dim; d += Vec::width) {
+        add_entries<T, 1>(data + d, stride, count, weights, ahead, sums + d);
+    }
+    if (const int n = head_dim - d) {
+        Vec sum = Vec::load(sums + d, n);
+        for (int t = 0; t < count; ++t) {
+            sum = fma(Vec(weights[t]), Vec::load(data + t * stride + d, n), sum);
+        }
+        sum.store(sums + d, n);
+    }
+}
+
+// Brings even and odd sums of add_entries into the order of the elements.
+template <typename T>
+inline void order_head(int head_dim, float* sums) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        constexpr int both = 2 * Vec::width;
+        const int whole = head_dim / (value_vectors * Vec::width) * value_vectors * Vec::width;
+        for (int d = 0; d < whole; d += both) {
+            float apart[both];
+            std::memcpy(apart, sums + d, sizeof apart);
+            for (int i = 0; i < Vec::width; ++i) {
+                sums[d + 2 * i] = apart[i];
+                sums[d + 2 * i + 1] = apart[Vec::width + i];
+            }
+        }
+    }
+}
+
+// Heads whose scores are computed in one pass over the keys.
+constexpr int heads_at_once = 16;
+
+// Floats of scratch that attend_heads needs.
+inline int64_t attend_heads_scratch(int64_t heads, int64_t entries) {
+    return std::min<int64_t>(heads, heads_at_once) * (entries + Vec::width);
+}
+
+// Attention of one query of each of some heads, which lie side by side in q and out as in the
+// cache, to the first `entries` entries. The heads take turns with every few entries, so that
+// memory is read in the order in which it lies.
+template <typename T>
+void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, CachedHeads<T> v,
+                  int head_dim, float scale, float* scratch, float* out) {
+    constexpr bool scaled = std::is_same_v<T, int8_t>;
+    constexpr int width = Vec::width;
+    const int64_t row = entries + width;  // floats of a head's weights
+    for (int first = 0; first < heads; first += heads_at_once) {
+        const int count = std::min(heads_at_once, heads - first);
+        Query<T> queries[heads_at_once];
+        Vec largest[heads_at_once];
+        for (int h = 0; h < count; ++h) {
+            queries[h].prepare(q + (first + h) * head_dim, head_dim);
+            largest[h] = Vec(-std::numeric_limits<float>::infinity());
+        }
+        for (int64_t t = 0; t < entries; t += width) {
+            const int n = int(std::min<int64_t>(width, entries - t));
+            for (int h = 0; h < count; ++h) {
+                const T* keys = k.data + t * k.stride + (first + h) * head_dim;
+                Vec products[width];
+                float scales[width] = {};
+                for (int i = 0; i < width; ++i) {
+                    // Past the last entry the last one again: its score is left out below.
+                    const int64_t at = std::min(i, n - 1);
+                    const T* key = keys + at * k.stride;
+                    prefetch_range(key + width * k.stride, head_dim * int64_t(sizeof(T)));
+                    products[i] = queries[h].times(key);
+                    if (scaled) scales[i] = k.scales[(t + at) * k.scale_stride + first + h];
+                }
+                Vec score = (reduce_add_each(products) + Vec(queries[h].offset)) *
+                            Vec(scale * queries[h].scale);
+                if (scaled) score = score * Vec::load(scales);
+                score.store(scratch + h * row + t, n);
+                largest[h] = max(largest[h], score);
+            }
+        }
+        for (int h = 0; h < count; ++h) {
+            float* weights = scratch + h * row;
+            const Vec most(reduce_max(largest[h]));
+            Vec sums(0.0f);
+            int64_t t = 0;
+            for (; t + width <= entries; t += width) {
+                const Vec weight = exp(Vec::load(weights + t) - most);
+                weight.store(weights + t);
+                sums = sums + weight;
+            }
+            float total = reduce_add(sums);
+            if (const int n = int(entries - t)) {
+                exp(Vec::load(weights + t, n) - most).store(weights + t, n);
+                for (int i = 0; i < n; ++i) total += weights[t + i];
+            }
+            const float inverse = 1.0f / total;
+            for (t = 0; t < entries; ++t) {
+                weights[t] *= scaled ? inverse * v.scales[t * v.scale_stride + first + h] : inverse;
+            }
+        }
+        float* sums = out + first * head_dim;
+        std::memset(sums, 0, size_t(count) * size_t(head_dim) * sizeof(float));
+        for (int64_t t = 0; t < entries; t += width) {
+            const int n = int(std::min<int64_t>(width, entries - t));
+            for (int h = 0; h < count; ++h) {
+                add_head(v.data + t * v.stride + (first + h) * head_dim, v.stride, n,
+                         scratch + h * row + t, width * v.stride, head_dim, sums + h * head_dim);
+            }
+        }
+        for (int h = 0; h < count; ++h) order_head<T>(head_dim, sums + h * head_dim);
+    }
+}
+
+}  // namespace gpt2fast::GPT2FAST_ISA

@@ -1,0 +1,10 @@
+// Every kernel for AArch64, all of which has NEON.
+#if defined(__aarch64__)
+
+#define GPT2FAST_ISA neon
+#include "../prelude.h"
+#include "../simd/neon.h"
+
+#include "../families.h"
+
+#endif

@@ -1,0 +1,292 @@
+"""Packed weights: the step from token ids to logits, its formats, and the models made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from comparison import needs_native
+from gpt2fast import GPT2, GPT2Config, backend, ops
+from gpt2fast.errors import ArgumentError, BackendError, GenerationError, WeightsError
+from gpt2fast.ops.backend import record_calls
+from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
+from gpt2fast.packed import PackedGPT2, pack
+from gpt2fast.quantization import quantize_weights
+from tolerance import assert_close
+
+CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=48, vocab_size=101, n_positions=96)
+ODD = dataclasses.replace(
+    CONFIG, n_embd=51, n_inner=70, tie_word_embeddings=False, activation_function="gelu",
+    scale_attn_by_inverse_layer_idx=True, dropout=None,
+)  # fmt: skip
+FORMATS = {"float32": 0, "bfloat16": 0, "int8": 64, "int4": 32}
+
+
+def random_model(config, seed=0):
+    torch.manual_seed(seed)
+    model = GPT2(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def in_format(model, name):
+    """The model packed in a format."""
+    if name == "float32":
+        return model.pack()
+    if name == "bfloat16":
+        copy = GPT2(model.config, dtype=torch.bfloat16)
+        copy.load_state_dict(model.state_dict())
+        return copy.eval().pack()
+    return model.quantize(name, method="nearest")
+
+
+def unpacked(packed):
+    """A float32 GPT2 with the weights that `packed` stores."""
+    model = GPT2(packed.config).eval()
+    state = {}
+    for name in model.state_dict():
+        value = packed.weights.get(name)
+        value = value.dequantize() if isinstance(value, QuantizedMatrix) else value.float()
+        state[name] = value.t() if name in ("wte.weight", "lm_head.weight") else value
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 96), (51, 33), (1, 1), (130, 101)])
+def test_what_is_packed_comes_out_again(form, inputs, outputs):
+    group = FORMATS[form]
+    shape = ModelShape(1, inputs, 2 * inputs, outputs, 4, "relu", 1e-5, (1.0,), True)
+    weights = PackedWeights(
+        shape, {name: MatrixFormat(form, group) for name in shape.matrices()}
+    )
+    if group:
+        most = 127 if form == "int8" else 7
+        q = torch.randint(-most, most + 1, (inputs, outputs), dtype=torch.int8)
+        scales = torch.rand(-(-inputs // group), outputs).half()
+        weights.put("wte.weight", QuantizedMatrix(q, scales, 8 if most == 127 else 4, group))
+        found = weights.get("wte.weight")
+        assert torch.equal(found.q, q) and torch.equal(found.scales, scales)
+    else:
+        matrix = torch.randn(inputs, outputs).to(getattr(torch, form))
+        weights.put("wte.weight", matrix)
+        assert torch.equal(weights.get("wte.weight"), matrix)
+    again = PackedWeights.from_arena(weights.arena)
+    assert again.shape == shape and again.formats == weights.formats
+
+
+@needs_native
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_a_step_is_as_exact_as_torch(config, form):
+    """Prompts of several lengths in one call, then single tokens, against float64."""
+    packed = in_format(random_model(config), form)
+    plain = unpacked(packed)
+    counts = [1, 17, 70]
+    rows = [torch.randint(config.vocab_size, (count + 3,)) for count in counts]
+    exact_model = plain.double()
+    theirs_model = unpacked(packed)
+    if form == "bfloat16":
+        theirs_model = theirs_model.bfloat16()
+    cache = packed.new_cache(3, 80, torch.float32)
+    width = max(counts)
+    padded = torch.stack([torch.cat([row[:1].expand(width - n), row[:n]])
+                          for row, n in zip(rows, counts, strict=True)])  # fmt: skip
+    with torch.no_grad(), backend("native"):
+        found = [packed.read(padded, counts, [0, 0, 0], cache)]
+        for step in range(3):
+            tokens = torch.stack([row[n + step] for row, n in zip(rows, counts, strict=True)])
+            found.append(packed.decode_step(tokens, cache))
+    with torch.no_grad(), backend("torch"):
+        for index, logits in enumerate(found):
+            ends = [count + index for count in counts]
+            exact, theirs = (
+                torch.stack([model(row[None, :end]).logits[0, -1] for row, end in
+                             zip(rows, ends, strict=True)])
+                for model in (exact_model, theirs_model)
+            )  # fmt: skip
+            assert_close([logits], [theirs], [exact], times=3.0)
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
+def test_quantised_activations_cost_little(config, form):
+    packed = in_format(random_model(config), form)
+    ids = torch.randint(config.vocab_size, (2, 40))
+    exact = unpacked(packed)(ids).logits
+    found = packed(ids).logits
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@needs_native
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_native_and_reference_steps_agree(form, cache_dtype):
+    packed = in_format(random_model(CONFIG), form)
+    ids = torch.randint(CONFIG.vocab_size, (2, 40))
+    found = {}
+    for name in ("native", "reference"):
+        cache = packed.new_cache(2, 64, cache_dtype)
+        with backend(name):
+            found[name] = [packed.read(ids, [40, 23], [0, 0], cache)]
+            found[name] += [packed.decode_step(ids[:, step], cache) for step in range(3)]
+    exact = cache_dtype == torch.float32 and form == "float32"
+    for ours, theirs in zip(found["native"], found["reference"], strict=True):
+        assert (ours - theirs).norm() < (1e-5 if exact else 0.06) * theirs.norm()
+
+
+@needs_native
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu", "tanh"])
+def test_every_activation(activation):
+    model = random_model(dataclasses.replace(CONFIG, activation_function=activation, dropout=None))
+    ids = torch.randint(CONFIG.vocab_size, (2, 9))
+    with backend("torch"):
+        expected = model(ids).logits
+    assert torch.allclose(model.pack()(ids).logits, expected, atol=1e-4)
+
+
+@needs_native
+def test_generation_runs_on_packed_steps_alone():
+    model = random_model(CONFIG)
+    with backend("native"), record_calls() as calls:
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)
+    assert {(call.op, call.backend) for call in calls} == {
+        ("packed_step", "native"), ("sample", "native"),
+    }  # fmt: skip
+    assert [call.op for call in calls].count("packed_step") == 5
+
+
+@needs_native
+def test_changed_weights_are_packed_again():
+    model = random_model(CONFIG)
+    prompt = torch.tensor([[1, 2, 3]])
+    model.generate(prompt, max_new_tokens=8, do_sample=False)
+    before = model.for_decoding()
+    assert model.for_decoding() is before
+    model.ln_f.weight.data.neg_()  # torch does not count this change
+    after = model.for_decoding()
+    assert after is not before
+    with backend("torch"):
+        expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
+    with torch.no_grad():
+        model.ln_f.weight.mul_(-1)
+    cache = model.new_cache(1)
+    with backend("torch"):
+        expected = model.decode_step(prompt[:, 0], model.new_cache(1))
+    assert torch.allclose(model.decode_step(prompt[:, 0], cache), expected, atol=1e-5)
+
+
+def test_releasing_leaves_one_copy():
+    model = random_model(CONFIG)
+    expected = model.state_dict()["h.1.mlp.c_fc.weight"].clone()
+    packed = model.pack(release=True)
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    assert torch.equal(packed.weights.get("h.1.mlp.c_fc.weight"), expected)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_packed_models_are_saved_and_loaded(form, tmp_path):
+    packed = in_format(random_model(ODD), form)
+    packed.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path)
+    if FORMATS[form]:
+        assert isinstance(loaded, PackedGPT2) and loaded.format == form
+        assert torch.equal(loaded.weights.arena, packed.weights.arena)
+        assert loaded.bits_per_weight == packed.bits_per_weight
+        with pytest.raises(WeightsError, match="quantised"):
+            GPT2.from_pretrained(tmp_path, dtype="float32")
+    else:
+        assert torch.equal(loaded.pack().weights.arena, packed.weights.arena)
+
+
+def test_forward_takes_what_the_plain_model_takes():
+    model = random_model(CONFIG)
+    packed = model.pack()
+    ids = torch.randint(CONFIG.vocab_size, (3, 20))
+    mask = torch.ones(3, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    mask[2, 15:] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+        found = packed(ids, attention_mask=mask, position_ids=positions).logits
+        assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-4)
+        assert torch.allclose(
+            packed(ids, logits_to_keep=2).logits, model(ids, logits_to_keep=2).logits, atol=1e-4
+        )
+        labels = ids.clone()
+        labels[:, 3] = -100
+        assert torch.allclose(
+            packed(ids, labels=labels).loss, model(ids, labels=labels).loss, atol=1e-5
+        )
+        cache, other = packed.new_cache(3), model.new_cache(3)
+        for part in (slice(0, 7), slice(7, 20)):
+            found = packed(ids[:, part], cache=cache).logits
+            expected = model(ids[:, part], cache=other).logits
+            assert torch.allclose(found, expected, atol=1e-4)
+
+
+@needs_native
+def test_long_prompts_pass_in_blocks():
+    config = dataclasses.replace(CONFIG, n_positions=1200, dropout=None)
+    model = random_model(config)
+    ids = torch.randint(config.vocab_size, (2, 1023))
+    packed = model.pack()
+    cache = packed.new_cache(2, 1200)
+    found = packed.read(ids, [1023, 600], [0, 0], cache)
+    with torch.no_grad(), backend("torch"):
+        assert torch.allclose(found[0], model(ids[:1]).logits[0, -1], atol=2e-4)
+        assert torch.allclose(found[1], model(ids[1:, -600:]).logits[0, -1], atol=2e-4)
+    assert cache.lengths.tolist() == [1023, 600]
+
+
+def test_mistakes_are_named():
+    model = random_model(CONFIG)
+    with pytest.raises(ArgumentError, match="float64"):
+        model.double().pack()
+    packed = random_model(CONFIG).pack()
+    with pytest.raises(ArgumentError, match="not an arena"):
+        PackedWeights.from_arena(torch.zeros(100, dtype=torch.uint8))
+    with pytest.raises(GenerationError, match="token id 101"):
+        packed(torch.tensor([[101]]))
+    with pytest.raises(GenerationError, match="cache"):
+        packed.decode_step(torch.tensor([1]), packed.new_cache(2))
+    with pytest.raises(ArgumentError, match="int5"):
+        random_model(CONFIG).quantize("int5")
+
+
+@needs_native
+def test_the_step_checks_what_it_is_given():
+    packed = random_model(CONFIG).pack()
+    cache = packed.new_cache(2, 8)
+    good = {
+        "tokens": [1], "positions": [0], "starts": [0, 1], "rows": [0], "lengths": [0],
+        "outputs": [0],
+    }  # fmt: skip
+    bad = {
+        "tokens": [101], "positions": [96], "starts": [0, 2], "rows": [2], "lengths": [8],
+        "outputs": [1],
+    }  # fmt: skip
+    for name, values in bad.items():
+        arguments = {key: torch.tensor(value) for key, value in {**good, name: values}.items()}
+        with pytest.raises(RuntimeError, match="gpt2fast: "):
+            ops.packed_step(packed.weights, cache.k, cache.v, **arguments)
+    arguments = {key: torch.tensor(value) for key, value in good.items()}
+    with pytest.raises(BackendError, match="float16"), backend("native"):
+        ops.packed_step(packed.weights, cache.k.half(), cache.v.half(), **arguments)
+
+
+def test_quantised_matrices_enter_as_they_are():
+    model = random_model(CONFIG)
+    quantized = quantize_weights(model, "int4", method="nearest")
+    packed = pack(model, quantized)
+    for name, matrix in quantized.matrices.items():
+        found = packed.weights.get(name)
+        assert torch.equal(found.q, matrix.q) and torch.equal(found.scales, matrix.scales)
+    assert packed.bits_per_weight > 4.5
