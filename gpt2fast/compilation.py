@@ -140,7 +140,8 @@ def compile_library(target: Path, toolchain: Toolchain) -> None:
         _run_all(commands, processors())
         linked = os.path.join(scratch, target.name)
         libraries = ["-L" + str(toolchain.torch / "lib"), *_LINK_FLAGS]
-        _run_all([[*toolchain.compiler, *objects, "-o", linked, *libraries]], 1)
+        linking = [*toolchain.compiler, *extra_flags(), *objects, "-o", linked, *libraries]
+        _run_all([linking], 1)
         os.replace(linked, target)
 
 

@@ -44,7 +44,7 @@ FILE_NAME = "libgpt2fast_native.so"
 INSTALLED = "installed with the package"
 
 # Seconds of one processor that a build takes, for the line that announces it.
-_WORK = 40
+_WORK = 55
 # After this time a build that failed is tried again: something else may have been installed.
 _RETRY = 3600
 _AGAIN = "The kernels are compiled again when this file is removed or an hour old."

@@ -11,6 +11,7 @@ import torch
 
 from comparison import BACKENDS
 from gpt2fast import GPT2, GPT2Config, backend, ops
+from gpt2fast.packed import PackedGPT2
 
 ROWS, LONGEST = 6, 64
 OPTIONS = [
@@ -93,6 +94,7 @@ def test_long_decoding_keeps_to_the_uncached_logits_and_to_its_memory(name):
     warm = before = steps // 4
     with backend(name), torch.inference_mode():
         server = Server(model)
+        assert isinstance(server.model, PackedGPT2) == (name == "native")
         for step in range(steps):
             logits = server.step()
             if step % 41 == 0:

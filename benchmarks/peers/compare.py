@@ -215,13 +215,18 @@ def measure(
     }
 
 
-def assumed_step_bytes(weights: str, case: Case, checkpoint: Checkpoint) -> float:
-    """What a decoding step must read: every weight once, and the cache half-way through."""
+def completed(row: dict[str, Any], weights: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The row with the bytes of a step, where our engine did not say: what it must read at least,
+    every weight once and the cache half-way through."""
+    if row["step_bytes"]:
+        return row
+    case = Case(**row["case"])
     width, inner = checkpoint.width, checkpoint.inner_width
     matrices = checkpoint.layers * width * (4 * width + 2 * inner)
     matrices += checkpoint.config["vocab_size"] * width
     entry = 2 * checkpoint.layers * width * (2 if weights == "bfloat16" else 4)
-    return matrices * _BYTES[weights] + case.rows * entry * (case.prompt + case.new / 2)
+    entries = case.rows * (case.prompt + case.new / 2)
+    return {**row, "step_bytes": matrices * _BYTES[weights] + entry * entries}
 
 
 def check(engines: Iterable[Engine], checkpoint: Checkpoint) -> dict[str, int]:
@@ -370,9 +375,7 @@ def _run(options: argparse.Namespace) -> None:
                 results["versions"][engine.peer] = engine.version
             for name in options.cases if engines else ():
                 row = measure(engines, CASES[name], options.rounds, options.threads, checkpoint)
-                row["step_bytes"] = row["step_bytes"] or assumed_step_bytes(
-                    weights, CASES[name], checkpoint
-                )
+                row = completed(row, weights, checkpoint)
                 results["rows"][f"{weights}/{name}"] = row
                 _write(results, options.results)
                 print(table({**results, "rows": {f"{weights}/{name}": row}}).splitlines()[-1])

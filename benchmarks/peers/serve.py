@@ -50,7 +50,7 @@ def main() -> int:
     os.dup2(2, 1)
     try:
         engine = _load(options)
-    except (PeerError, ImportError, OSError, RuntimeError) as error:
+    except (PeerError, ImportError, OSError, RuntimeError, ValueError) as error:
         return _answer(answers, {"error": f"{type(error).__name__}: {error}"})
     _answer(answers, {"version": engine.version})
     for line in sys.stdin:

@@ -17,14 +17,16 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
     // Words of two bfloat16 need an even head size.
     const bool narrow = std::is_same_v<T, bfloat16> && std::is_same_v<Q, bfloat16> && dim % 2 == 0;
     const bool widens = std::is_same_v<T, bfloat16> && !narrow && args.time > 1;
-    Scratch scratch(Scratch::size(attention_scratch(dim)) + Scratch::size(args.entries + Vec::width) +
-                    2 * Scratch::size(dim) + (widens ? 2 * Scratch::size(args.entries * dim) : 0));
+    const int64_t widened = widens ? args.entries * dim : 0;
+    Scratch scratch(Scratch::size(attention_scratch(dim)) +
+                    Scratch::size(args.entries + Vec::width) + 2 * Scratch::size(dim) +
+                    2 * Scratch::size(widened));
     float* block_scratch = scratch.take(attention_scratch(dim));
     float* weights = scratch.take(args.entries + Vec::width);
     float* query = scratch.take(dim);
     float* result = scratch.take(dim);
-    float* wide_k = scratch.take(widens ? args.entries * dim : 0);
-    float* wide_v = scratch.take(widens ? args.entries * dim : 0);
+    float* wide_k = scratch.take(widened);
+    float* wide_v = scratch.take(widened);
     for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item % args.heads;
         const int64_t block = item / args.heads % blocks, row = item / args.heads / blocks;

@@ -132,8 +132,8 @@ private:
         int64_t found = 0, i = 0;
         for (; i + block <= vocab_; i += block) {
             Vec most[vectors];
-            for (int c = 0; c < vectors; ++c) most[c] = min(Vec::load(x + i + c * Vec::width), infinity);
-            for (int64_t j = i + vectors * Vec::width; j < i + block; j += vectors * Vec::width) {
+            for (int c = 0; c < vectors; ++c) most[c] = Vec(best);
+            for (int64_t j = i; j < i + block; j += vectors * Vec::width) {
                 for (int c = 0; c < vectors; ++c) {
                     most[c] = max(most[c], min(Vec::load(x + j + c * Vec::width), infinity));
                 }
@@ -379,7 +379,8 @@ private:
         // has as many as there are groups.
         constexpr float lowest = -std::numeric_limits<float>::max();
         const auto exceeds_of = [=](double total) {
-            return [=](double mass) { return mass > total - double(k); };
+            const double others = std::max(0.0, total - double(k));
+            return [=](double mass) { return mass > others; };
         };
         if (k > groups_) {
             float start = largest_;
@@ -392,8 +393,7 @@ private:
             found_[i] = std::max(lowest, maxima_[i]);
             ids_[i] = 0;
         }
-        const float low =
-            boundary(groups_, 0.0, CountMass{}, exceeds_of(double(groups_))).score;
+        const float low = boundary(groups_, 0.0, CountMass{}, exceeds_of(double(groups_))).score;
         const int64_t count = gather(low, std::numeric_limits<float>::infinity());
         if (count < k) return lowest;
         return boundary(count, 0.0, CountMass{}, exceeds_of(double(count))).score;
@@ -439,7 +439,9 @@ private:
             if (maxima_[group] < kept.after) continue;
             weigh(group, kept, weights);
             Vec sum(0.0f);
-            for (int64_t i = 0; i < score_group; i += Vec::width) sum = sum + Vec::load(weights + i);
+            for (int64_t i = 0; i < score_group; i += Vec::width) {
+                sum = sum + Vec::load(weights + i);
+            }
             sums_[group] = reduce_add(sum);
             total += sums_[group];
         }

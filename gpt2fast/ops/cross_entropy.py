@@ -23,9 +23,9 @@ from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 from .native import native, refuses_tensors
 
-# Logits held at once: 64 MB in float32. Every chunk reads the weight and adds to its gradient, so
-# fewer rows cost more (docs/performance.md).
-_CHUNK_ELEMENTS = 1 << 24
+# Of logits held at once. Every chunk reads the weight and adds to its gradient, so fewer rows cost
+# more (docs/performance.md).
+_CHUNK_BYTES = 1 << 27
 
 
 def linear_cross_entropy(
@@ -68,7 +68,8 @@ def _reference(
     logits = (hidden @ weight.t()).to(statistics_dtype(hidden.dtype))
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index)
     grad_logits = _grad_logits(logits, logits.logsumexp(-1), targets, ignore_index)
-    grad_logits = (grad_logits / _count(targets, ignore_index)).to(hidden.dtype)
+    count = _count(targets, ignore_index).clamp(min=1)
+    grad_logits = (grad_logits / count).to(hidden.dtype)
     return (
         loss,
         grad_logits @ weight if hidden_grad else hidden.new_empty(0),
@@ -109,8 +110,10 @@ def _chunked(
     grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
     if weight_grad and not len(hidden):
         grad_weight.zero_()
-    step = max(64, _CHUNK_ELEMENTS // max(1, len(weight)))
-    logits = hidden.new_empty((min(step, len(hidden)), len(weight)))
+    most = max(64, _CHUNK_BYTES // max(1, len(weight) * hidden.element_size()))
+    chunks = max(1, -(-len(hidden) // most))
+    step = max(1, -(-len(hidden) // chunks))  # chunks of nearly equal size
+    logits = hidden.new_empty((step, len(weight)))
     # Several chunks add up in at least float32.
     total = grad_weight
     if len(hidden) > step and dtype != weight.dtype:
@@ -152,7 +155,9 @@ def _torch(
         losses.copy_((lse - picked) * counted)
         if not (hidden_grad or weight_grad):
             return logits
-        return _grad_logits(wide, lse, targets, ignore_index).div_(count).to(logits.dtype)
+        return (
+            _grad_logits(wide, lse, targets, ignore_index).div_(count.clamp(min=1)).to(logits.dtype)
+        )
 
     losses, grad_hidden, grad_weight = _chunked(
         turn, Tensor.add_, hidden, weight, targets, hidden_grad, weight_grad

@@ -76,15 +76,15 @@ def _checked(given: Tensor | Sequence[int], vocab_size: int) -> Tensor:
         raise ArgumentError(
             f"calibration must be token ids, (T,) or (B, T), not {type(given).__name__}: {error}"
         ) from None
-    if tokens.dim() not in (1, 2) or tokens.is_floating_point() or tokens.is_complex():
-        raise ArgumentError(
-            f"calibration must be whole numbers, (T,) or (B, T), not {tokens.dtype} "
-            f"{tuple(tokens.shape)}"
-        )
     if not 0 < tokens.numel() <= MOST_TOKENS:
         raise ArgumentError(
             f"calibration has {tokens.numel()} tokens; give 1 to {MOST_TOKENS}, "
             f"of which a few thousand are enough"
+        )
+    if tokens.dim() not in (1, 2) or tokens.is_floating_point() or tokens.is_complex():
+        raise ArgumentError(
+            f"calibration must be whole numbers, (T,) or (B, T), not {tokens.dtype} "
+            f"{tuple(tokens.shape)}"
         )
     low, high = (int(bound) for bound in tokens.aminmax())
     if low < 0 or high >= vocab_size:

@@ -115,7 +115,7 @@ class _Rounding:
         bits, group = (8, 64) if self._scheme == "int8" else (4, self._group)
         if any(fnmatchcase(name, pattern) for pattern in self._sensitive):
             bits, group = 8, GROUPS["int8"][0]
-        weight = weight.detach().cpu()
+        weight = weight.cpu()
         if hessian is None:
             matrix = round_to_nearest(weight, bits, group)
         else:

@@ -17,6 +17,9 @@ from ..ops.packed import QuantizedMatrix
 RANGE = {8: (-127, 127), 4: (-8, 7)}
 """Smallest and largest integer, by bits."""
 
+# Columns rounded at once: an embedding is never held in float32 as a whole.
+_COLUMNS = 4096
+
 
 def round_to_nearest(weight: Tensor, bits: int, group: int) -> QuantizedMatrix:
     """Every weight at the integer that is nearest, each group's largest at the end of the range.
@@ -26,12 +29,17 @@ def round_to_nearest(weight: Tensor, bits: int, group: int) -> QuantizedMatrix:
         bits: 8 or 4.
         group: inputs that share a scale.
     """
-    weight = weight.detach().float()
     inputs, outputs = weight.shape
-    groups = F.pad(weight, (0, 0, 0, -inputs % group)).view(-1, group, outputs)
-    scales = stored(groups.abs().amax(1) / RANGE[bits][1])
-    q = integers(groups, scales[:, None], bits).view(-1, outputs)[:inputs]
-    return QuantizedMatrix(q.to(torch.int8), scales.half(), bits, group)
+    q = torch.empty(inputs, outputs, dtype=torch.int8)
+    scales = torch.empty(-(-inputs // group), outputs, dtype=torch.float16)
+    for begin in range(0, outputs, _COLUMNS):
+        columns = slice(begin, begin + _COLUMNS)
+        part = F.pad(weight[:, columns].detach().float(), (0, 0, 0, -inputs % group))
+        groups = part.unflatten(0, (-1, group))
+        steps = stored(groups.abs().amax(1) / RANGE[bits][1])
+        q[:, columns] = integers(groups, steps[:, None], bits).flatten(0, 1)[:inputs]
+        scales[:, columns] = steps
+    return QuantizedMatrix(q, scales, bits, group)
 
 
 def integers(weight: Tensor, scales: Tensor, bits: int) -> Tensor:

@@ -43,7 +43,7 @@ def test_matches_torch_at_odd_shapes(name, dtype, rows, width, vocab):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_do_not_change_the_result(name, dtype, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
     targets = targets_for(200, 50)
     inputs = [random(200, 16), random(50, 16) / 4]
     compare(ours(targets), theirs(targets), inputs, dtype, name)
@@ -81,7 +81,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(name):
 def test_never_holds_all_logits(name, monkeypatch):
     if name == "reference":
         pytest.skip("the reference is the expression with all logits")
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 1 << 22)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1 << 24)
     rows, vocab = 4096, 8192
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight = torch.randn(vocab, 8, requires_grad=True)
