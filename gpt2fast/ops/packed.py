@@ -19,6 +19,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +205,7 @@ class PackedWeights:
         """Every matrix, in the order of the arena."""
         return list(self._sizes)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes that a step for one token reads of the weights."""
         read = [name for name in self._sizes if self.shape.tied or name != "wte.weight"]
