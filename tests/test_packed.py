@@ -61,9 +61,7 @@ def unpacked(packed):
 def test_what_is_packed_comes_out_again(form, inputs, outputs):
     group = FORMATS[form]
     shape = ModelShape(1, inputs, 2 * inputs, outputs, 4, "relu", 1e-5, (1.0,), True)
-    weights = PackedWeights(
-        shape, {name: MatrixFormat(form, group) for name in shape.matrices()}
-    )
+    weights = PackedWeights(shape, {name: MatrixFormat(form, group) for name in shape.matrices()})
     if group:
         most = 127 if form == "int8" else 7
         q = torch.randint(-most, most + 1, (inputs, outputs), dtype=torch.int8)
