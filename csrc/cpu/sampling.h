@@ -387,6 +387,8 @@ private:
             for (int64_t i = 0; i < groups_; ++i) {
                 if (maxima_[i] >= lowest) start = std::min(start, maxima_[i]);
             }
+            // So that the first threshold is that one: most scores are below it.
+            start -= (largest_ - start) / (ranges - 1);
             return boundary_of_all(lowest, start, CountMass{}, exceeds_of).score;
         }
         for (int64_t i = 0; i < groups_; ++i) {
