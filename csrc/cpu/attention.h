@@ -170,7 +170,7 @@ inline Vec visible_scores(Vec scores, const Lanes& lanes, int c, int64_t first, 
     return select(lanes.v[c] < Vec(float(key - first)), hidden, scores);
 }
 
-// Rows of weights (keys, 32) as words: for bfloat16, pairs of neighbouring keys share one. In place.
+// Rows of weights (keys, 32) as words, in place: in bfloat16 pairs of neighbouring keys share one.
 template <Format format>
 void pack_weights(float* weights, int keys) {
     if constexpr (format == Format::bfloat16) {

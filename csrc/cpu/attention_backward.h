@@ -75,9 +75,11 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
 
     for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / heads, head = item % heads;
-        const Entries<T> q = head_of<T>(forward.q, row, head), k = head_of<T>(forward.k, row, head),
-                         v = head_of<T>(forward.v, row, head), grad = head_of<T>(args.grad, row, head),
-                         out = head_of<T>(args.out, row, head);
+        const Entries<T> q = head_of<T>(forward.q, row, head);
+        const Entries<T> k = head_of<T>(forward.k, row, head);
+        const Entries<T> v = head_of<T>(forward.v, row, head);
+        const Entries<T> grad = head_of<T>(args.grad, row, head);
+        const Entries<T> out = head_of<T>(args.out, row, head);
         const Weighting weighting = weighting_of(forward, row, head);
         const int64_t place = row * time * heads + head;  // of the head's results, in heads
         pack_entries<format>(k, 0, time, size, k_along, k_across);
@@ -132,8 +134,9 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
                     const Vec centre = Vec::load(inner + c * Vec::width);
                     for (int j = 0; j < keys; ++j) {
                         const int64_t at = j * n + c * Vec::width;
-                        const Vec score = visible_scores(Vec::load(weights + at) * Vec(forward.scale),
-                                                         lanes, c, first, key + j, weighting);
+                        const Vec product = Vec::load(weights + at) * Vec(forward.scale);
+                        const Vec score =
+                            visible_scores(product, lanes, c, first, key + j, weighting);
                         const Vec weight = exp(score - lse);
                         Vec slope = Vec::load(slopes + at), dropped = weight;
                         if (drops) {
