@@ -50,6 +50,9 @@ ELSEWHERE = {
     'python3 -m venv .venv-test && .venv-test/bin/pip install -q -c constraints.txt -e ".[test]" '
     "&& .venv-test/bin/python -m pytest -q tests": ".ci/run runs it; this is a part of it",
     "make setup check test": "installs; .ci/run does the same, step by step",
+    "cmake -S . -B build && cmake --build build --parallel && ctest --test-dir build": (
+        ".ci/run runs it, with sanitizers as well"
+    ),
     ".ci/run": "runs these tests",
 }
 """Commands that are not run here, and why."""
