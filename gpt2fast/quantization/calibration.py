@@ -1,9 +1,10 @@
 """The text whose activations say which errors matter.
 
 A model that comes without its training text can write some: what it samples from itself at
-temperature 1 has the activations that it will have in use. (LLM-QAT, Liu et al., 2023, and
-"Self-calibration for language model quantization and pruning", Williams et al., 2024, found it as
-good as real text.)
+temperature 1 has activations like those in use. LLM-QAT (Liu et al., 2023) trains quantised models
+on such text; "Self-calibration for language model quantization and pruning" (Williams et al., 2025)
+calibrates on it and finds it competitive with real text. Each sequence begins with a random token
+of its own: rows of `generate` that share a prompt share their draws, and would all be the same.
 """
 
 from __future__ import annotations
