@@ -208,7 +208,7 @@ def _row(speed: Speed) -> str:
     if speed.bandwidth is not None and speed.allowed is not None and speed.share is not None:
         memory = f"{speed.bandwidth / 1e9:.1f} GB/s"
         allows = f"{speed.allowed:,.1f} tokens/s"
-        share = f"{speed.share:.0%}"
+        share = f"{100 * speed.share:.0f} %"
     return (
         f"{speed.weights:<10}{speed.decode:>7,.1f} tokens/s{memory:>16}{allows:>18}{share:>8}  "
         f"{speed.prefill:,.0f} tokens/s"
@@ -219,11 +219,10 @@ def _summary(speeds: Sequence[Speed]) -> str:
     known = [speed for speed in speeds if speed.share is not None]
     if not known:
         return f"\nthe memory's speed is unknown: {native.unavailable() or 'nothing was measured'}"
-    reached = [f"{speed.weights} decoding reaches {speed.share:.0%}" for speed in known]
     bandwidth = statistics.median(speed.bandwidth or 0.0 for speed in known)
-    return (
-        f"\nyour memory reads {bandwidth / 1e9:.0f} GB/s; {', '.join(reached)} of what that allows"
-    )
+    first, *others = (f"{speed.weights} {100 * (speed.share or 0.0):.0f} %" for speed in known)
+    reached = ", ".join([first.replace(" ", " decoding reaches ", 1), *others])
+    return f"\nyour memory reads {bandwidth / 1e9:.0f} GB/s; {reached} of what that allows"
 
 
 if __name__ == "__main__":

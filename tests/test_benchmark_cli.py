@@ -58,7 +58,9 @@ def test_the_share_is_what_was_reached_of_what_the_memory_allows(run):
     assert code == 0
     assert speed["allowed"] == pytest.approx(speed["bandwidth"] / speed["step_bytes"])
     assert speed["share"] == pytest.approx(speed["decode"] / speed["allowed"])
-    assert "your memory reads" in run("--weights", "float32")[1]
+    words = run("--weights", "float32", "bfloat16")[1].splitlines()[-1]
+    assert words.startswith("your memory reads ") and "; float32 decoding reaches " in words
+    assert words.endswith(" % of what that allows") and ", bfloat16 " in words
 
 
 def test_json_says_what_was_run(run):

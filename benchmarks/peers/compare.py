@@ -20,6 +20,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -85,6 +86,18 @@ FORMATS = {
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}
 """Bytes a weight, for the floor where our engine does not say what it reads."""
 
+_MODULES = {
+    OURS: ("gpt2fast",),
+    "transformers": ("transformers",),
+    "ctranslate2": ("ctranslate2",),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "llama_cpp": ("gguf",),
+}
+"""What the environment that runs this must have, to serve for a peer without one of its own."""
+
+_CALM = 0.15
+"""Cores that something else may use in a round that counts."""
+
 _PAUSE = 0.3
 """Seconds between two engines' turns, until the threads of the one before have gone to sleep."""
 
@@ -106,11 +119,12 @@ class Engine:
             python, _HERE / "serve.py", peer, "--model", model, "--weights", weights,
             "--threads", threads, "--converted", converted,
         ]  # fmt: skip
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [str(word) for word in words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             env=environment,
         )
@@ -126,14 +140,23 @@ class Engine:
         return f"{self.peer} {self.weights}"
 
     def generate(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        """One greedy continuation; see `engine.Run`."""
+        """One greedy continuation; see `engine.Run`. `others` is how many cores something else
+        used meanwhile, None if unknown."""
+        start = time.perf_counter()
+        before = _busy_seconds(self._process.pid)
         command = json.dumps({"op": "generate", "prompts": prompts, "new": new})
         try:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer that is missing says so
-        return self._read()
+        answer = self._read()
+        after = _busy_seconds(self._process.pid)
+        others = None
+        if before and after:
+            foreign = (after[0] - before[0]) - (after[1] - before[1])
+            others = max(0.0, foreign / (time.perf_counter() - start))
+        return {**answer, "others": others}
 
     def close(self) -> None:
         """End the process."""
@@ -143,15 +166,32 @@ class Engine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._errors.close()
 
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise PeerError(f"{self.label}: the process ended with code {self._process.wait()}")
+            code = self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise PeerError(f"{self.label}: the process ended with code {code}: {last}")
         answer = json.loads(line)
         if "error" in answer:
             raise PeerError(f"{self.label}: {answer['error']}")
         return answer
+
+
+def _busy_seconds(process: int) -> tuple[float, float] | None:
+    """Seconds that all cores together, and those that this process, have computed since they
+    started; None where there is no /proc to tell."""
+    try:
+        machine_wide = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        own = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, soft = (int(ticks) for ticks in machine_wide[1:8])
+    tick = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + soft) / tick, (int(own[11]) + int(own[12])) / tick
 
 
 def _python(peer: str, folder: Path) -> Path:
@@ -159,8 +199,7 @@ def _python(peer: str, folder: Path) -> Path:
     found = python_of(peer, folder)
     if found is not None:
         return found
-    needed = {"llama_cpp": ()}.get(peer, (peer, "onnx") if peer == "onnxruntime" else (peer,))
-    if needed and all(importlib.util.find_spec(name) for name in needed):
+    if all(importlib.util.find_spec(name) for name in _MODULES[peer]):
         return Path(sys.executable)
     raise PeerError(f"{peer} is not installed: see setup_peers.py")
 
@@ -192,14 +231,17 @@ def measure(
     for engine in engines:
         engine.generate(prompts, min(case.new, 4))
     bandwidths: list[float] = []
+    others: list[float | None] = []
     speeds: dict[str, list[float]] = {engine.label: [] for engine in engines}
     step_bytes = None
     for _ in range(rounds):
         time.sleep(_PAUSE)
         bandwidths.append(machine.read_bandwidth(threads))
+        foreign = []
         for engine in engines:
             time.sleep(_PAUSE)
             run = engine.generate(prompts, case.new)
+            foreign.append(run["others"])
             if case.kind == "prefill":
                 tokens, seconds = case.rows * case.prompt, run["prefill_seconds"]
             else:
@@ -207,9 +249,11 @@ def measure(
                 if run["decode_bytes"]:
                     step_bytes = run["decode_bytes"] / (case.new - 1)
             speeds[engine.label].append(tokens / seconds)
+        others.append(None if None in foreign else max(foreign))
     return {
         "case": asdict(case),
         "bandwidth": bandwidths,
+        "others": others,
         "step_bytes": step_bytes,
         "speeds": speeds,
     }
@@ -244,8 +288,17 @@ def check(engines: Iterable[Engine], checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """Medians, our speed over each peer's round by round, and the share of the floor."""
+    """Medians, our speed over each peer's round by round, and the share of the floor; of the
+    rounds in which nothing else is known to have run, or of all where there is no such round."""
     case = Case(**row["case"])
+    others = row["others"]
+    calm = [n for n, cores in enumerate(others) if cores is not None and cores < _CALM]
+    kept = calm or range(len(others))
+    row = {
+        **row,
+        "bandwidth": [row["bandwidth"][n] for n in kept],
+        "speeds": {label: [values[n] for n in kept] for label, values in row["speeds"].items()},
+    }
     speeds = {label: statistics.median(values) for label, values in row["speeds"].items()}
     ours = next((label for label in speeds if label.startswith(OURS)), None)
     ratios = {}
@@ -254,6 +307,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
             pairs = zip(row["speeds"][ours], theirs, strict=True)
             ratios[label] = statistics.median(mine / other for mine, other in pairs)
     result = {"speeds": speeds, "ratios": ratios, "bandwidth": statistics.median(row["bandwidth"])}
+    result["calm_rounds"] = len(calm)
     if case.kind == "decode":
         floors = [case.rows * speed / row["step_bytes"] for speed in row["bandwidth"]]
         result["floor"] = statistics.median(floors)
@@ -267,7 +321,8 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
         f"{results['machine']}, {results['threads']} threads, model {results['model']}. Tokens per "
-        "second, medians; in brackets our speed over theirs, the median of neighbouring runs.",
+        "second, medians; in brackets our speed over theirs, the median of neighbouring runs. A "
+        "star marks cases without a round in which nothing else is known to have run.",
         "",
         "| weights | case | gpt2fast | share of the floor | memory GB/s | others |",
         "|---|---|---|---|---|---|",
@@ -291,8 +346,9 @@ def table(results: dict[str, Any]) -> str:
             if "share" in found:
                 share = f"{found['share']:.2f} {share}"
         speed = found["bandwidth"] / 1e9
+        star = "" if found["calm_rounds"] else " \\*"
         lines.append(
-            f"| {weights} | {name} | {ours} | {share} | {speed:.1f} | {', '.join(others)} |"
+            f"| {weights} | {name}{star} | {ours} | {share} | {speed:.1f} | {', '.join(others)} |"
         )
     return "\n".join(lines) + "\n"
 
