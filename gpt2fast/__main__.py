@@ -7,6 +7,7 @@ python -m gpt2fast.generate   continue a text
 python -m gpt2fast.prepare    turn text into tokens for training
 python -m gpt2fast.train      train, fine-tune, resume
 python -m gpt2fast.doctor     which implementation of each op runs here, and why
+python -m gpt2fast.benchmark  how fast it runs here, and how much of the memory's speed that is
 
 Each has --help."""
 
