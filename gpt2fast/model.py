@@ -428,6 +428,11 @@ class GPT2(nn.Module):
         """
         from .quantization import quantize_weights
 
+        if self.device.type not in ("cpu", "meta"):
+            raise ArgumentError(
+                f"quantised weights run on the CPU, and the model is on {self.device}; "
+                "move it with .cpu() first"
+            )
         quantized = quantize_weights(self, scheme, **options)
         self._packed = None
         return pack(self, quantized, release=release)

@@ -274,8 +274,9 @@ class PackedGPT2(nn.Module):
         cache: KVCache,
         outputs: Tensor,
     ) -> Tensor:
-        """Logits (P, V) after tokens[outputs], outputs ascending; row b reads counts[b] tokens."""
+        """Logits (P, V) after tokens[outputs]; row b reads counts[b] tokens."""
         found = []
+        outputs, order = outputs.sort()
         for pieces in _blocks(counts):
             rows = torch.tensor([row for row, _, _, _ in pieces])
             sizes = torch.tensor([end - begin for _, begin, end, _ in pieces])
@@ -297,7 +298,9 @@ class PackedGPT2(nn.Module):
                 v_scales=cache.v_scales,
             )
             found.append(logits)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        if not found:  # every token is masked
+            return torch.empty(0, self.config.vocab_size)
+        return torch.cat(found)[order.argsort()]
 
 
 def _blocks(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int, int]]]:

@@ -244,6 +244,23 @@ def test_long_prompts_pass_in_blocks():
     assert cache.lengths.tolist() == [1023, 600]
 
 
+@needs_native
+def test_positions_to_keep_may_come_in_any_order():
+    config = dataclasses.replace(CONFIG, n_positions=700, dropout=None)
+    model = random_model(config)
+    ids = torch.randint(config.vocab_size, (2, 600))
+    kept = torch.tensor([599, 0, 300])
+    with torch.no_grad(), backend("torch"):
+        expected = model(ids, logits_to_keep=kept).logits
+    assert torch.allclose(model.pack()(ids, logits_to_keep=kept).logits, expected, atol=2e-4)
+
+
+def test_nothing_but_padding_gives_zeros():
+    packed = random_model(CONFIG).pack()
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    assert not packed(ids, attention_mask=torch.zeros_like(ids)).logits.any()
+
+
 def test_mistakes_are_named():
     model = random_model(CONFIG)
     with pytest.raises(ArgumentError, match="float64"):
