@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import GenerationError
+from .memory import zeros
 
 
 class LayerCache(NamedTuple):
@@ -29,7 +30,8 @@ class LayerCache(NamedTuple):
 class KVCache:
     """Keys and values of the tokens that a model has seen, for `batch_size` independent rows.
 
-    Memory is `2 * n_layer * batch_size * max_length * n_head * head_dim` elements, allocated once.
+    Memory is `2 * n_layer * batch_size * max_length * n_head * head_dim` elements, allocated once;
+    on the CPU on huge pages where the system gives them.
 
     Args:
         n_layer, n_head, head_dim: shape of the model.
@@ -50,9 +52,9 @@ class KVCache:
         device: torch.device | str | None = None,
     ):
         shape = (n_layer, batch_size, max_length, n_head, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = zeros(shape, dtype, device)
         """(L, B, T_max, H, D) keys."""
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = zeros(shape, dtype, device)
         """(L, B, T_max, H, D) values."""
         self.k_scales: Tensor | None = None
         """(L, B, T_max, H) factors of int8 keys."""

@@ -15,7 +15,6 @@ group or a panel is padded with zeros.
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..memory import zeros
 
 _PANEL = 32
 _MAGIC = int.from_bytes(b"gt2fast1", "little")
@@ -147,7 +147,7 @@ class PackedWeights:
                 f"these can: {', '.join(_ACTIVATIONS)}"
             )
         header_words = self._lay_out(shape, formats)
-        self.arena = _allocate(self._size)
+        self.arena = zeros((self._size,), torch.uint8, "cpu")
         """(bytes,) uint8."""
         header = self._header()
         assert len(header) == header_words
@@ -323,14 +323,6 @@ def _double(x: float) -> int:
 def _to_float(bits: int) -> float:
     """The float64 that has these bits."""
     return struct.unpack("<d", struct.pack("<q", bits))[0]
-
-
-def _allocate(size: int) -> Tensor:
-    """Zeroed memory on huge pages where the system has them: fewer address translations."""
-    block = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.uint8)
 
 
 def _columns(matrix: Matrix, begin: int, end: int) -> Matrix:
