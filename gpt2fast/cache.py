@@ -83,8 +83,9 @@ class KVCache:
     @property
     def entry_bytes(self) -> int:
         """Bytes that one token's keys and values take in all layers."""
-        tensors = [t for t in (self.k, self.v, self.k_scales, self.v_scales) if t is not None]
-        return sum(tensor[:, 0, 0].numel() * tensor.element_size() for tensor in tensors)
+        layers, _, _, heads, head_dim = self.k.shape
+        head_bytes = head_dim * self.k.element_size() + (0 if self.k_scales is None else 4)
+        return 2 * layers * heads * head_bytes
 
     def layer(self, index: int, counts: Tensor | None = None) -> LayerCache:
         """The views that layer `index` writes to and reads from."""

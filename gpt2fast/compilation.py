@@ -94,15 +94,15 @@ def source_folder() -> Path:
     """csrc: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "binding.cpp").is_file():
+        if (folder / "binding").is_dir():
             return folder
     raise BackendError(f"the kernels' source is not here: no csrc in {package}, nor beside it")
 
 
 def source_files(folder: Path) -> list[Path]:
     """Everything that the library is made of, headers included, in a fixed order."""
-    tree = (folder / "cpu").rglob("*")
-    return sorted([folder / "binding.cpp", *(p for p in tree if p.suffix in (".cpp", ".h"))])
+    tree = [path for part in ("binding", "cpu") for path in (folder / part).rglob("*")]
+    return sorted(path for path in tree if path.suffix in (".cpp", ".h"))
 
 
 def extra_flags() -> list[str]:
@@ -128,13 +128,13 @@ def compile_library(target: Path, toolchain: Toolchain) -> None:
         commands, objects = [], []
         # What takes longest comes first.
         units = [path for path in source_files(folder) if path.suffix == ".cpp"]
-        units.sort(key=lambda path: (path.parent.name != "isa", path.name != "binding.cpp"))
+        units.sort(key=lambda path: (path.parent.name != "isa", path.parent.name != "binding"))
         for unit in units:
             objects.append(os.path.join(scratch, f"{unit.parent.name}-{unit.stem}.o"))
             include = ["-isystem", str(toolchain.torch / "include"), f"-I{folder}"]
             commands.append(
                 [*toolchain.compiler, *FLAGS, *extra_flags()]
-                + (include if unit.name == "binding.cpp" else [])
+                + (include if unit.parent.name == "binding" else [])
                 + ["-c", str(unit), "-o", objects[-1]]
             )
         _run_all(commands, processors())

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .errors import GenerationError
+from .packed import PackedGPT2
 from .sampling import SamplingOptions, draw_seed, uniforms
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ class Context:
     ):
         self.model = model.for_decoding()
         longest = max(len(prompt) for prompt in prompts)
-        self.history = torch.tensor(
+        self._columns = torch.tensor(
             [[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts],
             device=model.device,
         )
-        """(rows, S) int64: each row's tokens up to the last column, after -1 as padding."""
+        self._filled = longest
         self._room = model.config.n_positions
         self._half = max(1, self._room // 2)
         self._visible = [len(prompt) for prompt in prompts]
@@ -58,13 +59,18 @@ class Context:
             capacity = min(max(self._visible) + steps, self._room)
             self._cache = self.model.new_cache(len(prompts), capacity)
 
+    @property
+    def history(self) -> Tensor:
+        """(rows, S) int64: each row's tokens up to the last column, after -1 as padding."""
+        return self._columns[:, : self._filled]
+
     def read(self) -> Tensor:
         """Read all that is visible; returns the logits (rows, vocab) of every row's next token."""
         return self._read(self._visible, [0] * len(self._visible))
 
     def append(self, tokens: Tensor) -> Tensor:
         """Add a token (rows,) to each row; returns the logits (rows, vocab) of the next ones."""
-        self.history = torch.cat([self.history, tokens[:, None]], dim=1)
+        self._remember(tokens)
         full = [row for row, count in enumerate(self._visible) if count == self._room]
         before = self._visible
         self._visible = [self._half if n == self._room else n + 1 for n in before]
@@ -76,18 +82,43 @@ class Context:
         news = [self._half if n == self._room else 1 for n in before]
         return self._read(news, [0 if n == self._room else n for n in before])
 
+    def next(
+        self, tokens: Tensor, uniform: Tensor | None, reads_history: bool, **choice: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add a token (rows,) to each row and choose the next ones.
+
+        Args:
+            uniform, choice: as `ops.packed_next` takes them.
+            reads_history: whether the choice does.
+
+        Returns:
+            Logits (rows, vocab) and tokens (rows,).
+        """
+        if (
+            isinstance(self.model, PackedGPT2)
+            and self._cache is not None
+            and self._room not in self._visible
+        ):
+            self._remember(tokens)
+            self._visible = [count + 1 for count in self._visible]
+            history = self.history if reads_history else self._columns[:, :0]
+            return self.model.next_tokens(tokens, self._cache, history, uniform, **choice)
+        logits = self.append(tokens)
+        history = self.history if reads_history else self._columns[:, :0]
+        return logits, choose(logits, history, uniform, **choice)
+
     def expand(self, copies: int) -> None:
         """Repeat every row, the copies side by side."""
         if copies == 1:
             return
-        self.history = self.history.repeat_interleave(copies, dim=0)
+        self._columns = self._columns.repeat_interleave(copies, dim=0)
         self._visible = [count for count in self._visible for _ in range(copies)]
         if self._cache is not None:
             self._cache.expand(copies)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (an index tensor); a row may be left out or taken twice."""
-        self.history = self.history[rows]
+        self._columns = self._columns[rows]
         self._visible = [self._visible[row] for row in rows.tolist()]
         if self._cache is not None:
             self._cache.reorder(rows)
@@ -96,6 +127,13 @@ class Context:
         """Bytes of weights and of cached keys and values that one step reads."""
         entries = 0 if self._cache is None else sum(self._visible) * self._cache.entry_bytes
         return self.model.weight_bytes + entries
+
+    def _remember(self, tokens: Tensor) -> None:
+        if self._filled == self._columns.shape[1]:
+            room = self._columns.new_full((len(tokens), 256), -1)
+            self._columns = torch.cat([self._columns, room], dim=1)
+        self._columns[:, self._filled] = tokens
+        self._filled += 1
 
     def _read(self, counts: list[int], offsets: list[int]) -> Tensor:
         """Read each row's newest `counts[row]` tokens, from position `offsets[row]` on."""
@@ -233,7 +271,7 @@ def decode(
         seed = draw_seed() if options.seed is None else options.seed
         blocks = uniforms(seed, range(first_sample, first_sample + copies))
     numbers, column = torch.empty(0, 0), 0
-    processors = options.processors()
+    choice = {**options.processors(), "vocab_size": vocab_size}
     continuations: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
     rows = list(range(len(continuations)))
 
@@ -245,7 +283,6 @@ def decode(
         context.expand(copies)
         logits = logits.repeat_interleave(copies, dim=0)
         for step in range(max(limits)):
-            history = context.history if options.reads_history else context.history[:, :0]
             uniform = None
             if blocks is not None:
                 if column == numbers.shape[1]:
@@ -253,7 +290,10 @@ def decode(
                     numbers, column = next(blocks)[samples].to(model.device), 0
                 uniform = numbers[:, column]
                 column += 1
-            tokens = ops.sample(logits[:, :vocab_size], history, uniform, **processors)
+            if step == 0:
+                tokens = choose(logits, context.history, uniform, **choice)
+            else:
+                logits, tokens = context.next(tokens, uniform, options.reads_history, **choice)
             chosen = tokens.tolist()
             seconds = time.perf_counter() - start
             if step == 0:
@@ -284,7 +324,17 @@ def decode(
                 tokens = tokens[kept]
                 if blocks is not None:
                     numbers = numbers[kept]
-            logits = context.append(tokens)
+
+
+def choose(
+    logits: Tensor,
+    history: Tensor,
+    uniform: Tensor | None,
+    vocab_size: int | None = None,
+    **processors: Any,
+) -> Tensor:
+    """`ops.sample` among the tokens below `vocab_size`; None allows all."""
+    return ops.sample(logits[:, :vocab_size], history, uniform, **processors)
 
 
 @contextmanager

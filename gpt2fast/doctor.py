@@ -156,6 +156,9 @@ def _samples(device: str) -> dict[str, Callable[[], object]]:
         "packed_step": lambda: ops.packed_step(
             packed, cache[None], cache[None].clone(), row, row, torch.tensor([0, 1]), row, row, row
         ),
+        "packed_next": lambda: ops.packed_next(
+            packed, cache[None], cache[None].clone(), row, row, row, ids
+        ),
     }  # fmt: skip
 
 

@@ -248,6 +248,50 @@ class PackedGPT2(nn.Module):
         cache.advance(1, None, positions + 1)
         return logits
 
+    @torch.no_grad()
+    def next_tokens(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        history: Tensor,
+        uniform: Tensor | None = None,
+        **choice: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token to each row of a cache and choose the next ones.
+
+        Args:
+            tokens: (B,) int64.
+            cache: with B rows.
+            history, uniform, choice: arguments of `ops.packed_next`.
+
+        Returns:
+            (B, vocab) float32 logits and (B,) int64 tokens.
+        """
+        check_cache(self.config, cache, len(tokens))
+        cache.reserve(1)
+        positions = cache.positions
+        try:
+            logits, chosen = ops.packed_next(
+                self.weights,
+                cache.k,
+                cache.v,
+                tokens,
+                positions,
+                cache.lengths,
+                history,
+                uniform,
+                k_scales=cache.k_scales,
+                v_scales=cache.v_scales,
+                **choice,
+            )
+        except (RuntimeError, IndexError):
+            # The kernel looks at every number anyway; these say what to do.
+            check_tokens(self.config, tokens)
+            check_positions(self.config, positions[:, None])
+            raise
+        cache.advance(1, None, positions + 1)
+        return logits, chosen
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
         """Continue each row; see `gpt2fast.generation.generate` for the options."""
         from .generation import generate

@@ -86,7 +86,8 @@ def test_sources_flags_and_compiler_make_another_library(compiler, tmp_path, mon
     made.add(library.find_library().path)
     other = tmp_path / "csrc"
     (other / "cpu").mkdir(parents=True)
-    (other / "binding.cpp").touch()
+    (other / "binding").mkdir()
+    (other / "binding" / "tensors.h").touch()
     (other / "cpu" / "isa.cpp").touch()
     monkeypatch.setattr(library, "source_folder", lambda: other)
     monkeypatch.setattr(compilation, "source_folder", lambda: other)

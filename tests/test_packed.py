@@ -154,9 +154,91 @@ def test_generation_runs_on_packed_steps_alone():
     with backend("native"), record_calls() as calls:
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)
     assert {(call.op, call.backend) for call in calls} == {
-        ("packed_step", "native"), ("sample", "native"),
+        ("packed_step", "native"), ("sample", "native"), ("packed_next", "native"),
     }  # fmt: skip
-    assert [call.op for call in calls].count("packed_step") == 5
+    assert [call.op for call in calls].count("packed_next") == 4
+    assert len(calls) == 6
+
+
+def stepping(packed, rows):
+    """Arguments of ops.packed_next behind a prompt of 5, and of ops.packed_step for the same."""
+    torch.manual_seed(1)
+    cache = packed.new_cache(rows, 20)
+    prompts = torch.randint(packed.config.vocab_size, (rows, 5))
+    packed.read(prompts, list(range(5 - rows + 1, 6)), [0] * rows, cache)
+    return cache, torch.randint(packed.config.vocab_size, (rows,))
+
+
+CHOICES = [
+    {},
+    {"vocab_size": 17},
+    {"repetition_penalty": 1.7, "no_repeat_ngram_size": 1},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+@needs_native
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_next_tokens_are_a_step_and_a_choice(rows, form, choice):
+    packed = in_format(random_model(CONFIG), form)
+    cache, tokens = stepping(packed, rows)
+    other, _ = stepping(packed, rows)
+    history = torch.randint(CONFIG.vocab_size, (rows, 30))[:, ::3]
+    uniform = torch.rand(rows, 2)[:, 0] if "temperature" in choice else None
+    logits = packed.decode_step(tokens, other)
+    processors = {name: value for name, value in choice.items() if name != "vocab_size"}
+    expected = ops.sample(logits[:, : choice.get("vocab_size")], history, uniform, **processors)
+    found_logits, found = packed.next_tokens(tokens, cache, history, uniform, **choice)
+    assert torch.equal(found_logits, logits)
+    assert torch.equal(found, expected)
+    for name in ("k", "v", "lengths", "positions"):
+        assert torch.equal(getattr(cache, name), getattr(other, name)), name
+
+
+def packed_arguments(form="float32"):
+    packed = in_format(random_model(CONFIG), form)
+    cache, tokens = stepping(packed, 2)
+    caches = (packed.weights.arena, cache.k, cache.v, cache.k_scales, cache.v_scales)
+    rows = torch.arange(3)
+    step = (*caches, tokens, cache.positions, rows, rows[:-1], cache.lengths, rows[:-1], 101)
+    choice = (torch.zeros(2, 0, dtype=torch.int64), None, 101, 101, 1.0, 0, 1.0, 0.0, 1.0, 0)
+    return {
+        "packed_step": step,
+        "packed_next": (*caches, tokens, cache.positions, cache.lengths, *choice),
+    }
+
+
+@pytest.mark.parametrize("form", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["packed_step", "packed_next"])
+def test_steps_are_well_formed_ops(name, form):
+    torch.library.opcheck(getattr(torch.ops.gpt2fast, name).default, packed_arguments(form)[name])
+
+
+@pytest.mark.parametrize("name", ["packed_step", "packed_next"])
+def test_steps_compile_to_one_graph(name):
+    op = getattr(torch.ops.gpt2fast, name)
+
+    def step(*arguments):
+        found = op(*arguments)
+        return found if name == "packed_step" else found[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*packed_arguments()[name]), step(*packed_arguments()[name]))
+
+
+def test_next_tokens_names_mistakes():
+    packed = random_model(CONFIG).pack()
+    cache = packed.new_cache(1, 8)
+    history = torch.zeros(1, 0, dtype=torch.int64)
+    with pytest.raises(GenerationError, match="token id 101"):
+        packed.next_tokens(torch.tensor([101]), cache, history)
+    cache.positions = torch.tensor([CONFIG.n_positions])
+    with pytest.raises(GenerationError, match="n_positions=96"):
+        packed.next_tokens(torch.tensor([1]), cache, history)
+    with pytest.raises(GenerationError, match="cache"):
+        packed.next_tokens(torch.tensor([1, 2]), cache, history)
 
 
 @needs_native

@@ -3,7 +3,7 @@
 from .attention import attention_with_cache, causal_attention
 from .cache import append_to_cache, release_rows, reorder_cache
 from .cross_entropy import linear_cross_entropy
-from .decode import decode_step, packed_step
+from .decode import decode_step, packed_next, packed_step
 from .embedding import embedding
 from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu, gelu_mlp
@@ -20,6 +20,7 @@ __all__ = [
     "fused_adamw",
     "gelu_mlp",
     "linear_cross_entropy",
+    "packed_next",
     "packed_step",
     "release_rows",
     "reorder_cache",

@@ -1,8 +1,9 @@
 """One whole GPT-2 step: tokens in, the next tokens' logits out (Radford et al., 2019).
 
-A step is stateless: it takes the weights and writes into caches that the caller owns. There are two
-forms. `packed_step` takes packed weights and any number of new tokens a row; its native
-implementation is one call from token ids to logits. `decode_step` takes the weights as a list and
+A step is stateless: it takes the weights and writes into caches that the caller owns. There are
+three forms. `packed_step` takes packed weights and any number of new tokens a row; its native
+implementation is one call from token ids to logits. `packed_next` takes one token a row and chooses
+the next one as well: what a loop of generation calls. `decode_step` takes the weights as a list and
 one token a row, and is made of the other ops.
 `LAYER_WEIGHTS` names what each layer contributes, in order; the list is
 
@@ -12,6 +13,7 @@ one token a row, and is made of the other ops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu
 from .native import CACHE_DTYPES, native
 from .packed import Matrix, PackedWeights, QuantizedMatrix
+from .sampling import sample_reference
 
 LAYER_WEIGHTS = (
     "ln_1.weight",
@@ -168,7 +171,7 @@ def packed_step(
     """
     return _packed.call(
         weights.arena, k_cache, v_cache, k_scales, v_scales,
-        tokens, positions, starts, rows, lengths, outputs,
+        tokens, positions, starts, rows, lengths, outputs, weights.shape.vocab_size,
     )  # fmt: skip
 
 
@@ -178,8 +181,9 @@ def _packed_native(
     v_cache: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
-    *indices: Tensor,
+    *rest: Any,
 ) -> Tensor:
+    *indices, _ = rest
     return torch.ops.gpt2fast_native.packed_step(
         arena, k_cache, v_cache, k_scales, v_scales, *(index.contiguous() for index in indices)
     )
@@ -191,7 +195,7 @@ def _packed_refuses(
     v_cache: Tensor,
     k_scales: Tensor | None,
     v_scales: Tensor | None,
-    *indices: Tensor,
+    *rest: Any,
 ) -> str | None:
     if arena.device.type != "cpu":
         return f"the native step runs on the CPU, and the weights are on {arena.device}"
@@ -214,6 +218,7 @@ def _packed_reference(
     rows: Tensor,
     lengths: Tensor,
     outputs: Tensor,
+    vocab_size: int,
 ) -> Tensor:
     weights = PackedWeights.from_arena(arena)
     shape = weights.shape
@@ -291,7 +296,7 @@ _packed = Op(
     "packed_step",
     "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
     "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor starts, Tensor rows, "
-    "Tensor lengths, Tensor outputs) -> Tensor",
+    "Tensor lengths, Tensor outputs, int vocab_size) -> Tensor",
     native=native(_packed_native, _packed_refuses),
     torch=_packed_reference,
     reference=_packed_reference,
@@ -299,9 +304,120 @@ _packed = Op(
 
 
 @_packed.register_fake
-def _(arena, k_cache, v_cache, k_scales, v_scales, tokens, *indices):  # type: ignore[no-untyped-def]
-    vocab = PackedWeights.from_arena(arena).shape.vocab_size
-    return k_cache.new_empty((len(indices[-1]), vocab), dtype=torch.float32)
+def _(arena, k_cache, *rest):  # type: ignore[no-untyped-def]
+    *_, outputs, vocab_size = rest
+    return k_cache.new_empty((len(outputs), vocab_size), dtype=torch.float32)
+
+
+def packed_next(
+    weights: PackedWeights,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    history: Tensor,
+    uniform: Tensor | None = None,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`packed_step` for one token of each row of the caches, then `sample`: in one native call.
+
+    Args:
+        weights, k_cache, v_cache, k_scales, v_scales: as for `packed_step`, with B rows.
+        tokens, positions, lengths: (B,) int64: each row's token, its position, and the entries
+            stored before; not changed.
+        history, uniform, temperature, top_k, top_p, min_p, repetition_penalty,
+            no_repeat_ngram_size: as for `sample`; the history holds `tokens` already.
+        vocab_size: choose among the tokens below; None allows all.
+
+    Returns:
+        (B, V) float32 logits and (B,) int64 tokens. Not differentiable.
+    """
+    return _next.call(
+        weights.arena, k_cache, v_cache, k_scales, v_scales,
+        tokens, positions, lengths, history, uniform,
+        weights.shape.vocab_size, vocab_size or weights.shape.vocab_size,
+        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
+    )  # fmt: skip
+
+
+def _next_native(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    history: Tensor,
+    uniform: Tensor | None,
+    vocab_size: int,
+    *choice: Any,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.gpt2fast_native.packed_next(
+        arena, k_cache, v_cache, k_scales, v_scales,
+        tokens.contiguous(), positions.contiguous(), lengths.contiguous(),
+        history, uniform, *choice,
+    )  # fmt: skip
+
+
+def _next_refuses(*args: Any) -> str | None:
+    uniform = args[9]
+    if uniform is not None and uniform.dtype != torch.float32:
+        return f"the native kernel takes float32 random numbers, not {uniform.dtype}"
+    return _packed_refuses(*args)
+
+
+def _next_reference(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    history: Tensor,
+    uniform: Tensor | None,
+    vocab_size: int,
+    allowed: int,
+    *choice: Any,
+) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(len(tokens) + 1, device=tokens.device)
+    logits = _packed_reference(
+        arena, k_cache, v_cache, k_scales, v_scales,
+        tokens, positions, rows, rows[:-1], lengths, rows[:-1], vocab_size,
+    )  # fmt: skip
+    return logits, sample_reference(logits[:, :allowed], history, uniform, *choice)
+
+
+_next = Op(
+    "packed_next",
+    "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
+    "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history, "
+    "Tensor? uniform, int vocab_size, int allowed, float temperature, int top_k, float top_p, "
+    "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> (Tensor, Tensor)",
+    native=native(_next_native, _next_refuses),
+    torch=_next_reference,
+    reference=_next_reference,
+)
+
+
+@_next.register_fake
+def _(arena, k_cache, v_cache, k_scales, v_scales, tokens, *rest):  # type: ignore[no-untyped-def]
+    vocab_size = rest[4]
+    logits = k_cache.new_empty((len(tokens), vocab_size), dtype=torch.float32)
+    return logits, torch.empty_like(tokens)
 
 
 @_decode.register_fake

@@ -144,7 +144,7 @@ def sample(
     )  # fmt: skip
 
 
-def _reference(
+def sample_reference(
     logits: Tensor,
     history: Tensor,
     uniform: Tensor | None,
@@ -155,6 +155,7 @@ def _reference(
     repetition_penalty: float,
     no_repeat_ngram_size: int,
 ) -> Tensor:
+    """What `sample` means, in plain torch."""
     penalties: dict[str, Any] = {
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
@@ -199,8 +200,8 @@ _sample = Op(
     "(Tensor logits, Tensor history, Tensor? uniform, float temperature, int top_k, float top_p, "
     "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> Tensor",
     native=native(_native, _native_refuses),
-    torch=_reference,
-    reference=_reference,
+    torch=sample_reference,
+    reference=sample_reference,
 )
 _sample.refuse_gradient("a chosen token does not change smoothly with the logits")
 

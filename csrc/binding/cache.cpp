@@ -1,0 +1,150 @@
+// Ops on a cache of keys and values.
+#include "tensors.h"
+
+#include <limits>
+#include <utility>
+
+#include "../cpu/row_copies.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+// A (batch, time, heads, head size) tensor whose last dimension is contiguous.
+Heads heads_of(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 4 && (x.size(3) == 1 || x.stride(3) == 1), "gpt2fast: ", name,
+                    " must have four dimensions, the last contiguous");
+    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
+                            double scale) {
+    CachedAttention args{};
+    args.q = heads_of(q, "q");
+    args.k = heads_of(k_cache, "k_cache");
+    args.v = heads_of(v_cache, "v_cache");
+    args.batch = q.size(0);
+    args.time = q.size(1);
+    args.heads = q.size(2);
+    args.head_dim = q.size(3);
+    args.entries = k_cache.size(1);
+    for (const Tensor* cache : {&k_cache, &v_cache}) {
+        STD_TORCH_CHECK(cache->size(0) == args.batch && cache->size(1) == args.entries &&
+                            cache->size(2) == args.heads && cache->size(3) == args.head_dim &&
+                            cache->scalar_type() == k_cache.scalar_type(),
+                        "gpt2fast: caches must be (", args.batch, ", entries, ", args.heads, ", ",
+                        args.head_dim, ") and of one dtype");
+    }
+    std::vector<int64_t> copy;
+    args.lengths = checked(lengths, "lengths", args.batch, 0, args.entries, copy);
+    args.scale = float(scale);
+    args.dtype = dtype_of(q);
+    args.cache_dtype = dtype_of(k_cache);
+    Tensor out = torch::stable::new_empty(q, q.sizes());
+    args.out = out.mutable_data_ptr();
+    int64_t longest = 0;
+    for (int64_t i = 0; i < args.batch; ++i) longest = std::max(longest, args.lengths[i]);
+    const int64_t block = std::min(args.time, attention_queries);
+    const int64_t blocks =
+        (args.time + attention_queries - 1) / attention_queries;
+    parallel(args.batch * blocks * args.heads,
+             block * (longest + args.time) * args.head_dim,
+             [&](int64_t begin, int64_t end) { kernels().cached_attention(args, begin, end); });
+    return out;
+}
+
+void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths,
+                     std::optional<Tensor> counts) {
+    AppendToCache args{};
+    const int64_t batch = k.size(0), entries = k_cache.size(1);
+    args.time = k.size(1);
+    args.heads = k.size(2);
+    args.head_dim = k.size(3);
+    args.dtype = dtype_of(k);
+    args.cache_dtype = dtype_of(k_cache);
+    std::vector<int64_t> lengths_copy, counts_copy;
+    args.lengths = checked(lengths, "lengths", batch, 0, entries, lengths_copy);
+    if (counts) {
+        constexpr int64_t most = std::numeric_limits<int64_t>::max();
+        args.counts = checked(*counts, "counts", batch, -most - 1, most, counts_copy);
+    }
+    for (int64_t row = 0; row < batch; ++row) {
+        const int64_t count = args.counts ? std::min(args.counts[row], args.time) : args.time;
+        STD_TORCH_CHECK(args.lengths[row] + std::max<int64_t>(0, count) <= entries,
+                        "gpt2fast: row ", row, " holds ", args.lengths[row], " of at most ",
+                        entries, " entries; ", count, " more do not fit");
+    }
+    for (const auto& [from, cache] : {std::pair(&k, &k_cache), std::pair(&v, &v_cache)}) {
+        STD_TORCH_CHECK(from->size(0) == batch && from->size(1) == args.time &&
+                            from->size(2) == args.heads && from->size(3) == args.head_dim &&
+                            from->scalar_type() == k.scalar_type() && cache->size(0) == batch &&
+                            cache->size(1) == entries && cache->size(2) == args.heads &&
+                            cache->size(3) == args.head_dim &&
+                            cache->scalar_type() == k_cache.scalar_type(),
+                        "gpt2fast: k and v must be alike, and so must the caches; of their sizes "
+                        "only the second may differ");
+        args.from = heads_of(*from, "k and v");
+        heads_of(*cache, "caches");
+        args.cache = cache->mutable_data_ptr();
+        args.row_stride = cache->stride(0);
+        args.entry_stride = cache->stride(1);
+        args.head_stride = cache->stride(2);
+        parallel(batch * args.time, args.heads * args.head_dim,
+                 [&](int64_t begin, int64_t end) { kernels().append_to_cache(args, begin, end); });
+    }
+}
+
+void reorder_cache(Tensor k_cache, Tensor v_cache, Tensor rows) {
+    STD_TORCH_CHECK(k_cache.size(0) == v_cache.size(0), "gpt2fast: caches must have as many rows");
+    const int64_t all = k_cache.size(0), count = rows.numel();
+    STD_TORCH_CHECK(count <= all, "gpt2fast: ", count, " rows do not fit a cache of ", all);
+    std::vector<int64_t> copy;
+    const int64_t* from = checked(rows, "rows", count, 0, all - 1, copy);
+    const std::vector<RowCopy> plan = row_copies(from, count, all);
+    for (const Tensor* cache : {&k_cache, &v_cache}) {
+        heads_of(*cache, "caches");
+        const int64_t size = int64_t(cache->element_size());
+        ReorderCache args{};
+        args.cache = static_cast<uint8_t*>(cache->mutable_data_ptr());
+        args.plan = plan.data();
+        args.steps = int64_t(plan.size());
+        args.row_stride = cache->stride(0) * size;
+        args.entry_stride = cache->stride(1) * size;
+        args.head_stride = cache->stride(2) * size;
+        args.head_bytes = cache->size(3) * size;
+        args.heads = cache->size(2);
+        parallel(cache->size(1), args.steps * args.heads * args.head_bytes / 4,
+                 [&](int64_t begin, int64_t end) { kernels().reorder_cache(args, begin, end); });
+    }
+}
+
+void release_rows(Tensor lengths, Tensor rows) {
+    STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1,
+                    "gpt2fast: lengths must be an int64 vector");
+    std::vector<int64_t> copy;
+    const int64_t* released =
+        checked(rows, "rows", rows.numel(), 0, lengths.size(0) - 1, copy);
+    auto* values = static_cast<int64_t*>(lengths.mutable_data_ptr());
+    for (int64_t i = 0; i < rows.numel(); ++i) values[released[i] * lengths.stride(0)] = 0;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
+    m.def(
+        "attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+        "float scale) -> Tensor");
+    m.def(
+        "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor lengths, Tensor? counts) -> ()");
+    m.def("reorder_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()");
+    m.def("release_rows(Tensor(a!) lengths, Tensor rows) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) {
+    m.impl("attention_with_cache", TORCH_BOX(&attention_with_cache));
+    m.impl("append_to_cache", TORCH_BOX(&append_to_cache));
+    m.impl("reorder_cache", TORCH_BOX(&reorder_cache));
+    m.impl("release_rows", TORCH_BOX(&release_rows));
+}
+
+}  // namespace gpt2fast::binding

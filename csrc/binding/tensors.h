@@ -1,0 +1,75 @@
+// Between torch's tensors and the kernels' pointers and sizes. Only the files of this folder see
+// torch; gpt2fast/ops decides when their ops run and has checked what they are given.
+//
+// Built against torch's stable ABI, so that one binary serves many versions of torch and of Python.
+// The ops live in the namespace gpt2fast_native.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "../cpu/team.h"
+
+namespace gpt2fast::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float: return DType::float32;
+        case ScalarType::BFloat16: return DType::bfloat16;
+        case ScalarType::Char: return DType::int8;
+        default: STD_TORCH_CHECK(false, "gpt2fast: dtype that the CPU kernels do not know");
+    }
+}
+
+// Runs kernel(begin, end) over ranges of [0, items) on torch's own threads; `work` is the cost of
+// an item in elements.
+template <typename Kernel>
+void parallel(int64_t items, int64_t work, Kernel kernel) {
+    constexpr int64_t worthwhile = 32768;  // elements for which a second thread pays
+    const int64_t grain = std::max<int64_t>(1, worthwhile / std::max<int64_t>(1, work));
+    torch::stable::parallel_for(0, items, grain, kernel);
+}
+
+// Threads of the team that a whole step runs on.
+inline int threads() {
+    static const int available = available_processors();
+    return std::min(int(torch::stable::get_num_threads()), available);
+}
+
+// float32 tensors for what kernels share between their ranges.
+inline Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+// int64 values of a vector, checked to lie in [low, high]; `copy` holds them where they are strided.
+inline const int64_t* checked(const Tensor& x, const char* name, int64_t size, int64_t low, int64_t high,
+                       std::vector<int64_t>& copy) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 && x.size(0) == size,
+                    "gpt2fast: ", name, " must be an int64 vector of ", size, " elements");
+    const auto* values = static_cast<const int64_t*>(x.const_data_ptr());
+    const int64_t stride = x.stride(0);
+    if (stride != 1) copy.resize(size_t(size));
+    for (int64_t i = 0; i < size; ++i) {
+        const int64_t value = values[i * stride];
+        STD_TORCH_CHECK(value >= low && value <= high, "gpt2fast: ", name, "[", i, "] = ", value,
+                        " is not in ", low, " .. ", high);
+        if (stride != 1) copy[size_t(i)] = value;
+    }
+    return stride == 1 ? values : copy.data();
+}
+
+}  // namespace gpt2fast::binding
