@@ -129,28 +129,26 @@ inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8
     }
 }
 
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
-
 // What memory is asked for while a panel is at work: two lines at `next`, which then moves on by
-// `step` for each word of the inputs.
+// two for each word of the inputs. Into the second level of the cache: the first is full of rows,
+// and can wait for few lines at a time.
 struct Ahead {
-    const uint8_t* next;
-    int64_t step;
+    const uint8_t* next;  // or null
 
     void ask() {
-        prefetch(next);
-        prefetch(next + 64);
-        next += step;
+        if (next == nullptr) return;
+        __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(next + 64, 0, 2);
+        next += 2 * panel_columns;
     }
 };
 
 // The lines to ask for while tile `index` of `count` meets a panel, the next panel lying behind it.
+// While one tile meets panel after panel the processor sees by itself what comes next.
 inline Ahead ahead_of(const uint8_t* panel, int64_t panel_size, int64_t index, int64_t count) {
-    constexpr int64_t distance = 4096;
-    if (count == 1) return {panel + distance, 4 * panel_columns};
     // Half the next panel each; the other tiles find nothing left to ask for.
-    if (index < 2) return {panel + panel_size + index * (panel_size / 2), 2 * panel_columns};
-    return {panel, 0};
+    if (count > 1 && index < 2) return {panel + panel_size + index * (panel_size / 2)};
+    return {nullptr};
 }
 
 template <int R>
@@ -213,7 +211,7 @@ template <Format format, int R>
 void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* out, bool add) {
     Sums<R> sums;
     add ? sums.load(out) : sums.clear();
-    add_floats<format, R>(sums, panel, rows, words, {panel, 0});
+    add_floats<format, R>(sums, panel, rows, words, {nullptr});
     sums.store(out);
 }
 
