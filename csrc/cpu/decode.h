@@ -288,6 +288,21 @@ private:
         return cache.scales + layer * cache.scale_layer_stride + row * cache.scale_row_stride + head;
     }
 
+    // Rounds x to int8, the largest element to 127; returns the factor.
+    static float narrow(const float* x, int64_t size, int8_t* to) {
+        const int64_t whole = size / Vec::width * Vec::width;
+        Vec largest(0.0f);
+        for (int64_t i = 0; i < whole; i += Vec::width) largest = max(largest, abs(Vec::load(x + i)));
+        float most = reduce_max(largest);
+        for (int64_t i = whole; i < size; ++i) most = std::max(most, std::fabs(x[i]));
+        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+        for (int64_t i = 0; i < whole; i += Vec::width) {
+            (Vec::load(x + i) * Vec(inverse)).store(to + i);
+        }
+        for (int64_t i = whole; i < size; ++i) to[i] = int8_t(std::lrint(x[i] * inverse));
+        return most / 127.0f;
+    }
+
     // Stores one head's keys or values of tokens [begin, end) behind the row's end.
     template <typename T>
     void append(const CacheView& cache, int64_t layer, int64_t sequence, int64_t head,
@@ -299,12 +314,8 @@ private:
         for (int64_t token = begin; token < end; ++token, to += cache.entry_stride) {
             const float* x = from + token * 3 * width_ + head * dim;
             if constexpr (std::is_same_v<T, int8_t>) {
-                float most = 0.0f;
-                for (int64_t d = 0; d < dim; ++d) most = std::max(most, std::fabs(x[d]));
-                const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-                for (int64_t d = 0; d < dim; ++d) to[d] = int8_t(std::lrint(x[d] * inverse));
                 scales(cache, layer, row, head)[(length + token - begin) *
-                                                cache.scale_entry_stride] = most / 127.0f;
+                                                cache.scale_entry_stride] = narrow(x, dim, to);
             } else {
                 for (int64_t d = 0; d < dim; ++d) gpt2fast::assign(to[d], x[d]);
             }
