@@ -191,12 +191,19 @@ inline int64_t attend_heads_scratch(int64_t heads, int64_t entries) {
     return std::min<int64_t>(heads, heads_at_once) * (entries + Vec::width);
 }
 
+// Of a head's attention to a part of the entries: the largest score, and the sum of all weights
+// e^(score - largest).
+struct PartSum {
+    float largest, total;
+};
+
 // Attention of one query of each of some heads, which lie side by side in q and out as in the
 // cache, to the first `entries` entries. The heads take turns with every few entries, so that
-// memory is read in the order in which it lies.
+// memory is read in the order in which it lies. With `sums`, one for each head, these are a part of
+// the entries only: out holds sums of weighted values, to be added to other parts' by add_parts.
 template <typename T>
 void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, CachedHeads<T> v,
-                  int head_dim, float scale, float* scratch, float* out) {
+                  int head_dim, float scale, float* scratch, float* out, PartSum* sums = nullptr) {
     constexpr bool scaled = std::is_same_v<T, int8_t>;
     constexpr int width = Vec::width;
     const int64_t row = entries + width;  // floats of a head's weights
@@ -232,33 +239,58 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
         for (int h = 0; h < count; ++h) {
             float* weights = scratch + h * row;
             const Vec most(reduce_max(largest[h]));
-            Vec sums(0.0f);
+            Vec added(0.0f);
             int64_t t = 0;
             for (; t + width <= entries; t += width) {
                 const Vec weight = exp(Vec::load(weights + t) - most);
                 weight.store(weights + t);
-                sums = sums + weight;
+                added = added + weight;
             }
-            float total = reduce_add(sums);
+            float total = reduce_add(added);
             if (const int n = int(entries - t)) {
                 exp(Vec::load(weights + t, n) - most).store(weights + t, n);
                 for (int i = 0; i < n; ++i) total += weights[t + i];
             }
-            const float inverse = 1.0f / total;
+            if (sums != nullptr) sums[first + h] = {reduce_max(largest[h]), total};
+            const float inverse = sums != nullptr ? 1.0f : 1.0f / total;
             for (t = 0; t < entries; ++t) {
                 weights[t] *= scaled ? inverse * v.scales[t * v.scale_stride + first + h] : inverse;
             }
         }
-        float* sums = out + first * head_dim;
-        std::memset(sums, 0, size_t(count) * size_t(head_dim) * sizeof(float));
+        float* values = out + first * head_dim;
+        std::memset(values, 0, size_t(count) * size_t(head_dim) * sizeof(float));
         for (int64_t t = 0; t < entries; t += width) {
             const int n = int(std::min<int64_t>(width, entries - t));
             for (int h = 0; h < count; ++h) {
                 add_head(v.data + t * v.stride + (first + h) * head_dim, v.stride, n,
-                         scratch + h * row + t, width * v.stride, head_dim, sums + h * head_dim);
+                         scratch + h * row + t, width * v.stride, head_dim, values + h * head_dim);
             }
         }
-        for (int h = 0; h < count; ++h) order_head<T>(head_dim, sums + h * head_dim);
+        for (int h = 0; h < count; ++h) order_head<T>(head_dim, values + h * head_dim);
+    }
+}
+
+// out = the attention of one head to all entries, from that to `count` parts of them (at most
+// max_threads). Part i's weighted values are at values + i * stride and its sums at
+// sums[i * sums_stride]; a part without entries has a total of 0.
+inline void add_parts(const float* values, int64_t stride, const PartSum* sums, int64_t sums_stride,
+                      int64_t count, int head_dim, float* out) {
+    float largest = -std::numeric_limits<float>::infinity(), total = 0.0f;
+    float factors[max_threads] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        const PartSum& part = sums[i * sums_stride];
+        if (part.total > 0.0f) largest = std::max(largest, part.largest);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const PartSum& part = sums[i * sums_stride];
+        if (part.total > 0.0f) factors[i] = std::exp(part.largest - largest);
+        total += factors[i] * part.total;
+    }
+    std::memset(out, 0, size_t(head_dim) * sizeof(float));
+    for (int64_t i = 0; i < count; ++i) {
+        const float factor = factors[i] / total;
+        if (factors[i] == 0.0f) continue;
+        for (int d = 0; d < head_dim; ++d) out[d] += factor * values[i * stride + d];
     }
 }
 

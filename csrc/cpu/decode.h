@@ -73,7 +73,8 @@ public:
           model_(*args.model),
           member_(member),
           width_(model_.width),
-          shared_packing_(args.tokens > few_tokens || member.threads() == 1) {
+          shared_packing_(args.tokens > few_tokens || member.threads() == 1),
+          parts_(parts(args, member.threads())) {
         uint8_t* next = args.workspace;
         hidden_ = floats(next, args.tokens * width_);
         qkv_ = floats(next, args.tokens * 3 * width_);
@@ -85,6 +86,7 @@ public:
                   (shared_packing_ ? 0 : packed * member.index());
         scratch_ = floats(next, scratch * member.threads()) + scratch * member.index();
         wide_ = take(next, wide_size(args));
+        partial_ = floats(next, partial_size(args, member.threads()));
     }
 
     void run() {
@@ -96,7 +98,7 @@ public:
                 store(qkv_ + row * 3 * width_, at.qkv, column, sum);
             });
             attend(layer, float(at.scale));
-            pack_plain(at.attention_out, attended_, width_);
+            pack_attended(at.attention_out);
             multiply_rows(at.attention_out, args_.tokens,
                           [&](int64_t row, int64_t column, Vec sum) {
                               add(hidden_ + row * width_, at.attention_out, column, sum);
@@ -124,7 +126,8 @@ public:
         const int64_t activations =
             args.tokens * (5 * model.width + model.inner_width) + 4 * 16;
         return 4 * activations + packed_size(args) * threads + 64 +
-               4 * scratch_size(args) * threads + 64 + wide_size(args) + 64;
+               4 * scratch_size(args) * threads + 64 + wide_size(args) + 64 +
+               4 * partial_size(args, threads) + 64;
     }
 
 private:
@@ -172,6 +175,24 @@ private:
         return 2 * entries * args.model->width * int64_t(sizeof(float));
     }
 
+    // Parts into which single tokens' entries are cut, so that every thread has some: 1 while
+    // there are sequences enough for all.
+    static int64_t parts(const StepArgs& args, int threads) {
+        const bool few = args.tokens == args.sequences && args.sequences < 4 * threads;
+        return few ? threads : 1;
+    }
+
+    // Floats of a part's weighted values, and of its sums.
+    static int64_t part_size(const PackedModel& model) {
+        return (model.width + model.heads * int64_t(sizeof(PartSum) / sizeof(float)) + 15) / 16 *
+               16;
+    }
+
+    static int64_t partial_size(const StepArgs& args, int threads) {
+        const int64_t count = parts(args, threads);
+        return count == 1 ? 0 : args.sequences * count * part_size(*args.model);
+    }
+
     void embed() {
         const PackedMatrix& w = model_.embedding;
         const uint8_t* data = model_.at(w.data);
@@ -204,6 +225,22 @@ private:
 
     void pack_plain(const PackedMatrix& w, const float* x, int64_t stride) {
         pack(w, args_.tokens, [&](int64_t row) { return x + row * stride; });
+    }
+
+    // Packs the attention's result, adding up its parts.
+    void pack_attended(const PackedMatrix& w) {
+        if (parts_ == 1) return pack_plain(w, attended_, width_);
+        const int64_t dim = model_.head_dim, size = part_size(model_);
+        pack(w, args_.tokens, [&](int64_t row) {
+            const float* first = partial_ + row * parts_ * size;
+            for (int64_t head = 0; head < model_.heads; ++head) {
+                const auto* sums = reinterpret_cast<const PartSum*>(first + width_) + head;
+                add_parts(first + head * dim, size, sums,
+                          size * int64_t(sizeof(float)) / int64_t(sizeof(PartSum)), parts_,
+                          int(dim), scratch_ + head * dim);
+            }
+            return scratch_;
+        });
     }
 
     // Packs the layer normalisation of hidden rows: of all, or of the chosen ones.
@@ -345,26 +382,42 @@ private:
         append<T>(args_.v_cache, layer, sequence, head, qkv_ + 2 * width_);
     }
 
-    // One token a sequence: the heads of a sequence stay together while there are sequences enough
-    // for all threads.
+    // One token a sequence. A thread has whole sequences or, where there are too few of them, a
+    // part of the entries of each: either way memory is read in its order.
     template <typename T>
     void attend_single(int64_t layer, float scale) {
-        const int64_t heads = model_.heads;
-        const int64_t groups = args_.sequences >= 4 * member_.threads()
-                                   ? 1
-                                   : std::min<int64_t>(heads, member_.threads());
-        member_.for_each(args_.sequences * groups, [&](int64_t item) {
-            const int64_t sequence = item / groups, group = item % groups;
-            const int64_t begin = heads * group / groups, end = heads * (group + 1) / groups;
-            for (int64_t head = begin; head < end; ++head) append_head<T>(layer, sequence, head);
-            const int64_t offset = begin * model_.head_dim;
-            attend_heads<T>(qkv_ + sequence * 3 * width_ + offset, int(end - begin),
-                            args_.lengths[sequence] + 1,
-                            heads_of<T>(args_.k_cache, layer, sequence, begin),
-                            heads_of<T>(args_.v_cache, layer, sequence, begin),
-                            int(model_.head_dim), scale, scratch_,
-                            attended_ + sequence * width_ + offset);
+        const int heads = int(model_.heads), dim = int(model_.head_dim);
+        const int64_t size = part_size(model_);
+        member_.for_each(args_.sequences * parts_, [&](int64_t item) {
+            const int64_t sequence = item / parts_, part = item % parts_;
+            const int64_t entries = entries_of(sequence);
+            const auto bound = [&](int64_t p) {
+                return p == parts_ ? entries : entries * p / parts_ / Vec::width * Vec::width;
+            };
+            const int64_t begin = bound(part), count = bound(part + 1) - begin;
+            if (part == parts_ - 1) {  // it has the new entry, and never none
+                for (int64_t head = 0; head < heads; ++head) append_head<T>(layer, sequence, head);
+            }
+            float* out = attended_ + sequence * width_;
+            PartSum* sums = nullptr;
+            if (parts_ > 1) {
+                out = partial_ + item * size;
+                sums = reinterpret_cast<PartSum*>(out + width_);
+                if (count == 0) return std::fill(sums, sums + heads, PartSum{0.0f, 0.0f});
+            }
+            attend_heads<T>(qkv_ + sequence * 3 * width_, heads, count,
+                            from(heads_of<T>(args_.k_cache, layer, sequence, 0), begin),
+                            from(heads_of<T>(args_.v_cache, layer, sequence, 0), begin), dim,
+                            scale, scratch_, out, sums);
         });
+    }
+
+    // The entries from `begin` on.
+    template <typename T>
+    static CachedHeads<T> from(CachedHeads<T> heads, int64_t begin) {
+        heads.data += begin * heads.stride;
+        if (heads.scales != nullptr) heads.scales += begin * heads.scale_stride;
+        return heads;
     }
 
     // Blocks of 32 tokens of a sequence.
@@ -456,7 +509,8 @@ private:
     Member& member_;
     int64_t width_;
     bool shared_packing_;
-    float *hidden_, *qkv_, *attended_, *inner_, *scratch_;
+    int64_t parts_;
+    float *hidden_, *qkv_, *attended_, *inner_, *scratch_, *partial_;
     uint8_t *packed_, *wide_;
 };
 

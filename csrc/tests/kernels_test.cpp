@@ -159,7 +159,7 @@ void products_are_exact(Format format) {
                 for (int panel = 0; panel < 2; ++panel) {
                     const uint8_t* begin = w.panels.data() + panel * w.panel_size;
                     multiply_for(format, rows)(begin, tile.data(), to,
-                                               ours.data() + panel * rows * 32, {begin, 0});
+                                               ours.data() + panel * rows * 32, {nullptr});
                 }
                 expect_close(ours, exact, 1e-6,
                              std::to_string(rows) + " rows of " + std::to_string(inputs));
@@ -231,6 +231,21 @@ void attention_is_exact(double tolerance) {
                                     {v.data(), stride, nullptr, 0}, int(dim), scale,
                                     scratch.data(), out.data());
                     expect_close(out, exact, tolerance, "one query, " + shape);
+                    // The same in parts, the second one empty.
+                    const int64_t bounds[] = {0, entries / 3, entries / 3, entries};
+                    std::vector<float> values(size_t(3 * dim));
+                    PartSum sums[3] = {};
+                    for (int part = 0; part < 3; ++part) {
+                        const int64_t begin = bounds[part], count = bounds[part + 1] - begin;
+                        if (count == 0) continue;
+                        attend_heads<T>(q.data(), 1, count,
+                                        {k.data() + begin * stride, stride, nullptr, 0},
+                                        {v.data() + begin * stride, stride, nullptr, 0}, int(dim),
+                                        scale, scratch.data(), values.data() + part * dim,
+                                        sums + part);
+                    }
+                    add_parts(values.data(), dim, sums, 1, 3, int(dim), out.data());
+                    expect_close(out, exact, tolerance, "one query in parts, " + shape);
                 }
             }
         }
