@@ -1,19 +1,52 @@
-"""`versus`: time our code and a peer's in turns and report the ratio."""
+"""`versus`: time our code and a peer's in turns and report the ratio.
+
+    python -m pytest benchmarks/test_ops.py --benchmark-only --table benchmarks/results/cpu_ops.json
+
+keeps what the table at the end shows as JSON, as Markdown and, where matplotlib is installed, as a
+picture.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-_RATIOS = pytest.StashKey[list[tuple[str, float, float, float]]]()
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison; seconds are medians, the ratio is that of neighbouring runs."""
+
+    name: str
+    ours: float
+    peer: float
+    ratio: float
+
+
+_PAIRS = pytest.StashKey[list[Pair]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--table", type=Path, metavar="FILE.json", help="keep the comparisons, also as .md and .png"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RATIOS] = []
+    config.stash[_PAIRS] = []
 
 
 @pytest.fixture
@@ -42,8 +75,8 @@ def versus(
             theirs / mine for theirs, mine in zip(peer_seconds, our_seconds, strict=True)
         )
         benchmark.extra_info.update(peer_median=statistics.median(peer_seconds), ratio=ratio)
-        request.config.stash[_RATIOS].append(
-            (
+        request.config.stash[_PAIRS].append(
+            Pair(
                 request.node.name,
                 statistics.median(our_seconds),
                 statistics.median(peer_seconds),
@@ -54,11 +87,92 @@ def versus(
     yield run
 
 
+@pytest.fixture
+def against_floor(
+    benchmark: Any, request: pytest.FixtureRequest
+) -> Iterator[Callable[[Callable[[], Any], int], None]]:
+    """Call `against_floor(step, step_bytes)`: memory's speed, some steps, memory's speed, ...
+
+    The table at the end shows the floor as the peer: the ratio is the share of it.
+    """
+
+    def run(step: Callable[[], Any], step_bytes: int) -> None:
+        rounds, steps = 5, 16
+        speeds: list[float] = []
+        seconds: list[list[float]] = []
+
+        def measure_memory() -> None:
+            speeds.append(machine.read_bandwidth(torch.get_num_threads()))
+            step()  # its threads are awake
+            seconds.append([])
+
+        def timed_steps() -> None:
+            for _ in range(steps):
+                start = time.perf_counter()
+                step()
+                seconds[-1].append(time.perf_counter() - start)
+
+        benchmark.pedantic(timed_steps, setup=measure_memory, rounds=rounds, iterations=1)
+        ours = [statistics.median(round_) for round_ in seconds]
+        floors = [step_bytes / speed for speed in speeds]
+        share = statistics.median(floor / mine for floor, mine in zip(floors, ours, strict=True))
+        benchmark.extra_info.update(bandwidth=statistics.median(speeds), share=share)
+        request.config.stash[_PAIRS].append(
+            Pair(request.node.name, statistics.median(ours), statistics.median(floors), share)
+        )
+
+    yield run
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not config.stash[_RATIOS]:
+    pairs = config.stash[_PAIRS]
+    if not pairs:
         return
     terminalreporter.section("ours against the peer, in turns (ratio above 1: ours is faster)")
-    for name, ours, peer, ratio in config.stash[_RATIOS]:
+    for pair in pairs:
         terminalreporter.write_line(
-            f"{name:<62} {ours * 1e3:10.2f} ms {peer * 1e3:10.2f} ms {ratio:7.2f} x"
+            f"{pair.name:<62} {pair.ours * 1e3:10.2f} ms {pair.peer * 1e3:10.2f} ms "
+            f"{pair.ratio:7.2f} x"
         )
+    if config.getoption("--table"):
+        _keep(pairs, config.getoption("--table"))
+
+
+def _keep(pairs: list[Pair], file: Path) -> None:
+    where = f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    lines = [
+        f"{where}. Milliseconds, medians; the ratio is the median of neighbouring runs, above 1 "
+        "where ours is faster.",
+        "",
+        "| benchmark | ours | peer | ratio |",
+        "|---|---|---|---|",
+    ]
+    for pair in pairs:
+        lines.append(
+            f"| {pair.name} | {pair.ours * 1e3:.2f} | {pair.peer * 1e3:.2f} | {pair.ratio:.2f} |"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(pair) for pair in pairs]
+    file.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        _plot(pairs, file.with_suffix(".png"))
+
+
+def _plot(pairs: list[Pair], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.22 * len(pairs)))
+    colours = ["tab:red" if pair.ratio >= 1 else "tab:gray" for pair in pairs]
+    axis.barh([pair.name for pair in pairs], [pair.ratio for pair in pairs], color=colours)
+    axis.axvline(1, color="black", linestyle=":")
+    axis.invert_yaxis()
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("speed, ours over the peer's")
+    axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,52 @@
+"""A whole-model step alone, GPT-2 124M with random weights, as a share of what memory allows.
+
+The floor is the bytes of weights, keys and values that a step reads at least, over the read
+bandwidth measured before each round.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpt2fast import GPT2, GPT2Config, backend, ops
+
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def packed(request):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config()).eval()
+    if request.param == "float32":
+        return model.pack(release=True)
+    if request.param == "bfloat16":
+        return model.bfloat16().pack(release=True)
+    return model.quantize(request.param, method="nearest", release=True)
+
+
+@pytest.mark.parametrize("rows,entries", [(1, 128), (1, 896), (8, 128), (32, 128)])
+def test_decoding_step_against_the_floor(against_floor, packed, rows, entries):
+    cache = packed.new_cache(rows, entries + 1)
+    numbers = torch.arange(rows + 1)
+    tokens, lengths = torch.randint(50257, (rows,)), torch.full((rows,), entries)
+
+    def step():
+        with backend("native"):
+            ops.packed_step(
+                packed.weights, cache.k, cache.v, tokens, lengths, numbers, numbers[:-1], lengths,
+                numbers[:-1], k_scales=cache.k_scales, v_scales=cache.v_scales,
+            )  # fmt: skip
+
+    against_floor(step, packed.weight_bytes + rows * entries * cache.entry_bytes)
+
+
+@pytest.mark.parametrize("entries", [512, 1024])
+def test_prompt(benchmark, packed, entries):
+    prompt = torch.randint(50257, (1, entries))
+
+    def read():
+        packed.read(prompt, [entries], [0], packed.new_cache(1, entries))
+
+    benchmark.pedantic(read, rounds=7, warmup_rounds=1)
+    benchmark.extra_info["tokens_per_second"] = entries / benchmark.stats.stats.median
