@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import ops
 from .errors import GenerationError
-from .packed import PackedGPT2
 from .sampling import SamplingOptions, draw_seed, uniforms
 
 if TYPE_CHECKING:
@@ -94,18 +93,14 @@ class Context:
         Returns:
             Logits (rows, vocab) and tokens (rows,).
         """
-        if (
-            isinstance(self.model, PackedGPT2)
-            and self._cache is not None
-            and self._room not in self._visible
-        ):
-            self._remember(tokens)
-            self._visible = [count + 1 for count in self._visible]
+        if self._cache is None or self._room in self._visible:
+            logits = self.append(tokens)
             history = self.history if reads_history else self._columns[:, :0]
-            return self.model.next_tokens(tokens, self._cache, history, uniform, **choice)
-        logits = self.append(tokens)
+            return logits, choose(logits, history, uniform, **choice)
+        self._remember(tokens)
+        self._visible = [count + 1 for count in self._visible]
         history = self.history if reads_history else self._columns[:, :0]
-        return logits, choose(logits, history, uniform, **choice)
+        return self.model.next_tokens(tokens, self._cache, history, uniform, **choice)
 
     def expand(self, copies: int) -> None:
         """Repeat every row, the copies side by side."""

@@ -339,6 +339,23 @@ class GPT2(nn.Module):
         cache.advance(1, None, positions + 1)
         return logits
 
+    def next_tokens(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        history: Tensor,
+        uniform: Tensor | None = None,
+        *,
+        vocab_size: int | None = None,
+        **choice: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """`decode_step`, then `ops.sample` among the tokens below `vocab_size`.
+
+        Arguments and results as of `PackedGPT2.next_tokens`.
+        """
+        logits = self.decode_step(tokens, cache)
+        return logits, ops.sample(logits[:, :vocab_size], history, uniform, **choice)
+
     def new_cache(
         self, batch_size: int, max_length: int | None = None, dtype: torch.dtype | None = None
     ) -> KVCache:
