@@ -222,7 +222,10 @@ def _summary(speeds: Sequence[Speed]) -> str:
     bandwidth = statistics.median(speed.bandwidth or 0.0 for speed in known)
     first, *others = (f"{speed.weights} {100 * (speed.share or 0.0):.0f} %" for speed in known)
     reached = ", ".join([first.replace(" ", " decoding reaches ", 1), *others])
-    return f"\nyour memory reads {bandwidth / 1e9:.0f} GB/s; {reached} of what that allows"
+    line = f"\nyour memory reads {bandwidth / 1e9:.0f} GB/s; {reached} of what that allows"
+    if any((speed.share or 0.0) > 1 for speed in known):
+        line += " (more than all of it: some of the model stays in the processor's caches)"
+    return line
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ class KVCache:
         max_length: entries that each row can hold, T_max.
         dtype, device: of keys and values. Of int8 each head's entry has a float32 factor, the
             largest of its elements being 127; packed models alone read such a cache.
+
+    Raises:
+        GenerationError: a dtype that holds neither floating-point numbers nor int8.
     """
 
     def __init__(
@@ -51,6 +54,11 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
+        if dtype is not None and not dtype.is_floating_point and dtype != torch.int8:
+            raise GenerationError(
+                f"a cache of dtype {dtype} cannot hold keys and values; take a floating-point type "
+                "or torch.int8"
+            )
         shape = (n_layer, batch_size, max_length, n_head, head_dim)
         self.k = zeros(shape, dtype, device)
         """(L, B, T_max, H, D) keys."""

@@ -26,7 +26,9 @@ def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor |
 
 def check_tokens(config: GPT2Config, tokens: Tensor) -> None:
     """Token ids of any shape lie in the vocabulary."""
-    if _is_readable(tokens):
+    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise GenerationError(f"token ids have dtype {tokens.dtype}; they are integers")
+    if _is_readable(tokens) and tokens.numel():
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise GenerationError(
@@ -43,7 +45,7 @@ def check_positions(config: GPT2Config, positions: Tensor) -> None:
             f"{positions.shape[-1]} tokens exceed this model's n_positions={limit}; "
             "shorten the input"
         )
-    if not _is_readable(positions):
+    if not _is_readable(positions) or not positions.numel():
         return
     low, high = (int(bound) for bound in positions.aminmax())
     if low < 0 or high >= limit:
@@ -70,13 +72,18 @@ def check_wanted(config: GPT2Config, name: str, wanted: Tensor, input_ids: Tenso
             )
 
 
-def check_cache(config: GPT2Config, cache: KVCache, rows: int) -> None:
+def check_cache(config: GPT2Config, cache: KVCache, rows: int, *, reads_int8: bool = False) -> None:
     """A cache fits the model and has `rows` rows."""
     shape = (config.n_layer, rows, cache.max_length, config.n_head, config.head_dim)
     if cache.k.shape != shape:
         raise GenerationError(
             f"the cache has the shape {tuple(cache.k.shape)} and this call needs {shape} "
             "(layers, rows, length, heads, head size); model.new_cache(rows) makes one"
+        )
+    if cache.k.dtype == torch.int8 and not reads_int8:
+        raise GenerationError(
+            "this model does not read an int8 cache; model.pack() and model.quantize() do, or "
+            "pass new_cache() another dtype"
         )
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -107,10 +108,28 @@ def build_library() -> Library:
         if not _is_ours(folder):
             continue
         for path in sorted(folder.glob(name)):
-            return Library(path, "built at first use")
+            if _is_whole(path):
+                return Library(path, "built at first use")
+            with suppress(OSError):
+                path.unlink()
     toolchain = find_toolchain()
     folder = _writable_folder()
     return Library(_build(folder / name, toolchain), "built at first use")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether its end is there: a library cut short kills the process that loads it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:  # 64 bits, little-endian
+        return size > 0 and head[:4] != b"\x7fELF"
+    (sections,) = struct.unpack_from("<Q", head, 0x28)  # the last thing in the file
+    entry, count = struct.unpack_from("<HH", head, 0x3A)
+    return sections + entry * count <= size
 
 
 def _build(path: Path, toolchain: Toolchain) -> Path:

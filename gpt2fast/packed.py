@@ -139,6 +139,7 @@ class PackedGPT2(nn.Module):
             if wanted is not None:
                 check_wanted(self.config, name, wanted, input_ids)
         check_inputs(self.config, input_ids, attention_mask)
+        input_ids = input_ids.long()
         batch, time = input_ids.shape
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -154,7 +155,7 @@ class PackedGPT2(nn.Module):
         fresh = cache is None
         if cache is None:
             cache = self.new_cache(batch, time, torch.float32)
-        check_cache(self.config, cache, batch)
+        check_cache(self.config, cache, batch, reads_int8=True)
         steps = torch.arange(time)
         positions = steps if fresh else cache.positions[:, None] + steps
         if position_ids is not None:
@@ -198,7 +199,7 @@ class PackedGPT2(nn.Module):
         longest = max(counts)
         if cache is None:
             cache = self.new_cache(len(tokens), longest)
-        check_cache(config, cache, len(tokens))
+        check_cache(config, cache, len(tokens), reads_int8=True)
         flat = torch.cat([row[len(row) - n :] for row, n in zip(tokens, counts, strict=True)])
         check_tokens(config, flat)
         positions = torch.cat(
@@ -229,14 +230,14 @@ class PackedGPT2(nn.Module):
         positions = cache.positions if position_ids is None else position_ids
         check_tokens(self.config, tokens)
         check_positions(self.config, positions[:, None])
-        check_cache(self.config, cache, len(tokens))
+        check_cache(self.config, cache, len(tokens), reads_int8=True)
         cache.reserve(1)
         numbers = torch.arange(len(tokens) + 1)
         logits = ops.packed_step(
             self.weights,
             cache.k,
             cache.v,
-            tokens,
+            tokens.long(),
             positions,
             numbers,
             numbers[:-1],
@@ -267,7 +268,7 @@ class PackedGPT2(nn.Module):
         Returns:
             (B, vocab) float32 logits and (B,) int64 tokens.
         """
-        check_cache(self.config, cache, len(tokens))
+        check_cache(self.config, cache, len(tokens), reads_int8=True)
         cache.reserve(1)
         positions = cache.positions
         try:
@@ -275,7 +276,7 @@ class PackedGPT2(nn.Module):
                 self.weights,
                 cache.k,
                 cache.v,
-                tokens,
+                tokens.long(),
                 positions,
                 cache.lengths,
                 history,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -75,6 +76,15 @@ def test_every_source_is_compiled_with_the_same_flags(compiler):
         (call,) = (call for call in calls if str(source) in call.split())
         assert all(flag in call.split() for flag in compilation.FLAGS)
         assert "-march" not in call
+
+
+def test_a_library_cut_short_is_built_again(compiler):
+    path = library.find_library().path
+    whole = struct.pack("<6s34xQ10xHH2x", b"\x7fELF\x02\x01", 64, 64, 2) + bytes(128)
+    for content, builds in [(whole, 1), (whole[:-1], 2), (whole[:20], 3), (b"", 4)]:
+        path.write_bytes(content)
+        assert library.find_library().path == path
+        assert compiler.links == builds
 
 
 def test_sources_flags_and_compiler_make_another_library(compiler, tmp_path, monkeypatch):

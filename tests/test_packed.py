@@ -379,6 +379,57 @@ def test_the_step_checks_what_it_is_given():
         ops.packed_step(packed.weights, cache.k.half(), cache.v.half(), **arguments)
 
 
+@needs_native
+@pytest.mark.parametrize("name", ["packed_step", "packed_next"])
+def test_steps_check_caches_and_scales(name):
+    op = getattr(torch.ops.gpt2fast, name)
+    arena, k, v, k_scales, v_scales, *rest = packed_arguments("int8")[name]
+    bad = [
+        (k, v[:, :1], k_scales, v_scales, "as many rows"),
+        (k, v[:, :, :3], k_scales, v_scales, "as many rows"),
+        (k, v, k_scales[:, :1], v_scales, "scales must be"),
+        (k, v, k_scales, v_scales.double(), "scales must be"),
+        (k, v, k_scales[0], v_scales, "scales must be"),
+    ]
+    for *caches, message in bad:
+        with pytest.raises(RuntimeError, match=message):
+            op(arena, *caches, *rest)
+    if name == "packed_step":
+        tokens, positions, starts, rows, *others = rest
+        with pytest.raises(RuntimeError, match="twice"):
+            op(arena, k, v, k_scales, v_scales, tokens, positions, starts, rows * 0, *others)
+
+
+def test_nothing_to_do_is_done():
+    packed = random_model(CONFIG).pack()
+    none = torch.zeros(0, dtype=torch.int64)
+    cache = packed.new_cache(0, 8)
+    logits, tokens = packed.next_tokens(none, cache, none[:, None])
+    assert logits.shape == (0, CONFIG.vocab_size) and tokens.shape == (0,)
+    assert packed.decode_step(none, packed.new_cache(0, 8)).shape == (0, CONFIG.vocab_size)
+
+
+def test_caches_that_cannot_serve_are_refused():
+    model = random_model(CONFIG)
+    with pytest.raises(GenerationError, match="int16"):
+        model.new_cache(1, 8, torch.int16)
+    with pytest.raises(GenerationError, match="int8"):
+        model(torch.tensor([[1]]), cache=model.new_cache(1, 8, torch.int8))
+
+
+def test_tokens_of_any_integer_type():
+    packed = random_model(CONFIG).pack()
+    ids = torch.tensor([[1, 2, 3]])
+    expected = packed(ids).logits
+    assert torch.equal(packed(ids.int()).logits, expected)
+    cache = packed.new_cache(1, 8)
+    for token in ids[0].int():
+        logits = packed.decode_step(token[None], cache)
+    assert torch.allclose(logits, expected[:, -1], atol=1e-4)
+    with pytest.raises(GenerationError, match="float32"):
+        packed(ids.float())
+
+
 def test_quantised_matrices_enter_as_they_are():
     model = random_model(CONFIG)
     quantized = quantize_weights(model, "int4", method="nearest")

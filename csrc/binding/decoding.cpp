@@ -50,11 +50,25 @@ StepArgs step_args(const Tensor& arena, const Tensor& k_cache, const Tensor& v_c
                         model->size == arena.numel(),
                     "gpt2fast: these are not packed weights");
     for (const Tensor* cache : {&k_cache, &v_cache}) {
+        check_on_cpu(*cache, "caches");
         STD_TORCH_CHECK(cache->dim() == 5 && cache->size(0) == model->layers &&
                             cache->size(3) == model->heads && cache->size(4) == model->head_dim &&
                             cache->stride(4) == 1 && cache->stride(3) == model->head_dim,
                         "gpt2fast: caches must be (", model->layers, ", rows, entries, ",
                         model->heads, ", ", model->head_dim, "), the last two contiguous");
+        STD_TORCH_CHECK(cache->size(1) == k_cache.size(1) && cache->size(2) == k_cache.size(2),
+                        "gpt2fast: both caches must have as many rows and entries");
+    }
+    for (const auto* scales : {&k_scales, &v_scales}) {
+        if (!*scales) continue;
+        check_on_cpu(**scales, "scales");
+        STD_TORCH_CHECK((*scales)->scalar_type() == ScalarType::Float && (*scales)->dim() == 4 &&
+                            (*scales)->size(0) == model->layers &&
+                            (*scales)->size(1) == k_cache.size(1) &&
+                            (*scales)->size(2) == k_cache.size(2) &&
+                            (*scales)->size(3) == model->heads && (*scales)->stride(3) == 1,
+                        "gpt2fast: scales must be float32 (", model->layers, ", ", k_cache.size(1),
+                        ", ", k_cache.size(2), ", ", model->heads, "), the last contiguous");
     }
     STD_TORCH_CHECK((dtype_of(k_cache) == DType::int8) == k_scales.has_value() &&
                         k_scales.has_value() == v_scales.has_value() &&
@@ -68,12 +82,18 @@ StepArgs step_args(const Tensor& arena, const Tensor& k_cache, const Tensor& v_c
     return args;
 }
 
-void check_room(const StepArgs& args, int64_t entries) {
+void check_room(const StepArgs& args, int64_t rows, int64_t entries) {
+    std::vector<bool> taken(static_cast<size_t>(rows));
     for (int64_t i = 0; i < args.sequences; ++i) {
         const int64_t count = args.starts[i + 1] - args.starts[i];
-        STD_TORCH_CHECK(count > 0 && args.lengths[i] + count <= entries, "gpt2fast: row ",
+        STD_TORCH_CHECK(count > 0, "gpt2fast: starts must rise: sequence ", i, " has ", count,
+                        " tokens");
+        STD_TORCH_CHECK(args.lengths[i] + count <= entries, "gpt2fast: row ",
                         args.rows[i], " holds ", args.lengths[i], " of at most ", entries,
                         " entries; ", count, " more do not fit");
+        STD_TORCH_CHECK(!taken[size_t(args.rows[i])], "gpt2fast: row ", args.rows[i],
+                        " is there twice");
+        taken[size_t(args.rows[i])] = true;
     }
 }
 
@@ -93,9 +113,10 @@ Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<T
         integers(output_tokens, "output_tokens", args.outputs, 0, args.tokens - 1);
     STD_TORCH_CHECK(args.starts[0] == 0 && args.starts[args.sequences] == args.tokens,
                     "gpt2fast: starts must lead from 0 to ", args.tokens);
-    check_room(args, k_cache.size(2));
+    check_room(args, k_cache.size(1), k_cache.size(2));
     Tensor logits =
         torch::stable::new_empty(arena, {args.outputs, args.model->vocab}, ScalarType::Float);
+    if (args.tokens == 0) return logits;
     args.logits = floats_of(logits);
     const int team = threads();
     const auto workspace = workspace_of(kernels().step_workspace(args, team), args.tokens);
@@ -118,6 +139,7 @@ struct Choice {
 Sample sample_args(const Choice& choice, int64_t rows, const std::optional<Tensor>& uniform) {
     Sample args{};
     if (uniform) {
+        check_on_cpu(*uniform, "uniform");
         STD_TORCH_CHECK(uniform->scalar_type() == ScalarType::Float && uniform->dim() == 1 &&
                             uniform->size(0) == rows,
                         "gpt2fast: uniform must be float32 (", rows, ",)");
@@ -133,12 +155,13 @@ Sample sample_args(const Choice& choice, int64_t rows, const std::optional<Tenso
     return args;
 }
 
-void set_history(Sample& args, const Tensor& history, int64_t rows, int64_t length) {
+void set_history(Sample& args, const Tensor& history, int64_t rows) {
+    check_on_cpu(history, "history");
     STD_TORCH_CHECK(history.scalar_type() == ScalarType::Long && history.dim() == 2 &&
-                        history.size(0) == rows && history.size(1) >= length,
+                        history.size(0) == rows,
                     "gpt2fast: history must be int64 (", rows, ", tokens)");
     args.history = static_cast<const int64_t*>(history.const_data_ptr());
-    args.history_length = length;
+    args.history_length = history.size(1);
     args.history_stride = history.stride(0);
     args.history_step = history.stride(1);
 }
@@ -175,7 +198,7 @@ Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, doub
     args.vocab = logits.size(1);
     args.logits_stride = logits.stride(0);
     args.dtype = dtype_of(logits);
-    if (choice.reads_history()) set_history(args, history, rows, history.size(1));
+    if (choice.reads_history()) set_history(args, history, rows);
     Tensor out = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
     args.out = static_cast<int64_t*>(out.mutable_data_ptr());
 
@@ -215,7 +238,7 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
     args.lengths = integers(lengths, "lengths", rows, 0, k_cache.size(2) - 1);
     args.token_ids = integers(tokens, "tokens", rows, 0, args.model->vocab - 1);
     args.positions = integers(positions, "positions", rows, 0, args.model->positions - 1);
-    check_room(args, k_cache.size(2));
+    check_room(args, k_cache.size(1), k_cache.size(2));
     Tensor logits = torch::stable::new_empty(arena, {rows, args.model->vocab}, ScalarType::Float);
     args.logits = floats_of(logits);
 
@@ -225,8 +248,9 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
     chosen.vocab = allowed;
     chosen.logits_stride = args.model->vocab;
     chosen.dtype = DType::float32;
-    if (choice.reads_history()) set_history(chosen, history, rows, history.size(1));
+    if (choice.reads_history()) set_history(chosen, history, rows);
     Tensor out = torch::stable::new_empty(arena, {rows}, ScalarType::Long);
+    if (rows == 0) return {logits, out};
     chosen.out = static_cast<int64_t*>(out.mutable_data_ptr());
 
     const int team = threads();

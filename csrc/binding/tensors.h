@@ -33,6 +33,10 @@ inline DType dtype_of(const Tensor& x) {
     }
 }
 
+inline void check_on_cpu(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.is_cpu(), "gpt2fast: ", name, " must be on the CPU");
+}
+
 // Runs kernel(begin, end) over ranges of [0, items) on torch's own threads; `work` is the cost of
 // an item in elements.
 template <typename Kernel>
@@ -58,6 +62,7 @@ inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_
 // int64 values of a vector, checked to lie in [low, high]; `copy` holds them where they are strided.
 inline const int64_t* checked(const Tensor& x, const char* name, int64_t size, int64_t low, int64_t high,
                        std::vector<int64_t>& copy) {
+    check_on_cpu(x, name);
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 && x.size(0) == size,
                     "gpt2fast: ", name, " must be an int64 vector of ", size, " elements");
     const auto* values = static_cast<const int64_t*>(x.const_data_ptr());

@@ -345,7 +345,8 @@ def packed_next(
     return _next.call(
         weights.arena, k_cache, v_cache, k_scales, v_scales,
         tokens, positions, lengths, history, uniform,
-        weights.shape.vocab_size, vocab_size or weights.shape.vocab_size,
+        weights.shape.vocab_size,
+        weights.shape.vocab_size if vocab_size is None else vocab_size,
         temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
     )  # fmt: skip
 
