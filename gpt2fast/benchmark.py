@@ -224,7 +224,10 @@ def _summary(speeds: Sequence[Speed]) -> str:
     reached = ", ".join([first.replace(" ", " decoding reaches ", 1), *others])
     line = f"\nyour memory reads {bandwidth / 1e9:.0f} GB/s; {reached} of what that allows"
     if any((speed.share or 0.0) > 1 for speed in known):
-        line += " (more than all of it: some of the model stays in the processor's caches)"
+        line += (
+            " (more than all of it: the memory changed its speed meanwhile, or the model fits the "
+            "processor's caches)"
+        )
     return line
 
 
