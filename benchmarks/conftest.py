@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine  # noqa: E402
 
+from gpt2fast.files import atomic_write, atomic_write_text  # noqa: E402
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -153,8 +155,8 @@ def _keep(pairs: list[Pair], file: Path) -> None:
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(pair) for pair in pairs]
-    file.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
-    file.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    atomic_write_text(file, json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+    atomic_write_text(file.with_suffix(".md"), "\n".join(lines) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         _plot(pairs, file.with_suffix(".png"))
 
@@ -174,5 +176,6 @@ def _plot(pairs: list[Pair], file: Path) -> None:
     axis.set_xlabel("speed, ours over the peer's")
     axis.tick_params(labelsize=7)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    with atomic_write(file) as picture:
+        figure.savefig(picture, format="png", dpi=100)
     pyplot.close(figure)

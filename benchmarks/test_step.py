@@ -6,6 +6,7 @@ bandwidth measured before each round.
 
 from __future__ import annotations
 
+import machine
 import pytest
 import torch
 
@@ -43,6 +44,7 @@ def test_decoding_step_against_the_floor(against_floor, packed, rows, entries):
 
 @pytest.mark.parametrize("entries", [512, 1024])
 def test_prompt(benchmark, packed, entries):
+    """For float weights also as a share of the rate of torch's own matrix product."""
     prompt = torch.randint(50257, (1, entries))
 
     def read():
@@ -50,3 +52,9 @@ def test_prompt(benchmark, packed, entries):
 
     benchmark.pedantic(read, rounds=7, warmup_rounds=1)
     benchmark.extra_info["tokens_per_second"] = entries / benchmark.stats.stats.median
+    if packed.format in ("float32", "bfloat16"):
+        config = packed.config
+        operations = 24 * config.n_layer * config.n_embd**2 * entries  # of the layers' matrices
+        rate = machine.product_rate(getattr(torch, packed.format), torch.get_num_threads())
+        share = operations / rate / benchmark.stats.stats.median
+        benchmark.extra_info.update(product_rate=rate, share=share)

@@ -35,6 +35,8 @@ sys.path.insert(0, str(_HERE.parent))  # machine.py, which the other benchmarks 
 
 import machine  # noqa: E402
 
+from gpt2fast.files import atomic_write, atomic_write_text  # noqa: E402
+
 OURS = "gpt2fast"
 
 
@@ -378,7 +380,8 @@ def plot(results: dict[str, Any], file: Path) -> bool:
         axis.set_title(f"{key}, tokens/s", fontsize=10)
         axis.tick_params(labelsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    with atomic_write(file) as picture:
+        figure.savefig(picture, format="png", dpi=100)
     pyplot.close(figure)
     return True
 
@@ -454,8 +457,8 @@ def _write(results: dict[str, Any], file: Path) -> None:
     order = [f"{weights}/{name}" for weights in FORMATS for name in CASES]
     results["rows"] = {key: results["rows"][key] for key in order if key in results["rows"]}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(results))
+    atomic_write_text(file, json.dumps(results, indent=1) + "\n")
+    atomic_write_text(file.with_suffix(".md"), table(results))
     plot(results, file.with_suffix(".png"))
 
 
