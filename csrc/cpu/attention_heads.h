@@ -279,11 +279,11 @@ inline void add_parts(const float* values, int64_t stride, const PartSum* sums, 
     float factors[max_threads] = {};
     for (int64_t i = 0; i < count; ++i) {
         const PartSum& part = sums[i * sums_stride];
-        if (part.total > 0.0f) largest = std::max(largest, part.largest);
+        if (part.total != 0.0f) largest = std::max(largest, part.largest);
     }
     for (int64_t i = 0; i < count; ++i) {
         const PartSum& part = sums[i * sums_stride];
-        if (part.total > 0.0f) factors[i] = std::exp(part.largest - largest);
+        if (part.total != 0.0f) factors[i] = std::exp(part.largest - largest);
         total += factors[i] * part.total;
     }
     std::memset(out, 0, size_t(head_dim) * sizeof(float));

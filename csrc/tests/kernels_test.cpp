@@ -246,6 +246,9 @@ void attention_is_exact(double tolerance) {
                     }
                     add_parts(values.data(), dim, sums, 1, 3, int(dim), out.data());
                     expect_close(out, exact, tolerance, "one query in parts, " + shape);
+                    sums[2].total = std::numeric_limits<float>::quiet_NaN();
+                    add_parts(values.data(), dim, sums, 1, 3, int(dim), out.data());
+                    expect(std::isnan(out[0]), "a part that is not a number is left out");
                 }
             }
         }
