@@ -5,6 +5,7 @@ download another one than the one that will run; without it or a compiler the pa
 kernels' source, and compiles it when it is first used.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,13 +17,15 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpt2fast.compilation import (  # noqa: E402
+    CPU,
+    CUDA,
     compile_library,
     find_toolchain,
     source_files,
     source_folder,
 )
 from gpt2fast.errors import BackendError  # noqa: E402
-from gpt2fast.library import FILE_NAME, is_switched_off  # noqa: E402
+from gpt2fast.library import file_name, is_switched_off  # noqa: E402
 
 
 class BuildPackage(build_py):
@@ -36,23 +39,26 @@ class BuildPackage(build_py):
             return
         package = Path(self.build_lib, "gpt2fast")
         shutil.rmtree(package / "csrc", ignore_errors=True)  # of an earlier build
-        library = package / FILE_NAME
-        library.unlink(missing_ok=True)
         for path in source_files(source_folder()):
             copy = package / "csrc" / path.relative_to(source_folder())
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-        try:
-            if is_switched_off():
-                raise BackendError("switched off by GPT2FAST_NATIVE")
-            compile_library(library.absolute(), find_toolchain())
-            BuildPackage.has_library = True
-        except (BackendError, OSError) as error:
-            # pip shows this with --verbose; gpt2fast says it again when it matters.
-            print(
-                f"gpt2fast: the CPU kernels are left to be compiled at first use: {error}",
-                file=sys.stderr,
-            )
+        # Compiling for GPUs takes minutes, and most machines have none: it has to be asked for.
+        for part in (CPU, CUDA) if os.environ.get("GPT2FAST_CUDA_ARCHS") else (CPU,):
+            library = package / file_name(part)
+            library.unlink(missing_ok=True)
+            try:
+                if is_switched_off():
+                    raise BackendError("switched off by GPT2FAST_NATIVE")
+                compile_library(library.absolute(), find_toolchain(part), part)
+                BuildPackage.has_library = True
+            except (BackendError, OSError) as error:
+                # pip shows this with --verbose; gpt2fast says it again when it matters.
+                print(
+                    f"gpt2fast: the {part.name} kernels are left to be compiled at first use: "
+                    f"{error}",
+                    file=sys.stderr,
+                )
 
 
 class BuildWheel(bdist_wheel):

@@ -1,15 +1,17 @@
-"""csrc → one shared library, by the C++ compiler that is here.
+"""csrc → shared libraries, by the compilers that are here: one for CPUs, one for GPUs.
 
 `setup.py` calls this when a package is built, `library.py` when kernels are first used: the same
 sources and flags either way. torch is not imported, since it cannot be while pip builds; only its
 headers are looked for. `torch.utils.cpp_extension.load` would want ninja and setuptools here, link
-libtorch_python, and leave its lock behind when it is killed.
+libtorch_python, leave its lock behind when it is killed, and refuse CUDA beside a CPU build of
+torch, where the GPU's library is to be compiled and loaded as well.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,12 +26,22 @@ from pathlib import Path
 
 from .errors import BackendError
 
-FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
-    # The oldest torch that the library is to load in: 2.10.
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+# The oldest torch that a library is to load in: 2.10.
+_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", _TORCH)
+"""For every C++ source alike; files that want an instruction set switch it on themselves."""
+NVCC_FLAGS = (
+    *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"),
+    # A kernel that keeps values in memory for want of registers has to be written differently.
+    *("-Xptxas", "-warn-spills", "-Werror", "cross-execution-space-call"),
 )
-"""For every source alike; files that want an instruction set switch it on themselves."""
+# Tests run every kernel some hundred times and wait for the compiler once: both count.
+SIMULATED_FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", _TORCH),
+    "-DGPT2FAST_SIMULATED",
+)
+ARCHITECTURES = ("80", "90a")
+"""What the CUDA kernels are written for; a GPU in between runs those of the lower number."""
 
 if sys.platform == "darwin":
     _LINK_FLAGS = ("-shared", "-pthread", "-ltorch", "-ltorch_cpu")
@@ -39,6 +51,24 @@ else:
         *("-shared", "-pthread"),
         *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"),
     )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the shared libraries that csrc becomes."""
+
+    name: str
+    """In the name of the library's file."""
+    folders: tuple[str, ...]
+    """Of csrc, with all its sources, headers included."""
+    work: int
+    """Seconds of one processor that it takes to compile, roughly."""
+
+
+CPU = Part("native", ("binding/cpu", "cpu"), 55)
+CUDA = Part("cuda", ("binding/cuda", "launch", "kernels", "device"), 240)
+SIMULATED = Part("simulated", CUDA.folders, 60)
+"""The CUDA part on a CPU, for tests: its kernels run in the simulator, its ops take CPU tensors."""
 
 
 class CompilerError(BackendError):
@@ -57,11 +87,58 @@ class Toolchain:
     """The compiler and the flags that came with its name in CXX."""
     torch: Path
     """The installed torch's folder, with include and lib in it."""
+    cuda: Path | None = None
+    """The CUDA toolkit's folder, with bin, include and lib64 in it."""
+    architectures: tuple[str, ...] = ()
+    """GPUs to compile for: "80" is compute capability 8.0."""
 
 
-def find_toolchain() -> Toolchain:
-    """The compiler and torch's headers; raises `BackendError` saying which is missing."""
-    return Toolchain(find_compiler(), _find_torch())
+def find_toolchain(part: Part = CPU, architectures: Sequence[str] = ()) -> Toolchain:
+    """The compilers and torch's headers; raises `BackendError` saying which is missing.
+
+    Args:
+        part: what is to be compiled.
+        architectures: of the GPUs to compile for; GPT2FAST_CUDA_ARCHS comes first, and with
+            neither it is `ARCHITECTURES`.
+    """
+    compiler, torch = find_compiler(), _find_torch()
+    if part is CPU:
+        return Toolchain(compiler, torch)
+    home = find_cuda()
+    if part is CUDA and not (home / "bin" / "nvcc").is_file():
+        raise BackendError(f"there is no nvcc in {home / 'bin'}; name a whole toolkit in CUDA_HOME")
+    return Toolchain(compiler, torch, home, cuda_architectures(architectures))
+
+
+def cuda_architectures(wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """What GPT2FAST_CUDA_ARCHS names ("80;90a"), or what is wanted, or all that there are."""
+    named = os.environ.get("GPT2FAST_CUDA_ARCHS", "")
+    chosen = tuple(named.replace(";", " ").replace(",", " ").split()) or tuple(wanted)
+    for name in chosen:
+        if not re.fullmatch(r"\d{2,3}[af]?", name) or int(name.rstrip("af")) < 80:
+            raise BackendError(
+                f"GPT2FAST_CUDA_ARCHS: {name!r} is no architecture that the kernels can be "
+                'compiled for; they need 80 (Ampere) or more, written like "80;90a"'
+            )
+    return chosen or ARCHITECTURES
+
+
+def find_cuda() -> Path:
+    """The CUDA toolkit's folder: CUDA_HOME, CUDA_PATH, nvcc's own, or the usual place."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    found = [Path(named)] if named else []
+    if nvcc is not None and not named:
+        found.append(Path(nvcc).resolve().parent.parent)
+    if not named:
+        found.append(Path("/usr/local/cuda"))
+    for folder in found:
+        if (folder / "include" / "cuda_runtime.h").is_file():
+            return folder
+    missing = f"CUDA_HOME={named} has no include/cuda_runtime.h" if named else "nvcc is not found"
+    raise BackendError(
+        f"{missing}; install the CUDA toolkit 12.4 or later, or name it in CUDA_HOME"
+    )
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -99,10 +176,11 @@ def source_folder() -> Path:
     raise BackendError(f"the kernels' source is not here: no csrc in {package}, nor beside it")
 
 
-def source_files(folder: Path) -> list[Path]:
-    """Everything that the library is made of, headers included, in a fixed order."""
-    tree = [path for part in ("binding", "cpu") for path in (folder / part).rglob("*")]
-    return sorted(path for path in tree if path.suffix in (".cpp", ".h"))
+def source_files(folder: Path, *parts: Part) -> list[Path]:
+    """Everything that the libraries are made of, headers included, in a fixed order."""
+    folders = {name for part in parts or (CPU, CUDA) for name in part.folders}
+    tree = [path for name in folders for path in (folder / name).rglob("*")]
+    return sorted(path for path in tree if path.suffix in (".cpp", ".cu", ".cuh", ".h"))
 
 
 def extra_flags() -> list[str]:
@@ -117,8 +195,8 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def compile_library(target: Path, toolchain: Toolchain) -> None:
-    """Compile csrc into the shared library `target`, which appears whole or not at all.
+def compile_library(target: Path, toolchain: Toolchain, part: Part = CPU) -> None:
+    """Compile a part of csrc into the shared library `target`, which appears whole or not at all.
 
     Raises:
         CompilerError: with the compiler's output.
@@ -126,23 +204,44 @@ def compile_library(target: Path, toolchain: Toolchain) -> None:
     folder = source_folder()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as scratch:
         commands, objects = [], []
-        # What takes longest comes first.
-        units = [path for path in source_files(folder) if path.suffix == ".cpp"]
-        units.sort(key=lambda path: (path.parent.name != "isa", path.parent.name != "binding"))
-        for unit in units:
+        units = [path for path in source_files(folder, part) if path.suffix in (".cpp", ".cu")]
+        for unit in sorted(units, key=_takes_less_time):
             objects.append(os.path.join(scratch, f"{unit.parent.name}-{unit.stem}.o"))
-            include = ["-isystem", str(toolchain.torch / "include"), f"-I{folder}"]
-            commands.append(
-                [*toolchain.compiler, *FLAGS, *extra_flags()]
-                + (include if unit.parent.name == "binding" else [])
-                + ["-c", str(unit), "-o", objects[-1]]
-            )
+            command = _compile_command(unit, folder, toolchain, part)
+            commands.append([*command, "-c", str(unit), "-o", objects[-1]])
         _run_all(commands, processors())
         linked = os.path.join(scratch, target.name)
         libraries = ["-L" + str(toolchain.torch / "lib"), *_LINK_FLAGS]
+        if part is CUDA:
+            # Linked statically, the run-time library asks for no particular CUDA beside torch's.
+            libraries += [f"-L{toolchain.cuda}/lib64", "-lcudart_static", "-ldl", "-lrt"]
         linking = [*toolchain.compiler, *extra_flags(), *objects, "-o", linked, *libraries]
         _run_all([linking], 1)
         os.replace(linked, target)
+
+
+def _takes_less_time(unit: Path) -> tuple[bool, bool, str]:
+    return unit.suffix != ".cu", unit.parent.name != "isa", unit.name
+
+
+def _compile_command(unit: Path, folder: Path, toolchain: Toolchain, part: Part) -> list[str]:
+    """How to compile `unit`, but for the names of input and output."""
+    if unit.suffix == ".cu" and part is CUDA:
+        targets = [
+            f"-gencode=arch=compute_{name},code=sm_{name}" for name in toolchain.architectures
+        ]
+        oldest = min(toolchain.architectures, key=lambda name: int(name.rstrip("af")))
+        if oldest.isdigit():  # for GPUs newer than the compiler, which translate it themselves
+            targets.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+        host = ["-ccbin", toolchain.compiler[0]] if os.environ.get("CXX") else []
+        return [f"{toolchain.cuda}/bin/nvcc", *NVCC_FLAGS, *targets, *host]
+    flags = SIMULATED_FLAGS if part is SIMULATED else FLAGS
+    command = [*toolchain.compiler, *flags, *extra_flags()]
+    if "binding" in unit.parts:
+        command += ["-isystem", str(toolchain.torch / "include"), f"-I{folder}"]
+    if unit.suffix == ".cu":
+        command += ["-isystem", f"{toolchain.cuda}/include", "-x", "c++"]
+    return command
 
 
 def _run_all(commands: Sequence[Sequence[str]], at_once: int) -> None:

@@ -1,11 +1,13 @@
 """Where the compiled kernels are: named by the user, installed with the package, or built here.
 
-    GPT2FAST_NATIVE=0         no compiled kernels
-    GPT2FAST_LIBRARY=FILE     this library and no other
-    GPT2FAST_CACHE=FOLDER     where what is built at first use is kept (~/.cache/gpt2fast)
+    GPT2FAST_NATIVE=0              no compiled kernels
+    GPT2FAST_LIBRARY=FILE          this library of CPU kernels and no other
+    GPT2FAST_CUDA_LIBRARY=FILE     this library of CUDA kernels and no other
+    GPT2FAST_CUDA_ARCHS="80;90a"   the GPUs to compile for, instead of those that are here
+    GPT2FAST_CACHE=FOLDER          where what is built at first use is kept (~/.cache/gpt2fast)
 
 A build is kept under the hash of the sources, the flags and the compiler. Neither torch's version
-nor Python's is part of it: the library uses torch's stable ABI and nothing of Python.
+nor Python's is part of it: the libraries use torch's stable ABI and nothing of Python.
 """
 
 from __future__ import annotations
@@ -19,16 +21,21 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .compilation import (
+    CPU,
     FLAGS,
+    NVCC_FLAGS,
+    SIMULATED_FLAGS,
     CompilerError,
+    Part,
     Toolchain,
     compile_library,
+    cuda_architectures,
     extra_flags,
     find_compiler,
     find_toolchain,
@@ -40,12 +47,8 @@ from .errors import BackendError
 from .files import atomic_write_text
 from .lock import only_process
 
-FILE_NAME = "libgpt2fast_native.so"
-"""What setup.py puts into the package."""
 INSTALLED = "installed with the package"
 
-# Seconds of one processor that a build takes, for the line that announces it.
-_WORK = 55
 # After this time a build that failed is tried again: something else may have been installed.
 _RETRY = 3600
 _AGAIN = "The kernels are compiled again when this file is removed or an hour old."
@@ -61,23 +64,33 @@ class Library:
     """How it came to be there, in words."""
 
 
-def find_library() -> Library:
+def file_name(part: Part) -> str:
+    """What setup.py calls a part in the package."""
+    return f"libgpt2fast_{part.name}.so"
+
+
+def find_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Library:
     """The library that belongs to these sources, built now if need be.
+
+    Args:
+        part: of csrc.
+        architectures: of the GPUs here, for the CUDA part.
 
     Raises:
         BackendError: there is none, and why.
     """
     if is_switched_off():
         raise BackendError("switched off by GPT2FAST_NATIVE")
-    named = os.environ.get("GPT2FAST_LIBRARY")
+    variable = "GPT2FAST_LIBRARY" if part is CPU else f"GPT2FAST_{part.name.upper()}_LIBRARY"
+    named = os.environ.get(variable)
     if named:
         if not os.path.isfile(named):
-            raise BackendError(f"GPT2FAST_LIBRARY={named} is not a file")
-        return Library(Path(named).absolute(), "named by GPT2FAST_LIBRARY")
-    installed = Path(__file__).resolve().parent / FILE_NAME
+            raise BackendError(f"{variable}={named} is not a file")
+        return Library(Path(named).absolute(), f"named by {variable}")
+    installed = Path(__file__).resolve().parent / file_name(part)
     if installed.is_file():
         return Library(installed, INSTALLED)
-    return build_library()
+    return build_library(part, architectures)
 
 
 def is_switched_off() -> bool:
@@ -92,18 +105,19 @@ def notice(text: str) -> None:
             print(f"gpt2fast: {text}", file=sys.stderr, flush=True)
 
 
-def build_library() -> Library:
-    """The library in the cache, built now if it is not there.
+def build_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Library:
+    """The library in the cache, built now if it is not there; arguments as of `find_library`.
 
     Raises:
         BackendError: it cannot be built, and why.
     """
-    sources = _source_key()
+    sources = _source_key(part, architectures)
+    stem = f"gpt2fast_{part.name}"
     try:
-        name = f"gpt2fast_native-{sources}-{_compiler_key(find_compiler())}.so"
+        name = f"{stem}-{sources}-{_compiler_key(find_compiler())}.so"
     except BackendError:
         # Without a compiler, whichever one built these sources.
-        name = f"gpt2fast_native-{sources}-*.so"
+        name = f"{stem}-{sources}-*.so"
     for folder in _cache_folders():
         if not _is_ours(folder):
             continue
@@ -112,9 +126,9 @@ def build_library() -> Library:
                 return Library(path, "built at first use")
             with suppress(OSError):
                 path.unlink()
-    toolchain = find_toolchain()
+    toolchain = find_toolchain(part, architectures)
     folder = _writable_folder()
-    return Library(_build(folder / name, toolchain), "built at first use")
+    return Library(_build(folder / name, toolchain, part), "built at first use")
 
 
 def _is_whole(path: Path) -> bool:
@@ -132,7 +146,7 @@ def _is_whole(path: Path) -> bool:
     return sections + entry * count <= size
 
 
-def _build(path: Path, toolchain: Toolchain) -> Path:
+def _build(path: Path, toolchain: Toolchain, part: Part) -> Path:
     log = path.with_suffix(".log")
     busy = BackendError("another process is compiling the kernels")
     waited = False
@@ -142,7 +156,7 @@ def _build(path: Path, toolchain: Toolchain) -> Path:
                 # Whoever held the lock before may have done it, or failed.
                 if not path.is_file():
                     _complain_again(log)
-                    _compile(path, toolchain, log)
+                    _compile(path, toolchain, part, log)
                 return path
         except BackendError as error:
             if error is not busy:
@@ -153,13 +167,14 @@ def _build(path: Path, toolchain: Toolchain) -> Path:
         time.sleep(0.1)
 
 
-def _compile(path: Path, toolchain: Toolchain, log: Path) -> None:
-    seconds = max(10, 10 * round(_WORK / min(processors(), 4) / 10))
-    notice(f"compiling its kernels for this machine, once (about {seconds} s)")
+def _compile(path: Path, toolchain: Toolchain, part: Part, log: Path) -> None:
+    seconds = max(10, 10 * round(part.work / min(processors(), 4) / 10))
+    kernels = "its kernels" if part is CPU else f"its {part.name} kernels"
+    notice(f"compiling {kernels} for this machine, once (about {seconds} s)")
     for left in path.parent.glob(f".{path.stem}-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
-        compile_library(path, toolchain)
+        compile_library(path, toolchain, part)
     except CompilerError as error:
         with suppress(OSError):
             atomic_write_text(log, f"{error}\n{_AGAIN}\n\n{error.output}")
@@ -168,7 +183,7 @@ def _compile(path: Path, toolchain: Toolchain, log: Path) -> None:
         raise BackendError(f"compiling the kernels in {path.parent} failed: {error}") from None
     with suppress(OSError):
         log.unlink(missing_ok=True)
-        _forget_old(path.parent)
+        _forget_old(path.parent, part)
 
 
 def _complain_again(log: Path) -> None:
@@ -183,20 +198,24 @@ def _failure(error: object, log: Path) -> str:
     return f"compiling the kernels failed: {error}; the compiler's output is in {log}"
 
 
-def _forget_old(folder: Path) -> None:
+def _forget_old(folder: Path, part: Part) -> None:
     libraries = sorted(
-        folder.glob("gpt2fast_native-*.so"), key=lambda path: path.stat().st_mtime, reverse=True
+        folder.glob(f"gpt2fast_{part.name}-*.so"),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
     )
     for path in libraries[_KEPT:]:
         path.unlink(missing_ok=True)
 
 
-def _source_key() -> str:
+def _source_key(part: Part, architectures: Sequence[str]) -> str:
     """Of the sources, the flags and the kind of machine."""
     folder = source_folder()
-    key = hashlib.sha256(repr([platform.system(), platform.machine(), FLAGS]).encode())
-    key.update(repr(extra_flags()).encode())
-    for path in source_files(folder):
+    flags: list[object] = [FLAGS, extra_flags()]
+    if part is not CPU:
+        flags += [NVCC_FLAGS, SIMULATED_FLAGS, cuda_architectures(architectures)]
+    key = hashlib.sha256(repr([platform.system(), platform.machine(), *flags]).encode())
+    for path in source_files(folder, part):
         content = path.read_bytes()
         key.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
         key.update(content)

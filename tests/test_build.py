@@ -70,7 +70,11 @@ def test_it_is_built_once_and_announced_in_one_line(compiler, tmp_path, capsys):
 def test_every_source_is_compiled_with_the_same_flags(compiler):
     library.find_library()
     calls = compiler.calls
-    sources = [p for p in library.source_files(library.source_folder()) if p.suffix == ".cpp"]
+    sources = [
+        p
+        for p in library.source_files(library.source_folder(), compilation.CPU)
+        if p.suffix == ".cpp"
+    ]
     assert len(calls) == len(sources) + 1
     for source in sources:
         (call,) = (call for call in calls if str(source) in call.split())
@@ -96,8 +100,8 @@ def test_sources_flags_and_compiler_make_another_library(compiler, tmp_path, mon
     made.add(library.find_library().path)
     other = tmp_path / "csrc"
     (other / "cpu").mkdir(parents=True)
-    (other / "binding").mkdir()
-    (other / "binding" / "tensors.h").touch()
+    (other / "binding" / "cpu").mkdir(parents=True)
+    (other / "binding" / "cpu" / "tensors.h").touch()
     (other / "cpu" / "isa.cpp").touch()
     monkeypatch.setattr(library, "source_folder", lambda: other)
     monkeypatch.setattr(compilation, "source_folder", lambda: other)

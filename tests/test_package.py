@@ -113,7 +113,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     assert in_package(wheel) == source | kernels
     assert {"gpt2fast/py.typed", "gpt2fast/configs/adventures.yaml"} <= source
     assert "gpt2fast/assets/adventures/model.safetensors" in source
-    assert {"gpt2fast/csrc/binding/tensors.h", "gpt2fast/csrc/cpu/kernels.h"} <= kernels
+    assert {"gpt2fast/csrc/binding/cpu/tensors.h", "gpt2fast/csrc/kernels/rows.cuh"} <= kernels
 
 
 def test_with_a_compiler_the_wheel_is_for_this_platform_and_every_python(

@@ -4,7 +4,7 @@
 #include <limits>
 #include <utility>
 
-#include "../cpu/row_copies.h"
+#include "../../cpu/row_copies.h"
 
 namespace gpt2fast::binding {
 namespace {

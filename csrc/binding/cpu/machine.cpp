@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "../cpu/bandwidth.h"
-#include "../cpu/fingerprint.h"
+#include "../../cpu/bandwidth.h"
+#include "../../cpu/fingerprint.h"
 
 namespace gpt2fast::binding {
 namespace {

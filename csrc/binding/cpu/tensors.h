@@ -16,8 +16,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/kernels.h"
-#include "../cpu/team.h"
+#include "../../cpu/kernels.h"
+#include "../../cpu/team.h"
 
 namespace gpt2fast::binding {
 

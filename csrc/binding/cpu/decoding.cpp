@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "../cpu/step.h"
+#include "../../cpu/step.h"
 
 namespace gpt2fast::binding {
 namespace {
