@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import ops
 from .errors import GenerationError
-from .sampling import SamplingOptions, draw_seed, uniforms
+from .graphs import Ahead, is_worthwhile
+from .sampling import Numbers, SamplingOptions, draw_seed
 
 if TYPE_CHECKING:
     from .model import GPT2
@@ -101,6 +102,33 @@ class Context:
         self._visible = [count + 1 for count in self._visible]
         history = self.history if reads_history else self._columns[:, :0]
         return self.model.next_tokens(tokens, self._cache, history, uniform, **choice)
+
+    def run_ahead(
+        self, tokens: Tensor, steps: int, numbers: Numbers | None, **choice: Any
+    ) -> Ahead | None:
+        """What chooses the tokens of the next steps in blocks, where that is worth while.
+
+        Args:
+            tokens: (rows,) the newest ones, not read yet.
+            steps: to come, at most.
+            numbers, choice: as `Ahead` takes them; the choice must not read the history.
+
+        Returns:
+            None if steps are to be taken one by one: not on a GPU, or for a row that would have to
+            slide on the way. Otherwise `count` and `forget` say here what happens there.
+        """
+        fits = max(self._visible) + steps <= self._room
+        if self._cache is None or not fits or not is_worthwhile(self.model, steps):
+            return None
+        return Ahead(self.model, self._cache, tokens, numbers, **choice)
+
+    def count(self, tokens: int) -> None:
+        """So many tokens of each row were read elsewhere."""
+        self._visible = [visible + tokens for visible in self._visible]
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Only these rows are still read elsewhere."""
+        self._visible = [self._visible[row] for row in rows]
 
     def expand(self, copies: int) -> None:
         """Repeat every row, the copies side by side."""
@@ -261,14 +289,14 @@ def decode(
     """
     timing = Timing() if timing is None else timing
     copies = options.num_return_sequences
-    blocks: Iterator[Tensor] | None = None
+    rows = list(range(len(prompts) * copies))
+    continuations: list[list[int]] = [[] for _ in rows]
+    numbers: Numbers | None = None
     if options.samples:
         seed = draw_seed() if options.seed is None else options.seed
-        blocks = uniforms(seed, range(first_sample, first_sample + copies))
-    numbers, column = torch.empty(0, 0), 0
+        numbers = Numbers(seed, [first_sample + row % copies for row in rows], model.device)
     choice = {**options.processors(), "vocab_size": vocab_size}
-    continuations: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
-    rows = list(range(len(continuations)))
+    ahead: Ahead | None = None
 
     with evaluating(model):
         start = time.perf_counter()
@@ -278,18 +306,16 @@ def decode(
         context.expand(copies)
         logits = logits.repeat_interleave(copies, dim=0)
         for step in range(max(limits)):
-            uniform = None
-            if blocks is not None:
-                if column == numbers.shape[1]:
-                    samples = torch.tensor([row % copies for row in rows])
-                    numbers, column = next(blocks)[samples].to(model.device), 0
-                uniform = numbers[:, column]
-                column += 1
-            if step == 0:
-                tokens = choose(logits, context.history, uniform, **choice)
+            if ahead is not None:
+                chosen = ahead.next(max(limits) - step)
+                context.count(1)
             else:
-                logits, tokens = context.next(tokens, uniform, options.reads_history, **choice)
-            chosen = tokens.tolist()
+                uniform = None if numbers is None else numbers.take(1)[:, 0]
+                if step == 0:
+                    tokens = choose(logits, context.history, uniform, **choice)
+                else:
+                    logits, tokens = context.next(tokens, uniform, options.reads_history, **choice)
+                chosen = tokens.tolist()
             seconds = time.perf_counter() - start
             if step == 0:
                 timing.add_prefill(seconds, prompts)
@@ -314,11 +340,17 @@ def decode(
                 return
             if len(live) < len(rows):
                 rows = [rows[index] for index in live]
-                kept = torch.tensor(live, device=model.device)
-                context.keep(kept)
-                tokens = tokens[kept]
-                if blocks is not None:
-                    numbers = numbers[kept]
+                if numbers is not None:
+                    numbers.keep(live)
+                if ahead is not None:
+                    ahead.keep(live)
+                    context.forget(live)
+                else:
+                    kept = torch.tensor(live, device=model.device)
+                    context.keep(kept)
+                    tokens = tokens[kept]
+            if step == 0 and not (logprobs or options.reads_history):
+                ahead = context.run_ahead(tokens, max(limits) - 1, numbers, **choice)
 
 
 def choose(

@@ -325,7 +325,7 @@ class GPT2(nn.Module):
         check_cache(self.config, cache, len(tokens))
         cache.reserve(1)
         logits = ops.decode_step(
-            self._decode_weights(),
+            self.decode_weights(),
             cache.k,
             cache.v,
             tokens,
@@ -338,6 +338,18 @@ class GPT2(nn.Module):
         )
         cache.advance(1, None, positions + 1)
         return logits
+
+    def decode_weights(self) -> list[Tensor]:
+        """The weights in the order of `ops.decode_step`."""
+        layers = [weight for block in self.blocks for weight in _layer_weights(block)]
+        return [
+            self.wte.weight,
+            self.wpe.weight,
+            *layers,
+            self.ln_f.weight,
+            self.ln_f.bias,
+            self.projection,
+        ]
 
     def next_tokens(
         self,
@@ -510,17 +522,6 @@ class GPT2(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": None}  # type: ignore[misc]
-
-    def _decode_weights(self) -> list[Tensor]:
-        layers = [weight for block in self.blocks for weight in _layer_weights(block)]
-        return [
-            self.wte.weight,
-            self.wpe.weight,
-            *layers,
-            self.ln_f.weight,
-            self.ln_f.bias,
-            self.projection,
-        ]
 
 
 def _stream(x: Tensor, residual: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,36 @@ def uniforms(seed: int, samples: range) -> Iterator[Tensor]:
     generators = [torch.Generator().manual_seed(mixed) for mixed in seeds]
     while True:
         yield torch.stack([torch.rand(_BLOCK, generator=generator) for generator in generators])
+
+
+class Numbers:
+    """The random numbers of the continuations that still run, step after step.
+
+    Args:
+        seed: of `uniforms`.
+        samples: the number of each row's continuation among its prompt's.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, seed: int, samples: Sequence[int], device: torch.device):
+        first = min(samples)
+        self._blocks = uniforms(seed, range(first, max(samples) + 1))
+        self._rows = torch.tensor([sample - first for sample in samples])
+        self._device = device
+        self._left = torch.empty(len(samples), 0, device=device)
+
+    def take(self, count: int) -> Tensor:
+        """(rows, count) float32: the numbers of each row's next steps."""
+        while self._left.shape[1] < count:
+            block = next(self._blocks)[self._rows].to(self._device)
+            self._left = torch.cat([self._left, block], dim=1)
+        taken, self._left = self._left[:, :count], self._left[:, count:]
+        return taken
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self._rows = self._rows[list(rows)]
+        self._left = self._left[list(rows)]
 
 
 def draw_seed() -> int:
