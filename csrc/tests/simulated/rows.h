@@ -1,0 +1,93 @@
+// What the cases of the kernels over rows share: rows that lie apart or unaligned, and comparisons
+// that one wrong element fails.
+#pragma once
+
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "launch/launch.h"
+#include "testing.h"
+
+namespace gpt2fast::simulated {
+
+template <class T>
+constexpr launch::DType dtype_of = std::is_same_v<T, float>  ? launch::DType::float32
+                                   : std::is_same_v<T, fp16> ? launch::DType::float16
+                                                             : launch::DType::bfloat16;
+
+template <class T>
+std::string name_of() {
+    return std::is_same_v<T, float> ? "fp32" : std::is_same_v<T, fp16> ? "fp16" : "bf16";
+}
+
+// Where rows lie: `offset` elements behind aligned memory, with `gap` elements between them.
+struct Layout {
+    int64_t offset = 0, gap = 0;
+};
+
+// Random rows. Between them and in front there are NaNs, behind the last there is nothing.
+template <class T>
+class Rows {
+public:
+    Rows(Random& random, int64_t rows, int64_t columns, Layout layout = {}, float scale = 1.0f,
+         float shift = 0.0f)
+        : rows_(rows), columns_(columns), offset_(layout.offset), stride_(columns + layout.gap),
+          memory_(layout.offset + (rows - 1) * stride_ + columns) {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t c = 0; c < columns; ++c) {
+                set(r, c, shift + scale * random.normal());
+            }
+        }
+    }
+
+    T* data() { return memory_.data() + offset_; }
+    const T* data() const { return memory_.data() + offset_; }
+    int64_t stride() const { return stride_; }
+    double operator()(int64_t r, int64_t c) const { return to_double(data()[r * stride_ + c]); }
+    void set(int64_t r, int64_t c, float value) {
+        data()[r * stride_ + c] = device::from_float<T>(value);
+    }
+
+    // Their elements, one row behind the other.
+    Buffer<T> packed() const {
+        Buffer<T> all(rows_ * columns_);
+        for (int64_t i = 0; i < all.size(); ++i) {
+            all[i] = data()[i / columns_ * stride_ + i % columns_];
+        }
+        return all;
+    }
+
+    // What lies between the rows is what it was.
+    void expect_gaps_untouched(const std::string& what) const {
+        for (int64_t i = 0; i < memory_.size(); ++i) {
+            const int64_t column = (i - offset_) % stride_;
+            if (i < offset_ || column >= columns_) {
+                expect(std::isnan(to_double(memory_[i])), what + ": wrote between the rows");
+            }
+        }
+    }
+
+private:
+    int64_t rows_, columns_, offset_, stride_;
+    Buffer<T> memory_;
+};
+
+// Each element within `multiple` epsilons of its storage, measured by its own size or, where terms
+// have cancelled, by `scale`.
+template <class T>
+void expect_each(const Buffer<T>& ours, const std::vector<double>& exact, double multiple,
+                 double scale, const std::string& what) {
+    expect(ours.size() == int64_t(exact.size()), what + ": sizes differ");
+    for (int64_t i = 0; i < ours.size(); ++i) {
+        const double value = to_double(ours[i]), right = exact[size_t(i)];
+        const double allowed = multiple * epsilon<T> * std::max(std::abs(right), scale);
+        // Written so that NaN fails.
+        if (!(std::abs(value - right) <= allowed)) {
+            expect(false, what + ": element " + std::to_string(i) + " is " +
+                              std::to_string(value) + ", not " + std::to_string(right));
+        }
+    }
+}
+
+}  // namespace gpt2fast::simulated

@@ -1,0 +1,222 @@
+// Cases for launch/sampling.h.
+#include "launch/sampling.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "heads.h"
+
+namespace gpt2fast::simulated {
+namespace {
+
+struct Choice {
+    double temperature = 1.0;
+    int64_t top_k = 0;
+    double top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0;
+    int64_t no_repeat_ngram_size = 0;
+};
+
+constexpr double minus_infinity = -std::numeric_limits<double>::infinity();
+
+using Scores = std::vector<double>;
+using History = std::vector<int64_t>;
+
+void penalise(Scores& scores, const History& history, const Choice& choice) {
+    const Scores given = scores;
+    for (const int64_t token : history) {
+        if (token < 0) continue;
+        const double score = given[size_t(token)];
+        scores[size_t(token)] =
+            score < 0 ? score * choice.repetition_penalty : score / choice.repetition_penalty;
+    }
+    const size_t size = size_t(choice.no_repeat_ngram_size);
+    if (size == 0 || size > history.size()) return;
+    for (size_t i = 0; i + size <= history.size(); ++i) {
+        const int64_t last = history[i + size - 1];
+        const bool repeats = std::equal(history.begin() + long(i),
+                                        history.begin() + long(i + size - 1),
+                                        history.end() - long(size - 1));
+        if (repeats && last >= 0) scores[size_t(last)] = minus_infinity;
+    }
+}
+
+Scores weights_of(const Scores& scores) {
+    const double highest = *std::max_element(scores.begin(), scores.end());
+    Scores weights;
+    for (const double score : scores) weights.push_back(std::exp(score - highest));
+    return weights;
+}
+
+void keep_top_k(Scores& scores, int64_t k) {
+    Scores sorted = scores;
+    std::sort(sorted.rbegin(), sorted.rend());
+    const double edge = sorted[size_t(std::min<int64_t>(k, int64_t(sorted.size()))) - 1];
+    for (double& score : scores) {
+        if (score < edge) score = minus_infinity;
+    }
+}
+
+void keep_top_p(Scores& scores, double p) {
+    std::vector<size_t> order(scores.size());
+    std::iota(order.begin(), order.end(), size_t(0));
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return scores[a] < scores[b]; });
+    const Scores weights = weights_of(scores);
+    const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+    double mass = 0;
+    for (size_t i = 0; i + 1 < order.size(); ++i) {
+        mass += weights[order[i]];
+        if (mass / total > 1 - p) break;
+        scores[order[i]] = minus_infinity;
+    }
+}
+
+// The token, and how far the random number is from where another would be drawn.
+struct Drawn {
+    int64_t token;
+    double margin;
+};
+
+Drawn draw(Scores scores, const History& history, const Choice& choice, double uniform) {
+    penalise(scores, history, choice);
+    for (double& score : scores) score /= choice.temperature;
+    if (choice.top_k > 0) keep_top_k(scores, choice.top_k);
+    if (choice.top_p < 1) keep_top_p(scores, choice.top_p);
+    Scores weights = weights_of(scores);
+    for (double& weight : weights) {
+        if (weight < choice.min_p) weight = 0;
+    }
+    const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+    double mass = 0;
+    for (size_t token = 0; token < weights.size(); ++token) {
+        const double before = mass / total;
+        mass += weights[token];
+        if (weights[token] > 0 && mass / total > uniform) {
+            const double below = before == 0 ? 1 : uniform - before;
+            return {int64_t(token), std::min(below, mass / total - uniform)};
+        }
+    }
+    return {0, 1};
+}
+
+template <class T>
+Buffer<int64_t> sample(const Rows<T>& logits, int64_t rows, int64_t vocab,
+                       const Buffer<int64_t>& history, int64_t length,
+                       const Buffer<float>* uniform, const Choice& choice) {
+    Buffer<int64_t> out(rows);
+    Buffer<float> scores(uniform == nullptr ? 0 : rows * vocab);
+    Buffer<uint64_t> best(rows * launch::sample_blocks(vocab));
+    launch::Sample args{};
+    args.logits = logits.data();
+    args.logits_stride = logits.stride();
+    args.history = history.data();
+    args.history_stride = length;
+    args.history_step = 1;
+    args.history_length = length;
+    args.uniform = uniform == nullptr ? nullptr : uniform->data();
+    args.uniform_stride = 1;
+    args.out = out.data();
+    args.rows = rows;
+    args.vocab = vocab;
+    args.dtype = dtype_of<T>;
+    args.temperature = choice.temperature;
+    args.top_k = choice.top_k;
+    args.top_p = choice.top_p;
+    args.min_p = choice.min_p;
+    args.repetition_penalty = choice.repetition_penalty;
+    args.no_repeat_ngram_size = choice.no_repeat_ngram_size;
+    args.scores = scores.data();
+    args.best = best.data();
+    launch::sample(args, nullptr);
+    return out;
+}
+
+Scores row_of(const Rows<float>& logits, int64_t row, int64_t vocab) {
+    Scores scores;
+    for (int64_t i = 0; i < vocab; ++i) scores.push_back(logits(row, i));
+    return scores;
+}
+
+// Logits are multiples of `grain`, so that several are equal.
+void check_draws(int64_t rows, int64_t vocab, float scale, float grain, const Choice& choice) {
+    Random random;
+    Rows<float> logits(random, rows, vocab, {1, 3}, scale);
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t i = 0; i < vocab && grain > 0; ++i) {
+            logits.set(row, i, grain * std::round(float(logits(row, i)) / grain));
+        }
+    }
+    constexpr int64_t length = 19;
+    Buffer<int64_t> history = random.below(std::min<int64_t>(5, vocab), rows * length);
+    history[0] = -1;
+    Buffer<float> uniform(rows);
+    for (int64_t row = 0; row < rows; ++row) uniform[row] = float(random.below(1 << 24)) * 0x1p-24f;
+    uniform[0] = 0.0f;
+    const Buffer<int64_t> tokens = sample(logits, rows, vocab, history, length, &uniform, choice);
+    for (int64_t row = 0; row < rows; ++row) {
+        const History past(history.data() + row * length, history.data() + (row + 1) * length);
+        const Drawn exact = draw(row_of(logits, row, vocab), past, choice, uniform[row]);
+        expect(tokens[row] == exact.token || exact.margin < 1e-5,
+               "row " + std::to_string(row) + " drew " + std::to_string(tokens[row]) + ", not " +
+                   std::to_string(exact.token));
+    }
+}
+
+CASE("sample without limits") {
+    check_draws(3, 700, 3.0f, 0.0f, {});
+    check_draws(2, 1, 3.0f, 0.0f, {});
+    check_draws(2, 2500, 12.0f, 0.0f, {0.7});
+}
+
+CASE("sample top_k") {
+    check_draws(2, 700, 3.0f, 0.0f, {1.0, 1});
+    check_draws(2, 700, 3.0f, 0.5f, {1.0, 50});
+    check_draws(2, 40, 3.0f, 0.0f, {1.0, 40});
+    check_draws(2, 700, 0.02f, 0.0f, {0.8, 300});
+}
+
+CASE("sample top_p") {
+    check_draws(2, 700, 3.0f, 0.0f, {1.0, 0, 0.9});
+    check_draws(2, 700, 3.0f, 1.0f, {1.0, 0, 0.5});
+    check_draws(2, 90, 0.0f, 1.0f, {1.0, 0, 0.33});
+    check_draws(2, 700, 3.0f, 0.0f, {1.0, 0, 0.0});
+}
+
+CASE("sample with everything") {
+    check_draws(2, 700, 3.0f, 0.0f, {1.4, 80, 0.93, 0.02, 1.3, 2});
+    check_draws(2, 700, 3.0f, 1.0f, {0.6, 40, 0.95, 0.1, 0.8, 1});
+}
+
+CASE("sample the highest score") {
+    constexpr int64_t rows = 4, vocab = 2100, length = 7;
+    Random random;
+    Rows<bf16> logits(random, rows, vocab, {0, 5});
+    for (const int64_t token : {2099, 2050, 30}) logits.set(0, token, 9.0f);
+    for (int64_t i = 0; i < vocab; ++i) logits.set(1, i, float(minus_infinity));
+    logits.set(2, 2048, NAN);
+    logits.set(2, 70, INFINITY);
+    for (int64_t i = 0; i < vocab; ++i) logits.set(3, i, i == 4 ? 2.0f : i == 9 ? 1.5f : -1.0f);
+    const Buffer<int64_t> none(0);
+    const Choice penalties{1.0, 0, 1.0, 0.0, 1.5, 0};
+    const Buffer<int64_t> history = integers({-1, -1, 4, 2, 4, 4, 2});
+    Buffer<int64_t> repeated(rows * length);
+    for (int64_t i = 0; i < repeated.size(); ++i) repeated[i] = history[i % length];
+    expect_equal(sample(logits, rows, vocab, none, 0, nullptr, {}), {30, 0, 2048, 4}, "greedy");
+    expect_equal(sample(logits, rows, vocab, repeated, length, nullptr, penalties),
+                 {30, 0, 2048, 9}, "with a penalty");
+}
+
+CASE("sample a row without probabilities") {
+    Random random;
+    Rows<float> logits(random, 3, 300);
+    logits.set(0, 200, NAN);
+    logits.set(1, 10, INFINITY);
+    for (int64_t i = 0; i < 300; ++i) logits.set(2, i, float(minus_infinity));
+    const Buffer<int64_t> none(0);
+    const Buffer<float> uniform(3, 0.5f);
+    const Choice choice{1.0, 3, 0.9, 0.1};
+    expect_equal(sample(logits, 3, 300, none, 0, &uniform, choice), {0, 0, 0}, "token 0");
+}
+
+}  // namespace
+}  // namespace gpt2fast::simulated
