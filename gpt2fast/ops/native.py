@@ -65,16 +65,16 @@ def _find_and_load() -> Loaded:
         return _load(library)
     except OSError as error:
         if library.origin != INSTALLED:
-            raise BackendError(_does_not_load(library, error)) from None
+            raise BackendError(does_not_load(library, error)) from None
     # Made on another machine, for another C library: this one can have its own.
     library = build_library()
     try:
         return _load(library)
     except OSError as error:
-        raise BackendError(_does_not_load(library, error)) from None
+        raise BackendError(does_not_load(library, error)) from None
 
 
-def _does_not_load(library: Library, error: OSError) -> str:
+def does_not_load(library: Library, error: OSError) -> str:
     # torch's own words name the file only.
     return f"{library.path} ({library.origin}) does not load: {error.__cause__ or error}"
 

@@ -1,0 +1,76 @@
+// Ops on a cache of keys and values.
+#include "caches.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths,
+                     std::optional<Tensor> counts) {
+    const OnDeviceOf on(k_cache);
+    STD_TORCH_CHECK(same_sizes(k, v) && same_sizes(k_cache, v_cache) &&
+                        same_sizes(k, k_cache, 2) && k.size(0) == k_cache.size(0) &&
+                        k.scalar_type() == v.scalar_type() &&
+                        k_cache.scalar_type() == v_cache.scalar_type(),
+                    "gpt2fast: k and v must be alike, and so must the caches; of their sizes "
+                    "only the second may differ");
+    launch::AppendToCache args{};
+    args.from[0] = heads_of(k, "k");
+    args.from[1] = heads_of(v, "v");
+    args.cache[0] = mutable_heads_of(k_cache, "k_cache");
+    args.cache[1] = mutable_heads_of(v_cache, "v_cache");
+    args.batch = k.size(0);
+    args.time = k.size(1);
+    args.heads = k.size(2);
+    args.head_dim = k.size(3);
+    args.entries = k_cache.size(1);
+    args.lengths = integers_of(lengths, "lengths", args.batch);
+    if (counts.has_value()) args.counts = integers_of(*counts, "counts", args.batch);
+    args.dtype = dtype_of(k);
+    args.cache_dtype = dtype_of(k_cache);
+    launch::append_to_cache(args, on.stream);
+}
+
+void reorder_cache(Tensor k_cache, Tensor v_cache, Tensor rows) {
+    const OnDeviceOf on(k_cache);
+    STD_TORCH_CHECK(same_sizes(k_cache, v_cache) && k_cache.scalar_type() == v_cache.scalar_type(),
+                    "gpt2fast: the caches must be alike");
+    launch::ReorderCache args{};
+    args.cache[0] = mutable_heads_of(k_cache, "k_cache");
+    args.cache[1] = mutable_heads_of(v_cache, "v_cache");
+    args.rows = integers_of(rows, "rows", -1);
+    args.count = rows.size(0);
+    args.batch = k_cache.size(0);
+    args.entries = k_cache.size(1);
+    args.heads = k_cache.size(2);
+    args.head_dim = k_cache.size(3);
+    args.element_size = int64_t(k_cache.element_size());
+    STD_TORCH_CHECK(args.count <= args.batch, "gpt2fast: ", args.count,
+                    " rows do not fit a cache of ", args.batch);
+    launch::reorder_cache(args, on.stream);
+}
+
+void release_rows(Tensor lengths, Tensor rows) {
+    const OnDeviceOf on(lengths);
+    integers_of(lengths, "lengths", -1);
+    launch::release_rows({static_cast<int64_t*>(lengths.mutable_data_ptr()), lengths.stride(0),
+                          lengths.size(0), integers_of(rows, "rows", -1), rows.size(0)},
+                         on.stream);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def(
+        "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor lengths, Tensor? counts) -> ()");
+    m.def("reorder_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()");
+    m.def("release_rows(Tensor(a!) lengths, Tensor rows) -> ()");
+}
+
+GPT2FAST_CUDA_IMPL(m) {
+    m.impl("append_to_cache", TORCH_BOX(&append_to_cache));
+    m.impl("reorder_cache", TORCH_BOX(&reorder_cache));
+    m.impl("release_rows", TORCH_BOX(&release_rows));
+}
+
+}  // namespace gpt2fast::binding

@@ -1,0 +1,50 @@
+// Attention of new queries to a cache.
+#include "../../launch/cached_attention.h"
+
+#include "caches.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
+                            double scale) {
+    const OnDeviceOf on(q);
+    STD_TORCH_CHECK(same_sizes(k_cache, v_cache) && same_sizes(q, k_cache, 2) &&
+                        q.size(0) == k_cache.size(0) &&
+                        k_cache.scalar_type() == v_cache.scalar_type(),
+                    "gpt2fast: caches must be (", q.size(0), ", entries, ", q.size(2), ", ",
+                    q.size(3), ") and of one dtype");
+    launch::CachedAttention args{};
+    args.q = heads_of(q, "q");
+    args.k = heads_of(k_cache, "k_cache");
+    args.v = heads_of(v_cache, "v_cache");
+    args.batch = q.size(0);
+    args.time = q.size(1);
+    args.heads = q.size(2);
+    args.head_dim = q.size(3);
+    args.entries = k_cache.size(1);
+    args.lengths = integers_of(lengths, "lengths", args.batch);
+    args.scale = float(scale);
+    args.dtype = dtype_of(q);
+    args.cache_dtype = dtype_of(k_cache);
+    Tensor out = torch::stable::new_empty(q, q.sizes());
+    args.out = out.mutable_data_ptr();
+    Tensor partials = floats(q, {launch::cached_attention_partials(args)});
+    Tensor tickets = zeros(q, launch::cached_attention_tickets(args));
+    args.partials = floats_of(partials);
+    args.tickets = tickets_of(tickets);
+    launch::cached_attention(args, on.stream);
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def(
+        "attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+        "float scale) -> Tensor");
+}
+
+GPT2FAST_CUDA_IMPL(m) { m.impl("attention_with_cache", TORCH_BOX(&attention_with_cache)); }
+
+}  // namespace gpt2fast::binding

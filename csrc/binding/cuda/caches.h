@@ -1,0 +1,51 @@
+// Keys, values and the integers that go with them, as the launchers take them.
+#pragma once
+
+#include "../../launch/cache.h"
+
+#include "tensors.h"
+
+namespace gpt2fast::binding {
+
+inline void check_heads(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 4 && (x.size(3) == 1 || x.stride(3) == 1), "gpt2fast: ", name,
+                    " must have four dimensions, the last contiguous");
+}
+
+// Of a (rows, entries, heads, head size) tensor.
+inline launch::ConstHeadsOf heads_of(const Tensor& x, const char* name) {
+    check_heads(x, name);
+    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline launch::HeadsOf mutable_heads_of(const Tensor& x, const char* name) {
+    check_heads(x, name);
+    return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Of an int64 vector of `count` elements, or of any number if that is negative.
+inline launch::IntegersOf integers_of(const Tensor& x, const char* name, int64_t count) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 &&
+                        (count < 0 || x.size(0) == count),
+                    "gpt2fast: ", name, " must be an int64 vector",
+                    count < 0 ? "" : ", an element for each row");
+    return {static_cast<const int64_t*>(x.const_data_ptr()), x.stride(0)};
+}
+
+// Whether two tensors have the same sizes from `first` on.
+inline bool same_sizes(const Tensor& a, const Tensor& b, int64_t first = 0) {
+    if (a.dim() != b.dim()) return false;
+    for (int64_t i = first; i < a.dim(); ++i) {
+        if (a.size(i) != b.size(i)) return false;
+    }
+    return true;
+}
+
+// Counters that begin at zero.
+inline Tensor zeros(const Tensor& like, int64_t count) {
+    return torch::stable::new_zeros(like, {count}, ScalarType::Int);
+}
+
+inline unsigned* tickets_of(const Tensor& x) { return static_cast<unsigned*>(x.mutable_data_ptr()); }
+
+}  // namespace gpt2fast::binding

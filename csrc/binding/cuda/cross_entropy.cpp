@@ -1,0 +1,29 @@
+// Cross-entropy of a chunk of logits.
+#include "../../launch/cross_entropy.h"
+
+#include "tensors.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+void cross_entropy(Tensor logits, Tensor targets, Tensor losses, int64_t ignore_index,
+                   Tensor factor, bool differentiate) {
+    const OnDeviceOf on(logits);
+    launch::cross_entropy(
+        {logits.mutable_data_ptr(), static_cast<const int64_t*>(targets.const_data_ptr()),
+         static_cast<const float*>(factor.const_data_ptr()), floats_of(losses), logits.size(0),
+         logits.size(1), logits.stride(0), ignore_index, differentiate, dtype_of(logits)},
+        on.stream);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def(
+        "cross_entropy(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, int ignore_index, "
+        "Tensor factor, bool differentiate) -> ()");
+}
+
+GPT2FAST_CUDA_IMPL(m) { m.impl("cross_entropy", TORCH_BOX(&cross_entropy)); }
+
+}  // namespace gpt2fast::binding

@@ -1,0 +1,89 @@
+// One whole step of GPT-2.
+#include "../../launch/decode.h"
+
+#include "caches.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+constexpr size_t layer_weights = 12;
+
+launch::MatrixOf matrix_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 2 && (x.size(1) == 1 || x.stride(1) == 1),
+                    "gpt2fast: weights must be matrices, the last dimension contiguous");
+    return {x.const_data_ptr(), x.stride(0)};
+}
+
+launch::HeadsOf layer_of(const Tensor& cache, size_t layer) {
+    auto* data = static_cast<uint8_t*>(cache.mutable_data_ptr());
+    const int64_t bytes = int64_t(layer) * cache.stride(0) * int64_t(cache.element_size());
+    return {data + bytes, cache.stride(1), cache.stride(2), cache.stride(3)};
+}
+
+// The weights as gpt2fast/ops/decode.py lists them; vectors are contiguous.
+Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, Tensor tokens,
+                   Tensor positions, Tensor lengths, std::vector<double> scales, double eps) {
+    const Tensor& wte = weights[0];
+    const OnDeviceOf on(wte);
+    STD_TORCH_CHECK(weights.size() == 5 + layer_weights * scales.size(),
+                    "gpt2fast: ", weights.size(), " weights for ", scales.size(), " layers");
+    STD_TORCH_CHECK(k_cache.dim() == 5 && same_sizes(k_cache, v_cache) &&
+                        k_cache.scalar_type() == v_cache.scalar_type() &&
+                        k_cache.size(0) == int64_t(scales.size()) &&
+                        k_cache.size(1) == tokens.numel() &&
+                        k_cache.size(3) * k_cache.size(4) == wte.size(1),
+                    "gpt2fast: caches must be (layers, rows, entries, heads, head size)");
+    launch::DecodeStep args{};
+    std::vector<launch::DecodeLayer> layers(scales.size());
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const Tensor* of_layer = weights.data() + 2 + i * layer_weights;
+        const auto vector = [&](size_t n) { return of_layer[n].const_data_ptr(); };
+        layers[i] = {vector(0), vector(1), matrix_of(of_layer[2]),  vector(3),
+                     matrix_of(of_layer[4]), vector(5), vector(6), vector(7),
+                     matrix_of(of_layer[8]), vector(9), matrix_of(of_layer[10]), vector(11),
+                     {layer_of(k_cache, i), layer_of(v_cache, i)}, float(scales[i])};
+        args.inner = of_layer[8].size(1);
+    }
+    const Tensor* last = weights.data() + weights.size() - 3;
+    args.wte = matrix_of(wte);
+    args.wpe = matrix_of(weights[1]);
+    args.wte_rows = wte.size(0);
+    args.wpe_rows = weights[1].size(0);
+    args.layers = layers.data();
+    args.layer_count = int64_t(layers.size());
+    args.ln_f_weight = last[0].const_data_ptr();
+    args.ln_f_bias = last[1].const_data_ptr();
+    args.projection = matrix_of(last[2]);
+    args.batch = tokens.numel();
+    args.tokens = integers_of(tokens, "tokens", args.batch);
+    args.positions = integers_of(positions, "positions", args.batch);
+    args.lengths = integers_of(lengths, "lengths", args.batch);
+    args.width = wte.size(1);
+    args.entries = k_cache.size(2);
+    args.heads = k_cache.size(3);
+    args.head_dim = k_cache.size(4);
+    args.vocab = last[2].size(0);
+    args.eps = float(eps);
+    args.dtype = dtype_of(wte);
+    args.cache_dtype = dtype_of(k_cache);
+    Tensor logits = torch::stable::new_empty(wte, {args.batch, args.vocab});
+    Tensor work = floats(wte, {launch::decode_work(args)});
+    Tensor tickets = zeros(wte, launch::decode_tickets(args));
+    args.logits = logits.mutable_data_ptr();
+    args.work = floats_of(work);
+    args.tickets = tickets_of(tickets);
+    launch::decode_step(args, on.stream);
+    return logits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def(
+        "decode_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor tokens, "
+        "Tensor positions, Tensor lengths, float[] scales, float eps) -> Tensor");
+}
+
+GPT2FAST_CUDA_IMPL(m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
+
+}  // namespace gpt2fast::binding

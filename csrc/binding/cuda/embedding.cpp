@@ -1,0 +1,53 @@
+// Embeddings.
+#include "../../launch/embedding.h"
+
+#include "tensors.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+const int64_t* indices_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.is_contiguous(),
+                    "gpt2fast: indices must be contiguous int64");
+    return static_cast<const int64_t*>(x.const_data_ptr());
+}
+
+// tokens and positions hold one int64 for each row of the result.
+Tensor embedding(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) {
+    const OnDeviceOf on(wte);
+    Tensor out = torch::stable::new_empty(wte, {tokens.numel(), wte.size(1)});
+    launch::embedding_forward(
+        {indices_of(tokens), indices_of(positions), wte.const_data_ptr(), wpe.const_data_ptr(),
+         out.mutable_data_ptr(), tokens.numel(), wte.size(1), wte.size(0), wpe.size(0),
+         dtype_of(wte)},
+        on.stream);
+    return out;
+}
+
+// The gradient of a table of `rows` rows; `sorted` and `order` are what a stable sort of the
+// indices gives.
+Tensor embedding_backward(Tensor grad, Tensor sorted, Tensor order, int64_t rows) {
+    const OnDeviceOf on(grad);
+    Tensor grad_table = torch::stable::new_zeros(grad, {rows, grad.size(1)});
+    Tensor partials = floats(grad, {launch::embedding_partials(sorted.numel()), grad.size(1)});
+    launch::embedding_backward(
+        {grad.const_data_ptr(), indices_of(sorted), indices_of(order),
+         grad_table.mutable_data_ptr(), floats_of(partials), sorted.numel(), grad.size(1),
+         grad.stride(0), dtype_of(grad)},
+        on.stream);
+    return grad_table;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def("embedding(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) -> Tensor");
+    m.def("embedding_backward(Tensor grad, Tensor sorted, Tensor order, int rows) -> Tensor");
+}
+
+GPT2FAST_CUDA_IMPL(m) {
+    m.impl("embedding", TORCH_BOX(&embedding));
+    m.impl("embedding_backward", TORCH_BOX(&embedding_backward));
+}
+
+}  // namespace gpt2fast::binding

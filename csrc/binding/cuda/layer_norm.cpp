@@ -1,0 +1,65 @@
+// Residual add and layer normalisation.
+#include "../../launch/layer_norm.h"
+
+#include "tensors.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+// x and residual are (rows, columns), their last dimension contiguous.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> residual,
+                                                      Tensor weight, Tensor bias, double eps) {
+    const OnDeviceOf on(x);
+    const int64_t rows = x.size(0), columns = x.size(1);
+    Tensor normed = torch::stable::new_empty(x, {rows, columns});
+    Tensor summed = residual.has_value() ? torch::stable::new_empty(*residual, {rows, columns})
+                                         : torch::stable::new_empty(x, {0});
+    Tensor mean = floats(x, {rows, 1}), rstd = floats(x, {rows, 1});
+    launch::layer_norm_forward(
+        {x.const_data_ptr(), data_of(residual), weight.const_data_ptr(), bias.const_data_ptr(),
+         normed.mutable_data_ptr(), summed.mutable_data_ptr(), floats_of(mean), floats_of(rstd),
+         rows, columns, x.stride(0), stride_of(residual, 0), float(eps), dtype_of(x),
+         residual.has_value() ? dtype_of(*residual) : dtype_of(x), dtype_of(weight)},
+        on.stream);
+    return {normed, summed, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_normed,
+                                                       std::optional<Tensor> grad_summed,
+                                                       Tensor summed, Tensor mean, Tensor rstd,
+                                                       Tensor weight) {
+    const OnDeviceOf on(summed);
+    const int64_t rows = summed.size(0), columns = summed.size(1);
+    Tensor grad_input = torch::stable::new_empty(summed, {rows, columns});
+    Tensor grad_weight = torch::stable::new_empty(weight, {columns});
+    Tensor grad_bias = torch::stable::new_empty(weight, {columns});
+    Tensor partials = floats(summed, {launch::layer_norm_partials(rows), 2, columns});
+    launch::layer_norm_backward(
+        {grad_normed.const_data_ptr(), data_of(grad_summed), summed.const_data_ptr(),
+         static_cast<const float*>(mean.const_data_ptr()),
+         static_cast<const float*>(rstd.const_data_ptr()), weight.const_data_ptr(),
+         grad_input.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
+         grad_bias.mutable_data_ptr(), floats_of(partials), rows, columns, grad_normed.stride(0),
+         stride_of(grad_summed, 0), summed.stride(0), dtype_of(grad_normed), dtype_of(summed),
+         dtype_of(weight)},
+        on.stream);
+    return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def(
+        "layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "layer_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, "
+        "Tensor mean, Tensor rstd, Tensor weight) -> (Tensor, Tensor, Tensor)");
+}
+
+GPT2FAST_CUDA_IMPL(m) {
+    m.impl("layer_norm", TORCH_BOX(&layer_norm));
+    m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+}
+
+}  // namespace gpt2fast::binding

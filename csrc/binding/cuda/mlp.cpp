@@ -1,0 +1,63 @@
+// GELU with a bias, and sums of rows.
+#include "../../launch/mlp.h"
+
+#include "tensors.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+// x is (rows, columns), its last dimension contiguous.
+Tensor bias_gelu(Tensor x, Tensor bias) {
+    const OnDeviceOf on(x);
+    Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+    launch::bias_gelu({x.const_data_ptr(), bias.const_data_ptr(), out.mutable_data_ptr(),
+                       x.size(0), x.size(1), x.stride(0), dtype_of(x)},
+                      on.stream);
+    return out;
+}
+
+// Writes grad_x, which may be grad itself, and the activation where it is wanted; returns the
+// gradient of the bias. Both are contiguous.
+Tensor bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor grad_x,
+                          std::optional<Tensor> activated) {
+    const OnDeviceOf on(x);
+    const int64_t rows = x.size(0), columns = x.size(1);
+    Tensor grad_bias = torch::stable::new_empty(bias, {columns});
+    Tensor partials = floats(x, {launch::row_partials(rows), columns});
+    launch::bias_gelu_backward(
+        {grad.const_data_ptr(), x.const_data_ptr(), bias.const_data_ptr(),
+         grad_x.mutable_data_ptr(),
+         activated.has_value() ? activated->mutable_data_ptr() : nullptr,
+         grad_bias.mutable_data_ptr(), floats_of(partials), rows, columns, grad.stride(0),
+         x.stride(0), dtype_of(x)},
+        on.stream);
+    return grad_bias;
+}
+
+Tensor sum_rows(Tensor x) {
+    const OnDeviceOf on(x);
+    Tensor out = torch::stable::new_empty(x, {x.size(1)});
+    Tensor partials = floats(x, {launch::row_partials(x.size(0)), x.size(1)});
+    launch::sum_rows({x.const_data_ptr(), out.mutable_data_ptr(), floats_of(partials), x.size(0),
+                      x.size(1), x.stride(0), dtype_of(x)},
+                     on.stream);
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
+    m.def(
+        "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, "
+        "Tensor(b!)? activated) -> Tensor");
+    m.def("sum_rows(Tensor x) -> Tensor");
+}
+
+GPT2FAST_CUDA_IMPL(m) {
+    m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
+    m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+    m.impl("sum_rows", TORCH_BOX(&sum_rows));
+}
+
+}  // namespace gpt2fast::binding

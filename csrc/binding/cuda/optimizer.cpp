@@ -1,0 +1,47 @@
+// AdamW.
+#include "../../launch/optimizer.h"
+
+#include "tensors.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+// Contiguous lists of equal length; `masters` may be empty.
+void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+           std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> masters, int64_t step, double lr,
+           double beta1, double beta2, double eps, double weight_decay) {
+    // One call of the launcher for every kind: a device and a pair of dtypes.
+    std::vector<bool> done(params.size());
+    for (size_t first = 0; first < params.size(); ++first) {
+        if (done[first]) continue;
+        const OnDeviceOf on(params[first]);
+        launch::AdamW args{{}, step, lr, beta1, beta2, eps, weight_decay,
+                           dtype_of(params[first]), dtype_of(exp_avgs[first])};
+        for (size_t i = first; i < params.size(); ++i) {
+            if (done[i] || params[i].get_device_index() != params[first].get_device_index() ||
+                dtype_of(params[i]) != args.dtype || dtype_of(exp_avgs[i]) != args.moment_dtype) {
+                continue;
+            }
+            done[i] = true;
+            args.tensors.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(),
+                                    exp_avgs[i].mutable_data_ptr(),
+                                    exp_avg_sqs[i].mutable_data_ptr(),
+                                    masters.empty() ? nullptr : floats_of(masters[i]),
+                                    params[i].numel()});
+        }
+        launch::adamw(args, on.stream);
+    }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def(
+        "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, int step, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay) -> ()");
+}
+
+GPT2FAST_CUDA_IMPL(m) { m.impl("adamw", TORCH_BOX(&adamw)); }
+
+}  // namespace gpt2fast::binding

@@ -1,0 +1,81 @@
+// Between torch's tensors and the launchers' pointers and sizes. gpt2fast/ops/cuda decides when
+// these ops run and has checked what they are given.
+//
+// Built against torch's stable ABI; the ops live in the namespace gpt2fast_cuda. The library loads
+// beside a torch without CUDA, too: what only a CUDA build of torch has is looked up weakly. With
+// GPT2FAST_SIMULATED the same ops take CPU tensors, and the launchers run in the simulator.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../launch/launch.h"
+
+#ifdef GPT2FAST_SIMULATED
+#define GPT2FAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(gpt2fast_cuda, CPU, m)
+#else
+#define GPT2FAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(gpt2fast_cuda, CUDA, m)
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
+    int32_t device_index, void** stream);
+#endif
+
+namespace gpt2fast::binding {
+
+using launch::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float: return DType::float32;
+        case ScalarType::Half: return DType::float16;
+        case ScalarType::BFloat16: return DType::bfloat16;
+        case ScalarType::Char: return DType::int8;
+        default: STD_TORCH_CHECK(false, "gpt2fast: dtype that the CUDA kernels do not know");
+    }
+}
+
+// While one lives, a tensor's device is the current one; `stream` is that device's current stream.
+class OnDeviceOf {
+public:
+#ifdef GPT2FAST_SIMULATED
+    explicit OnDeviceOf(const Tensor&) {}
+#else
+    explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                        "gpt2fast: this torch was built without CUDA");
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    }
+#endif
+    void* stream = nullptr;
+
+private:
+#ifndef GPT2FAST_SIMULATED
+    torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+inline Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+inline const void* data_of(const std::optional<Tensor>& x) {
+    return x.has_value() ? x->const_data_ptr() : nullptr;
+}
+
+inline int64_t stride_of(const std::optional<Tensor>& x, int64_t dim) {
+    return x.has_value() ? x->stride(dim) : 0;
+}
+
+}  // namespace gpt2fast::binding

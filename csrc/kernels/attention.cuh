@@ -1,0 +1,83 @@
+// What all kernels of causal attention are given, and which tile a block takes.
+#pragma once
+
+#include "philox.cuh"
+
+namespace gpt2fast::kernels {
+
+using namespace device;
+
+constexpr float log2_e = 1.44269504088896341f;
+constexpr float ln_2 = 0.693147180559945309f;
+
+// A (batch, time, heads, head_dim) tensor; strides in elements, that of the last dimension is 1.
+template <typename T>
+struct Heads {
+    T* data;
+    int64_t batch_stride, time_stride, head_stride;
+
+    __device__ __forceinline__ T* of(int batch, int head) const {
+        return data + batch * batch_stride + head * head_stride;
+    }
+};
+
+struct AttentionShape {
+    int time, heads, head_dim;
+    float scale;
+    const uint8_t* visible;  // (batch, time), 0 for keys that nobody sees; may be null
+    Dropout dropout;
+};
+
+// What a block works on: grids are (heads, tiles, batch), so that the tiles of one row of the batch,
+// whose keys and values are read together, follow each other, the largest of all heads first.
+struct BlockPlace {
+    int batch, head, tile;
+    int row;  // among all rows' heads
+
+    __device__ __forceinline__ explicit BlockPlace(const AttentionShape& shape)
+        : batch(blockIdx.z), head(blockIdx.x), tile(blockIdx.y), row(batch * shape.heads + head) {}
+};
+
+// The backward pass reads two floats of every query: the log-sum in powers of two, and delta, the
+// sum of the products of result and gradient. Past the end they are infinity and 0, which makes
+// weights vanish. (batch, heads, padded time, 2), padded to a multiple of every tile of queries.
+constexpr int statistics_rows = 64;
+
+// Rows are counted in 32 bits.
+__host__ __device__ constexpr int padded_time(int time) {
+    return (time + statistics_rows - 1) / statistics_rows * statistics_rows;
+}
+
+// Which of a tile's keys are visible, a bit each.
+template <int Keys>
+struct VisibleKeys {
+    uint32_t words[Keys / 32];
+
+    __device__ __forceinline__ bool operator[](int key) const {
+        return words[key / 32] >> (key % 32) & 1;
+    }
+};
+
+// The first tile from `tile` on, below `tiles`, that holds a visible key, or `tiles`; without a mask
+// that is `tile`, and `keys` stays as it is. All threads of a warp call it together and find the
+// same.
+template <int Keys>
+__device__ __forceinline__ int next_visible(const uint8_t* visible, int time, int tile, int tiles,
+                                            VisibleKeys<Keys>& keys) {
+    const int lane = threadIdx.x % 32;
+    if (visible == nullptr) return tile;
+    for (; tile < tiles; ++tile) {
+        uint32_t any = 0;
+#pragma unroll
+        for (int word = 0; word < Keys / 32; ++word) {
+            const int key = tile * Keys + word * 32 + lane;
+            const bool seen = key < time && visible[key] != 0;
+            keys.words[word] = __ballot_sync(0xffffffffu, seen);
+            any |= keys.words[word];
+        }
+        if (any != 0) break;
+    }
+    return tile;
+}
+
+}  // namespace gpt2fast::kernels

@@ -1,0 +1,51 @@
+// Launchers of csrc/kernels/attention*.cuh.
+#pragma once
+
+#include "launch.h"
+
+namespace gpt2fast::launch {
+
+// A (batch, time, heads, head_dim) tensor; strides in elements, that of the last dimension is 1.
+struct AttentionHeads {
+    void* data;  // only read where it is an argument of the op
+    int64_t batch_stride, time_stride, head_stride;
+};
+
+struct Attention {
+    AttentionHeads q, k, v;
+    int64_t batch, time, heads, head_dim;
+    double scale;
+    const uint8_t* visible;  // (batch, time), contiguous; null if all keys are visible
+    double dropout_p;
+    const int64_t* seed;  // on the device; only read with dropout
+    DType dtype;
+};
+
+struct AttentionForward {
+    Attention attention;
+    AttentionHeads out;
+    float* lse;  // (batch, heads, time)
+};
+
+// `workspace` holds attention_backward_floats(...) floats.
+struct AttentionBackward {
+    Attention attention;
+    AttentionHeads grad, out;
+    const float* lse;
+    AttentionHeads grad_q, grad_k, grad_v;
+    float* workspace;
+    bool deterministic;  // without atomics, whose order is the blocks'
+};
+
+constexpr int64_t attention_head_dim_limit = 128;
+
+// Why no kernel can run these, or null: 16-bit tensors need a head size and strides that are
+// multiples of 8 elements and addresses that are multiples of 16 bytes.
+const char* attention_refuses(const Attention& args);
+
+int64_t attention_backward_floats(const Attention& args, bool deterministic);
+
+void attention_forward(const AttentionForward& args, void* stream);
+void attention_backward(const AttentionBackward& args, void* stream);
+
+}  // namespace gpt2fast::launch

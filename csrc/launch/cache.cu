@@ -1,0 +1,140 @@
+#include "cache.h"
+
+#include <algorithm>
+
+#include "../kernels/cache.cuh"
+#include "dispatch.h"
+
+namespace gpt2fast::launch {
+namespace {
+
+using namespace kernels;
+
+// Elements that a thread takes at once: 16 bytes of the narrower storage.
+constexpr int append_vector = 8;
+
+template <typename View>
+bool is_aligned(const View& heads, int64_t head_dim, int64_t bytes) {
+    return is_vector_aligned(heads.data, head_dim, heads.row_stride, bytes) &&
+           is_vector_aligned(heads.data, head_dim, heads.entry_stride, bytes) &&
+           is_vector_aligned(heads.data, head_dim, heads.head_stride, bytes);
+}
+
+template <typename T, typename View>
+Heads<T> typed(const View& heads) {
+    return {static_cast<T*>(heads.data), heads.row_stride, heads.entry_stride, heads.head_stride};
+}
+
+Integers integers(const IntegersOf& of) { return {of.data, of.stride}; }
+
+unsigned counted(int64_t pieces) {
+    if (pieces > INT32_MAX) throw std::invalid_argument("a cache of more than 2^31 pieces");
+    return unsigned(pieces);
+}
+
+template <typename From, typename To, int Vector>
+void launch_append(const AppendToCache& args, cudaStream_t stream) {
+    NewEntries<From, To> entries{};
+    for (int i = 0; i < 2; ++i) {
+        entries.from[i] = typed<const From>(args.from[i]);
+        entries.cache[i] = typed<To>(args.cache[i]);
+    }
+    entries.lengths = integers(args.lengths);
+    entries.counts = integers(args.counts);
+    entries.time = int(args.time);
+    entries.heads = int(args.heads);
+    entries.head_dim = int(args.head_dim);
+    entries.entries = int(args.entries);
+    entries.pieces = counted(args.batch * args.time * args.heads * (args.head_dim / Vector));
+    device::launch(&kernels::append_to_cache<From, To, Vector>,
+                   dim3(unsigned(ceil_div(entries.pieces, append_threads)), 2),
+                   dim3(append_threads), 0, stream, entries);
+}
+
+// How many bytes of shared memory a block of the reordering kernel may take: two fit into an SM.
+constexpr int64_t reorder_shared = 48 * 1024;
+
+template <typename T, int Vector>
+void launch_reorder(const ReorderCache& args, cudaStream_t stream) {
+    // In words of T, of which an element or several make one.
+    const int64_t size = args.element_size;
+    Reordered<T> reordered{};
+    for (int i = 0; i < 2; ++i) {
+        const HeadsOf& cache = args.cache[i];
+        constexpr int64_t word = sizeof(T);
+        reordered.cache[i] = {static_cast<T*>(cache.data), cache.row_stride * size / word,
+                              cache.entry_stride * size / word, cache.head_stride * size / word};
+    }
+    reordered.rows = integers(args.rows);
+    reordered.count = int(args.count);
+    reordered.heads = int(args.heads);
+    reordered.words = int(args.head_dim * size / int64_t(sizeof(T)));
+    reordered.all_rows = int(args.batch);
+    reordered.pieces = counted(args.entries * args.heads * (reordered.words / Vector));
+    const int64_t piece = args.count * Vector * int64_t(sizeof(T));
+    const int64_t threads =
+        std::clamp<int64_t>(reorder_shared / piece / 32 * 32, 32, reorder_threads);
+    device::launch(&kernels::reorder_cache<T, Vector>,
+                   dim3(unsigned(ceil_div(reordered.pieces, threads)), 2), dim3(unsigned(threads)),
+                   size_t(threads * piece), stream, reordered);
+}
+
+// Whether all rows of both caches can be moved `bytes` at a time.
+bool moves_by(const ReorderCache& args, int64_t bytes) {
+    for (const HeadsOf& cache : args.cache) {
+        const uint64_t address = reinterpret_cast<uintptr_t>(cache.data);
+        const int64_t strides[] = {cache.row_stride, cache.entry_stride, cache.head_stride,
+                                   args.head_dim};
+        if (address % uint64_t(bytes) != 0) return false;
+        for (int64_t stride : strides) {
+            if (stride * args.element_size % bytes != 0) return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+void append_to_cache(const AppendToCache& args, void* stream) {
+    if (args.batch * args.time * args.heads * args.head_dim == 0) return;
+    const bool aligned = [&] {
+        if (args.head_dim % append_vector != 0) return false;
+        for (int i = 0; i < 2; ++i) {
+            if (!is_aligned(args.from[i], args.head_dim, size_of(args.dtype)) ||
+                !is_aligned(args.cache[i], args.head_dim, size_of(args.cache_dtype))) {
+                return false;
+            }
+        }
+        return true;
+    }();
+    with_float(args.dtype, [&](auto from) {
+        with_float(args.cache_dtype, [&](auto to) {
+            using From = typename decltype(from)::type;
+            using To = typename decltype(to)::type;
+            if (aligned) return launch_append<From, To, append_vector>(args, stream_of(stream));
+            launch_append<From, To, 1>(args, stream_of(stream));
+        });
+    });
+}
+
+void reorder_cache(const ReorderCache& args, void* stream) {
+    if (args.count * args.entries * args.heads * args.head_dim == 0) return;
+    if (args.count > reorder_rows) throw std::invalid_argument("too many rows to reorder at once");
+    if (moves_by(args, 16) && args.count * 16 * 32 <= reorder_shared) {
+        return launch_reorder<uint32_t, 4>(args, stream_of(stream));
+    }
+    if (moves_by(args, 4) && args.count * 4 * 32 <= reorder_shared) {
+        return launch_reorder<uint32_t, 1>(args, stream_of(stream));
+    }
+    launch_reorder<uint8_t, 1>(args, stream_of(stream));
+}
+
+void release_rows(const ReleaseRows& args, void* stream) {
+    if (args.count == 0 || args.released == 0) return;
+    constexpr int threads = 128;
+    device::launch(&kernels::release_rows<threads>, dim3(unsigned(ceil_div(args.count, threads))),
+                   dim3(threads), 0, stream_of(stream), args.lengths, args.stride, args.count,
+                   integers(args.rows), args.released);
+}
+
+}  // namespace gpt2fast::launch

@@ -1,0 +1,55 @@
+// Launchers of csrc/kernels/cache.cuh.
+#pragma once
+
+#include "launch.h"
+
+namespace gpt2fast::launch {
+
+// (rows, entries, heads, head_dim), the last dimension contiguous; strides in elements.
+struct HeadsOf {
+    void* data;
+    int64_t row_stride, entry_stride, head_stride;
+};
+
+struct ConstHeadsOf {
+    const void* data;
+    int64_t row_stride, entry_stride, head_stride;
+};
+
+struct IntegersOf {
+    const int64_t* data;
+    int64_t stride;
+};
+
+struct AppendToCache {
+    ConstHeadsOf from[2];  // keys and values
+    HeadsOf cache[2];
+    IntegersOf lengths;
+    IntegersOf counts;  // or null
+    int64_t batch, time, heads, head_dim, entries;
+    DType dtype, cache_dtype;
+};
+
+struct ReorderCache {
+    HeadsOf cache[2];
+    IntegersOf rows;
+    int64_t count;  // of rows that are replaced: at most reorder_rows
+    int64_t batch, entries, heads, head_dim;
+    int64_t element_size;
+};
+
+struct ReleaseRows {
+    int64_t* lengths;
+    int64_t stride, count;
+    IntegersOf rows;
+    int64_t released;
+};
+
+// A cache of more rows cannot be reordered in one go.
+constexpr int64_t reorder_rows = 1024;
+
+void append_to_cache(const AppendToCache& args, void* stream);
+void reorder_cache(const ReorderCache& args, void* stream);
+void release_rows(const ReleaseRows& args, void* stream);
+
+}  // namespace gpt2fast::launch

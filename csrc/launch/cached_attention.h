@@ -1,0 +1,29 @@
+// Launcher of csrc/kernels/cached_attention.cuh.
+#pragma once
+
+#include "cache.h"
+
+namespace gpt2fast::launch {
+
+struct CachedAttention {
+    ConstHeadsOf q;  // (batch, time, heads, head_dim)
+    void* out;       // as q, contiguous
+    ConstHeadsOf k, v;
+    IntegersOf lengths;
+    float* partials;    // cached_attention_partials floats
+    unsigned* tickets;  // cached_attention_tickets of them, zero before and after
+    int64_t batch, time, heads, head_dim, entries;
+    float scale;
+    DType dtype, cache_dtype;
+};
+
+// Heads of more elements are refused.
+constexpr int64_t cached_attention_head_dim = 128;
+
+// Functions of the shape, and of how many multiprocessors there are.
+int64_t cached_attention_partials(const CachedAttention& args);
+int64_t cached_attention_tickets(const CachedAttention& args);
+
+void cached_attention(const CachedAttention& args, void* stream);
+
+}  // namespace gpt2fast::launch

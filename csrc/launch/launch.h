@@ -1,0 +1,21 @@
+// What all launchers share. They know neither torch nor, here, CUDA: a caller hands them raw
+// pointers into the device's memory, sizes and strides in elements, and the stream.
+//
+// A launcher allocates nothing, waits for nothing and reads nothing from the device, so that it
+// can be captured in a CUDA graph; what its kernels need besides is among its arguments.
+// It throws std::invalid_argument for what no kernel can run, std::runtime_error if CUDA fails.
+#pragma once
+
+#include <cstdint>
+
+namespace gpt2fast::launch {
+
+enum class DType { float32, float16, bfloat16, int8 };
+
+inline int64_t size_of(DType dtype) {
+    return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace gpt2fast::launch

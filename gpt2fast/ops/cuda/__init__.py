@@ -1,0 +1,159 @@
+"""The ops as CUDA kernels: the library that holds them, and what they ask of their arguments.
+
+The library's ops are in the namespace `gpt2fast_cuda`. It is found, or compiled, when the first
+CUDA tensor arrives. The backend is `native`, as for the CPU's kernels: `by_device` takes the one or
+the other, and where both have an op of one schema, `kernels` names the one that a tensor needs.
+A module of this package prepares the arguments of a family whose CUDA kernels ask for others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compilation import CUDA
+from ...errors import BackendError
+from ...library import Library, find_library, is_switched_off, notice
+from .. import native
+from ..backend import AVAILABILITY, Implementation
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels store; they compute in float32."""
+
+_lock = threading.Lock()
+_library: Library | None = None
+_reason: str | None = None
+_simulating = False
+
+
+def unavailable() -> str | None:
+    """Why there are no CUDA kernels here, or None. The first call loads or builds them."""
+    global _library, _reason
+    if _simulating:
+        return None
+    if _reason is None:
+        with _lock:
+            if _reason is None:  # another thread was not faster
+                try:
+                    _library = _find_and_load()
+                    _reason = ""
+                except BackendError as error:
+                    _reason = str(error)
+                    if torch.cuda.is_available() and not is_switched_off():
+                        notice(f"no CUDA kernels, Triton or torch run instead: {error}")
+    return _reason or None
+
+
+def loaded() -> Library | None:
+    """The library that runs, or None if there is none: `unavailable()` says why."""
+    unavailable()
+    return _library
+
+
+def _find_and_load() -> Library:
+    if not torch.cuda.is_available():
+        raise BackendError("there is no CUDA GPU")
+    library = find_library(CUDA, _architectures())
+    try:
+        torch.ops.load_library(library.path)
+    except OSError as error:
+        raise BackendError(native.does_not_load(library, error)) from None
+    return library
+
+
+def _architectures() -> tuple[str, ...]:
+    """Of the GPUs here, as nvcc calls them."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    # Only "90a" has all that Hopper can do.
+    names = {(9, 0): "90a"}
+    return tuple(names.get(both, f"{both[0]}{both[1]}") for both in sorted(found))
+
+
+def _available() -> str | None:
+    """Why there are no compiled kernels at all, or None."""
+    reason = native.unavailable()
+    return reason if reason is None or unavailable() is not None else None
+
+
+AVAILABILITY["native"] = _available
+
+
+@contextmanager
+def simulated(library: Library) -> Iterator[None]:
+    """Run the CUDA kernels on CPU tensors within a `with` block, in the simulator: for tests."""
+    global _simulating
+    torch.ops.load_library(library.path)
+    _simulating = True
+    try:
+        yield
+    finally:
+        _simulating = False
+
+
+def cuda(run: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:
+    """An implementation that calls `torch.ops.gpt2fast_cuda`; it refuses without the library."""
+    return Implementation(run, lambda *args: unavailable() or refuses(*args))
+
+
+def _takes(tensor: Tensor) -> bool:
+    return _simulating or tensor.device.type == "cuda"
+
+
+def kernels(tensor: Tensor) -> Any:
+    """The namespace of the compiled kernels that run on the tensor's device."""
+    return torch.ops.gpt2fast_cuda if _takes(tensor) else torch.ops.gpt2fast_native
+
+
+def by_device(cpu: Implementation, cuda: Implementation) -> Implementation:
+    """The one implementation for CUDA tensors, the other for all others."""
+
+    def chosen(arguments: tuple[Any, ...]) -> Implementation:
+        return cuda if _takes(_first_tensor(arguments)) else cpu
+
+    return Implementation(
+        lambda *args: chosen(args).run(*args), lambda *args: chosen(args).refuses(*args)
+    )
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument
+        if isinstance(argument, (list, tuple)) and argument:
+            return _first_tensor(tuple(argument))
+    raise ValueError("no tensor among the arguments")
+
+
+def unsuitable(
+    *tensors: Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    one_dtype: bool = False,
+    may_be_empty: bool = False,
+) -> str | None:
+    """Why the kernels cannot take these tensors, or None. Absent tensors do not count.
+
+    Args:
+        dtypes: of those that hold floating-point numbers.
+        one_dtype: whether these must be of one dtype.
+        may_be_empty: whether tensors without elements pass.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    first = next((tensor for tensor in given if tensor.is_floating_point()), None)
+    for tensor in given:
+        if tensor.device != given[0].device:
+            return f"tensors are on {given[0].device} and on {tensor.device}"
+        if not (tensor.numel() or may_be_empty):
+            return "the CUDA kernels need at least one element"
+        if not tensor.is_floating_point() or first is None:
+            continue
+        if tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"the CUDA kernel takes {names}, not {tensor.dtype}"
+        if one_dtype and tensor.dtype != first.dtype:
+            return f"the CUDA kernel takes one dtype, not {first.dtype} and {tensor.dtype}"
+    return None
