@@ -32,6 +32,6 @@ bench: .venv/ready  ## ours beside torch and transformers
 	$(BIN)/python -m pytest -q benchmarks
 
 constraints:  ## resolve constraints.txt again, for every Python and platform (needs uv)
-	printf 'torch==2.13.0\nnumpy<2.4\n' | uv pip compile pyproject.toml --all-extras --universal \
+	printf 'torch==2.13.0\nnumpy<2.4\n' | uv pip compile pyproject.toml --extra dev --universal \
 	    --python-version 3.10 --no-annotate --custom-compile-command "make constraints" \
 	    --constraints - --output-file constraints.txt

@@ -2,20 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from gpt2fast import backend
+import gpt2fast
+from gpt2fast.compilation import SIMULATED, find_toolchain
+from gpt2fast.errors import BackendError
+from gpt2fast.library import Library, find_library
+from gpt2fast.ops.cuda import DTYPES as CUDA_DTYPES
+from gpt2fast.ops.cuda import simulated
 from gpt2fast.ops.native import DTYPES as NATIVE_DTYPES
 from gpt2fast.ops.native import unavailable
+from gpt2fast.ops.triton import DTYPES as TRITON_DTYPES
+from gpt2fast.ops.triton import interpreting
+from gpt2fast.ops.triton import unavailable as triton_unavailable
 from tolerance import assert_close
 
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
+# These tests' tensors are on the CPU.
+_no_triton = triton_unavailable() or (None if interpreting() else "TRITON_INTERPRET=1 is not set")
+needs_triton = pytest.mark.skipif(_no_triton is not None, reason=str(_no_triton))
+
+
+def _no_simulator() -> str | None:
+    try:
+        find_toolchain(SIMULATED)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+needs_simulator = pytest.mark.skipif(_no_simulator() is not None, reason=str(_no_simulator()))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+BACKENDS = [
+    pytest.param("native", marks=needs_native),
+    "torch",
+    "reference",
+    pytest.param("triton", marks=needs_triton),
+    pytest.param("simulator", marks=needs_simulator),
+    # The fixture `device` of conftest.py creates these tests' tensors on the GPU.
+    pytest.param("cuda", marks=[needs_gpu, pytest.mark.gpu]),
+    pytest.param("cuda-triton", marks=[needs_gpu, pytest.mark.gpu]),
+]
+TRITON_BACKENDS = [
+    each for each in BACKENDS if getattr(each, "values", ()) in (("triton",), ("cuda-triton",))
+]
+CUDA_BACKENDS = [
+    each for each in BACKENDS if getattr(each, "values", ()) in (("simulator",), ("cuda",))
+]
+"""Where the CUDA kernels run."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@cache
+def simulated_library() -> Library:
+    """The CUDA kernels, compiled for the simulator."""
+    return find_library(SIMULATED)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """`gpt2fast.backend`, which knows more names.
+
+    "simulator" are the CUDA kernels on a CPU, "cuda" and "cuda-triton" both kinds on a GPU.
+    """
+    on_gpu = {"cuda": "native", "cuda-triton": "triton"}
+    if name == "simulator":
+        with simulated(simulated_library()), gpt2fast.backend("native"):
+            yield
+    else:
+        with gpt2fast.backend(on_gpu.get(name, name)):
+            yield
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A source of random numbers where tensors are created by default."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def contiguous(x: Tensor) -> Tensor:
@@ -64,6 +131,10 @@ def compare(
     """
     if name == "native" and dtype not in NATIVE_DTYPES:
         pytest.skip(f"the native kernels leave {dtype} to torch")
+    if name in ("simulator", "cuda") and dtype not in CUDA_DTYPES:
+        pytest.skip(f"the CUDA kernels leave {dtype} to torch")
+    if name in ("triton", "cuda-triton") and dtype not in TRITON_DTYPES:
+        pytest.skip(f"the Triton kernels leave {dtype} to torch")
     exact, exact_gradients = _run(theirs, inputs, torch.float64, contiguous)
     other, other_gradients = _run(theirs, inputs, dtype, contiguous)
     with backend(name):
@@ -81,7 +152,7 @@ def _run(
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     outputs = function(*(layout(leaf) for leaf in leaves))
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     directions = [
         torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 # The tests' tensors are small: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +31,15 @@ def data_dir() -> Path:
 def seeded() -> None:
     """Every test draws the same random numbers, in whatever order the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest, seeded: None) -> Iterator[None]:
+    """Tests of a backend called "cuda..." create their tensors on the GPU."""
+    callspec = getattr(request.node, "callspec", None)
+    name = callspec.params.get("name") if callspec is not None else None
+    if isinstance(name, str) and name.startswith("cuda"):
+        with torch.device("cuda"):
+            yield
+    else:
+        yield

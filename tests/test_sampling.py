@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from comparison import BACKENDS
-from gpt2fast import backend, ops
+from comparison import BACKENDS, CUDA_BACKENDS, backend, seeded
+from gpt2fast import ops
 from gpt2fast.errors import GenerationError
 from gpt2fast.ops import sampling as processors
 from gpt2fast.ops.native import unavailable
@@ -22,14 +22,14 @@ OFF = dict(
 
 
 def random_scores(rows=6, vocab=50, banned=0.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     scores = torch.randn(rows, vocab, generator=generator) * 4
     return scores.masked_fill(torch.rand(rows, vocab, generator=generator) < banned, -math.inf)
 
 
 def random_history(rows=6, vocab=50, length=30, seed=0):
     # Few distinct tokens, so that n-grams do repeat.
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.randint(vocab // 8, (rows, length), generator=generator)
 
 
@@ -85,7 +85,7 @@ def test_processors_equal_transformers(options, banned):
 
 
 def test_processors_equal_transformers_on_ties():
-    scores = torch.randint(4, (8, 40), generator=torch.Generator().manual_seed(1)).float()
+    scores = torch.randint(4, (8, 40), generator=seeded(1)).float()
     for options in ({"top_k": 5}, {"min_p": 0.6}):
         expected = reference_processors(**options)(None, scores.clone())
         assert torch.equal(processors.process(scores, scores.long(), **options), expected)
@@ -142,7 +142,7 @@ def test_greedy_takes_the_highest_score_after_the_penalties():
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[2.0, 0.0, -math.inf, 1.0, -1.0]])
     draws = 40_000
-    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(draws, generator=seeded(0))
     tokens = ops.sample(logits.expand(draws, -1), torch.empty(draws, 0).long(), uniform)
     counts = torch.bincount(tokens, minlength=5)
     expected = logits.softmax(-1)[0] * draws
@@ -177,7 +177,7 @@ def test_a_row_with_every_token_banned_gives_token_zero():
 
 def test_a_row_does_not_depend_on_its_neighbours():
     scores, history = random_scores(), random_history()
-    uniform = torch.rand(6, generator=torch.Generator().manual_seed(5))
+    uniform = torch.rand(6, generator=seeded(5))
     options = CHAINED[1]
     together = ops.sample(scores, history, uniform, **options)
     for row in range(6):
@@ -190,7 +190,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_low_precision_logits_are_processed_in_float32(dtype):
     scores, history = random_scores().to(dtype), random_history()
-    uniform = torch.rand(6, generator=torch.Generator().manual_seed(5))
+    uniform = torch.rand(6, generator=seeded(5))
     tokens = ops.sample(scores, history, uniform, **CHAINED[1])
     assert torch.equal(tokens, ops.sample(scores.float(), history, uniform, **CHAINED[1]))
 
@@ -201,7 +201,7 @@ def test_sample_is_a_proper_torch_op():
 
 
 def logits_of(kind, rows, vocab):
-    generator = torch.Generator().manual_seed(vocab)
+    generator = seeded(vocab)
     noise = torch.randn(rows, vocab, generator=generator)
     if kind == "flat":
         return noise * 0.02
@@ -220,6 +220,7 @@ def logits_of(kind, rows, vocab):
     return noise * 3.0
 
 
+KINDS = ["normal", "flat", "peaked", "equal", "banned", "outliers"]
 DRAWS = [
     {},
     {"temperature": 0.7},
@@ -238,9 +239,9 @@ DRAWS = [
 ]
 
 
-def assert_draws_as_the_reference(logits, history, uniform, options):
+def assert_draws_as_the_reference(logits, history, uniform, options, name="native"):
     """The same tokens, but where a random number lies within rounding of an edge between two."""
-    with backend("native"):
+    with backend(name):
         ours = ops.sample(logits, history, uniform, **options)
     with backend("reference"):
         theirs = ops.sample(logits, history, uniform, **options)
@@ -256,9 +257,9 @@ def assert_draws_as_the_reference(logits, history, uniform, options):
 
 @needs_native
 @pytest.mark.parametrize("options", DRAWS, ids=str)
-@pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "equal", "banned", "outliers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_native_draws_the_references_tokens(kind, options):
-    generator = torch.Generator().manual_seed(9)
+    generator = seeded(9)
     for rows, vocab in [(200, 1000), (40, 63), (40, 64), (40, 1), (40, 17)]:
         uniform = torch.rand(rows, generator=generator)
         uniform[0] = 0.0
@@ -270,7 +271,7 @@ def test_native_draws_the_references_tokens(kind, options):
 @pytest.mark.parametrize("options", DRAWS, ids=str)
 def test_native_draws_the_references_tokens_of_a_large_vocabulary(options):
     logits = torch.cat([logits_of(kind, 8, 50257) for kind in ("normal", "flat", "equal")])
-    uniform = torch.rand(24, generator=torch.Generator().manual_seed(2))
+    uniform = torch.rand(24, generator=seeded(2))
     assert_draws_as_the_reference(logits, random_history(24, 50257), uniform, options)
 
 
@@ -316,6 +317,57 @@ def test_a_row_without_probabilities_gives_token_zero(name):
             chosen = ops.sample(logits, history, uniform, **options)
             assert chosen[:4].tolist() == [0, 0, 0, 0]
             assert (chosen[4:] > 0).all()
+
+
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("options", DRAWS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_draws_the_references_tokens(name, kind, options):
+    generator = seeded(9)
+    for rows, vocab in [(12, 1000), (6, 63), (6, 64), (3, 1), (4, 17), (3, 5000)]:
+        uniform = torch.rand(rows, generator=generator)
+        uniform[0] = 0.0
+        history = random_history(rows, max(vocab, 8))
+        logits = logits_of(kind, rows, vocab)
+        assert_draws_as_the_reference(logits, history, uniform, options, name)
+
+
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("options", DRAWS, ids=str)
+def test_cuda_draws_the_references_tokens_of_a_large_vocabulary(name, options):
+    logits = torch.cat([logits_of(kind, 1, 50257) for kind in ("normal", "flat", "equal")])
+    uniform = torch.rand(3, generator=seeded(2))
+    history = random_history(3, 50257)
+    assert_draws_as_the_reference(logits, history, uniform, options, name)
+
+
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cuda_reads_views_of_logits_and_random_numbers(name, dtype):
+    logits = (torch.randn(8, 257) * 4).to(dtype)
+    uniform = torch.rand(8, 9)[:, 4]
+    history = random_history(8, 200, 31)[:, ::2]
+    for options in DRAWS[-3:]:
+        for view in (logits[:, :251], logits[:, 1:200:2]):
+            assert_draws_as_the_reference(view, history, uniform, options, name)
+
+
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("options", [{}, DRAWS[-2]], ids=str)
+def test_cuda_finds_the_first_of_the_highest(name, options):
+    history = random_history(8, 6000, 40)
+    for vocab in (1, 5, 64, 777, 5000):
+        logits = torch.randint(vocab // 3 + 2, (8, vocab)).float()
+        logits[1] = -math.inf
+        logits[2, vocab // 2 :] = math.inf
+        logits[3, vocab // 3] = math.nan
+        logits[4, [vocab // 4, vocab // 3]] = torch.tensor([math.inf, math.nan])
+        logits[5] = -0.0
+        logits[5, vocab // 2] = 0.0
+        with backend(name):
+            chosen = ops.sample(logits, history, **options)
+        with backend("reference"):
+            assert torch.equal(chosen, ops.sample(logits, history, **options))
 
 
 @needs_native

@@ -17,7 +17,11 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Implementation, Op, autocast, statistics_dtype
+from .cuda import attention as on_cuda
+from .cuda import by_device, cuda
+from .cuda import cached_attention as cached_on_cuda
 from .native import native, refuses_tensors
+from .triton import triton, unsuitable
 
 
 def causal_attention(
@@ -293,16 +297,60 @@ def _cached_native_refuses(
     return reason
 
 
+def _triton_refuses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> str | None:
+    return unsuitable(q, k, v, one_dtype=True) or unsuitable(q, mask, seed) or _too_wide(q)
+
+
+def _triton_refuses_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> str | None:
+    reason = unsuitable(grad, q, k, v, out, one_dtype=True)
+    return reason or unsuitable(q, lse, mask, seed) or _too_wide(q)
+
+
+def _triton_refuses_cached(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+) -> str | None:
+    return unsuitable(q, k_cache, v_cache, lengths) or _too_wide(q)
+
+
+def _too_wide(q: Tensor) -> str | None:
+    if q.shape[-1] <= 128:
+        return None
+    return f"the Triton kernels take heads of size up to 128, not {q.shape[-1]}"
+
+
 _backward = Op(
     "causal_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
     "Tensor? mask, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
-    native=native(
-        _backward_native,
-        lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _native_refuses(
-            grad, q, k, v, out
+    native=by_device(
+        cpu=native(
+            _backward_native,
+            lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _native_refuses(
+                grad, q, k, v, out
+            ),
         ),
+        cuda=cuda(on_cuda.backward, on_cuda.backward_refuses),
     ),
+    triton=triton("attention", "backward", _triton_refuses_backward),
     torch=Implementation(
         _flash_backward,
         lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _flash_refuses(
@@ -315,7 +363,11 @@ _forward = Op(
     "causal_attention",
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed) "
     "-> (Tensor out, Tensor lse)",
-    native=native(_native, lambda q, k, v, scale, mask, dropout_p, seed: _native_refuses(q, k, v)),
+    native=by_device(
+        cpu=native(_native, lambda q, k, v, scale, mask, dropout_p, seed: _native_refuses(q, k, v)),
+        cuda=cuda(on_cuda.forward, on_cuda.refuses),
+    ),
+    triton=triton("attention", "forward", _triton_refuses),
     torch=Implementation(
         _flash,
         lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(q, mask, dropout_p),
@@ -325,7 +377,11 @@ _forward = Op(
 _cached = Op(
     "attention_with_cache",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor",
-    native=native(_cached_native, _cached_native_refuses),
+    native=by_device(
+        cpu=native(_cached_native, _cached_native_refuses),
+        cuda=cuda(cached_on_cuda.run, cached_on_cuda.refuses),
+    ),
+    triton=triton("attention", "with_cache", _triton_refuses_cached),
     torch=_cached_reference,
     reference=_cached_reference,
 )

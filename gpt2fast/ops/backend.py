@@ -25,7 +25,6 @@ from torch import Tensor
 from ..errors import BackendError
 
 ORDER = ("native", "triton", "torch", "reference")
-_ABSENT = {"triton": "no Triton kernels in this version"}
 AVAILABILITY: dict[str, Callable[[], str | None]] = {}
 """Of backends that not every machine has: why there is none here, or None."""
 
@@ -106,7 +105,7 @@ class Op:
     def _refusal(self, name: str, *args: Any, **kwargs: Any) -> str | None:
         implementation = self.implementations.get(name)
         if implementation is None:
-            return _ABSENT.get(name, f"{self.name} has no {name} implementation")
+            return f"{self.name} has no {name} implementation"
         return implementation.refuses(*args, **kwargs)
 
     def refuse_gradient(self, why: str) -> None:
@@ -155,7 +154,7 @@ class backend:  # noqa: N801 - reads as a verb: gpt2fast.backend("reference")
     def __init__(self, name: str):
         if name != "auto" and name not in ORDER:
             raise BackendError(f"no backend {name!r}; choose one of {', '.join(('auto', *ORDER))}")
-        reason = AVAILABILITY[name]() if name in AVAILABILITY else _ABSENT.get(name)
+        reason = AVAILABILITY[name]() if name in AVAILABILITY else None
         if reason is not None:
             raise BackendError(f"backend {name!r} is not available: {reason}")
         global _requested

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from .backend import Op
+from .cuda import DTYPES, by_device, cuda, kernels
+from .cuda import unsuitable as unsuitable_for_cuda
 from .native import native, refuses_tensors
+from .triton import triton, unsuitable
 
 
 def append_to_cache(
@@ -102,7 +105,7 @@ def _append_native(
     counts: Tensor | None,
 ) -> None:
     k, v = _contiguous_heads(k), _contiguous_heads(v)
-    torch.ops.gpt2fast_native.append_to_cache(k, v, k_cache, v_cache, lengths, counts)
+    kernels(k).append_to_cache(k, v, k_cache, v_cache, lengths, counts)
 
 
 def _append_refuses(
@@ -121,11 +124,11 @@ def _append_refuses(
 
 
 def _reorder_native(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
-    torch.ops.gpt2fast_native.reorder_cache(k_cache, v_cache, rows)
+    kernels(k_cache).reorder_cache(k_cache, v_cache, rows)
 
 
 def _release_native(lengths: Tensor, rows: Tensor) -> None:
-    torch.ops.gpt2fast_native.release_rows(lengths, rows)
+    kernels(lengths).release_rows(lengths, rows)
 
 
 def _release_refuses(lengths: Tensor, rows: Tensor) -> str | None:
@@ -134,25 +137,86 @@ def _release_refuses(lengths: Tensor, rows: Tensor) -> str | None:
     return None
 
 
+def _triton_refuses_reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> str | None:
+    if len(rows) > 1024:
+        return f"the Triton kernel moves up to 1024 rows, not {len(rows)}"
+    return unsuitable(k_cache, v_cache, rows, may_be_empty=True)
+
+
+def _cuda_refuses_cache(*caches: Tensor) -> str | None:
+    for cache in caches:
+        if cache.stride(-1) != 1 and cache.shape[-1] != 1:
+            return "the CUDA kernels write to caches whose last dimension is contiguous"
+    return None
+
+
+def _append_cuda_refuses(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+) -> str | None:
+    return (
+        unsuitable_for_cuda(k, v, one_dtype=True, may_be_empty=True)
+        or unsuitable_for_cuda(k_cache, v_cache, one_dtype=True, may_be_empty=True)
+        or unsuitable_for_cuda(k, k_cache, lengths, counts, may_be_empty=True)
+        or _cuda_refuses_cache(k_cache, v_cache)
+    )
+
+
+# A thread reads what it needs of all replaced rows before it writes the first.
+_MOST_REORDERED = 1024
+
+
+def _reorder_cuda_refuses(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> str | None:
+    if rows.numel() > _MOST_REORDERED:
+        return f"the CUDA kernel reorders {_MOST_REORDERED} rows at most, not {rows.numel()}"
+    if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
+        return "the CUDA kernel reorders caches that are alike"
+    return unsuitable_for_cuda(
+        k_cache, v_cache, rows, dtypes=(*DTYPES, torch.float64), may_be_empty=True
+    ) or _cuda_refuses_cache(k_cache, v_cache)
+
+
+def _release_cuda_refuses(lengths: Tensor, rows: Tensor) -> str | None:
+    return unsuitable_for_cuda(lengths, rows, may_be_empty=True)
+
+
 _append = Op(
     "append_to_cache",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
     "Tensor? counts) -> ()",
-    native=native(_append_native, _append_refuses),
+    native=by_device(
+        cpu=native(_append_native, _append_refuses),
+        cuda=cuda(_append_native, _append_cuda_refuses),
+    ),
+    triton=triton("cache", "append"),
     torch=_append_reference,
     reference=_append_reference,
 )
 _reorder = Op(
     "reorder_cache",
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()",
-    native=native(_reorder_native, lambda k_cache, v_cache, rows: _refuses_cache(k_cache, v_cache)),
+    native=by_device(
+        cpu=native(
+            _reorder_native, lambda k_cache, v_cache, rows: _refuses_cache(k_cache, v_cache)
+        ),
+        cuda=cuda(_reorder_native, _reorder_cuda_refuses),
+    ),
+    triton=triton("cache", "reorder", _triton_refuses_reorder),
     torch=_reorder_reference,
     reference=_reorder_reference,
 )
 _release = Op(
     "release_rows",
     "(Tensor(a!) lengths, Tensor rows) -> ()",
-    native=native(_release_native, _release_refuses),
+    native=by_device(
+        cpu=native(_release_native, _release_refuses),
+        cuda=cuda(_release_native, _release_cuda_refuses),
+    ),
+    triton=triton("cache", "release"),
     torch=_release_reference,
     reference=_release_reference,
 )

@@ -21,7 +21,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
+from .cuda import by_device, cuda, unsuitable
 from .native import native, refuses_tensors
+from .triton import triton
+from .triton import unsuitable as unsuitable_for_triton
 
 # Of logits held at once. Every chunk reads the weight and adds to its gradient, so fewer rows cost
 # more (docs/performance.md).
@@ -98,11 +101,13 @@ def _chunked(
     targets: Tensor,
     hidden_grad: bool,
     weight_grad: bool,
+    alignment: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses of all rows and the wanted gradients, a chunk of logits at a time.
 
     turn(logits, targets, losses) fills in the losses of a chunk and returns the gradient of its
-    logits, which may take their place; add(total, x) adds x to a sum of a wider dtype.
+    logits, which may take their place; add(total, x) adds x to a sum of a wider dtype. Rows of
+    logits lie a multiple of `alignment` elements apart.
     """
     dtype = statistics_dtype(hidden.dtype)
     losses = hidden.new_empty(len(hidden), dtype=dtype)
@@ -113,7 +118,7 @@ def _chunked(
     most = max(64, _CHUNK_BYTES // max(1, len(weight) * hidden.element_size()))
     chunks = max(1, -(-len(hidden) // most))
     step = max(1, -(-len(hidden) // chunks))  # chunks of nearly equal size
-    logits = hidden.new_empty((step, len(weight)))
+    logits = hidden.new_empty((step, -(-len(weight) // alignment) * alignment))[:, : len(weight)]
     # Several chunks add up in at least float32.
     total = grad_weight
     if len(hidden) > step and dtype != weight.dtype:
@@ -193,17 +198,64 @@ def _native(
     return losses.sum() / count, grad_hidden, grad_weight
 
 
+def _cuda(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = _count(targets, ignore_index)
+    factor = count.clamp(min=1).to(torch.float32).reciprocal()  # stays on the device
+
+    def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+        torch.ops.gpt2fast_cuda.cross_entropy(
+            logits,
+            targets.contiguous(),
+            losses,
+            ignore_index,
+            factor,
+            hidden_grad or weight_grad,
+        )
+        return logits
+
+    # GPT-2's vocabulary is odd: without room between the rows, none but the first is aligned.
+    losses, grad_hidden, grad_weight = _chunked(
+        turn, Tensor.add_, hidden, weight, targets, hidden_grad, weight_grad, alignment=64
+    )
+    return losses.sum() / count, grad_hidden, grad_weight
+
+
+def _cuda_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
+    if targets.dtype != torch.int64:
+        return "the CUDA kernels take int64 targets"
+    return unsuitable(hidden, weight, targets, one_dtype=True)
+
+
 def _native_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
     if targets.dtype != torch.int64:
         return "the native kernels take int64 targets"
     return refuses_tensors(hidden, weight)
 
 
+def _triton_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
+    if targets.dtype != torch.int64:
+        return "the Triton kernels take int64 targets"
+    return unsuitable_for_triton(
+        hidden, weight, targets, one_dtype=True, may_be_empty=True
+    ) or unsuitable_for_triton(weight)
+
+
 _forward = Op(
     "linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool hidden_grad, "
     "bool weight_grad) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
-    native=native(_native, _native_refuses),
+    native=by_device(
+        cpu=native(_native, _native_refuses),
+        cuda=cuda(_cuda, _cuda_refuses),
+    ),
+    triton=triton("cross_entropy", "forward", _triton_refuses),
     torch=_torch,
     reference=_reference,
 )

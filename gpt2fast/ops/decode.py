@@ -20,14 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention_with_cache
-from .backend import Op
+from .backend import Implementation, Op
 from .cache import append_to_cache
+from .cuda import by_device, cuda
+from .cuda import decode as on_cuda
 from .embedding import embedding
 from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu
 from .native import CACHE_DTYPES, native
 from .packed import Matrix, PackedWeights, QuantizedMatrix
 from .sampling import sample_reference
+from .triton import triton, unsuitable
 
 LAYER_WEIGHTS = (
     "ln_1.weight",
@@ -126,10 +129,34 @@ def _reference(
     return normed[:, 0] @ projection.t()
 
 
+def _triton_refuses(
+    weights: list[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    n_head: int,
+    scales: list[float],
+    activation: str,
+    eps: float,
+) -> str | None:
+    reason = unsuitable(*weights, one_dtype=True)
+    reason = reason or unsuitable(weights[0], k_cache, v_cache, tokens, positions, lengths)
+    if reason is None and k_cache.shape[-1] > 128:
+        return f"the Triton kernels take heads of size up to 128, not {k_cache.shape[-1]}"
+    return reason
+
+
 _decode = Op(
     "decode_step",
     "(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor tokens, Tensor positions, "
     "Tensor lengths, int n_head, float[] scales, str activation, float eps) -> Tensor",
+    native=by_device(
+        cpu=Implementation(_reference, lambda *args: "the CPU's kernels take packed weights"),
+        cuda=cuda(on_cuda.run, on_cuda.refuses),
+    ),
+    triton=triton("decode", "decode_step", _triton_refuses),
     torch=_reference,
     reference=_reference,
 )

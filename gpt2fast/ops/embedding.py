@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Op
+from .cuda import by_device, cuda, kernels, unsuitable
 from .native import native, refuses_tensors, rows
+from .triton import triton
+from .triton import unsuitable as unsuitable_for_triton
 
 
 def embedding(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def _each(positions: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _native(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    out = torch.ops.gpt2fast_native.embedding(
+    out = kernels(wte).embedding(
         tokens.reshape(-1).contiguous(),
         _each(positions, tokens),
         wte.contiguous(),
@@ -70,6 +73,25 @@ def _backward_native(
     )
 
 
+def _backward_cuda(
+    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
+) -> tuple[Tensor, Tensor]:
+    grad = rows(grad)
+
+    def gradient(indices: Tensor, size: int) -> Tensor:
+        # Stable: what one row of the table gets is added up in the order of the look-ups.
+        ordered, order = torch.sort(indices, stable=True)
+        return torch.ops.gpt2fast_cuda.embedding_backward(grad, ordered, order, size)
+
+    return gradient(tokens.reshape(-1), vocab_size), gradient(_each(positions, tokens), n_positions)
+
+
+def _cuda_refuses(tokens: Tensor, positions: Tensor, *floating: Tensor) -> str | None:
+    if tokens.dtype != torch.int64 or positions.dtype != torch.int64:
+        return "the CUDA kernels take int64 tokens and positions"
+    return unsuitable(tokens, positions, *floating, one_dtype=True)
+
+
 def _refuses(tokens: Tensor, positions: Tensor, *floating: Tensor) -> str | None:
     if tokens.dtype != torch.int64 or positions.dtype != torch.int64:
         return "the native kernels take int64 tokens and positions"
@@ -78,12 +100,28 @@ def _refuses(tokens: Tensor, positions: Tensor, *floating: Tensor) -> str | None
     return refuses_tensors(*floating)
 
 
+def _triton_refuses(*tensors: Tensor) -> str | None:
+    return unsuitable_for_triton(*tensors, one_dtype=True)
+
+
 _backward = Op(
     "embedding_backward",
     "(Tensor grad, Tensor tokens, Tensor positions, SymInt vocab_size, SymInt n_positions) "
     "-> (Tensor, Tensor)",
-    native=native(
-        _backward_native, lambda grad, tokens, positions, *sizes: _refuses(tokens, positions, grad)
+    native=by_device(
+        cpu=native(
+            _backward_native,
+            lambda grad, tokens, positions, *sizes: _refuses(tokens, positions, grad),
+        ),
+        cuda=cuda(
+            _backward_cuda,
+            lambda grad, tokens, positions, *sizes: _cuda_refuses(tokens, positions, grad),
+        ),
+    ),
+    triton=triton(
+        "embedding",
+        "backward",
+        lambda grad, tokens, positions, *sizes: unsuitable_for_triton(grad, tokens, positions),
     ),
     torch=_backward_reference,
     reference=_backward_reference,
@@ -91,7 +129,8 @@ _backward = Op(
 _forward = Op(
     "embedding",
     "(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) -> Tensor",
-    native=native(_native, _refuses),
+    native=by_device(cpu=native(_native, _refuses), cuda=cuda(_native, _cuda_refuses)),
+    triton=triton("embedding", "forward", _triton_refuses),
     torch=_reference,
     reference=_reference,
 )

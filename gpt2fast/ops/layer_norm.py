@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, statistics_dtype
+from .cuda import by_device, cuda, kernels, unsuitable
 from .native import native, refuses_tensors, rows
+from .triton import triton
+from .triton import unsuitable as unsuitable_for_triton
 
 
 def residual_layer_norm(
@@ -86,7 +89,7 @@ def _torch(
 def _native(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed, summed, mean, rstd = torch.ops.gpt2fast_native.layer_norm(
+    normed, summed, mean, rstd = kernels(x).layer_norm(
         rows(x),
         None if residual is None else rows(residual),
         weight.contiguous(),
@@ -124,7 +127,7 @@ def _backward_native(
     rstd: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_input, grad_weight, grad_bias = torch.ops.gpt2fast_native.layer_norm_backward(
+    grad_input, grad_weight, grad_bias = kernels(summed).layer_norm_backward(
         rows(grad_normed),
         None if grad_summed is None else rows(grad_summed),
         rows(summed),
@@ -144,6 +147,44 @@ def _backward_native_refuses(
     weight: Tensor,
 ) -> str | None:
     return _refuses(grad_normed, weight, summed) or refuses_tensors(summed, grad_summed)
+
+
+def _cuda_refuses(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> str | None:
+    stream = x if residual is None else residual
+    return unsuitable(x, stream, weight, bias) or _refuses_mixture(x, stream, weight, bias)
+
+
+def _backward_cuda_refuses(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> str | None:
+    if grad_summed is not None and grad_summed.dtype != summed.dtype:
+        return f"the gradient of {summed.dtype} sums is in {grad_summed.dtype}"
+    return unsuitable(grad_normed, grad_summed, summed, weight) or _refuses_mixture(
+        grad_normed, summed, weight
+    )
+
+
+def _refuses_mixture(branch: Tensor, stream: Tensor, *weights: Tensor) -> str | None:
+    """Half-precision branches go with float32 streams and weights, as under autocast."""
+    half, wide = branch.dtype, torch.float32
+    for weight in weights:
+        if (stream.dtype, weight.dtype) not in ((half, half), (half, wide), (wide, wide)):
+            dtypes = (str(x.dtype).removeprefix("torch.") for x in (branch, stream, weight))
+            return f"no CUDA layer norm for x, residual and weight in {', '.join(dtypes)}"
+    return None
+
+
+def _triton_refuses(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> str | None:
+    return unsuitable_for_triton(x, residual, weight, bias)
 
 
 def _backward_reference(
@@ -200,7 +241,11 @@ _backward = Op(
     "residual_layer_norm_backward",
     "(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor mean, Tensor rstd, "
     "Tensor weight) -> (Tensor, Tensor, Tensor)",
-    native=native(_backward_native, _backward_native_refuses),
+    native=by_device(
+        cpu=native(_backward_native, _backward_native_refuses),
+        cuda=cuda(_backward_native, _backward_cuda_refuses),
+    ),
+    triton=triton("layer_norm", "backward", unsuitable_for_triton),
     torch=_backward_torch,
     reference=_backward_reference,
 )
@@ -208,7 +253,11 @@ _forward = Op(
     "residual_layer_norm",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
-    native=native(_native, _native_refuses),
+    native=by_device(
+        cpu=native(_native, _native_refuses),
+        cuda=cuda(_native, _cuda_refuses),
+    ),
+    triton=triton("layer_norm", "forward", _triton_refuses),
     torch=_torch,
     reference=_reference,
 )

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
+from .cuda import by_device, cuda, kernels, unsuitable
 from .native import native, refuses_tensors, rows
+from .triton import triton
+from .triton import unsuitable as unsuitable_for_triton
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -92,12 +95,12 @@ def _bias_gelu_backward_torch(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Te
 
 
 def _bias_gelu_native(x: Tensor, bias: Tensor) -> Tensor:
-    return torch.ops.gpt2fast_native.bias_gelu(rows(x), bias.contiguous()).view(x.shape)
+    return kernels(x).bias_gelu(rows(x), bias.contiguous()).view(x.shape)
 
 
 def _bias_gelu_backward_native(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_bias = torch.ops.gpt2fast_native.bias_gelu_backward(
+    grad_bias = kernels(x).bias_gelu_backward(
         rows(grad), rows(x), bias.contiguous(), rows(grad_x), None
     )
     return grad_x, grad_bias
@@ -107,6 +110,14 @@ def _refuses(*tensors: Tensor) -> str | None:
     if not tensors[0].numel():
         return "the native kernels need at least one element"
     return refuses_tensors(*tensors)
+
+
+def _cuda_refuses(*tensors: Tensor) -> str | None:
+    return unsuitable(*tensors, one_dtype=True)
+
+
+def _triton_refuses_mixture(*tensors: Tensor) -> str | None:
+    return unsuitable_for_triton(*tensors, one_dtype=True)
 
 
 def _gelu_mlp_forward(
@@ -130,14 +141,14 @@ def _gelu_mlp_backward(
     return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, grad_b_proj
 
 
-# The matrix products are torch's: oneDNN and MKL run them at the processor's rate.
+# The matrix products are torch's: oneDNN, MKL and cuBLAS run them at the processor's rate.
 
 
 def _gelu_mlp_forward_native(
     x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
 ) -> tuple[Tensor, Tensor]:
     inner = rows(x) @ w_fc
-    activated = torch.ops.gpt2fast_native.bias_gelu(inner, b_fc.contiguous())
+    activated = kernels(x).bias_gelu(inner, b_fc.contiguous())
     out = torch.addmm(b_proj, activated, w_proj)
     return out.view(*x.shape[:-1], -1), inner
 
@@ -148,26 +159,34 @@ def _gelu_mlp_backward_native(
     grad = rows(grad)
     grad_inner = grad @ w_proj.t()
     activated = torch.empty_like(grad_inner)
-    grad_b_fc = torch.ops.gpt2fast_native.bias_gelu_backward(
+    grad_b_fc = kernels(x).bias_gelu_backward(
         grad_inner, inner, b_fc.contiguous(), grad_inner, activated
     )
     grad_w_proj = activated.t() @ grad
     grad_w_fc = rows(x).t() @ grad_inner
     grad_x = (grad_inner @ w_fc.t()).view(x.shape)
-    return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, torch.ops.gpt2fast_native.sum_rows(grad)
+    return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, kernels(x).sum_rows(grad)
 
 
 _bias_gelu_backward = Op(
     "bias_gelu_backward",
     "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
-    native=native(_bias_gelu_backward_native, _refuses),
+    native=by_device(
+        cpu=native(_bias_gelu_backward_native, _refuses),
+        cuda=cuda(_bias_gelu_backward_native, _cuda_refuses),
+    ),
+    triton=triton("mlp", "bias_gelu_backward", unsuitable_for_triton),
     torch=_bias_gelu_backward_torch,
     reference=_bias_gelu_backward_reference,
 )
 _bias_gelu = Op(
     "bias_gelu",
     "(Tensor x, Tensor bias) -> Tensor",
-    native=native(_bias_gelu_native, _refuses),
+    native=by_device(
+        cpu=native(_bias_gelu_native, _refuses),
+        cuda=cuda(_bias_gelu_native, _cuda_refuses),
+    ),
+    triton=triton("mlp", "bias_gelu", unsuitable_for_triton),
     torch=_bias_gelu_torch,
     reference=_bias_gelu_reference,
 )
@@ -175,7 +194,11 @@ _gelu_mlp_gradient = Op(
     "gelu_mlp_backward",
     "(Tensor grad, Tensor x, Tensor inner, Tensor w_fc, Tensor b_fc, Tensor w_proj) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native=native(_gelu_mlp_backward_native, _refuses),
+    native=by_device(
+        cpu=native(_gelu_mlp_backward_native, _refuses),
+        cuda=cuda(_gelu_mlp_backward_native, _cuda_refuses),
+    ),
+    triton=triton("mlp", "gelu_mlp_backward", _triton_refuses_mixture),
     torch=_gelu_mlp_backward,
     reference=_gelu_mlp_backward,
 )
@@ -183,7 +206,11 @@ _gelu_mlp = Op(
     "gelu_mlp",
     "(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor b_proj) "
     "-> (Tensor out, Tensor inner)",
-    native=native(_gelu_mlp_forward_native, _refuses),
+    native=by_device(
+        cpu=native(_gelu_mlp_forward_native, _refuses),
+        cuda=cuda(_gelu_mlp_forward_native, _cuda_refuses),
+    ),
+    triton=triton("mlp", "gelu_mlp", _triton_refuses_mixture),
     torch=_gelu_mlp_forward,
     reference=_gelu_mlp_forward,
 )

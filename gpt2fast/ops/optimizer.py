@@ -15,7 +15,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Implementation, Op
+from .cuda import by_device, cuda, unsuitable
 from .native import native, refuses_tensors
+from .triton import triton
+from .triton import unsuitable as unsuitable_for_triton
 
 
 def fused_adamw(
@@ -90,6 +93,33 @@ def _native(
     )
 
 
+def _cuda(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *scalars: float,
+) -> None:
+    grads = [grad.contiguous() for grad in grads]
+    torch.ops.gpt2fast_cuda.adamw(params, grads, exp_avgs, exp_avg_sqs, [], *scalars)
+
+
+def _cuda_refuses(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *scalars: object,
+) -> str | None:
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        reason = unsuitable(*tensors, one_dtype=True, may_be_empty=True)
+        if reason is not None:
+            return reason
+        if not all(tensors[i].is_contiguous() for i in (0, 2, 3)):
+            return "the CUDA AdamW takes contiguous parameters and moments"
+    return None
+
+
 def _native_refuses(
     params: list[Tensor],
     grads: list[Tensor],
@@ -104,6 +134,18 @@ def _native_refuses(
         if not all(tensors[i].is_contiguous() for i in (0, 2, 3)):
             return "the native AdamW takes contiguous parameters and moments"
     return None
+
+
+def _triton_refuses(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *scalars: object,
+) -> str | None:
+    if not all(tensor.is_contiguous() for tensor in (*params, *exp_avgs, *exp_avg_sqs)):
+        return "the Triton AdamW takes contiguous parameters and moments"
+    return unsuitable_for_triton(*params, *grads, *exp_avgs, *exp_avg_sqs, may_be_empty=True)
 
 
 def _torch_refuses(params: list[Tensor], *rest: object) -> str | None:
@@ -146,7 +188,11 @@ _adamw = Op(
     "fused_adamw",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
-    native=native(_native, _native_refuses),
+    native=by_device(
+        cpu=native(_native, _native_refuses),
+        cuda=cuda(_cuda, _cuda_refuses),
+    ),
+    triton=triton("optimizer", "adamw", _triton_refuses),
     torch=Implementation(_torch, _torch_refuses),
     reference=_reference,
 )

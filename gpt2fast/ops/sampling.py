@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from .backend import Op
+from .cuda import by_device, cuda, kernels
+from .cuda import unsuitable as unsuitable_for_cuda
 from .native import native, refuses_tensors
+from .triton import triton, unsuitable
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
@@ -180,11 +183,11 @@ def sample_reference(
 
 
 def _native(logits: Tensor, *rest: Any) -> Tensor:
-    # The kernel sums weights in its own order: a token differs from the reference's only where a
+    # The kernels sum weights in their own order: a token differs from the reference's only where a
     # random number lies within rounding, about 1e-7, of the edge between two tokens.
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    return torch.ops.gpt2fast_native.sample(logits, *rest)
+    return kernels(logits).sample(logits, *rest)
 
 
 def _native_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest: Any) -> Any:
@@ -195,11 +198,24 @@ def _native_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *re
     return refuses_tensors(logits)
 
 
+def _triton_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest: Any) -> Any:
+    return unsuitable(logits, history, uniform, may_be_empty=True) or unsuitable(logits)
+
+
+def _cuda_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest: Any) -> Any:
+    if uniform is not None and uniform.dtype != torch.float32:
+        return f"the CUDA kernel takes float32 random numbers, not {uniform.dtype}"
+    if logits.shape[0] > 65535:
+        return f"the CUDA kernel takes up to 65535 rows, not {logits.shape[0]}"
+    return unsuitable_for_cuda(logits) or unsuitable_for_cuda(logits, history, may_be_empty=True)
+
+
 _sample = Op(
     "sample",
     "(Tensor logits, Tensor history, Tensor? uniform, float temperature, int top_k, float top_p, "
     "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> Tensor",
-    native=native(_native, _native_refuses),
+    native=by_device(cpu=native(_native, _native_refuses), cuda=cuda(_native, _cuda_refuses)),
+    triton=triton("sampling", "sample", _triton_refuses),
     torch=sample_reference,
     reference=sample_reference,
 )

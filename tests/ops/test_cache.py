@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from comparison import BACKENDS, random
-from gpt2fast import KVCache, backend, ops
+from comparison import BACKENDS, CUDA_BACKENDS, backend, needs_simulator, random, seeded
+from gpt2fast import KVCache, ops
 from gpt2fast.errors import GenerationError
 from gpt2fast.ops.cache import _append, _release, _reorder
 from gpt2fast.ops.native import unavailable
@@ -115,7 +115,7 @@ def test_appending_to_views(name, stored, given, heads, width):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_reordering_reads_rows_before_they_are_overwritten(name, dtype):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     orders = [torch.randint(7, (n,), generator=generator) for n in (1, 3, 7, 7, 7, 7, 7)]
     orders += [torch.randperm(7, generator=generator) for _ in range(6)]
     orders += [torch.tensor(rows) for rows in ([1, 2, 3, 4, 5, 6, 0], [1, 0, 3, 2], [6] * 7, [])]
@@ -154,6 +154,52 @@ def test_native_refuses_what_lies_outside():
         with pytest.raises(RuntimeError, match=r"rows\[1\] = 2 is not in 0 .. 1"):
             ops.reorder_cache(cache, cache.clone(), torch.tensor([0, 2]))
         with pytest.raises(RuntimeError, match=r"rows\[0\] = -3"):
+            ops.release_rows(torch.tensor([4, 5]), torch.tensor([-3]))
+        with pytest.raises(RuntimeError, match="of their sizes only the second"):
+            ops.append_to_cache(k, k, cache[..., :2], cache, torch.tensor([0, 0]))
+        with pytest.raises(RuntimeError, match="caches must be"):
+            ops.attention_with_cache(k, cache[..., :2], cache, torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [64, 40, 6])
+def test_cuda_stores_every_dtype_in_every_other(name, given, stored, width):
+    packed = (100 * torch.randn(2, 5, 3, 2, width)).to(given)
+    _, k, v = packed.unbind(2)
+    k_cache, v_cache = torch.full((2, 2, 300, 2, width), float("nan"), dtype=stored)
+    lengths, counts = torch.tensor([295, 17]), torch.tensor([9, 4])
+    with backend(name):
+        ops.append_to_cache(k, v, k_cache, v_cache, lengths, counts)
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        assert torch.equal(cache[0, 295:], new[0].to(stored))
+        assert torch.equal(cache[1, 17:21], new[1, :4].to(stored))
+        assert cache[0, :295].isnan().all() and cache[1, :17].isnan().all()
+        assert cache[1, 21:].isnan().all()
+
+
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("rows", [97, 400])
+def test_cuda_reorders_many_rows(name, rows):
+    k, v = torch.randn(2, rows, 3, 2, 8)
+    order = torch.randint(rows, (rows,))
+    expected_k, expected_v = k[order], v[order]
+    with backend(name):
+        ops.reorder_cache(k, v, order)
+    assert torch.equal(k, expected_k) and torch.equal(v, expected_v)
+
+
+@needs_simulator
+def test_cuda_stops_at_what_lies_outside():
+    k, cache = torch.zeros(2, 3, 1, 4), torch.zeros(2, 5, 1, 4)
+    with backend("simulator"):
+        for lengths in ([2, 3], [-1, 0]):
+            with pytest.raises(RuntimeError, match="__trap"):
+                ops.append_to_cache(k, k, cache, cache.clone(), torch.tensor(lengths))
+        with pytest.raises(RuntimeError, match="__trap"):
+            ops.reorder_cache(cache, cache.clone(), torch.tensor([0, 2]))
+        with pytest.raises(RuntimeError, match="__trap"):
             ops.release_rows(torch.tensor([4, 5]), torch.tensor([-3]))
         with pytest.raises(RuntimeError, match="of their sizes only the second"):
             ops.append_to_cache(k, k, cache[..., :2], cache, torch.tensor([0, 0]))

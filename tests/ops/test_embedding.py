@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from comparison import BACKENDS, DTYPES, compare, random
-from gpt2fast import backend, ops
+from comparison import BACKENDS, DTYPES, backend, compare, random, seeded
+from gpt2fast import ops
 from gpt2fast.ops.embedding import _forward
 
 
@@ -33,7 +33,7 @@ def test_equal_runs_give_equal_gradients(name):
     for _ in range(3):
         wte = torch.ones(5, 16, requires_grad=True)
         wpe = torch.ones(100, 16, requires_grad=True)
-        weight = torch.randn(8, 100, 16, generator=torch.Generator().manual_seed(2))
+        weight = torch.randn(8, 100, 16, generator=seeded(2))
         with backend(name):
             (ops.embedding(tokens, positions, wte, wpe) * weight).sum().backward()
         gradients.append(wte.grad)

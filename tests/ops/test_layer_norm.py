@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from comparison import BACKENDS, DTYPES, LAYOUTS, compare, random
-from gpt2fast import backend, ops
+from comparison import BACKENDS, DTYPES, LAYOUTS, backend, compare, random
+from gpt2fast import ops
 from gpt2fast.ops.layer_norm import _forward
 from tolerance import assert_close
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from comparison import BACKENDS, random
-from gpt2fast import backend, ops
+from comparison import BACKENDS, backend, random
+from gpt2fast import ops
 from gpt2fast.ops.optimizer import _adamw
 from tolerance import assert_close
 

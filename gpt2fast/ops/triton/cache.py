@@ -1,0 +1,129 @@
+"""Writing, reordering and releasing the rows of a key-value cache, in Triton.
+
+Every entry is read once and written once: the floor is 2 B of traffic for each byte that moves, and
+nothing is copied in between. A reordering reads a slice of all rows before it writes that slice of
+any: no two programs share a slice, so that rows may repeat and trade places.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .language import cast
+from .tuning import settings
+
+
+@triton.jit
+def append_kernel(
+    k, v, k_cache, v_cache, lengths, counts,
+    k_stride_b, k_stride_t, k_stride_h, k_stride_d, v_stride_b, v_stride_t, v_stride_h, v_stride_d,
+    k_cache_stride_b, k_cache_stride_t, k_cache_stride_h, k_cache_stride_d,
+    v_cache_stride_b, v_cache_stride_t, v_cache_stride_h, v_cache_stride_d,
+    lengths_stride, counts_stride, time, entries, elements,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Part of one new entry, its key and its value."""
+    b = (tl.program_id(0) // time).to(tl.int64)
+    t = tl.program_id(0) % time
+    count = time
+    if counts is not None:
+        count = tl.load(counts + b * counts_stride)
+    place = tl.load(lengths + b * lengths_stride) + t
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    h, d = element // HEAD_DIM, element % HEAD_DIM
+    stored = (element < elements) & (t < count) & (place >= 0) & (place < entries)
+    new = tl.load(
+        k + b * k_stride_b + t.to(tl.int64) * k_stride_t + h * k_stride_h + d * k_stride_d,
+        mask=stored, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    at = k_cache + b * k_cache_stride_b + place * k_cache_stride_t
+    at += h * k_cache_stride_h + d * k_cache_stride_d
+    tl.store(at, cast(new, k_cache.dtype.element_ty), mask=stored)
+    new = tl.load(
+        v + b * v_stride_b + t.to(tl.int64) * v_stride_t + h * v_stride_h + d * v_stride_d,
+        mask=stored, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    at = v_cache + b * v_cache_stride_b + place * v_cache_stride_t
+    at += h * v_cache_stride_h + d * v_cache_stride_d
+    tl.store(at, cast(new, v_cache.dtype.element_ty), mask=stored)
+
+
+def append(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+) -> None:
+    batch, time, heads, width = k.shape
+    if not k.numel():
+        return
+    elements = heads * width
+    launch = settings("append_to_cache", k.device, elements=elements)
+    append_kernel[(batch * time, triton.cdiv(elements, launch["BLOCK"]))](
+        k, v, k_cache, v_cache, lengths, counts,
+        *k.stride(), *v.stride(), *k_cache.stride(), *v_cache.stride(),
+        lengths.stride(0), 0 if counts is None else counts.stride(0),
+        time, k_cache.shape[1], elements, HEAD_DIM=width, **launch,
+    )  # fmt: skip
+
+
+@triton.jit
+def reorder_kernel(
+    cache, rows, stride_b, stride_t, stride_h, stride_d, rows_stride, count, batch, elements,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of every row."""
+    row = tl.arange(0, ROWS)
+    source = tl.load(rows + row.to(tl.int64) * rows_stride, mask=row < count, other=0)
+    # Rows that stay where they are need not move.
+    moves = (row < count) & (source != row) & (source >= 0) & (source < batch)
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    t, h, d = element // (HEADS * HEAD_DIM), element // HEAD_DIM % HEADS, element % HEAD_DIM
+    at = cache + (t * stride_t + h * stride_h + d * stride_d)[None, :]
+    inside = moves[:, None] & (element < elements)[None, :]
+    values = tl.load(at + (source * stride_b)[:, None], mask=inside, other=0)
+    # Another thread of this program may write what one has yet to read.
+    tl.debug_barrier()
+    tl.store(at + (row.to(tl.int64) * stride_b)[:, None], values, mask=inside)
+
+
+def reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    for cache in (k_cache, v_cache):
+        batch, entries, heads, width = cache.shape
+        elements = entries * heads * width
+        if not (elements and len(rows)):
+            continue
+        launch = settings("reorder_cache", cache.device, rows=len(rows))
+        reorder_kernel[(triton.cdiv(elements, launch["BLOCK"]),)](
+            _bits(cache), rows, *cache.stride(), rows.stride(0), len(rows), batch, elements,
+            HEADS=heads, HEAD_DIM=width, **launch,
+        )  # fmt: skip
+
+
+def _bits(cache: Tensor) -> Tensor:
+    """The cache as integers: its entries are moved, not read as numbers."""
+    return cache.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[cache.element_size()])
+
+
+@triton.jit
+def release_kernel(lengths, rows, lengths_stride, rows_stride, count, batch, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + place * rows_stride, mask=place < count, other=-1)
+    zeros = tl.zeros((BLOCK,), tl.int64)
+    tl.store(lengths + row * lengths_stride, zeros, mask=(row >= 0) & (row < batch))
+
+
+def release(lengths: Tensor, rows: Tensor) -> None:
+    if not len(rows):
+        return
+    launch = settings("release_rows", lengths.device)
+    release_kernel[(triton.cdiv(len(rows), launch["BLOCK"]),)](
+        lengths, rows, lengths.stride(0), rows.stride(0), len(rows), len(lengths), **launch
+    )

@@ -1,0 +1,141 @@
+"""AdamW over many tensors in Triton: a launch for every `_TENSORS` tensors of the same dtypes.
+
+Bytes of a parameter in float32: 16 read (parameter, gradient, two moments), 12 written; in bfloat16
+8 and 6. Memory is the floor. Not yet run on a GPU.
+
+A program takes `CHUNK` elements of one tensor. Addresses and sizes are arguments of the launch, so
+there is no table to copy to the device or to keep alive, and a CUDA graph captures the call; a
+program finds its tensor by counting chunks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .language import cast
+from .tuning import settings
+
+_TENSORS = 32
+# Elements of the longest piece of a tensor in one launch: twice as many are below 2^31.
+_LONGEST = 1 << 29
+
+
+@triton.jit
+def adamw_kernel(
+    parameters,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    sizes,
+    decay,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    step_size,
+    correction2,
+    eps,
+    ALIGNED: tl.constexpr,
+    TENSORS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update CHUNK elements of one of TENSORS tensors a program, BLOCK at a time.
+
+    Args:
+        parameters (Triton's launcher has a `params` of its own), grads, exp_avgs, exp_avg_sqs,
+            sizes: tuples. A size n is passed as 2 n + 3, because Triton compiles a kernel anew
+            where a number is 1 or a multiple of 16.
+        decay, rest1, rest2: 1 - lr * weight_decay, 1 - beta1, 1 - beta2.
+        step_size, correction2: lr / (1 - beta1^step), 1 / (1 - beta2^step).
+        ALIGNED: addresses and sizes are multiples of 16.
+    """
+    program = tl.program_id(0)
+    param, grad, exp_avg, exp_avg_sq = parameters[0], grads[0], exp_avgs[0], exp_avg_sqs[0]
+    size = (sizes[0] - 3) // 2
+    first = 0
+    begin = tl.cdiv(size, CHUNK)
+    for i in tl.static_range(1, TENSORS):
+        reached = program >= begin
+        elements = (sizes[i] - 3) // 2
+        param = tl.where(reached, parameters[i], param)
+        grad = tl.where(reached, grads[i], grad)
+        exp_avg = tl.where(reached, exp_avgs[i], exp_avg)
+        exp_avg_sq = tl.where(reached, exp_avg_sqs[i], exp_avg_sq)
+        size = tl.where(reached, elements, size)
+        first = tl.where(reached, begin, first)
+        begin += tl.cdiv(elements, CHUNK)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    for start in range(0, CHUNK, BLOCK):
+        at = (program - first) * CHUNK + start + tl.arange(0, BLOCK)
+        mask = at < size
+        p = tl.load(param + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(exp_avg_sq + at, mask=mask, other=0.0).to(tl.float32)
+        m = beta1 * m + rest1 * g
+        v = beta2 * v + rest2 * g * g
+        p = decay * p - step_size * m / (tl.sqrt(v * correction2) + eps)
+        tl.store(param + at, cast(p, param.dtype.element_ty), mask=mask)
+        tl.store(exp_avg + at, cast(m, exp_avg.dtype.element_ty), mask=mask)
+        tl.store(exp_avg_sq + at, cast(v, exp_avg_sq.dtype.element_ty), mask=mask)
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    scalars = (
+        1.0 - lr * weight_decay,
+        beta1,
+        beta2,
+        1.0 - beta1,
+        1.0 - beta2,
+        lr / (1.0 - beta1**step),
+        1.0 / (1.0 - beta2**step),
+        eps,
+    )
+    alike = defaultdict(list)
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        pieces = [tensor.contiguous().view(-1).split(_LONGEST) for tensor in tensors]
+        for piece in zip(*pieces, strict=True):
+            size = piece[0].numel()
+            aligned = size % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in piece)
+            if size:
+                alike[(aligned, *(tensor.dtype for tensor in piece))].append(piece)
+    for (aligned, *_), pieces in alike.items():
+        # Kernels are compiled anew for each pattern of unaligned tensors: one at a time has few.
+        most = _TENSORS if aligned else 1
+        for i in range(0, len(pieces), most):
+            _launch(pieces[i : i + most], scalars, aligned)
+
+
+def _launch(pieces: list[tuple[Tensor, ...]], scalars: tuple[float, ...], aligned: bool) -> None:
+    launch = settings("adamw", pieces[0][0].device)
+    sizes = [piece[0].numel() for piece in pieces]
+    programs = sum(triton.cdiv(size, launch["CHUNK"]) for size in sizes)
+    # Groups of few lengths, for the same reason: the rest are tensors of no elements.
+    tensors = triton.next_power_of_2(len(pieces))
+    pieces = pieces + [pieces[0]] * (tensors - len(pieces))
+    sizes += [0] * (tensors - len(sizes))
+    adamw_kernel[(programs,)](
+        *zip(*pieces, strict=True),
+        tuple(2 * size + 3 for size in sizes),
+        *scalars,
+        ALIGNED=aligned,
+        TENSORS=tensors,
+        **launch,
+    )

@@ -1,0 +1,275 @@
+"""Choosing the next token from logits in Triton: one program a row, nothing waits for the device.
+
+top-k and top-p need no sort: both keep the scores from some threshold on. Scores are ordered as
+integers (IEEE 754 puts floats and their bits in the same order), and the threshold is found by
+bisection, in which sums, of tokens or of their probabilities, decide: about 20 passes over a row of
+50257 scores, at most 32. The row, 201 kB in float32, comes from memory once and then from the
+multiprocessor's L1 or the L2. Floor: one read of the logits.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tuning import settings
+
+
+@triton.jit
+def _order(scores):
+    """Integers in the order of float32 scores, -0 and 0 alike; whatever is not a number is last."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(scores == scores, order, 0x7FFFFFFF)
+
+
+@triton.jit
+def _scores(row, stride, first, vocab_size, temperature, BLOCK: tl.constexpr):
+    tokens = first + tl.arange(0, BLOCK)
+    scores = tl.load(
+        row + tokens.to(tl.int64) * stride, mask=tokens < vocab_size, other=-float("inf")
+    )
+    return tokens, tl.div_rn(scores.to(tl.float32), temperature)
+
+
+@triton.jit
+def penalize_kernel(
+    logits, history, scores, logits_stride_b, logits_stride_v, history_stride_b, history_stride_t,
+    vocab_size, length, penalty, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row's logits in float32, those of repeated tokens penalised, of repeated n-grams banned."""
+    b = tl.program_id(0).to(tl.int64)
+    logits += b * logits_stride_b
+    history += b * history_stride_b
+    scores += b * vocab_size
+    for first in range(0, vocab_size, BLOCK):
+        tokens, values = _scores(logits, logits_stride_v, first, vocab_size, 1.0, BLOCK)
+        tl.store(scores + tokens, values, mask=tokens < vocab_size)
+    tl.debug_barrier()  # the same scores are now written by other threads
+    if penalty != 1.0:
+        for first in range(0, length, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            token = tl.load(history + place * history_stride_t, mask=place < length, other=-1)
+            known = (token >= 0) & (token < vocab_size)
+            value = tl.load(logits + token * logits_stride_v, mask=known, other=0.0).to(tl.float32)
+            value = tl.where(value < 0, value * penalty, tl.div_rn(value, penalty))
+            tl.store(scores + token, value, mask=known)
+        tl.debug_barrier()
+    if size > 0:
+        for first in range(0, length - size + 1, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            repeats = place <= length - size
+            for i in range(0, size - 1):
+                at = history + (place + i) * history_stride_t
+                suffix = tl.load(history + (length - size + 1 + i) * history_stride_t)
+                repeats = repeats & (tl.load(at, mask=repeats, other=-2) == suffix)
+            at = history + (place + size - 1) * history_stride_t
+            token = tl.load(at, mask=repeats, other=-1)
+            known = (token >= 0) & (token < vocab_size)
+            tl.store(scores + token, tl.full((BLOCK,), -float("inf"), tl.float32), mask=known)
+
+
+@triton.jit
+def greedy_kernel(scores, chosen, stride_b, stride_v, vocab_size, BLOCK: tl.constexpr):
+    """The first of the highest scores."""
+    b = tl.program_id(0).to(tl.int64)
+    scores += b * stride_b
+    highest = tl.full((), -0x80000000, tl.int32)
+    best = tl.zeros((), tl.int32)
+    for first in range(0, vocab_size, BLOCK):
+        tokens, values = _scores(scores, stride_v, first, vocab_size, 1.0, BLOCK)
+        order = tl.where(tokens < vocab_size, _order(values), -0x80000000)
+        top = tl.max(order, 0)
+        place = tl.min(tl.where(order == top, tokens, 0x7FFFFFFF), 0)
+        best = tl.where(top > highest, place, best)
+        highest = tl.maximum(top, highest)
+    tl.store(chosen + b, best.to(tl.int64))
+
+
+@triton.jit
+def _middle(low, high):
+    """The mean of two integers of which low < high, rounded down, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def _split(scores, stride, vocab_size, temperature, highest, lowest, middle, BLOCK: tl.constexpr):
+    """What lies on either side of a score: how many are above `middle`, the sum of the weights
+    from `lowest` to `middle`, the nearest score up to `middle`, the nearest above it."""
+    count = tl.zeros((), tl.int32)
+    mass = tl.zeros((), tl.float64)
+    below = tl.full((), -0x80000000, tl.int32)
+    above = tl.full((), 0x7FFFFFFF, tl.int32)
+    for first in range(0, vocab_size, BLOCK):
+        values = _scores(scores, stride, first, vocab_size, temperature, BLOCK)[1]
+        order = _order(values)
+        higher = order > middle
+        weights = tl.where((order >= lowest) & (order <= middle), tl.exp(values - highest), 0.0)
+        count += tl.sum(higher.to(tl.int32), 0)
+        mass += tl.sum(weights, 0)
+        below = tl.maximum(below, tl.max(tl.where(higher, -0x80000000, order), 0))
+        above = tl.minimum(above, tl.min(tl.where(higher, order, 0x7FFFFFFF), 0))
+    return count, mass, below, above
+
+
+@triton.jit
+def _search(
+    scores, stride, vocab_size, temperature, highest, lowest, high, target,
+    WEIGHED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Bisection from `lowest` to `high`, two scores of the row.
+
+    Returns the lowest score with a mass of more than `target` from `lowest` up to it, or else the
+    highest score if no other will do; not WEIGHED: the highest with fewer than `target` above it.
+    """
+    low = lowest
+    while low < high:
+        middle = _middle(low, high)
+        count, mass, below, above = _split(
+            scores, stride, vocab_size, temperature, highest, lowest, middle, BLOCK
+        )
+        up = mass <= target if WEIGHED else count >= target
+        # To scores of the row: between two neighbours there is nothing to search.
+        low = tl.where(up, above, low)
+        high = tl.where(up, high, below)
+    return low
+
+
+@triton.jit
+def draw_kernel(
+    scores, uniform, chosen, stride_b, stride_v, uniform_stride, vocab_size,
+    temperature, top_k, top_p, min_p, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token a row, in four steps; a step's result is a bound on what stays.
+
+    A token stays if its place in the order of scores is past `lowest`, or at it and its id is at
+    least `first_kept`, and its weight exp(score - highest) is at least min_p.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    scores += b * stride_b
+    lowest_order = tl.full((), 0x7FFFFFFF, tl.int32)
+    highest_order = tl.full((), -0x80000000, tl.int32)
+    highest = tl.full((), -float("inf"), tl.float32)
+    for first in range(0, vocab_size, BLOCK):
+        tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
+        order = _order(values)
+        # Banned tokens are below every threshold that is looked for.
+        allowed = (tokens < vocab_size) & (values != -float("inf"))
+        low = tl.min(tl.where(allowed, order, 0x7FFFFFFF), 0)
+        lowest_order = tl.minimum(lowest_order, low)
+        highest_order = tl.maximum(highest_order, tl.max(order, 0))
+        highest = tl.maximum(highest, tl.max(values, 0))
+    # All banned, infinity, or not a number somewhere: the probabilities are not numbers.
+    lawful = (highest_order < 0x7F800000) & (highest != -float("inf"))
+    if not lawful:
+        tl.store(chosen + b, tl.zeros((), tl.int64))
+        return
+    lowest = lowest_order
+    if top_k > 0:
+        # The highest score with fewer than top_k above it.
+        lowest = _search(
+            scores, stride_v, vocab_size, temperature, highest, lowest, highest_order,
+            tl.cast(top_k, tl.float64), False, BLOCK,
+        )  # fmt: skip
+    first_kept = tl.zeros((), tl.int32)
+    if top_p < 1.0:
+        total = _split(
+            scores, stride_v, vocab_size, temperature, highest, lowest, highest_order, BLOCK
+        )[1]
+        outside = total * (1.0 - top_p)
+        # The lowest score with more than 1 - top_p of the mass at or below it.
+        low = _search(
+            scores, stride_v, vocab_size, temperature, highest, lowest, highest_order,
+            outside, True, BLOCK,
+        )  # fmt: skip
+        # Of the scores at the threshold, those of low ids may still be outside.
+        below = tl.zeros((), tl.float64)
+        if low > lowest:
+            below = _split(
+                scores, stride_v, vocab_size, temperature, highest, lowest, low - 1, BLOCK
+            )[1]
+        lowest = low
+        equal = tl.zeros((), tl.int32)
+        weight = tl.zeros((), tl.float32)
+        for first in range(0, vocab_size, BLOCK):
+            values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)[1]
+            at = _order(values) == lowest
+            equal += tl.sum(at.to(tl.int32), 0)
+            weight = tl.maximum(weight, tl.max(tl.where(at, tl.exp(values - highest), 0.0), 0))
+        left_out = tl.floor((outside - below) / tl.maximum(weight, 1e-45).to(tl.float64))
+        left_out = tl.minimum(left_out, (equal - 1).to(tl.float64)).to(tl.int32)
+        passed = tl.zeros((), tl.int32)
+        for first in range(0, vocab_size, BLOCK):
+            tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
+            at = (_order(values) == lowest).to(tl.int32)
+            rank = passed + tl.cumsum(at, 0)
+            last = tl.max(tl.where((at == 1) & (rank <= left_out), tokens + 1, 0), 0)
+            first_kept = tl.maximum(first_kept, last)
+            passed += tl.sum(at, 0)
+    total = tl.zeros((), tl.float64)
+    for first in range(0, vocab_size, BLOCK):
+        tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
+        weights = _kept_weights(tokens, values, highest, lowest, first_kept, min_p)
+        total += tl.sum(weights, 0)
+    target = tl.load(uniform + b * uniform_stride).to(tl.float64) * total
+    before = tl.zeros((), tl.float64)
+    token = tl.full((), -1, tl.int32)
+    for first in range(0, vocab_size, BLOCK):
+        tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
+        weights = _kept_weights(tokens, values, highest, lowest, first_kept, min_p)
+        sum = tl.sum(weights, 0)
+        if (token < 0) & (before + sum > target):
+            cumulative = before + tl.cumsum(weights, 0)
+            reached = (cumulative > target) & (weights > 0)
+            found = tl.min(tl.where(reached, tokens, 0x7FFFFFFF), 0)
+            # The two sums may round differently at the block's end.
+            last = tl.max(tl.where(weights > 0, tokens, -1), 0)
+            token = tl.minimum(found, last)
+        before += sum
+    tl.store(chosen + b, token.to(tl.int64))
+
+
+@triton.jit
+def _kept_weights(tokens, values, highest, lowest, first_kept, min_p):
+    order = _order(values)
+    weights = tl.exp(values - highest)
+    kept = (order > lowest) | ((order == lowest) & (tokens >= first_kept))
+    return tl.where(kept & (weights >= min_p), weights, 0.0)
+
+
+def sample(
+    logits: Tensor,
+    history: Tensor,
+    uniform: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    no_repeat_ngram_size: int,
+) -> Tensor:
+    rows, vocab_size = logits.shape
+    launch = settings("sample", logits.device, vocab_size=vocab_size)
+    scores = logits
+    if repetition_penalty != 1.0 or 0 < no_repeat_ngram_size <= history.shape[1]:
+        scores = logits.new_empty((rows, vocab_size), dtype=torch.float32)
+        penalize_kernel[(rows,)](
+            logits, history, scores, *logits.stride(), *history.stride(),
+            vocab_size, history.shape[1], repetition_penalty,
+            no_repeat_ngram_size if no_repeat_ngram_size <= history.shape[1] else 0,
+            **settings("penalize", logits.device),
+        )  # fmt: skip
+    chosen = logits.new_empty(rows, dtype=torch.int64)
+    if uniform is None:
+        greedy_kernel[(rows,)](scores, chosen, *scores.stride(), vocab_size, **launch)
+    else:
+        draw_kernel[(rows,)](
+            scores, uniform, chosen, *scores.stride(), uniform.stride(0), vocab_size,
+            temperature, min(top_k, vocab_size), top_p, min_p, **launch,
+        )  # fmt: skip
+    return chosen
