@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import contest  # noqa: E402
 import machine  # noqa: E402
 
 from gpt2fast.files import atomic_write, atomic_write_text  # noqa: E402
@@ -39,16 +40,21 @@ class Pair:
 
 
 _PAIRS = pytest.StashKey[list[Pair]]()
+_ROWS = pytest.StashKey[list[contest.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--table", type=Path, metavar="FILE.json", help="keep the comparisons, also as .md and .png"
     )
+    parser.addoption(
+        "--gpu-table", type=Path, metavar="FILE.json", help="the same for what ran on a GPU"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_PAIRS] = []
+    config.stash[_ROWS] = []
 
 
 @pytest.fixture
@@ -126,7 +132,44 @@ def against_floor(
     yield run
 
 
+@pytest.fixture
+def compete(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """Call `compete(ways, inputs, work)`: `contest.contest` under the test's name.
+
+    What was found is written at once where `--gpu-table` says: a run that is cut off leaves what it
+    has measured.
+    """
+
+    def run(*arguments: Any, **options: Any) -> None:
+        rows: list[contest.Row] = []
+
+        def timed() -> None:
+            rows[:] = contest.contest(request.node.name, *arguments, **options)
+
+        benchmark.pedantic(timed, rounds=1, iterations=1)
+        benchmark.extra_info["ways"] = contest.as_json(rows)
+        request.config.stash[_ROWS] += rows
+        file = request.config.getoption("--gpu-table")
+        if file:
+            _keep_gpu(request.config.stash[_ROWS], file)
+
+    yield run
+
+
+def _keep_gpu(rows: list[contest.Row], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {**contest.describe(), "rows": contest.as_json(rows)}
+    atomic_write_text(file, json.dumps(content, indent=1) + "\n")
+    atomic_write_text(file.with_suffix(".md"), contest.as_markdown(rows))
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[_ROWS]
+    if rows:
+        terminalreporter.section("on the GPU (theirs / ours above 1: ours is faster)")
+        terminalreporter.write_line(contest.as_markdown(rows))
+        if config.getoption("--gpu-table"):
+            contest.plot(rows, config.getoption("--gpu-table").with_suffix(".png"))
     pairs = config.stash[_PAIRS]
     if not pairs:
         return

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from . import __version__, backend, ops
 from .arguments import OneLineParser
 from .errors import Error
-from .ops import native
+from .ops import cuda, native, triton
 from .ops.backend import ORDER, Call, record_calls
 from .ops.packed import MatrixFormat, ModelShape, PackedWeights
 
@@ -72,6 +73,8 @@ def _environment() -> list[tuple[str, str]]:
         ("cuda", _cuda()),
         ("cpu", _cpu()),
         ("kernels", _kernels()),
+        ("cuda kernels", _cuda_kernels()),
+        ("triton", _triton()),
     ]
 
 
@@ -92,6 +95,18 @@ def _kernels() -> str:
     if found is None:
         return f"none: {native.unavailable()}"
     return f"{found.isa}, {found.library.path} ({found.library.origin})"
+
+
+def _cuda_kernels() -> str:
+    found = cuda.loaded()
+    if found is None:
+        return f"none: {cuda.unavailable()}"
+    return f"{found.path} ({found.origin})"
+
+
+def _triton() -> str:
+    reason = triton.unavailable()
+    return f"none: {reason}" if reason else metadata.version("triton")
 
 
 def _cuda() -> str:
@@ -116,8 +131,8 @@ def _cpu() -> str:
     return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores: {features}"
 
 
-def _samples(device: str) -> dict[str, Callable[[], object]]:
-    """A small call of each op, as the model makes it."""
+def samples(device: str) -> dict[str, Callable[[], object]]:
+    """A small call of each op on a device, as the model makes it."""
     q = torch.randn(1, 4, 2, 32, device=device)
     cache = torch.zeros(1, 8, 2, 32, device=device)
     x, weight, bias = (
@@ -165,7 +180,7 @@ def _samples(device: str) -> dict[str, Callable[[], object]]:
 def _try_ops(device: str) -> list[Call]:
     calls = []
     with torch.inference_mode():
-        for name, run in _samples(device).items():
+        for name, run in samples(device).items():
             with record_calls() as recorded:
                 run()
             calls.append(next(call for call in recorded if call.op == name))

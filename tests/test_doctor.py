@@ -4,7 +4,7 @@ import pytest
 
 from gpt2fast import doctor, ops
 from gpt2fast.ops import native
-from gpt2fast.ops.backend import requested_backend
+from gpt2fast.ops.backend import AVAILABILITY, requested_backend
 
 
 def test_every_op_is_listed_with_its_backend_and_the_reason(capsys):
@@ -44,7 +44,8 @@ def test_a_forced_backend_is_shown(capsys):
     assert requested_backend() == "auto"
 
 
-def test_an_absent_backend_is_one_line_on_stderr(capsys):
+def test_an_absent_backend_is_one_line_on_stderr(capsys, monkeypatch):
+    monkeypatch.setitem(AVAILABILITY, "triton", lambda: "not today")
     assert doctor.main(["--device", "cpu", "--backend", "triton"]) == 1
     assert capsys.readouterr().err.startswith("error: backend 'triton'")
 

@@ -1,0 +1,184 @@
+"""All that can be checked on a GPU, in one command: build, tests, compute-sanitizer, benchmarks.
+
+    python benchmarks/gpu_check.py --out benchmarks/results/h200      (make gpu-check)
+
+Needs torch with CUDA, nvcc, triton, pytest and pytest-benchmark, and no network. Every step has a
+share of the time and leaves what it found in OUT/check.json at once, so that a run which is cut off
+has not been for nothing. Running it again starts anew, except for the build, which is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from gpt2fast.files import atomic_write_text  # noqa: E402
+
+_BUILD = (
+    "from gpt2fast.ops import cuda, native; native.unavailable();"
+    "reason = cuda.unavailable(); print(reason or cuda.loaded()); raise SystemExit(bool(reason))"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and how many seconds it may take."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    needs: str = ""
+    """A program without which the step is left out."""
+
+
+def steps(out: Path) -> list[Step]:
+    """Everything, what matters most first."""
+    python = sys.executable
+    # Whatever plugins are installed here, and without those that the project's settings are for.
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    watched = ["--error-exitcode", "9", python, "tests/small_run.py"]
+    benchmark = [*pytest, "--benchmark-only", "--benchmark-disable-gc"]
+    table = str(out / "gpu_ops.json")
+    decoding = str(out / "gpu_decoding.json")
+    return [
+        Step("build", [python, "-c", _BUILD], 240),
+        Step(
+            "tests",
+            [*pytest, "-m", "gpu", "tests/ops", "tests/test_sampling.py", "tests/test_graphs.py", "tests/test_gpu.py"],
+            180,
+        ),
+        Step("small run", [python, "tests/small_run.py"], 60),
+        Step(
+            "decoding",
+            [*benchmark, "benchmarks/test_gpu_decoding.py", "--gpu-table", decoding],
+            90,
+        ),
+        Step("benchmarks", [*benchmark, "benchmarks/test_gpu_ops.py", "--gpu-table", table], 200),
+        Step("memcheck", ["compute-sanitizer", *watched], 90, "compute-sanitizer"),
+        Step(
+            "racecheck",
+            ["compute-sanitizer", "--tool", "racecheck", *watched],
+            90,
+            "compute-sanitizer",
+        ),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 1 if a step failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    options = parser.parse_args(argv)
+    gpu = _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    if not gpu:
+        print("error: nvidia-smi finds no GPU here; there is nothing to check", file=sys.stderr)
+        return 1
+    out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {**_versions(), "gpu": gpu, "steps": {}}
+    deadline = time.monotonic() + 60 * options.minutes
+    for step in steps(out):
+        report["steps"][step.name] = _run(step, deadline, out)
+        atomic_write_text(out / "check.json", json.dumps(report, indent=1) + "\n")
+    print(_table(report, out))
+    return int(
+        any(found["result"] not in ("passed", "left out") for found in report["steps"].values())
+    )
+
+
+def _run(step: Step, deadline: float, out: Path) -> dict[str, Any]:
+    if step.needs and shutil.which(step.needs) is None:
+        return {"result": "left out", "seconds": 0.0, "last": f"{step.needs} is not installed"}
+    seconds = min(step.seconds, deadline - time.monotonic())
+    if seconds < 5:
+        return {"result": "no time", "seconds": 0.0, "last": "nothing was left of --minutes"}
+    print(f"== {step.name}", flush=True)
+    environment = {
+        "GPT2FAST_CACHE": str(ROOT / "build-gpu"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONUNBUFFERED": "1",
+        **os.environ,
+    }
+    log = out / f"{step.name.replace(' ', '_')}.log"
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    result = {0: "passed", None: "out of time"}.get(code, f"failed ({code})")
+    if result != "passed":
+        print("\n".join(lines[-40:]), flush=True)
+    found = {
+        "result": result,
+        "seconds": round(time.monotonic() - start, 1),
+        "last": lines[-1] if lines else "",
+        "command": " ".join(step.command),
+    }
+    print(f"   {result} after {found['seconds']} s: {found['last']:.120}", flush=True)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    code = "import torch, triton; print(torch.__version__, triton.__version__)"
+    nvcc = re.search(r"release ([\d.]+)", _output(["nvcc", "--version"]))
+    return {
+        "commit": _output(["git", "rev-parse", "HEAD"]) or "unknown",
+        "python": platform.python_version(),
+        "torch and triton": _output([sys.executable, "-c", code]),
+        "nvcc": nvcc[1] if nvcc else "",
+    }
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _table(report: dict[str, Any], out: Path) -> str:
+    lines = [f"{report['gpu']}, {report['torch and triton']}, commit {report['commit'][:12]}"]
+    for name, found in report["steps"].items():
+        lines.append(
+            f"{name:<11} {found['result']:<13} {found['seconds']:>6} s  {found['last']:.90}"
+        )
+    for name in ("gpu_decoding", "gpu_ops"):
+        file = out / f"{name}.json"
+        if not file.is_file():
+            continue
+        for row in json.loads(file.read_text())["rows"]:
+            lines.append(
+                f"{row['benchmark']:<44} {row['way']:<15} {row['seconds'] * 1e6:>9.1f} us "
+                f"{row['ratio']:>6.2f} x {row['share']:>5.2f} of the floor "
+                f"{row['rate']:>8.0f} {row['unit']}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
