@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: setup check format test kernels bench constraints
+.PHONY: setup check format test kernels bench gpu-check constraints
 
 setup: .venv/ready  ## an environment to develop in
 
@@ -30,6 +30,9 @@ kernels:  ## the C++ kernels and their own tests; SANITIZE=address,undefined or 
 
 bench: .venv/ready  ## ours beside torch and transformers
 	$(BIN)/python -m pytest -q benchmarks
+
+gpu-check:  ## all that can be checked on a GPU, with what is installed there (OUT=folder)
+	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
 constraints:  ## resolve constraints.txt again, for every Python and platform (needs uv)
 	printf 'torch==2.13.0\nnumpy<2.4\n' | uv pip compile pyproject.toml --extra dev --universal \

@@ -59,7 +59,15 @@ def steps(out: Path) -> list[Step]:
         Step("build", [python, "-c", _BUILD], 240),
         Step(
             "tests",
-            [*pytest, "-m", "gpu", "tests/ops", "tests/test_sampling.py", "tests/test_graphs.py", "tests/test_gpu.py"],
+            [
+                *pytest,
+                "-m",
+                "gpu",
+                "tests/ops",
+                "tests/test_sampling.py",
+                "tests/test_graphs.py",
+                "tests/test_gpu.py",
+            ],
             180,
         ),
         Step("small run", [python, "tests/small_run.py"], 60),

@@ -143,6 +143,15 @@ class Steps:
         self._cache.advance(count, None, self._positions.clone())
         return chosen
 
+    def replay_at(self, length: int) -> None:
+        """One step with so many entries in the cache: for timing."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+        self._lengths.fill_(length)
+        self._positions.fill_(length)
+
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Run once on a stream of its own, as capturing asks for: libraries load and kernels are
         # compiled. What that changes is put back; what it wrote behind the rows' ends is written

@@ -25,6 +25,7 @@
 // On the host:
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...)
 //   clear(pointer, bytes, stream)    zeros, in the stream's order
+//   use_device(index)                makes a device the current one
 //   multiprocessors()                of the current device
 //   stream_of(void*)                 as a cudaStream_t
 #pragma once
@@ -233,6 +234,12 @@ inline void clear(void* pointer, size_t bytes, cudaStream_t stream) {
     check(cudaMemsetAsync(pointer, 0, bytes, stream));
 }
 
+inline void use_device(int index) {
+    int current = 0;
+    check(cudaGetDevice(&current));
+    if (current != index) check(cudaSetDevice(index));
+}
+
 inline int multiprocessors() {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
@@ -332,6 +339,7 @@ using simulator::launch;
 inline void clear(void* pointer, size_t bytes, cudaStream_t) { std::memset(pointer, 0, bytes); }
 
 // Few, so that a kernel which divides its work among them meets several shares each.
+inline void use_device(int) {}
 inline int multiprocessors() { return 4; }
 
 #endif

@@ -16,6 +16,10 @@ inline int64_t size_of(DType dtype) {
     return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2;
 }
 
+// Launchers work on the current device of the CUDA run-time that they are linked with, which may be
+// another one than their caller's: call this first.
+void use_device(int index);
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace gpt2fast::launch

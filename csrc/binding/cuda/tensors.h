@@ -54,6 +54,7 @@ public:
                         "gpt2fast: this torch was built without CUDA");
         TORCH_ERROR_CODE_CHECK(
             aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+        launch::use_device(x.get_device_index());
     }
 #endif
     void* stream = nullptr;
