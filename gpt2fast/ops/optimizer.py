@@ -8,7 +8,7 @@ p   = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def fused_adamw(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
+    masters: Sequence[Tensor] | None = None,
     step: int,
     lr: float,
     beta1: float,
@@ -39,6 +40,9 @@ def fused_adamw(
     Args:
         params, grads, exp_avgs, exp_avg_sqs: lists of equal length; the tensors at one index
             share shape, dtype and device.
+        masters: float32 parameters, as many, which are updated in place of `params`; those become
+            their rounded copies, and the moments are float32, too. For training in 16 bits, where
+            steps are smaller than what a parameter can be rounded to.
         step: number of this update, counted from 1.
         lr, beta1, beta2, eps, weight_decay: as in the formula above.
     """
@@ -46,13 +50,22 @@ def fused_adamw(
         raise ArgumentError(f"step={step}: updates are counted from 1")
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
         raise ArgumentError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
+    masters = [] if masters is None else list(masters)
+    for master, exp_avg, exp_avg_sq in zip(masters, exp_avgs, exp_avg_sqs, strict=False):
+        for tensor in (master, exp_avg, exp_avg_sq):
+            if tensor.dtype != torch.float32:
+                raise ArgumentError(
+                    f"with masters, these and the moments must be float32, not {tensor.dtype}"
+                )
+    if masters and len(masters) != len(params):
+        raise ArgumentError(f"{len(masters)} masters do not fit {len(params)} params")
     _adamw.call(
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs),
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), masters,
         step, lr, beta1, beta2, eps, weight_decay,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         # torch counts changes of a tensor for its own ops alone.
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
 
 
 def _reference(
@@ -93,15 +106,55 @@ def _native(
     )
 
 
+def _through_masters(update: Callable[..., None]) -> Callable[..., None]:
+    """`update` for the op's arguments, where it knows of no masters itself."""
+
+    def run(
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        masters: list[Tensor],
+        *scalars: float,
+    ) -> None:
+        if not masters:
+            update(params, grads, exp_avgs, exp_avg_sqs, *scalars)
+            return
+        update(masters, [grad.float() for grad in grads], exp_avgs, exp_avg_sqs, *scalars)
+        for param, master in zip(params, masters, strict=True):
+            param.copy_(master)
+
+    return run
+
+
+def _of_updated(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+    """The same for a refusal: it is asked about the tensors that are updated."""
+
+    def asked(
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        masters: list[Tensor],
+        *scalars: float,
+    ) -> str | None:
+        if masters:
+            params = grads = masters
+        return refuses(params, grads, exp_avgs, exp_avg_sqs)
+
+    return asked
+
+
 def _cuda(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
     *scalars: float,
 ) -> None:
     grads = [grad.contiguous() for grad in grads]
-    torch.ops.gpt2fast_cuda.adamw(params, grads, exp_avgs, exp_avg_sqs, [], *scalars)
+    torch.ops.gpt2fast_cuda.adamw(params, grads, exp_avgs, exp_avg_sqs, masters, *scalars)
 
 
 def _cuda_refuses(
@@ -109,14 +162,17 @@ def _cuda_refuses(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
     *scalars: object,
 ) -> str | None:
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    pairs = zip(params, grads, strict=True)
+    moments = zip(masters or params, exp_avgs, exp_avg_sqs, strict=True)
+    for tensors in (*pairs, *moments):
         reason = unsuitable(*tensors, one_dtype=True, may_be_empty=True)
         if reason is not None:
             return reason
-        if not all(tensors[i].is_contiguous() for i in (0, 2, 3)):
-            return "the CUDA AdamW takes contiguous parameters and moments"
+    if not all(x.is_contiguous() for x in (*params, *exp_avgs, *exp_avg_sqs, *masters)):
+        return "the CUDA AdamW takes contiguous parameters and moments"
     return None
 
 
@@ -125,7 +181,6 @@ def _native_refuses(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *scalars: object,
 ) -> str | None:
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         reason = refuses_tensors(*tensors)
@@ -141,14 +196,16 @@ def _triton_refuses(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
     *scalars: object,
 ) -> str | None:
-    if not all(tensor.is_contiguous() for tensor in (*params, *exp_avgs, *exp_avg_sqs)):
+    updated = (*params, *exp_avgs, *exp_avg_sqs, *masters)
+    if not all(tensor.is_contiguous() for tensor in updated):
         return "the Triton AdamW takes contiguous parameters and moments"
-    return unsuitable_for_triton(*params, *grads, *exp_avgs, *exp_avg_sqs, may_be_empty=True)
+    return unsuitable_for_triton(*updated, *grads, may_be_empty=True)
 
 
-def _torch_refuses(params: list[Tensor], *rest: object) -> str | None:
+def _torch_refuses(params: list[Tensor], *rest: list[Tensor]) -> str | None:
     if len({(tensor.device, tensor.dtype) for tensor in params}) != 1:
         return "torch's fused AdamW takes tensors of one dtype on one device"
     return None
@@ -187,17 +244,18 @@ def _torch(
 _adamw = Op(
     "fused_adamw",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    "Tensor(d!)[] masters, int step, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay) -> ()",
     native=by_device(
-        cpu=native(_native, _native_refuses),
+        cpu=native(_through_masters(_native), _of_updated(_native_refuses)),
         cuda=cuda(_cuda, _cuda_refuses),
     ),
     triton=triton("optimizer", "adamw", _triton_refuses),
-    torch=Implementation(_torch, _torch_refuses),
-    reference=_reference,
+    torch=Implementation(_through_masters(_torch), _of_updated(_torch_refuses)),
+    reference=_through_masters(_reference),
 )
 
 
 @_adamw.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, *scalars):  # type: ignore[no-untyped-def]
+def _(params, grads, exp_avgs, exp_avg_sqs, masters, *scalars):  # type: ignore[no-untyped-def]
     return None

@@ -45,10 +45,32 @@ def test_ten_steps_match_torch(name, dtype):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masters_keep_what_16_bits_round_away(name, dtype):
+    initial = [random(1), random(17, 3), random(1024)]
+    gradients = [[random(*p.shape) for p in initial] for _ in range(10)]
+    masters = [p.float() for p in initial]
+    params = [p.to(dtype) for p in initial]
+    first, second = ([torch.zeros_like(p) for p in masters] for _ in range(2))
+    with backend(name):
+        for step, grads in enumerate(gradients, start=1):
+            grads = [g.to(dtype) for g in grads]
+            ops.fused_adamw(
+                params, grads, first, second, masters=masters, step=step, **SETTINGS
+            )  # fmt: skip
+    exact = run_torch(initial, gradients, torch.float64)
+    assert_close(masters, run_torch(initial, gradients, torch.float32), exact, times=2.0)
+    for param, master in zip(params, masters, strict=True):
+        assert param.dtype == dtype and torch.equal(param, master.to(dtype))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_passes_opcheck(name):
     tensors = [[random(4, 3).float().abs()] for _ in range(4)]
+    half = [[random(4, 3).bfloat16()] for _ in range(2)]
     with backend(name):
-        opcheck(_adamw.call, (*tensors, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1))
+        opcheck(_adamw.call, (*tensors, [], 1, 1e-3, 0.9, 0.95, 1e-8, 0.1))
+        opcheck(_adamw.call, (*half, *tensors[1:], 1, 1e-3, 0.9, 0.95, 1e-8, 0.1))
 
 
 def test_bad_arguments_are_named():
@@ -57,3 +79,8 @@ def test_bad_arguments_are_named():
         ops.fused_adamw(one, one, one, one, step=0, **SETTINGS)
     with pytest.raises(ValueError, match="equal lengths"):
         ops.fused_adamw(one, [], one, one, step=1, **SETTINGS)
+    with pytest.raises(ValueError, match="2 masters do not fit 1 params"):
+        ops.fused_adamw(one, one, one, one, masters=one * 2, step=1, **SETTINGS)
+    with pytest.raises(ValueError, match="float32, not torch.bfloat16"):
+        half = [torch.ones(2).bfloat16()]
+        ops.fused_adamw(half, half, half, half, masters=one, step=1, **SETTINGS)

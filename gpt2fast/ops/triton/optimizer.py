@@ -1,7 +1,7 @@
 """AdamW over many tensors in Triton: a launch for every `_TENSORS` tensors of the same dtypes.
 
 Bytes of a parameter in float32: 16 read (parameter, gradient, two moments), 12 written; in bfloat16
-8 and 6. Memory is the floor. Not yet run on a GPU.
+8 and 6, or 14 and 14 over float32 moments and masters. Memory is the floor. Not yet run on a GPU.
 
 A program takes `CHUNK` elements of one tensor. Addresses and sizes are arguments of the launch, so
 there is no table to copy to the device or to keep alive, and a CUDA graph captures the call; a
@@ -30,6 +30,7 @@ def adamw_kernel(
     grads,
     exp_avgs,
     exp_avg_sqs,
+    masters,
     sizes,
     decay,
     beta1,
@@ -40,6 +41,7 @@ def adamw_kernel(
     correction2,
     eps,
     ALIGNED: tl.constexpr,
+    MASTERS: tl.constexpr,
     TENSORS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -53,9 +55,11 @@ def adamw_kernel(
         decay, rest1, rest2: 1 - lr * weight_decay, 1 - beta1, 1 - beta2.
         step_size, correction2: lr / (1 - beta1^step), 1 / (1 - beta2^step).
         ALIGNED: addresses and sizes are multiples of 16.
+        MASTERS: the masters are updated, and the parameters are their rounded copies.
     """
     program = tl.program_id(0)
     param, grad, exp_avg, exp_avg_sq = parameters[0], grads[0], exp_avgs[0], exp_avg_sqs[0]
+    master = masters[0]
     size = (sizes[0] - 3) // 2
     first = 0
     begin = tl.cdiv(size, CHUNK)
@@ -66,6 +70,7 @@ def adamw_kernel(
         grad = tl.where(reached, grads[i], grad)
         exp_avg = tl.where(reached, exp_avgs[i], exp_avg)
         exp_avg_sq = tl.where(reached, exp_avg_sqs[i], exp_avg_sq)
+        master = tl.where(reached, masters[i], master)
         size = tl.where(reached, elements, size)
         first = tl.where(reached, begin, first)
         begin += tl.cdiv(elements, CHUNK)
@@ -74,13 +79,18 @@ def adamw_kernel(
     for start in range(0, CHUNK, BLOCK):
         at = (program - first) * CHUNK + start + tl.arange(0, BLOCK)
         mask = at < size
-        p = tl.load(param + at, mask=mask, other=0.0).to(tl.float32)
+        if MASTERS:
+            p = tl.load(master + at, mask=mask, other=0.0)
+        else:
+            p = tl.load(param + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(exp_avg_sq + at, mask=mask, other=0.0).to(tl.float32)
         m = beta1 * m + rest1 * g
         v = beta2 * v + rest2 * g * g
         p = decay * p - step_size * m / (tl.sqrt(v * correction2) + eps)
+        if MASTERS:
+            tl.store(master + at, p, mask=mask)
         tl.store(param + at, cast(p, param.dtype.element_ty), mask=mask)
         tl.store(exp_avg + at, cast(m, exp_avg.dtype.element_ty), mask=mask)
         tl.store(exp_avg_sq + at, cast(v, exp_avg_sq.dtype.element_ty), mask=mask)
@@ -91,6 +101,7 @@ def adamw(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
     step: int,
     lr: float,
     beta1: float,
@@ -109,7 +120,8 @@ def adamw(
         eps,
     )
     alike = defaultdict(list)
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    updated = masters or params
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, updated, strict=True):
         pieces = [tensor.contiguous().view(-1).split(_LONGEST) for tensor in tensors]
         for piece in zip(*pieces, strict=True):
             size = piece[0].numel()
@@ -120,10 +132,12 @@ def adamw(
         # Kernels are compiled anew for each pattern of unaligned tensors: one at a time has few.
         most = _TENSORS if aligned else 1
         for i in range(0, len(pieces), most):
-            _launch(pieces[i : i + most], scalars, aligned)
+            _launch(pieces[i : i + most], scalars, aligned, bool(masters))
 
 
-def _launch(pieces: list[tuple[Tensor, ...]], scalars: tuple[float, ...], aligned: bool) -> None:
+def _launch(
+    pieces: list[tuple[Tensor, ...]], scalars: tuple[float, ...], aligned: bool, masters: bool
+) -> None:
     launch = settings("adamw", pieces[0][0].device)
     sizes = [piece[0].numel() for piece in pieces]
     programs = sum(triton.cdiv(size, launch["CHUNK"]) for size in sizes)
@@ -136,6 +150,7 @@ def _launch(pieces: list[tuple[Tensor, ...]], scalars: tuple[float, ...], aligne
         tuple(2 * size + 3 for size in sizes),
         *scalars,
         ALIGNED=aligned,
+        MASTERS=masters,
         TENSORS=tensors,
         **launch,
     )
