@@ -154,7 +154,7 @@ def cases() -> Iterator[Case]:
     for kernel in ("matmul_gelu", "matmul"):
         yield Case(
             kernel,
-            {"element_size": 2},
+            {"element_size": 2, "unaligned": 0},
             lambda: mlp.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj),
             grid(
                 BLOCK_M=[64, 128],

@@ -20,21 +20,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 import gpt2fast.ops.triton
 from gpt2fast.ops.backend import OPS
 from gpt2fast.ops.decode import LAYER_WEIGHTS
 from gpt2fast.ops.triton import tuning
-
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 class Driver:
@@ -59,7 +57,7 @@ def resources(ptx: str, arch: int) -> dict[str, int]:
         source.write(ptx)
         source.flush()
         name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [PTXAS, "-v", f"--gpu-name={name}", source.name, "-o", "/dev/null"]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", source.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill", log)
     (registers,) = re.findall(r"Used (\d+) registers", log)
@@ -132,10 +130,10 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
     call("embedding", tokens, tokens, wte, wpe)
     call("embedding_backward", x, tokens, tokens, vocab_size, entries)
     call("linear_cross_entropy", rows, wte, tokens.view(-1), -100, True, True)
-    call(
-        "fused_adamw", [wpe], [wpe], [torch.zeros(wpe.shape)], [torch.zeros(wpe.shape)],
-        1, 1e-3, 0.9, 0.95, 1e-8, 0.1,
-    )  # fmt: skip
+    narrow, wide = [wpe], [torch.zeros(wpe.shape)]
+    for moments, masters in ((narrow, []), (wide, wide)):
+        options = (1, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+        call("fused_adamw", narrow, narrow, moments, moments, masters, *options)
 
     logits, history = some(batch, vocab_size), integers(batch, 32)
     call("sample", logits, history, torch.zeros(batch), 0.8, 40, 0.9, 0.05, 1.2, 3)

@@ -41,7 +41,8 @@ def test_matches_torch_at_odd_shapes(name, dtype, shape):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_torch_on_a_long_sequence(name, dtype):
-    inputs = [random(1, 1023, 2, 64) for _ in "qkv"]
+    heads = 1 if name == "triton" else 2  # the interpreter takes its time
+    inputs = [random(1, 1023, heads, 64) for _ in "qkv"]
     compare(ops.causal_attention, torch_attention, inputs, dtype, name)
 
 

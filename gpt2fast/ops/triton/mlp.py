@@ -263,6 +263,12 @@ def matmul_kernel(
         )
 
 
+def _is_unaligned(x: Tensor) -> bool:
+    """Whether elements of a matrix must be loaded one by one, each at an address of its own."""
+    width, stride = (x.shape[1], x.stride(0)) if x.stride(1) == 1 else (x.shape[0], x.stride(1))
+    return min(x.stride()) != 1 or any(n % 16 for n in (width, stride, x.data_ptr()))
+
+
 def _matmul(
     a: Tensor,
     b: Tensor,
@@ -275,7 +281,8 @@ def _matmul(
     (m, k), n = a.shape, b.shape[1]
     # What follows the product needs registers, too.
     table = "matmul" if end in ("nothing", "bias") else "matmul_gelu"
-    launch = settings(table, a.device, element_size=a.element_size())
+    unaligned = n % 16 > 0 or _is_unaligned(a) or _is_unaligned(b)
+    launch = settings(table, a.device, element_size=a.element_size(), unaligned=unaligned)
     tiles_m, tiles_n = triton.cdiv(m, launch["BLOCK_M"]), triton.cdiv(n, launch["BLOCK_N"])
     # Weight gradients have few tiles and long sums.
     parts = 1

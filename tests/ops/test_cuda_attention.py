@@ -1,0 +1,72 @@
+"""What the CUDA kernels of attention promise beyond the op: in the simulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comparison import backend, needs_simulator, random
+from gpt2fast import ops
+from gpt2fast.ops.attention import _backward, _forward
+from gpt2fast.ops.cuda.attention import _heads
+from tolerance import assert_close
+
+pytestmark = needs_simulator
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gradients(q, k, v, grad, mask=None, p=0.0):
+    seed = torch.tensor([9])
+    with backend("simulator"):
+        out, lse = _forward.call(q, k, v, 0.2, mask, p, seed)
+        return _backward.call(grad, q, k, v, out, lse, 0.2, mask, p, seed)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_deterministic_gradients_are_the_same_bits_in_every_order(
+    width, p, deterministic, monkeypatch
+):
+    inputs = [random(1, 200, 2, width).bfloat16() for _ in range(4)]
+    mask = torch.rand(1, 200) < 0.7
+    monkeypatch.setenv("GPT2FAST_SIM_ORDER", "fifo")
+    once = gradients(*inputs, mask, p)
+    monkeypatch.setenv("GPT2FAST_SIM_ORDER", "random")
+    for mine, other in zip(once, gradients(*inputs, mask, p), strict=True):
+        assert torch.equal(mine, other)
+    torch.use_deterministic_algorithms(False)
+    # With atomics only the last bits of the queries' gradient differ.
+    for mine, other in zip(once, gradients(*inputs, mask, p), strict=True):
+        assert_close([mine], [other.roll(1)], [other.double()], times=0.01)
+
+
+@pytest.mark.parametrize("width", [64, 20])
+def test_half_precision_views_at_odd_addresses_and_strides(width):
+    packed = random(2, 33, 3, 2, width + 1).bfloat16()
+    expected = None
+    for q, k, v in [
+        packed[..., 1:].unbind(2),  # rows that are not aligned
+        packed[..., 1:].contiguous().unbind(2),
+        packed[..., 1:].permute(0, 3, 2, 1, 4).contiguous().permute(0, 3, 2, 1, 4).unbind(2),
+    ]:
+        grad = torch.ones((), dtype=q.dtype).expand(q.shape)
+        got = gradients(q, k, v, grad)
+        expected = expected or got
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_views_of_packed_tensors_are_read_in_place():
+    packed = torch.zeros(2, 5, 3, 4, 64, dtype=torch.bfloat16)
+    assert all(_heads(x) is x for x in packed.unbind(2))
+
+
+def test_wider_heads_fall_back():
+    q = torch.randn(1, 3, 1, 136)
+    with backend("simulator"), pytest.raises(Exception, match="128, not 136"):
+        ops.causal_attention(q, q, q)
