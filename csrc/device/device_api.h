@@ -338,8 +338,9 @@ using simulator::launch;
 
 inline void clear(void* pointer, size_t bytes, cudaStream_t) { std::memset(pointer, 0, bytes); }
 
-// Few, so that a kernel which divides its work among them meets several shares each.
 inline void use_device(int) {}
+
+// Few, so that a kernel which divides its work among them meets several shares each.
 inline int multiprocessors() { return 4; }
 
 #endif

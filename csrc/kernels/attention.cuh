@@ -10,16 +10,8 @@ using namespace device;
 constexpr float log2_e = 1.44269504088896341f;
 constexpr float ln_2 = 0.693147180559945309f;
 
-// A (batch, time, heads, head_dim) tensor; strides in elements, that of the last dimension is 1.
-template <typename T>
-struct Heads {
-    T* data;
-    int64_t batch_stride, time_stride, head_stride;
-
-    __device__ __forceinline__ T* of(int batch, int head) const {
-        return data + batch * batch_stride + head * head_stride;
-    }
-};
+// What a block gets on the GPUs that have least of it, sm_86 and sm_89.
+constexpr int shared_memory_limit = 99 * 1024;
 
 struct AttentionShape {
     int time, heads, head_dim;
@@ -28,14 +20,26 @@ struct AttentionShape {
     Dropout dropout;
 };
 
-// What a block works on: grids are (heads, tiles, batch), so that the tiles of one row of the batch,
-// whose keys and values are read together, follow each other, the largest of all heads first.
+// What a block works on. Grids are (heads, tiles, batch): the tiles of one row of the batch, whose
+// keys and values are read together, follow each other, the largest of all heads first.
 struct BlockPlace {
     int batch, head, tile;
     int row;  // among all rows' heads
 
     __device__ __forceinline__ explicit BlockPlace(const AttentionShape& shape)
         : batch(blockIdx.z), head(blockIdx.x), tile(blockIdx.y), row(batch * shape.heads + head) {}
+};
+
+// A (batch, time, heads, head_dim) tensor; strides in elements, that of the last dimension is 1.
+template <typename T>
+struct Heads {
+    T* data;
+    int64_t batch_stride, time_stride, head_stride;
+
+    // From position `first` of the block's head.
+    __device__ __forceinline__ T* rows(const BlockPlace& block, int first) const {
+        return data + block.batch * batch_stride + block.head * head_stride + first * time_stride;
+    }
 };
 
 // The backward pass reads two floats of every query: the log-sum in powers of two, and delta, the
@@ -58,9 +62,9 @@ struct VisibleKeys {
     }
 };
 
-// The first tile from `tile` on, below `tiles`, that holds a visible key, or `tiles`; without a mask
-// that is `tile`, and `keys` stays as it is. All threads of a warp call it together and find the
-// same.
+// The first tile from `tile` on, below `tiles`, that holds a visible key, or `tiles`. Without a
+// mask that is `tile`, and `keys` stays as it is. All threads of a warp call it together and find
+// the same.
 template <int Keys>
 __device__ __forceinline__ int next_visible(const uint8_t* visible, int time, int tile, int tiles,
                                             VisibleKeys<Keys>& keys) {

@@ -5,20 +5,23 @@
 //     dV = P' dO,  dP = dO V',  dS = P (dP - delta),  dQ = dS K,  dK = dS' Q,  delta = rowsum(dO O)
 //
 // FLOPs of a head with T positions of size D: five products, 5 T^2 D with the hidden half left
-// out, 2.5 times the forward pass. Bytes: 16 T D for four tensors read and three written and dQ's
+// out, 2.5 times the forward pass. Bytes: 16 T D for five tensors read and three written, and dQ's
 // sums in float32, read by every tile of the other side from the second-level cache. For D = 64 a
 // tile of 128 x 64 pairs takes 1280 mma.m16n8k16 or 2560 clocks of an SM that does 1024 fused
 // multiply-adds a clock, and reads 224 KiB from shared memory, or 1792 clocks.
 //
 // attention_statistics computes delta and puts it beside the log-sum in powers of two.
 // attention_backward takes 128 keys a block and goes over the queries that see them. Its warps
-// hold scores with the keys down the rows, so that P' and dS' are first factors of dV and dK as they
-// lie in the registers; only dS crosses shared memory, for dQ. A warp's own 32 keys and values stay
-// in registers, and every fragment of queries and gradients serves two products. dQ is summed with
-// atomics into float32, in the order of the fragments, so that a warp adds to 128 consecutive
-// bytes; attention_grad_query rounds it.
+// hold scores with the keys down the rows, so that P' and dS' are first factors of dV and dK as
+// they lie in the registers; only dS crosses shared memory, for dQ. A warp's own 32 values and some
+// of its keys stay in registers, and every fragment of queries and gradients serves two products.
+// dQ is summed with atomics into float32, in the order of the fragments, so that a warp adds to 128
+// consecutive bytes; attention_grad_query rounds it.
 // attention_backward_query computes dQ tile by tile instead, from scores with the queries down the
 // rows, where the sum must not depend on the order of blocks: seven products instead of five.
+//
+// Given up, as nvcc 13 spilled registers: all of a warp's keys in registers beside its values, and
+// what attention_forward.cuh lists.
 //
 // Not yet run on a GPU.
 #pragma once
@@ -57,6 +60,7 @@ struct BackwardTiles {
     static constexpr int scores_bytes =
         values_in_stage ? keys * Tile<queries>::row_bytes : keys_bytes;
     static constexpr int shared_bytes = keys_bytes + scores_bytes + 2 * stage_bytes;
+    static_assert(shared_bytes <= shared_memory_limit, "fits every GPU");
 };
 
 constexpr int attention_statistics_threads = 128;
@@ -72,15 +76,15 @@ __global__ void __launch_bounds__(attention_statistics_threads)
     constexpr int lanes = 8;  // of a row
     constexpr int rows_at_once = attention_statistics_threads / lanes;
     const int lane = threadIdx.x % lanes;
-    const T* grads = grad.of(block.batch, block.head);
-    const T* outs = out.of(block.batch, block.head);
+    const T* grads = grad.rows(block, first);
+    const T* outs = out.rows(block, first);
     for (int row = threadIdx.x / lanes; row < statistics_rows; row += rows_at_once) {
         const int t = first + row;
         float delta = 0.0f;
         if (t < shape.time) {
             for (int d = lane * Width; d < shape.head_dim; d += lanes * Width) {
-                const auto g = load_vector<Width>(grads + t * grad.time_stride + d);
-                const auto o = load_vector<Width>(outs + t * out.time_stride + d);
+                const auto g = load_vector<Width>(grads + row * grad.time_stride + d);
+                const auto o = load_vector<Width>(outs + row * out.time_stride + d);
 #pragma unroll
                 for (int i = 0; i < Width; ++i) {
                     delta = fmaf(to_float(g.v[i]), to_float(o.v[i]), delta);
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(attention_statistics_threads)
 
 // Of a warp's D / 16 fragments of keys, those that stay in registers beside the values.
 template <int D, bool Drops>
-constexpr int held_keys = D == 64 ? 2 - Drops : D == 128 ? 7 : D / 16;
+constexpr int held_keys = D == 64 ? 2 - Drops : D == 128 ? 7 - Drops : D / 16;
 
 // Bit 4 * m + e: whether the weight that accumulator e of rows m holds is dropped, for scores with
 // the keys down the rows and `query` the thread's first column. The bits that a call draws are of
@@ -159,13 +163,9 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
     const auto copy_queries = [&](int index, int stage) {
         const int first = index * Queries;
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
-        const auto copy = [&](uint32_t tile, const Heads<const T>& from) {
-            copy_tile<Queries, D, Tiles::threads>(
-                tile, from.of(block.batch, block.head) + first * from.time_stride,
-                from.time_stride, shape.time - first, shape.head_dim);
-        };
-        copy(to, args.q);
-        copy(to + Tiles::query_bytes, args.grad);
+        copy_tile<Queries, D, Tiles::threads>(to, args.q, first, block, shape);
+        copy_tile<Queries, D, Tiles::threads>(to + Tiles::query_bytes, args.grad, first, block,
+                                              shape);
         if (threadIdx.x < Tiles::statistics_bytes / 16) {
             cp_async<16>(to + 2 * Tiles::query_bytes + threadIdx.x * 16,
                          args.statistics + int64_t(first_row + first) * 2 + threadIdx.x * 4);
@@ -193,13 +193,8 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
     const int tiles = any_visible ? (shape.time + Queries - 1) / Queries : 0;
     int index = first_key / Queries;
     if (index < tiles) {
-        const auto copy_keys = [&](uint32_t to, const Heads<const T>& from) {
-            copy_tile<Tiles::keys, D, Tiles::threads>(
-                to, from.of(block.batch, block.head) + first_key * from.time_stride,
-                from.time_stride, shape.time - first_key, shape.head_dim);
-        };
-        copy_keys(key_tile, args.k);
-        copy_keys(value_tile, args.v);
+        copy_tile<Tiles::keys, D, Tiles::threads>(key_tile, args.k, first_key, block, shape);
+        copy_tile<Tiles::keys, D, Tiles::threads>(value_tile, args.v, first_key, block, shape);
         copy_queries(index, 0);
         cp_async_commit();
         cp_async_wait<0>();
@@ -314,8 +309,8 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
 #pragma unroll
                 for (int d = 0; d < D / 16; ++d) {
                     uint32_t fragment[4];
-                    ldmatrix_x4_trans(fragment,
-                                      Layout::moved(grad_tile + rows_first<D>(), slice * 16, 2 * d));
+                    ldmatrix_x4_trans(fragment, Layout::moved(grad_tile + rows_first<D>(),
+                                                              slice * 16, 2 * d));
                     multiply<T>(grad_v, 2 * d, weights, fragment);
                     ldmatrix_x4_trans(fragment, Layout::moved(query_tile + rows_first<D>(),
                                                               slice * 16, 2 * d));
@@ -371,13 +366,10 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
 
     unsigned char* const own = shared + warp * M * 16 * Layout::row_bytes;
     store_rows<T, M, D>(
-        own, grad_k, [&](int, int) { return shape.scale; },
-        args.grad_k.of(block.batch, block.head) + warp_key * args.grad_k.time_stride,
-        args.grad_k.time_stride, shape.time - warp_key, shape.head_dim);
+        own, grad_k, [&](int, int) { return shape.scale; }, args.grad_k, warp_key, block, shape);
     store_rows<T, M, D>(
-        own, grad_v, [&](int, int) { return Drops ? dropout.scale : 1.0f; },
-        args.grad_v.of(block.batch, block.head) + warp_key * args.grad_v.time_stride,
-        args.grad_v.time_stride, shape.time - warp_key, shape.head_dim);
+        own, grad_v, [&](int, int) { return Drops ? dropout.scale : 1.0f; }, args.grad_v, warp_key,
+        block, shape);
 }
 
 // Rounds the sums of dQ; a block takes a tile of queries, a thread what it has added up.
@@ -394,7 +386,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads)
     const int across = warp % Tiles::warps_across, down = warp / Tiles::warps_across;
     const float* source = args.sums + int64_t(block.row * padded + first_query) * D +
                           warp * (Queries * D / Tiles::warps) + lane;
-    T* target = args.grad_q.of(block.batch, block.head);
+    T* target = args.grad_q.rows(block, first_query);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -403,9 +395,8 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int i = (m * (Tiles::product_columns / 8) + n) * 4 + half * 2;
-                const int row =
-                    first_query + (down * M + m) * 16 + half * 8 + lane / 4;
-                if (row < shape.time && column < shape.head_dim) {
+                const int row = (down * M + m) * 16 + half * 8 + lane / 4;
+                if (row < shape.time - first_query && column < shape.head_dim) {
                     Vector<T, 2> pair;
                     pair.v[0] = from_float<T>(source[i * 32] * shape.scale);
                     pair.v[1] = from_float<T>(source[(i + 1) * 32] * shape.scale);
@@ -418,17 +409,18 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads)
 
 template <int D>
 struct BackwardQueryTiles {
-    static constexpr int m = D <= 64 ? 2 : 1, warps = D <= 64 ? 4 : 8, threads = 32 * warps;
+    static constexpr int m = D <= 64 ? 2 : 1, warps = D <= 96 ? 4 : 8, threads = 32 * warps;
     static constexpr int queries = 16 * m * warps;
     static constexpr int keys = D <= 96 ? 64 : 32;
     static constexpr int query_bytes = queries * Tile<D>::row_bytes;
     static constexpr int stage_bytes = 2 * keys * Tile<D>::row_bytes;
     static constexpr int shared_bytes = 2 * query_bytes + 2 * stage_bytes;
+    static_assert(shared_bytes <= shared_memory_limit, "fits every GPU");
 };
 
 // dQ of a tile of queries, without atomics.
 template <typename T, int D, bool Drops>
-__global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 1)
     attention_backward_query(const AttentionBackward<T> args) {
     using Tiles = BackwardQueryTiles<D>;
     using Layout = Tile<D>;
@@ -450,27 +442,17 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 64 ? 2 : 
     const uint8_t* mask =
         shape.visible == nullptr ? nullptr : shape.visible + int64_t(block.batch) * shape.time;
     const auto copy_keys = [&](int index, int stage) {
-        const int first = index * Keys;
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
-        const auto copy = [&](uint32_t tile, const Heads<const T>& from) {
-            copy_tile<Keys, D, Tiles::threads>(
-                tile, from.of(block.batch, block.head) + first * from.time_stride,
-                from.time_stride, shape.time - first, shape.head_dim);
-        };
-        copy(to, args.k);
-        copy(to + Tiles::stage_bytes / 2, args.v);
+        copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, block, shape);
+        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys,
+                                           block, shape);
     };
 
     const int tiles = (min(first_query + Tiles::queries, shape.time) + Keys - 1) / Keys;
     VisibleKeys<Keys> visible{}, visible_next{};
     int index = next_visible<Keys>(mask, shape.time, 0, tiles, visible);
-    const auto copy_queries = [&](uint32_t to, const Heads<const T>& from) {
-        copy_tile<Tiles::queries, D, Tiles::threads>(
-            to, from.of(block.batch, block.head) + first_query * from.time_stride,
-            from.time_stride, shape.time - first_query, shape.head_dim);
-    };
-    copy_queries(query_tile, args.q);
-    copy_queries(grad_tile, args.grad);
+    copy_tile<Tiles::queries, D, Tiles::threads>(query_tile, args.q, first_query, block, shape);
+    copy_tile<Tiles::queries, D, Tiles::threads>(grad_tile, args.grad, first_query, block, shape);
     if (index < tiles) copy_keys(index, 0);
     cp_async_commit();
 
@@ -582,9 +564,8 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 64 ? 2 : 
     __syncthreads();
 
     store_rows<T, M, D>(
-        shared + own, grad_q, [&](int, int) { return shape.scale; },
-        args.grad_q.of(block.batch, block.head) + warp_query * args.grad_q.time_stride,
-        args.grad_q.time_stride, shape.time - warp_query, shape.head_dim);
+        shared + own, grad_q, [&](int, int) { return shape.scale; }, args.grad_q, warp_query,
+        block, shape);
 }
 
 }  // namespace gpt2fast::kernels

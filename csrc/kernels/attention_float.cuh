@@ -47,6 +47,7 @@ struct FloatTiles {
         (2 * row_floats + 2 * column_floats + weight_floats) * int(sizeof(float));
     static constexpr int backward_bytes =
         (2 * row_floats + 2 * column_floats + 2 * weight_floats) * int(sizeof(float));
+    static_assert(forward_bytes <= shared_memory_limit, "fits every GPU");
 };
 
 // Wide heads leave room for fewer rows of two tensors.
@@ -68,13 +69,15 @@ __device__ __forceinline__ Place place_of_thread() {
 
 // Zeroes past the rows and columns that exist, so that products need no bounds.
 template <int Rows, int D>
-__device__ __forceinline__ void copy_floats(float* tile, const float* source, int64_t stride,
-                                            int rows, int columns) {
+__device__ __forceinline__ void copy_floats(float* tile, const Heads<const float>& heads,
+                                            int first, const BlockPlace& block,
+                                            const AttentionShape& shape) {
+    const float* source = heads.rows(block, first);
     for (int i = threadIdx.x; i < Rows * D; i += float_threads) {
         const int row = i / D, column = i % D;
-        const bool valid = row < rows && column < columns;
-        cp_async<4>(shared_address(tile + row * (D + 4) + column), source + row * stride + column,
-                    valid);
+        const bool valid = row < shape.time - first && column < shape.head_dim;
+        cp_async<4>(shared_address(tile + row * (D + 4) + column),
+                    source + row * heads.time_stride + column, valid);
     }
 }
 
@@ -153,23 +156,30 @@ __device__ __forceinline__ void store_weights(float* weights, const float (&valu
 }
 
 template <int D, int R>
-__device__ __forceinline__ void store_sums(const float (&sums)[R][D / 8], float* target,
-                                           int64_t stride, int rows, int columns, Place place) {
+__device__ __forceinline__ void store_sums(const float (&sums)[R][D / 8],
+                                           const Heads<float>& heads, int first,
+                                           const BlockPlace& block, const AttentionShape& shape,
+                                           Place place) {
+    float* target = heads.rows(block, first);
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         const int row = place.row + 8 * i;
-        if (row >= rows) continue;
+        if (row >= shape.time - first) continue;
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) {
             const int column = j / 4 * 32 + 4 * place.column + j % 4;
-            if (column < columns) target[row * stride + column] = sums[i][j];
+            if (column < shape.head_dim) target[row * heads.time_stride + column] = sums[i][j];
         }
     }
 }
 
 __device__ __forceinline__ bool is_dropped(const RandomWords& bits, int key,
                                            const Dropout& dropout) {
-    return (bits.v[key / 8 % 4] >> (16 * (key % 2)) & 0xffffu) < dropout.threshold;
+    const int word = key / 8 % 4;  // chosen without an index, which would put them into memory
+    const uint32_t low = word % 2 == 0 ? bits.v[0] : bits.v[1];
+    const uint32_t high = word % 2 == 0 ? bits.v[2] : bits.v[3];
+    const uint32_t both = word < 2 ? low : high;
+    return (both >> (16 * (key % 2)) & 0xffffu) < dropout.threshold;
 }
 
 template <int D, int R>
@@ -192,9 +202,7 @@ __global__ void __launch_bounds__(float_threads)
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = dropout.threshold == 0 ? 0 : uint64_t(*dropout.seed);
 
-    copy_floats<Tiles::rows, D>(
-        queries, args.q.of(block.batch, block.head) + first_query * args.q.time_stride,
-        args.q.time_stride, shape.time - first_query, shape.head_dim);
+    copy_floats<Tiles::rows, D>(queries, args.q, first_query, block, shape);
     cp_async_commit();
 
     float out[R][D / 8] = {}, exponent[R], sum[R] = {};
@@ -205,14 +213,10 @@ __global__ void __launch_bounds__(float_threads)
     VisibleKeys<float_columns> visible{};
     int index = next_visible(mask, shape.time, 0, tiles, visible);
     while (index < tiles) {
-        const int first_key = index * float_columns, rows = shape.time - first_key;
+        const int first_key = index * float_columns;
         __syncthreads();  // everybody is done with the keys and values before
-        copy_floats<float_columns, D>(
-            keys, args.k.of(block.batch, block.head) + first_key * args.k.time_stride,
-            args.k.time_stride, rows, shape.head_dim);
-        copy_floats<float_columns, D>(
-            values, args.v.of(block.batch, block.head) + first_key * args.v.time_stride,
-            args.v.time_stride, rows, shape.head_dim);
+        copy_floats<float_columns, D>(keys, args.k, first_key, block, shape);
+        copy_floats<float_columns, D>(values, args.v, first_key, block, shape);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -275,8 +279,7 @@ __global__ void __launch_bounds__(float_threads)
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) out[i][j] *= factor;
     }
-    store_sums<D, R>(out, args.out.of(block.batch, block.head) + first_query * args.out.time_stride,
-                     args.out.time_stride, shape.time - first_query, shape.head_dim, place);
+    store_sums<D, R>(out, args.out, first_query, block, shape, place);
 }
 
 // dQ of a tile of queries.
@@ -300,14 +303,11 @@ __global__ void __launch_bounds__(float_threads)
     const float scale = shape.scale * log2_e;
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = dropout.threshold == 0 ? 0 : uint64_t(*dropout.seed);
-    const float* statistics = args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
+    const float* statistics =
+        args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
 
-    copy_floats<Tiles::rows, D>(
-        queries, args.q.of(block.batch, block.head) + first_query * args.q.time_stride,
-        args.q.time_stride, shape.time - first_query, shape.head_dim);
-    copy_floats<Tiles::rows, D>(
-        grads, args.grad.of(block.batch, block.head) + first_query * args.grad.time_stride,
-        args.grad.time_stride, shape.time - first_query, shape.head_dim);
+    copy_floats<Tiles::rows, D>(queries, args.q, first_query, block, shape);
+    copy_floats<Tiles::rows, D>(grads, args.grad, first_query, block, shape);
     cp_async_commit();
     Vector<float, 2> both[R];  // log-sum in powers of two, delta
 #pragma unroll
@@ -321,14 +321,10 @@ __global__ void __launch_bounds__(float_threads)
     VisibleKeys<float_columns> visible{};
     int index = next_visible(mask, shape.time, 0, tiles, visible);
     while (index < tiles) {
-        const int first_key = index * float_columns, rows = shape.time - first_key;
+        const int first_key = index * float_columns;
         __syncthreads();
-        copy_floats<float_columns, D>(
-            keys, args.k.of(block.batch, block.head) + first_key * args.k.time_stride,
-            args.k.time_stride, rows, shape.head_dim);
-        copy_floats<float_columns, D>(
-            values, args.v.of(block.batch, block.head) + first_key * args.v.time_stride,
-            args.v.time_stride, rows, shape.head_dim);
+        copy_floats<float_columns, D>(keys, args.k, first_key, block, shape);
+        copy_floats<float_columns, D>(values, args.v, first_key, block, shape);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -368,9 +364,7 @@ __global__ void __launch_bounds__(float_threads)
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) grad_q[i][j] *= shape.scale;
     }
-    store_sums<D, R>(grad_q,
-                     args.grad_q.of(block.batch, block.head) + first_query * args.grad_q.time_stride,
-                     args.grad_q.time_stride, shape.time - first_query, shape.head_dim, place);
+    store_sums<D, R>(grad_q, args.grad_q, first_query, block, shape, place);
 }
 
 // dK and dV of a tile of keys.
@@ -393,7 +387,8 @@ __global__ void __launch_bounds__(float_threads)
     const float scale = shape.scale * log2_e;
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = dropout.threshold == 0 ? 0 : uint64_t(*dropout.seed);
-    const float* statistics = args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
+    const float* statistics =
+        args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
     bool hidden[R];
 #pragma unroll
     for (int i = 0; i < R; ++i) {
@@ -402,24 +397,15 @@ __global__ void __launch_bounds__(float_threads)
                     shape.visible[int64_t(block.batch) * shape.time + key] == 0;
     }
 
-    copy_floats<Tiles::rows, D>(
-        keys, args.k.of(block.batch, block.head) + first_key * args.k.time_stride, args.k.time_stride,
-        shape.time - first_key, shape.head_dim);
-    copy_floats<Tiles::rows, D>(
-        values, args.v.of(block.batch, block.head) + first_key * args.v.time_stride,
-        args.v.time_stride, shape.time - first_key, shape.head_dim);
+    copy_floats<Tiles::rows, D>(keys, args.k, first_key, block, shape);
+    copy_floats<Tiles::rows, D>(values, args.v, first_key, block, shape);
     cp_async_commit();
 
     float grad_k[R][D / 8] = {}, grad_v[R][D / 8] = {};
     for (int first_query = first_key; first_query < shape.time; first_query += float_columns) {
         __syncthreads();
-        const int rows = shape.time - first_query;
-        copy_floats<float_columns, D>(
-            queries, args.q.of(block.batch, block.head) + first_query * args.q.time_stride,
-            args.q.time_stride, rows, shape.head_dim);
-        copy_floats<float_columns, D>(
-            grads, args.grad.of(block.batch, block.head) + first_query * args.grad.time_stride,
-            args.grad.time_stride, rows, shape.head_dim);
+        copy_floats<float_columns, D>(queries, args.q, first_query, block, shape);
+        copy_floats<float_columns, D>(grads, args.grad, first_query, block, shape);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -461,12 +447,8 @@ __global__ void __launch_bounds__(float_threads)
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) grad_k[i][j] *= shape.scale;
     }
-    store_sums<D, R>(grad_k,
-                     args.grad_k.of(block.batch, block.head) + first_key * args.grad_k.time_stride,
-                     args.grad_k.time_stride, shape.time - first_key, shape.head_dim, place);
-    store_sums<D, R>(grad_v,
-                     args.grad_v.of(block.batch, block.head) + first_key * args.grad_v.time_stride,
-                     args.grad_v.time_stride, shape.time - first_key, shape.head_dim, place);
+    store_sums<D, R>(grad_k, args.grad_k, first_key, block, shape, place);
+    store_sums<D, R>(grad_v, args.grad_v, first_key, block, shape, place);
 }
 
 }  // namespace gpt2fast::kernels

@@ -11,7 +11,12 @@
 // and values that is read from shared memory serves two products: with 16 rows a warp, shared
 // memory would be as slow as the tensor cores of an A100. Two stages of keys and values; one
 // barrier a tile. Only warps on the diagonal hide scores, and those beyond it skip the tile. The
-// result leaves through shared memory, 16 bytes a lane.
+// result leaves through shared memory, 16 bytes a lane. Two blocks fit on an SM.
+//
+// Given up, as nvcc 13 spilled registers: dropout in the same instantiation, since drawing needs
+// the registers of the queries; tiles with permuted chunks instead of padded rows, which take a
+// register for each place; a grid of one dimension, since what follows from a division is not
+// uniform to the compiler and the tensors' addresses took vector registers.
 //
 // Not yet run on a GPU.
 #pragma once
@@ -39,6 +44,7 @@ struct ForwardTiles {
     static constexpr int query_bytes = queries * Tile<D>::row_bytes;
     static constexpr int stage_bytes = 2 * keys * Tile<D>::row_bytes;
     static constexpr int shared_bytes = query_bytes + 2 * stage_bytes;
+    static_assert(shared_bytes <= shared_memory_limit, "fits every GPU");
 };
 
 // Sets the scores of pairs that are hidden to -infinity. `limit` is the last key of the tile that
@@ -113,23 +119,16 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
         shape.visible == nullptr ? nullptr : shape.visible + int64_t(block.batch) * shape.time;
 
     const auto copy_keys = [&](int index, int stage) {
-        const int first = index * Keys;
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
-        const auto copy = [&](uint32_t tile, const Heads<const T>& from) {
-            copy_tile<Keys, D, Tiles::threads>(
-                tile, from.of(block.batch, block.head) + first * from.time_stride,
-                from.time_stride, shape.time - first, shape.head_dim);
-        };
-        copy(to, args.k);
-        copy(to + Tiles::stage_bytes / 2, args.v);
+        copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, block, shape);
+        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys,
+                                           block, shape);
     };
 
     const int tiles = (min(first_query + Tiles::queries, shape.time) + Keys - 1) / Keys;
     VisibleKeys<Keys> visible{}, visible_next{};
     int index = next_visible<Keys>(mask, shape.time, 0, tiles, visible);
-    copy_tile<Tiles::queries, D, Tiles::threads>(
-        query_tile, args.q.of(block.batch, block.head) + first_query * args.q.time_stride,
-        args.q.time_stride, shape.time - first_query, shape.head_dim);
+    copy_tile<Tiles::queries, D, Tiles::threads>(query_tile, args.q, first_query, block, shape);
     if (index < tiles) copy_keys(index, 0);
     cp_async_commit();
 
@@ -235,8 +234,7 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
         [&](int m, int half) {
             return softmax.inverse(m, half) * (Drops ? shape.dropout.scale : 1.0f);
         },
-        args.out.of(block.batch, block.head) + warp_query * args.out.time_stride, args.out.time_stride,
-        shape.time - warp_query, shape.head_dim);
+        args.out, warp_query, block, shape);
 }
 
 }  // namespace gpt2fast::kernels

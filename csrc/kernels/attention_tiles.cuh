@@ -7,7 +7,7 @@
 // the places that a lane reads.
 #pragma once
 
-#include "../device/device_api.h"
+#include "attention.cuh"
 
 namespace gpt2fast::kernels {
 
@@ -56,25 +56,25 @@ __device__ __forceinline__ uint32_t chunks_first() {
     return Tile<Columns>::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
-// Starts to copy a tile from rows that lie `stride` elements apart. What is past the `rows` and
-// `columns` that exist becomes zero.
+// Starts to copy rows from `first` on. What is past the end or past the head's size becomes zero.
 template <int Rows, int Columns, int Threads, typename T>
-__device__ __forceinline__ void copy_tile(uint32_t tile, const T* source, int64_t stride, int rows,
-                                          int columns) {
+__device__ __forceinline__ void copy_tile(uint32_t tile, const Heads<T>& heads, int first,
+                                          const BlockPlace& block, const AttentionShape& shape) {
     using Layout = Tile<Columns>;
     constexpr int across = lanes_across<Columns>, down = Threads / across;
     static_assert(Rows % down == 0, "a pass of all threads copies whole rows of the tile");
     static_assert(down % 8 == 0, "a thread's rows are permuted alike");
     const int row = threadIdx.x / across, chunk = threadIdx.x % across;
-    const T* from = source + row * stride + chunk * 8;
+    const T* from = heads.rows(block, first) + row * heads.time_stride + chunk * 8;
     const uint32_t to = tile + Layout::offset(row, chunk);
 #pragma unroll
     for (int r = 0; r < Rows; r += down) {
 #pragma unroll
         for (int c = 0; c < Layout::chunks; c += across) {
-            const bool valid = row + r < rows && (chunk + c) * 8 < columns;
-            device::cp_async<16>(to + uint32_t(r * Layout::row_bytes + c * 16),
-                                 from + r * stride + c * 8, valid);
+            const bool valid =
+                row + r < shape.time - first && (chunk + c) * 8 < shape.head_dim;
+            cp_async<16>(to + uint32_t(r * Layout::row_bytes + c * 16),
+                         from + r * heads.time_stride + c * 8, valid);
         }
     }
 }
@@ -88,8 +88,8 @@ __device__ __forceinline__ void multiply(float (&sums)[M][N][4], int n,
     const uint32_t left[2] = {second[0], second[1]}, right[2] = {second[2], second[3]};
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-        device::mma_m16n8k16<T>(sums[m][n], first[m], left);
-        device::mma_m16n8k16<T>(sums[m][n + 1], first[m], right);
+        mma_m16n8k16<T>(sums[m][n], first[m], left);
+        mma_m16n8k16<T>(sums[m][n + 1], first[m], right);
     }
 }
 
@@ -97,19 +97,20 @@ __device__ __forceinline__ void multiply(float (&sums)[M][N][4], int n,
 template <typename T>
 __device__ __forceinline__ void as_factor(uint32_t (&factor)[4], const float (&left)[4],
                                           const float (&right)[4]) {
-    factor[0] = device::pack2<T>(left[0], left[1]);
-    factor[1] = device::pack2<T>(left[2], left[3]);
-    factor[2] = device::pack2<T>(right[0], right[1]);
-    factor[3] = device::pack2<T>(right[2], right[3]);
+    factor[0] = pack2<T>(left[0], left[1]);
+    factor[1] = pack2<T>(left[2], left[3]);
+    factor[2] = pack2<T>(right[0], right[1]);
+    factor[3] = pack2<T>(right[2], right[3]);
 }
 
-// Writes the 16 * M rows that a warp has accumulated to memory, 16 bytes a lane, by way of as many
-// rows of a tile that no other warp reads or writes. Row r of the sums is multiplied by
-// factor(m, half), r being 16 * m + 8 * half + lane / 4.
+// Writes the 16 * M rows that a warp has accumulated, 16 bytes a lane, by way of as many rows of a
+// tile that no other warp reads or writes. They are rows `first` and on; row r of the sums is
+// multiplied by factor(m, half), r being 16 * m + 8 * half + lane / 4.
 template <typename T, int M, int Columns, typename Factor>
-__device__ __forceinline__ void store_rows(unsigned char* tile, const float (&sums)[M][Columns / 8][4],
-                                           Factor factor, T* target, int64_t stride, int rows,
-                                           int columns) {
+__device__ __forceinline__ void store_rows(unsigned char* tile,
+                                           const float (&sums)[M][Columns / 8][4], Factor factor,
+                                           const Heads<T>& heads, int first,
+                                           const BlockPlace& block, const AttentionShape& shape) {
     using Layout = Tile<Columns>;
     const int lane = threadIdx.x % 32;
     __syncwarp();
@@ -123,21 +124,22 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, const float (&su
             for (int n = 0; n < Columns / 8; ++n) {
                 const float* pair = &sums[m][n][2 * half];
                 *reinterpret_cast<uint32_t*>(tile + Layout::offset(row, n) + lane % 4 * 4) =
-                    device::pack2<T>(pair[0] * times, pair[1] * times);
+                    pack2<T>(pair[0] * times, pair[1] * times);
             }
         }
     }
     __syncwarp();
     constexpr int across = lanes_across<Columns>, down = 32 / across;
     const int row = lane / across, chunk = lane % across;
+    T* to = heads.rows(block, first) + row * heads.time_stride + chunk * 8;
 #pragma unroll
     for (int r = 0; r < 16 * M; r += down) {
 #pragma unroll
         for (int c = 0; c < Layout::chunks; c += across) {
-            if (row + r < rows && (chunk + c) * 8 < columns) {
+            if (row + r < shape.time - first && (chunk + c) * 8 < shape.head_dim) {
                 const uint4 values = *reinterpret_cast<const uint4*>(
                     tile + Layout::offset(row + r, chunk + c));
-                *reinterpret_cast<uint4*>(target + (row + r) * stride + (chunk + c) * 8) = values;
+                *reinterpret_cast<uint4*>(to + r * heads.time_stride + c * 8) = values;
             }
         }
     }

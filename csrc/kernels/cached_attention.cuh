@@ -2,7 +2,7 @@
 //
 // Each of a row's entries is read once a tile of queries: 2 * head size * (lengths + T) elements a
 // head, 4 operations an element and query, so that reading is the floor (124M in bfloat16, 1024
-// entries: 3 MiB a row and layer, 0.7 us at 4.3 TB/s). Not yet run on a GPU.
+// entries: 3 MiB a row and layer, 0.7 us at 4.8 TB/s). Not yet run on a GPU.
 //
 // The entries of a row are split among blocks ("flash decoding", Dao et al., 2023), as many as the
 // shape asks for; how many entries a block takes follows from the row's length, so that one launch

@@ -4,8 +4,8 @@
 // ("online", Milakov & Gimelshein, 2018); second pass: softmax - onehot, in place. Bytes of an
 // element in bfloat16: 2 read and 2 written, if the second read comes from the second-level cache:
 // blocks of 1024 threads leave few enough rows in flight (one a multiprocessor, for 64 registers a
-// thread: 13 MB of logits of
-// GPT-2's vocabulary on a chip of 132) that it does. One exponential a pass. Memory is the floor.
+// thread: 13 MB of logits of GPT-2's vocabulary on a chip of 132) that it does. One exponential a
+// pass. Memory is the floor.
 // Not yet run on a GPU.
 #pragma once
 

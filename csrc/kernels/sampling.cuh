@@ -269,7 +269,6 @@ __device__ bool find_edge(const float* scores, int vocab, unsigned low, float hi
                           MassOf mass_of, ExceedsOf exceeds_of, DrawShared& shared, Edge& edge,
                           Mass& total) {
     const auto sum_ranges = [&](auto range_in) {
-        __syncthreads();
         for (int i = threadIdx.x; i < draw_ranges; i += draw_threads) shared.ranges[i] = 0;
         __syncthreads();
         for (int i = threadIdx.x; i < vocab; i += draw_threads) {

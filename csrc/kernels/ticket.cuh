@@ -20,8 +20,9 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks,
         if (*shared != 0u) atomicExch(ticket, 0u);
     }
     __syncthreads();
+    if (*shared == 0u) return false;
     __threadfence();
-    return *shared != 0u;
+    return true;
 }
 
 }  // namespace gpt2fast::kernels

@@ -183,7 +183,7 @@ const char* attention_refuses(const Attention& args) {
     if (args.batch > 65535 || args.time > 65535 * 32 ||
         args.batch * args.heads * ceil_div(args.time, statistics_rows) >
             INT32_MAX / statistics_rows) {
-        return "attention takes 65535 rows of 2097120 positions at most, 2^31 in all heads together";
+        return "attention takes 65535 rows, 2097120 positions and 2^31 of all heads at most";
     }
     for (const AttentionHeads* heads : {&args.q, &args.k, &args.v}) {
         if (!is_aligned(args, *heads)) {

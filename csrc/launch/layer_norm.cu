@@ -44,12 +44,13 @@ void launch_forward(const LayerNormRows<X, R, W>& args, cudaStream_t stream) {
                    dim3(32 * layer_norm_rows_per_block), 0, stream, args);
 }
 
-template <int Threads, typename G, typename R, typename W>
+template <int Columns, typename G, typename R, typename W>
 void launch_backward(const LayerNormGradients<G, R, W>& args, int64_t blocks,
                      cudaStream_t stream) {
     const size_t shared =
         (size_t(layer_norm_backward_threads) / 32 * 4 + 2 * size_t(args.columns)) * sizeof(float);
-    device::launch(&kernels::layer_norm_backward<G, R, W, vector_of<G>, Threads>,
+    constexpr int vector = vector_of<G>;
+    device::launch(&kernels::layer_norm_backward<G, R, W, vector, Columns / vector>,
                    dim3(unsigned(blocks)), dim3(layer_norm_backward_threads), shared, stream,
                    args);
 }
@@ -111,14 +112,11 @@ void layer_norm_backward(const LayerNormBackward& args, void* stream) {
                              args.summed_dtype) &&
             rows_are_aligned(args.summed, args.columns, args.summed_stride, args.summed_dtype) &&
             rows_are_aligned(args.weight, args.columns, 0, args.weight_dtype);
-        const int64_t threads = ceil_div(args.columns, vector_of<G>);
         const int64_t blocks = layer_norm_partials(args.rows);
-        if (aligned && threads <= 128) {
-            launch_backward<128>(rows, blocks, stream_of(stream));
-        } else if (aligned && threads <= 256) {
-            launch_backward<256>(rows, blocks, stream_of(stream));
-        } else if (aligned && threads <= 512) {
-            launch_backward<512>(rows, blocks, stream_of(stream));
+        if (aligned && args.columns <= 1024) {
+            launch_backward<1024>(rows, blocks, stream_of(stream));
+        } else if (aligned && args.columns <= 2048) {
+            launch_backward<2048>(rows, blocks, stream_of(stream));
         } else {
             device::launch(&layer_norm_backward_any<G, R, W>, dim3(unsigned(args.rows)),
                            dim3(layer_norm_any_threads),

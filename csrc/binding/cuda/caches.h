@@ -46,6 +46,8 @@ inline Tensor zeros(const Tensor& like, int64_t count) {
     return torch::stable::new_zeros(like, {count}, ScalarType::Int);
 }
 
-inline unsigned* tickets_of(const Tensor& x) { return static_cast<unsigned*>(x.mutable_data_ptr()); }
+inline unsigned* tickets_of(const Tensor& x) {
+    return static_cast<unsigned*>(x.mutable_data_ptr());
+}
 
 }  // namespace gpt2fast::binding

@@ -31,7 +31,7 @@ inline void copy_async(uint32_t to, const void* from, int bytes, bool valid, con
     }
     Bookkeeping scope;
     block().statistics.async_bytes += uint64_t(bytes);
-    copies.add(target, from, bytes);
+    copies.add(target, from, bytes, site);
 }
 
 inline void commit_async_copies() {

@@ -9,6 +9,7 @@
 #include <deque>
 #include <string>
 
+#include "error.h"
 #include "sanitizers.h"
 
 namespace gpt2fast::simulator {
@@ -34,8 +35,8 @@ public:
         open_ = 0;
     }
 
-    void add(void* to, const void* from, int bytes) {
-        copies_.push_back({to, from, bytes});
+    void add(void* to, const void* from, int bytes, const Site& site) {
+        copies_.push_back({to, from, bytes, site});
         ++open_;
     }
 
@@ -54,9 +55,10 @@ public:
     }
 
     std::string unfinished() const {
-        if (open_ > 0) return "exits with cp.async copies that were never committed";
-        if (!copies_.empty()) return "exits before its cp.async copies were waited for";
-        return "";
+        if (copies_.empty()) return "";
+        return (open_ > 0 ? "exits with a cp.async that was never committed, "
+                          : "exits before its cp.async was waited for, ") +
+               to_string(copies_.back().site);
     }
 
 private:
@@ -64,10 +66,11 @@ private:
         void* to;
         const void* from;
         int bytes;
+        Site site;
     };
 
     void arrive() {
-        Copy copy;
+        Copy copy{};
         {
             Bookkeeping scope;
             copy = copies_.front();

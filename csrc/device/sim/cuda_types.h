@@ -20,6 +20,6 @@
 #define __host__
 #define __shared__ all_shared_memory_is_dynamic_use_GPT2FAST_SHARED
 #define __constant__ static const
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__

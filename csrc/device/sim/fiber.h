@@ -86,7 +86,9 @@ public:
     Fiber(const Fiber&) = delete;
     ~Fiber() {
         forget_thread();
-        if (stack_ != nullptr) munmap(stack_ - page(), stack_bytes + page());
+        if (stack_ == nullptr) return;
+        allow(stack_, stack_bytes);
+        munmap(stack_ - page(), stack_bytes + page());
     }
 
     // The next switch to this fiber calls entry, which must not return.

@@ -1,9 +1,8 @@
 // Which kernels were launched, in blocks of how many threads and with how much shared memory: what
 // csrc/tests/resources.py needs to know besides the compiler's registers.
 //
-//   GPT2FAST_SIM_LAUNCHES=FILE   written when the program ends: a line "symbol threads bytes" for
-//                                each kernel, the largest of each. Symbols are looked up at run
-//                                time: the program exports them (-rdynamic)
+//   GPT2FAST_SIM_LAUNCHES=FILE   written when the program ends: for each kernel its address, where
+//                                the program was loaded, and the most threads and bytes
 #pragma once
 
 #include <dlfcn.h>
@@ -28,8 +27,8 @@ public:
         }
         for (const auto& [kernel, largest] : largest_) {
             Dl_info found{};
-            const bool named = dladdr(kernel, &found) != 0 && found.dli_saddr == kernel;
-            std::fprintf(file, "%s %zu %zu\n", named ? found.dli_sname : "?", largest.threads,
+            dladdr(kernel, &found);
+            std::fprintf(file, "%p %p %zu %zu\n", kernel, found.dli_fbase, largest.threads,
                          largest.shared_bytes);
         }
         std::fclose(file);

@@ -1,12 +1,16 @@
 // Cases for launch/optimizer.h.
 #include "launch/optimizer.h"
 
+#include <array>
 #include <memory>
 
 #include "rows.h"
 
 namespace gpt2fast::simulated {
 namespace {
+
+// Of parameter, gradient, the two moments and master from aligned memory, in elements.
+using Offsets = std::array<int64_t, 5>;
 
 template <class P, class M>
 struct Tensor {
@@ -15,10 +19,11 @@ struct Tensor {
     Rows<float> master;
     int64_t size;
 
-    Tensor(Random& random, int64_t size, int64_t offset, int64_t master_offset)
-        : param(random, 1, size, {offset, 0}), grad(random, 1, size, {offset, 0}, 0.5f, 0.1f),
-          exp_avg(random, 1, size, {offset, 0}), exp_avg_sq(random, 1, size, {offset, 0}),
-          master(random, 1, size, {master_offset, 0}), size(size) {
+    Tensor(Random& random, int64_t size, const Offsets& offsets)
+        : param(random, 1, size, {offsets[0], 0}),
+          grad(random, 1, size, {offsets[1], 0}, 0.5f, 0.1f),
+          exp_avg(random, 1, size, {offsets[2], 0}), exp_avg_sq(random, 1, size, {offsets[3], 0}),
+          master(random, 1, size, {offsets[4], 0}), size(size) {
         for (int64_t i = 0; i < size; ++i) {
             exp_avg_sq.set(0, i, 0.25f + float(std::abs(exp_avg_sq(0, i))));
         }
@@ -49,19 +54,19 @@ Exact exact_step(const Tensor<P, M>& tensor, bool masters) {
     return exact;
 }
 
-struct Sizes {
-    int64_t size, offset = 0, master_offset = 0;
+struct Place {
+    int64_t size;
+    Offsets offsets = {};
 };
 
 template <class P, class M>
-void check(const std::vector<Sizes>& sizes, bool masters) {
+void check(const std::vector<Place>& places, bool masters) {
     Random random;
     std::vector<std::unique_ptr<Tensor<P, M>>> tensors;
     std::vector<Exact> exact;
     launch::AdamW args{{}, step, lr, beta1, beta2, eps, weight_decay, dtype_of<P>, dtype_of<M>};
-    for (const Sizes& each : sizes) {
-        tensors.push_back(std::make_unique<Tensor<P, M>>(random, each.size, each.offset,
-                                                         each.master_offset));
+    for (const Place& each : places) {
+        tensors.push_back(std::make_unique<Tensor<P, M>>(random, each.size, each.offsets));
         Tensor<P, M>& tensor = *tensors.back();
         exact.push_back(exact_step(tensor, masters));
         args.tensors.push_back({tensor.param.data(), tensor.grad.data(), tensor.exp_avg.data(),
@@ -89,7 +94,7 @@ void check(const std::vector<Sizes>& sizes, bool masters) {
 }
 
 // Less than a thread's vector, a block's part with and without a rest, several parts.
-const std::vector<Sizes> sizes = {{1}, {7}, {33}, {768}, {2049}, {8192}, {8193}, {20000}};
+const std::vector<Place> sizes = {{1}, {7}, {33}, {768}, {2049}, {8192}, {8193}, {20000}};
 
 CASE("adamw of one storage") {
     check<float, float>(sizes, false);
@@ -105,16 +110,17 @@ CASE("adamw with float32 masters and moments") {
 }
 
 CASE("adamw of unaligned tensors") {
-    check<float, float>({{100, 1}, {64}, {1, 3}, {8195, 2}}, false);
-    check<bf16, bf16>({{100, 1}, {64}, {9, 7}}, false);
-    check<fp16, fp16>({{100, 1}, {64}, {9, 7}}, false);
-    check<fp16, float>({{100, 0, 3}, {64}}, true);
-    check<bf16, float>({{100, 0, 1}, {64}, {100, 1, 0}}, true);
+    check<float, float>({{100, {1}}, {64}, {100, {0, 1}}, {100, {0, 0, 1}}}, false);
+    check<float, float>({{100, {0, 0, 0, 1}}, {8195, {2, 2, 2, 2}}}, false);
+    check<bf16, bf16>({{100, {1, 1, 1, 1}}, {64}, {9, {7, 0, 3, 0}}}, false);
+    check<bf16, float>({{100, {0, 0, 0, 0, 1}}, {64}, {100, {1}}}, true);
+    check<fp16, fp16>({{100, {1, 1, 1, 1}}, {64}, {9, {7}}}, false);
+    check<fp16, float>({{100, {0, 0, 0, 0, 3}}, {64}}, true);
 }
 
 CASE("adamw of no elements") {
     check<float, float>({}, false);
-    check<bf16, float>({{5}, {100, 1}}, true);
+    check<bf16, float>({{5}, {100, {1}}}, true);
     launch::AdamW args{{}, 1, lr, beta1, beta2, eps, weight_decay, launch::DType::float32,
                        launch::DType::float32};
     args.tensors.push_back({nullptr, nullptr, nullptr, nullptr, nullptr, 0});
@@ -123,10 +129,10 @@ CASE("adamw of no elements") {
 
 // More than the table of a launch holds, aligned and not in turns, empty ones between.
 CASE("adamw of many tensors") {
-    std::vector<Sizes> many;
-    for (int64_t i = 0; i < 110; ++i) many.push_back({1 + i % 37, i % 5 == 3 ? 1 : 0});
+    std::vector<Place> many;
+    for (int64_t i = 0; i < 110; ++i) many.push_back({1 + i % 37, {i % 5 == 3 ? 1 : 0}});
     check<float, float>(many, false);
-    std::vector<Sizes> aligned(49, Sizes{24});
+    std::vector<Place> aligned(49, Place{24});
     check<bf16, float>(aligned, true);
     aligned.push_back({300});
     check<bf16, bf16>(aligned, false);

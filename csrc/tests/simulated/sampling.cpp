@@ -165,26 +165,26 @@ void check_draws(int64_t rows, int64_t vocab, float scale, float grain, const Ch
 CASE("sample without limits") {
     check_draws(3, 700, 3.0f, 0.0f, {});
     check_draws(2, 1, 3.0f, 0.0f, {});
-    check_draws(2, 2500, 12.0f, 0.0f, {0.7});
+    check_draws(1, 2500, 12.0f, 0.0f, {0.7});
 }
 
 CASE("sample top_k") {
-    check_draws(2, 700, 3.0f, 0.0f, {1.0, 1});
+    check_draws(2, 90, 3.0f, 0.0f, {1.0, 1});
     check_draws(2, 700, 3.0f, 0.5f, {1.0, 50});
     check_draws(2, 40, 3.0f, 0.0f, {1.0, 40});
-    check_draws(2, 700, 0.02f, 0.0f, {0.8, 300});
+    check_draws(2, 200, 0.02f, 0.0f, {0.8, 120});
 }
 
 CASE("sample top_p") {
     check_draws(2, 700, 3.0f, 0.0f, {1.0, 0, 0.9});
-    check_draws(2, 700, 3.0f, 1.0f, {1.0, 0, 0.5});
+    check_draws(2, 300, 3.0f, 1.0f, {1.0, 0, 0.5});
     check_draws(2, 90, 0.0f, 1.0f, {1.0, 0, 0.33});
-    check_draws(2, 700, 3.0f, 0.0f, {1.0, 0, 0.0});
+    check_draws(2, 90, 3.0f, 0.0f, {1.0, 0, 0.0});
 }
 
 CASE("sample with everything") {
     check_draws(2, 700, 3.0f, 0.0f, {1.4, 80, 0.93, 0.02, 1.3, 2});
-    check_draws(2, 700, 3.0f, 1.0f, {0.6, 40, 0.95, 0.1, 0.8, 1});
+    check_draws(2, 300, 3.0f, 1.0f, {0.6, 40, 0.95, 0.1, 0.8, 1});
 }
 
 CASE("sample the highest score") {
@@ -204,6 +204,12 @@ CASE("sample the highest score") {
     expect_equal(sample(logits, rows, vocab, none, 0, nullptr, {}), {30, 0, 2048, 4}, "greedy");
     expect_equal(sample(logits, rows, vocab, repeated, length, nullptr, penalties),
                  {30, 0, 2048, 9}, "with a penalty");
+    // The newest token has just been repeated: a third one would be the same pair again.
+    const Buffer<int64_t> pair = integers({1, 2, 3, 9, 8, 4, 4});
+    for (int64_t i = 0; i < repeated.size(); ++i) repeated[i] = pair[i % length];
+    expect_equal(sample(logits, rows, vocab, repeated, length, nullptr,
+                        {1.0, 0, 1.0, 0.0, 1.0, 2}),
+                 {30, 0, 2048, 9}, "without repeated pairs");
 }
 
 CASE("sample a row without probabilities") {

@@ -156,7 +156,7 @@ __global__ void order_kernel(int* order, int* count) {
 constexpr int failing_line = __LINE__ + 5;
 __global__ void failing_kernel(int block, int thread) {
     GPT2FAST_SHARED(memory);
-    const uint32_t address = shared_address(memory);
+    const uint32_t address = shared_address(memory) + threadIdx.x * 16;
     const bool here = int(blockIdx.x) == block && int(threadIdx.x) == thread;
     device::cp_async<16>(address + (here ? 4 : 0), memory, false);
 }
@@ -276,7 +276,7 @@ std::vector<int> order_of_threads(int blocks, int threads) {
 }
 
 void fail_in_thread(int block, int thread) {
-    launch(failing_kernel, dim3(4), dim3(64), 32, nullptr, block, thread);
+    launch(failing_kernel, dim3(4), dim3(64), 64 * 16, nullptr, block, thread);
 }
 
 int line_of_failure() { return failing_line; }

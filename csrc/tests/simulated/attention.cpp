@@ -1,0 +1,211 @@
+// Causal attention, forward and backward.
+#include "launch/attention.h"
+
+#include <algorithm>
+
+#include "testing.h"
+
+namespace gpt2fast::simulated {
+namespace {
+
+using launch::DType;
+
+template <class T> constexpr DType dtype_of = DType::float32;
+template <> constexpr DType dtype_of<bf16> = DType::bfloat16;
+template <> constexpr DType dtype_of<fp16> = DType::float16;
+
+struct Shape {
+    int64_t batch, time, heads, head_dim;
+    double dropout_p = 0.0;
+    bool masked = false, deterministic = false;
+    double scale = 0.2;
+};
+
+// Philox4x32-10, as the paper has it.
+std::vector<uint32_t> philox(uint64_t key, std::vector<uint32_t> counter) {
+    uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t x = 0xD2511F53ull * counter[0], y = 0xCD9E8D57ull * counter[2];
+        counter = {uint32_t(y >> 32) ^ counter[1] ^ low, uint32_t(y),
+                   uint32_t(x >> 32) ^ counter[3] ^ high, uint32_t(x)};
+        low += 0x9E3779B9u;
+        high += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+// What is left of the weight of a query and a key.
+double kept(const Shape& shape, int64_t seed, int64_t head, int64_t query, int64_t key) {
+    const auto threshold = uint32_t(std::lround(shape.dropout_p * 65536));
+    if (threshold == 0) return 1.0;
+    const auto words = philox(uint64_t(seed), {uint32_t(key / 32 * 4 + key % 8 / 2),
+                                               uint32_t(query), uint32_t(head), 0u});
+    const uint32_t bits = words[size_t(key / 8 % 4)] >> (key % 2 * 16) & 0xFFFFu;
+    return bits < threshold ? 0.0 : 65536.0 / (65536.0 - threshold);
+}
+
+// q, k, v are views of one packed (batch, time, 3, heads, head_dim) tensor; all else is contiguous.
+template <class T>
+class Attention {
+public:
+    explicit Attention(const Shape& shape)
+        : shape_(shape),
+          elements_(shape.batch * shape.time * shape.heads * shape.head_dim),
+          rows_(shape.batch * shape.heads * shape.time),
+          packed_(random_.normal<T>(3 * elements_)),
+          grad_(random_.normal<T>(elements_)),
+          out_(elements_),
+          grad_q_(elements_),
+          grad_k_(elements_),
+          grad_v_(elements_),
+          lse_(rows_),
+          visible_(shape.batch * shape.time, uint8_t(1)),
+          seed_(1, int64_t(0x123456789ABCDEF)) {
+        for (int64_t i = 0; shape.masked && i < visible_.size(); ++i) {
+            // The first row begins with keys that nobody sees.
+            visible_[i] = i >= std::min<int64_t>(shape.time - 1, 70) && random_.below(3) > 0;
+        }
+    }
+
+    void run() {
+        const launch::Attention args = arguments();
+        launch::attention_forward({args, view(out_), lse_.data()}, nullptr);
+        Buffer<float> workspace(launch::attention_backward_floats(args, shape_.deterministic));
+        launch::attention_backward({args, view(grad_), view(out_), lse_.data(), view(grad_q_),
+                                    view(grad_k_), view(grad_v_), workspace.data(),
+                                    shape_.deterministic},
+                                   nullptr);
+    }
+
+    void check() {
+        std::vector<double> out(size_t(elements_), 0.0), grad_q = out, grad_k = out, grad_v = out;
+        for (int64_t b = 0; b < shape_.batch; ++b) {
+            for (int64_t h = 0; h < shape_.heads; ++h) {
+                for (int64_t t = 0; t < shape_.time; ++t) {
+                    attend(b, h, t, out, grad_q, grad_k, grad_v);
+                }
+            }
+        }
+        // In float32 what counts is the scores' rounding, which is relative to their size.
+        const double multiple = std::is_same_v<T, float> ? 10 : 1.5;
+        expect_close(out_, out, multiple, "out");
+        expect_close(grad_q_, grad_q, 2 * multiple, "gradient of q");
+        expect_close(grad_k_, grad_k, 2 * multiple, "gradient of k");
+        expect_close(grad_v_, grad_v, 2 * multiple, "gradient of v");
+    }
+
+    launch::Attention arguments() {
+        const int64_t width = shape_.heads * shape_.head_dim;
+        const auto part = [&](int64_t i) {
+            return launch::AttentionHeads{packed_.data() + i * width, 3 * width * shape_.time,
+                                          3 * width, shape_.head_dim};
+        };
+        return {part(0),         part(1),      part(2),         shape_.batch,
+                shape_.time,     shape_.heads, shape_.head_dim, shape_.scale,
+                shape_.masked ? visible_.data() : nullptr,      shape_.dropout_p,
+                shape_.dropout_p > 0 ? seed_.data() : nullptr,  dtype_of<T>};
+    }
+
+private:
+    launch::AttentionHeads view(Buffer<T>& x) {
+        const int64_t width = shape_.heads * shape_.head_dim;
+        return {x.data(), width * shape_.time, width, shape_.head_dim};
+    }
+
+    int64_t at(int64_t b, int64_t t, int64_t h) const {
+        return ((b * shape_.time + t) * shape_.heads + h) * shape_.head_dim;
+    }
+
+    // `part` of the packed tensor: 0 queries, 1 keys, 2 values.
+    double packed(int64_t part, int64_t b, int64_t t, int64_t h, int64_t d) const {
+        const int64_t row = (b * shape_.time + t) * 3 + part;
+        return to_double(packed_[(row * shape_.heads + h) * shape_.head_dim + d]);
+    }
+
+    void attend(int64_t b, int64_t h, int64_t t, std::vector<double>& out,
+                std::vector<double>& grad_q, std::vector<double>& grad_k,
+                std::vector<double>& grad_v) {
+        std::vector<double> weights(size_t(t + 1), 0.0), grad_weights = weights;
+        double sum = 0.0, inner = 0.0;
+        for (int64_t s = 0; s <= t; ++s) {
+            double score = 0.0;
+            for (int64_t d = 0; d < shape_.head_dim; ++d) {
+                score += packed(0, b, t, h, d) * packed(1, b, s, h, d);
+            }
+            const bool seen = !shape_.masked || visible_[b * shape_.time + s] != 0;
+            sum += weights[size_t(s)] = seen ? std::exp(score * shape_.scale) : 0.0;
+        }
+        const int64_t row = b * shape_.heads + h;
+        const double lse = lse_[row * shape_.time + t];
+        if (sum == 0.0) return expect(lse == INFINITY, "the log-sum of nothing");
+        expect(std::abs(lse - std::log(sum)) < 1e-5, "log-sum");
+        for (int64_t s = 0; s <= t; ++s) {
+            weights[size_t(s)] /= sum;
+            const double factor = kept(shape_, seed_[0], row, t, s);
+            for (int64_t d = 0; d < shape_.head_dim; ++d) {
+                const double grad = to_double(grad_[at(b, t, h) + d]);
+                out[size_t(at(b, t, h) + d)] +=
+                    weights[size_t(s)] * factor * packed(2, b, s, h, d);
+                grad_v[size_t(at(b, s, h) + d)] += weights[size_t(s)] * factor * grad;
+                grad_weights[size_t(s)] += factor * grad * packed(2, b, s, h, d);
+            }
+            inner += weights[size_t(s)] * grad_weights[size_t(s)];
+        }
+        for (int64_t s = 0; s <= t; ++s) {
+            const double grad =
+                weights[size_t(s)] * (grad_weights[size_t(s)] - inner) * shape_.scale;
+            for (int64_t d = 0; d < shape_.head_dim; ++d) {
+                grad_q[size_t(at(b, t, h) + d)] += grad * packed(1, b, s, h, d);
+                grad_k[size_t(at(b, s, h) + d)] += grad * packed(0, b, t, h, d);
+            }
+        }
+    }
+
+    Shape shape_;
+    int64_t elements_, rows_;
+    Random random_;
+    Buffer<T> packed_, grad_, out_, grad_q_, grad_k_, grad_v_;
+    Buffer<float> lse_;
+    Buffer<uint8_t> visible_;
+    Buffer<int64_t> seed_;
+};
+
+template <class T>
+void run(const Shape& shape) {
+    Attention<T> attention(shape);
+    attention.run();
+    attention.check();
+}
+
+}  // namespace
+
+CASE("attention bf16 D=64") { run<bf16>({1, 150, 1, 64}); }
+CASE("attention bf16 D=64 masked, dropout") { run<bf16>({2, 145, 1, 64, 0.3, true}); }
+CASE("attention bf16 D=64 deterministic") { run<bf16>({1, 150, 1, 64, 0.0, false, true}); }
+CASE("attention bf16 D=64 masked, dropout, deterministic") {
+    run<bf16>({1, 145, 1, 64, 0.6, true, true});
+}
+CASE("attention fp16 D=32 T=17, a negative scale") {
+    run<fp16>({2, 17, 3, 32, 0.0, false, false, -0.3});
+}
+CASE("attention fp16 D=40 T=1") { run<fp16>({1, 1, 2, 40}); }
+CASE("attention bf16 D=96 masked") { run<bf16>({1, 132, 1, 96, 0.0, true}); }
+CASE("attention bf16 D=128 dropout") { run<bf16>({1, 132, 1, 128, 0.2}); }
+CASE("attention bf16 D=120 masked, dropout, deterministic") {
+    run<bf16>({1, 100, 1, 120, 0.2, true, true});
+}
+CASE("attention fp32 D=64 masked, dropout") { run<float>({2, 77, 1, 64, 0.3, true}); }
+CASE("attention fp32 D=7") { run<float>({1, 65, 2, 7}); }
+CASE("attention fp32 D=128 dropout") { run<float>({1, 70, 1, 128, 0.1}); }
+CASE("attention refuses what it cannot read") {
+    Attention<bf16> unaligned({1, 4, 1, 32});
+    launch::Attention args = unaligned.arguments();
+    args.q.data = static_cast<bf16*>(args.q.data) + 1;
+    expect_error("multiples of 16 bytes", [&] {
+        launch::attention_forward({args, args.q, nullptr}, nullptr);
+    });
+    expect_error("128 at most", [] { Attention<float>({1, 2, 1, 136}).run(); });
+    expect_error("multiples of 8", [] { Attention<fp16>({1, 2, 1, 12}).run(); });
+}
+
+}  // namespace gpt2fast::simulated
