@@ -197,6 +197,18 @@ CASE("attention bf16 D=120 masked, dropout, deterministic") {
 CASE("attention fp32 D=64 masked, dropout") { run<float>({2, 77, 1, 64, 0.3, true}); }
 CASE("attention fp32 D=7") { run<float>({1, 65, 2, 7}); }
 CASE("attention fp32 D=128 dropout") { run<float>({1, 70, 1, 128, 0.1}); }
+CASE("attention of every head size and dtype") {
+    for (const int64_t head_dim : {32, 64, 96, 128}) {
+        for (const double dropout_p : {0.0, 0.25}) {
+            for (const bool deterministic : {false, true}) {
+                const Shape shape{1, 5, 1, head_dim, dropout_p, false, deterministic};
+                run<bf16>(shape);
+                run<fp16>(shape);
+                if (!deterministic) run<float>(shape);
+            }
+        }
+    }
+}
 CASE("attention refuses what it cannot read") {
     Attention<bf16> unaligned({1, 4, 1, 32});
     launch::Attention args = unaligned.arguments();

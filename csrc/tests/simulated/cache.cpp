@@ -81,6 +81,26 @@ CASE("append_to_cache, dtypes, odd and unaligned heads") {
     append<float, float>({2, 9, 3, 64}, 2, {1, 7}, {}, 2);
 }
 
+// Every kernel once: from each dtype to each, aligned and not.
+template <class From, class To>
+void append_of_both_kinds() {
+    append<From, To>({1, 3, 1, 16}, 1, {1}, {});
+    append<From, To>({1, 3, 1, 5}, 1, {1}, {});
+}
+
+template <class From>
+void append_to_every_dtype() {
+    append_of_both_kinds<From, float>();
+    append_of_both_kinds<From, bf16>();
+    append_of_both_kinds<From, fp16>();
+}
+
+CASE("append_to_cache from every dtype to every dtype") {
+    append_to_every_dtype<float>();
+    append_to_every_dtype<bf16>();
+    append_to_every_dtype<fp16>();
+}
+
 CASE("append_to_cache past the end of a row") {
     expect_error("__trap", [] { append<float, float>({2, 4, 1, 8}, 2, {0, 3}, {}); });
 }

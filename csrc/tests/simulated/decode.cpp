@@ -224,6 +224,22 @@ CASE("decode_step of odd widths") {
     step<bf16, bf16>({30, 50, 2, 31, 1}, 5, {4});
 }
 
+// Every kernel once: all dtypes, aligned and not, and as many rows as they are compiled for.
+template <class T>
+void step_of_all_kinds() {
+    for (const int64_t batch : {1, 2, 4, 8}) {
+        const std::vector<int64_t> lengths(size_t(batch), 1);
+        step<T, T>({16, 32, 1, 9, 1}, 3, lengths);
+        step<T, T>({15, 21, 1, 9, 1}, 3, lengths);
+    }
+}
+
+CASE("decode_step of every dtype, alignment and number of rows") {
+    step_of_all_kinds<float>();
+    step_of_all_kinds<bf16>();
+    step_of_all_kinds<fp16>();
+}
+
 CASE("decode_step past the end of a row") {
     expect_error("__trap", [] { step<float, float>({32, 32, 1, 8, 1}, 3, {1, 3}); });
 }

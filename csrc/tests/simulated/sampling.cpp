@@ -212,6 +212,14 @@ CASE("sample the highest score") {
                  {30, 0, 2048, 9}, "without repeated pairs");
 }
 
+CASE("sample from every dtype") {
+    Random random;
+    Rows<fp16> logits(random, 2, 300);
+    for (const int64_t token : {7, 255}) logits.set(token == 255, token, 12.0f);
+    const Buffer<int64_t> none(0);
+    expect_equal(sample(logits, 2, 300, none, 0, nullptr, {}), {7, 255}, "float16");
+}
+
 CASE("sample a row without probabilities") {
     Random random;
     Rows<float> logits(random, 3, 300);
