@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contest import Work
 
+from contest import Work
 from gpt2fast import GPT2, PRESETS, backend
 from gpt2fast.graphs import Steps
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import Work, sets_beyond_cache
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from contest import Work, sets_beyond_cache
 from gpt2fast import backend, ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

@@ -6,10 +6,10 @@ bandwidth measured before each round.
 
 from __future__ import annotations
 
-import machine
 import pytest
 import torch
 
+import machine
 from gpt2fast import GPT2, GPT2Config, backend, ops
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")

@@ -9,12 +9,14 @@ token has to visit the host before the next step begins.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .library import notice
 from .sampling import Numbers
 
 if TYPE_CHECKING:
@@ -32,10 +34,22 @@ def is_worthwhile(model: object, steps: int) -> TypeGuard[GPT2]:
     return isinstance(model, GPT2) and model.device.type == "cuda" and steps > BLOCK
 
 
+@dataclass
+class _Block:
+    """Tokens that some steps have chosen or are about to."""
+
+    rows: list[int]
+    """Of the rows that ran, those that are looked at."""
+    chosen: Tensor
+    """(rows that ran, steps), on the host: there once `done` has happened."""
+    done: torch.cuda.Event | None
+
+
 class Ahead:
     """Tokens of every row, chosen in blocks before anybody looks at them.
 
-    Rows that have ended run on, unseen, until half of all have.
+    A block is under way while the one before it is looked at. Rows that have ended run on, unseen,
+    until half of all have.
 
     Args:
         model, cache, tokens, choice: as for `Steps`.
@@ -54,20 +68,35 @@ class Ahead:
         self._steps = self._start(tokens)
         # Of the rows that run, those that are looked at.
         self._rows = list(range(len(tokens)))
-        self._pending: list[list[int]] = []
+        self._under_way: list[_Block] = []
+        self._seen: _Block | None = None
+        self._columns: list[list[int]] = []
 
     def next(self, remaining: int) -> list[int]:
         """The next token of each row; `remaining` of them will be asked for at most."""
-        if not self._pending:
-            self._pending = self._run(min(BLOCK, remaining)).t().tolist()
-        column = self._pending.pop(0)
-        return [column[row] for row in self._rows]
+        if not self._columns:
+            if not self._under_way:
+                self._begin(remaining)
+            ahead = sum(block.chosen.shape[1] for block in self._under_way)
+            if remaining > ahead:
+                self._begin(remaining - ahead)
+            self._seen = self._under_way.pop(0)
+            if self._seen.done is not None:
+                self._seen.done.synchronize()
+            self._columns = self._seen.chosen.t().tolist()
+        assert self._seen is not None
+        column = self._columns.pop(0)
+        return [column[row] for row in self._seen.rows]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
+        for block in (self._seen, *self._under_way):
+            if block is not None:
+                block.rows = [block.rows[row] for row in rows]
         self._rows = [self._rows[row] for row in rows]
 
-    def _run(self, count: int) -> Tensor:
+    def _begin(self, remaining: int) -> None:
+        count = min(BLOCK, remaining)
         rows = torch.tensor(self._rows, device=self._steps.tokens.device)
         if 2 * len(rows) <= len(self._steps.tokens):
             tokens = self._steps.tokens[rows]
@@ -75,12 +104,18 @@ class Ahead:
             self._steps = self._start(tokens)
             self._rows = list(range(len(rows)))
             rows = torch.arange(len(rows), device=rows.device)
-        if self._numbers is None:
-            return self._steps.run(count, None)
-        # Rows that nobody looks at have to choose something, too.
-        uniforms = torch.zeros(len(self._steps.tokens), count, device=rows.device)
-        uniforms[rows] = self._numbers.take(count)
-        return self._steps.run(count, uniforms)
+        uniforms = None
+        if self._numbers is not None:
+            # Rows that nobody looks at have to choose something, too.
+            uniforms = torch.zeros(len(self._steps.tokens), count, device=rows.device)
+            uniforms[rows] = self._numbers.take(count)
+        chosen, done = self._steps.run(count, uniforms), None
+        if chosen.is_cuda:
+            host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            chosen = host.copy_(chosen, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self._under_way.append(_Block(list(self._rows), chosen, done))
 
     def _start(self, tokens: Tensor) -> Steps:
         samples = self._numbers is not None
@@ -119,7 +154,10 @@ class Steps:
         # The cache's own tensors are replaced at every step; the graph's have to stay where they
         # are.
         self._lengths, self._positions = cache.lengths.clone(), cache.positions.clone()
-        self._graph = self._capture() if tokens.device.type == "cuda" else None
+        self._graph = None
+        if tokens.is_cuda:
+            with torch.cuda.device(tokens.device):
+                self._graph = self._capture()
 
     def run(self, count: int, uniforms: Tensor | None) -> Tensor:
         """Run so many steps.
@@ -143,6 +181,7 @@ class Steps:
         self._cache.advance(count, None, self._positions.clone())
         return chosen
 
+    @torch.inference_mode()
     def replay_at(self, length: int) -> None:
         """One step with so many entries in the cache: for timing."""
         if self._graph is None:
@@ -152,7 +191,7 @@ class Steps:
         self._lengths.fill_(length)
         self._positions.fill_(length)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
         # Run once on a stream of its own, as capturing asks for: libraries load and kernels are
         # compiled. What that changes is put back; what it wrote behind the rows' ends is written
         # again by the first step.
@@ -166,8 +205,12 @@ class Steps:
         for x, before in zip((self.tokens, self._lengths, self._positions), kept, strict=True):
             x.copy_(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
+        try:
+            with torch.cuda.graph(graph):
+                self._step()
+        except RuntimeError as error:  # an implementation of an op that waits for the host
+            notice(f"decoding steps are started one by one: {str(error).splitlines()[0]}")
+            return None
         return graph
 
     def _step(self) -> None:

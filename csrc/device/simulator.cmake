@@ -45,7 +45,7 @@ target_link_libraries(gallery PRIVATE simulator)
 set_target_properties(gallery PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
 
 # The simulated machine seen from Python, and its layouts beside CuTe's. For pytest, which knows
-# where the two packages are (tests/simulator/build.py).
+# where the two packages are (tests/simulator/programs.py).
 find_package(pybind11 CONFIG QUIET)
 set(GPT2FAST_CUTLASS_INCLUDE "" CACHE PATH "CUTLASS' headers, as in PyPI's nvidia-cutlass")
 if(pybind11_FOUND AND NOT GPT2FAST_SANITIZE)

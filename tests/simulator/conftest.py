@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import gallery
 import pytest
-from build import Missing, build
+
+import gallery
+from programs import Missing, build
 
 
 @pytest.fixture(scope="session")

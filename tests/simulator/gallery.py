@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from build import ROOT, build
+from programs import ROOT, build
 
 SANITIZERS = {"plain": "", "asan": "address,undefined", "tsan": "thread"}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gallery
 import pytest
+
+import gallery
 
 ENOUGH = 20
 
