@@ -1,12 +1,13 @@
 """Each op on a GPU: our CUDA and Triton kernels beside torch's, FlashAttention's and Liger's.
 
 Shapes are GPT-2's, 16,384 tokens, bfloat16. `forward` runs without gradients, `both` forward and
-backward.
+backward. With GPT2FAST_QUICK=1, torch.compile, which takes longest, is there for one width alone.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,13 @@ def ours(function: Callable) -> dict[str, Callable]:
     return {"ours": forced("native", function), "ours (Triton)": forced("triton", function)}
 
 
-def compiled(function: Callable) -> Callable:
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
+def beside_torch(ways: dict[str, Callable], plain: Callable, width: int) -> dict[str, Callable]:
+    """Adds what one would write in torch, eager and compiled; in a hurry compiled once only."""
+    ways["torch"] = plain
+    if width == WIDTHS[0] or os.environ.get("GPT2FAST_QUICK") != "1":
+        torch.compiler.reset()
+        ways["torch.compile"] = torch.compile(plain, dynamic=False)
+    return ways
 
 
 def differentiated(ways: dict[str, Callable], leaves: int) -> dict[str, Callable]:
@@ -126,11 +131,7 @@ def test_residual_layer_norm(compete, way, width):
         summed = x + residual
         return F.layer_norm(summed, (width,), weight, bias), summed
 
-    ways = {
-        **ours(ops.residual_layer_norm),
-        "torch": plain,
-        "torch.compile": compiled(plain),
-    }
+    ways = beside_torch(ours(ops.residual_layer_norm), plain, width)
     if importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
@@ -157,7 +158,7 @@ def test_bias_gelu(compete, way, width):
     def plain(x, bias):
         return F.gelu(x + bias, approximate="tanh")
 
-    ways = {**ours(ops.bias_gelu), "torch": plain, "torch.compile": compiled(plain)}
+    ways = beside_torch(ours(ops.bias_gelu), plain, width)
     elements = TOKENS * inner
     work = Work((4 if way == "forward" else 4 + 6) * elements)
 
@@ -176,7 +177,7 @@ def test_gelu_mlp(compete, way, width):
     def plain(x, w_fc, b_fc, w_proj, b_proj):
         return torch.addmm(b_proj, F.gelu(torch.addmm(b_fc, x, w_fc), approximate="tanh"), w_proj)
 
-    ways = {**ours(ops.gelu_mlp), "torch": plain, "torch.compile": compiled(plain)}
+    ways = beside_torch(ours(ops.gelu_mlp), plain, width)
     flops = (4 if way == "forward" else 12) * TOKENS * width * inner
     work = Work(2 * (2 * TOKENS * width + 2 * width * inner), flops)
 
@@ -201,11 +202,7 @@ def test_linear_cross_entropy(compete, width):
 
         return run
 
-    ways = {
-        **ours(ops.linear_cross_entropy),
-        "torch": plain,
-        "torch.compile": compiled(plain),
-    }
+    ways = beside_torch(ours(ops.linear_cross_entropy), plain, width)
     if importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
