@@ -101,6 +101,7 @@ class Ahead:
         if 2 * len(rows) <= len(self._steps.tokens):
             tokens = self._steps.tokens[rows]
             self._cache.reorder(rows)
+            self._steps.wait()
             self._steps = self._start(tokens)
             self._rows = list(range(len(rows)))
             rows = torch.arange(len(rows), device=rows.device)
@@ -180,6 +181,11 @@ class Steps:
             chosen[:, step] = self.tokens
         self._cache.advance(count, None, self._positions.clone())
         return chosen
+
+    def wait(self) -> None:
+        """Until all steps are done: the graph must not go before."""
+        if self._graph is not None:
+            torch.cuda.current_stream(self.tokens.device).synchronize()
 
     @torch.inference_mode()
     def replay_at(self, length: int) -> None:
