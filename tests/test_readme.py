@@ -54,6 +54,7 @@ ELSEWHERE = {
         ".ci/run runs it, with sanitizers as well"
     ),
     ".ci/run": "runs these tests",
+    "make gpu-check": "needs a GPU, and minutes",
 }
 """Commands that are not run here, and why."""
 
