@@ -131,6 +131,22 @@ def against_floor(
     yield run
 
 
+if importlib.util.find_spec("pytest_benchmark") is None:
+
+    class _Once:
+        """What `compete` needs of pytest-benchmark, where that is not installed."""
+
+        def __init__(self) -> None:
+            self.extra_info: dict[str, Any] = {}
+
+        def pedantic(self, function: Callable[[], Any], **options: Any) -> None:
+            function()
+
+    @pytest.fixture
+    def benchmark() -> _Once:
+        return _Once()
+
+
 @pytest.fixture
 def compete(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """Call `compete(ways, inputs, work)`: `contest.contest` under the test's name.

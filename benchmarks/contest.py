@@ -219,16 +219,18 @@ def _captured(
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(stream):
             run()
-    except RuntimeError:  # it waits for the host, or allocates what a graph cannot
-        torch.cuda.synchronize()
+    except RuntimeError:  # it waits for the host: a capture that fails would spoil those to come
         return run, False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
     return graph.replay, True
 
 

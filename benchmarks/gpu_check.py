@@ -10,6 +10,7 @@ has not been for nothing. Running it again starts anew, except for the build, wh
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -50,31 +51,34 @@ def steps(out: Path) -> list[Step]:
     """Everything, what matters most first."""
     python = sys.executable
     # Whatever plugins are installed here, and without those that the project's settings are for.
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-o", "addopts="]
     watched = ["--error-exitcode", "9", python, "tests/small_run.py"]
-    benchmark = [*pytest, "--benchmark-only", "--benchmark-disable-gc"]
+    benchmark = list(pytest)
+    if importlib.util.find_spec("pytest_benchmark") is not None:
+        benchmark += ["--benchmark-only", "--benchmark-disable-gc"]
     table = str(out / "gpu_ops.json")
     decoding = str(out / "gpu_decoding.json")
-    tests = ["tests/ops", "tests/test_sampling.py", "tests/test_graphs.py", "tests/test_gpu.py"]
+    tests = ["tests/test_gpu.py", "tests/ops", "tests/test_sampling.py"]
+    tests += ["tests/test_triton_model.py", "tests/test_triton_sampling.py"]
     return [
         Step("build", [python, "-c", _BUILD], 240),
         Step("tests", [*pytest, "-m", "gpu", "-k", "not triton", *tests], 120),
-        Step("small run", [python, "tests/small_run.py"], 40),
-        Step("benchmarks", [*benchmark, "benchmarks/test_gpu_ops.py", "--gpu-table", table], 150),
-        Step(
-            "decoding",
-            [*benchmark, "benchmarks/test_gpu_decoding.py", "--gpu-table", decoding],
-            90,
-        ),
-        # Triton compiles a kernel for every new shape, which takes longer than the test.
-        Step("triton tests", [*pytest, "-m", "gpu", "-k", "triton", *tests], 120),
-        Step("memcheck", ["compute-sanitizer", *watched], 80, "compute-sanitizer"),
+        Step("small run", [python, "tests/small_run.py"], 30),
+        Step("memcheck", ["compute-sanitizer", *watched], 60, "compute-sanitizer"),
         Step(
             "racecheck",
             ["compute-sanitizer", "--tool", "racecheck", *watched],
-            80,
+            60,
             "compute-sanitizer",
         ),
+        Step(
+            "decoding",
+            [*benchmark, "benchmarks/test_gpu_decoding.py", "--gpu-table", decoding],
+            60,
+        ),
+        Step("benchmarks", [*benchmark, "benchmarks/test_gpu_ops.py", "--gpu-table", table], 150),
+        # Triton compiles a kernel for every new shape, which takes longer than the test.
+        Step("triton tests", [*pytest, "-m", "gpu", "-k", "triton", *tests], 120),
     ]
 
 
@@ -110,10 +114,12 @@ def _run(step: Step, deadline: float, out: Path) -> dict[str, Any]:
     print(f"== {step.name}", flush=True)
     environment = {
         "GPT2FAST_CACHE": str(ROOT / "build-gpu"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        ),
         "PYTHONUNBUFFERED": "1",
         "GPT2FAST_QUICK": "1",
-        **os.environ,
     }
     log = out / f"{step.name.replace(' ', '_')}.log"
     start = time.monotonic()
@@ -125,9 +131,11 @@ def _run(step: Step, deadline: float, out: Path) -> dict[str, Any]:
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             code = None
+        finally:
+            if process.poll() is None:  # out of time, or we are interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     result = {0: "passed", None: "out of time"}.get(code, f"failed ({code})")
     if result != "passed":

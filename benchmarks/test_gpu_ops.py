@@ -88,6 +88,9 @@ def run_ways(
     inputs = [make() for _ in range(sets_beyond_cache(size))]
     leaves = len(inputs[0]) - 1
     prepared = (differentiated if way == "both" else without_gradients)(ways, leaves)
+    # The backward pass, too, runs with the backend that its forward pass had.
+    for name, chosen in {"ours": "native", "ours (Triton)": "triton"}.items():
+        prepared[name] = forced(chosen, prepared[name])
     compete(prepared, inputs, work)
 
 

@@ -203,7 +203,7 @@ class Steps:
         # again by the first step.
         self._cache.reserve(1)
         kept = [x.clone() for x in (self.tokens, self._lengths, self._positions)]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream(self.tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step()
@@ -212,7 +212,7 @@ class Steps:
             x.copy_(before)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 self._step()
         except RuntimeError as error:  # an implementation of an op that waits for the host
             notice(f"decoding steps are started one by one: {str(error).splitlines()[0]}")

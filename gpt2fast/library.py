@@ -38,6 +38,7 @@ from .compilation import (
     cuda_architectures,
     extra_flags,
     find_compiler,
+    find_cuda,
     find_toolchain,
     processors,
     source_files,
@@ -213,6 +214,8 @@ def _source_key(part: Part, architectures: Sequence[str]) -> str:
     folder = source_folder()
     flags: list[object] = [FLAGS, extra_flags()]
     if part is not CPU:
+        with suppress(BackendError):
+            flags.append(os.path.realpath(find_cuda()))
         flags += [NVCC_FLAGS, SIMULATED_FLAGS, cuda_architectures(architectures)]
     key = hashlib.sha256(repr([platform.system(), platform.machine(), *flags]).encode())
     for path in source_files(folder, part):

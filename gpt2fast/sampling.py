@@ -139,7 +139,9 @@ def uniforms(seed: int, samples: range) -> Iterator[Tensor]:
     seeds = [random.Random(f"{seed}/{index}").getrandbits(32) for index in samples]
     generators = [torch.Generator().manual_seed(mixed) for mixed in seeds]
     while True:
-        yield torch.stack([torch.rand(_BLOCK, generator=generator) for generator in generators])
+        yield torch.stack(
+            [torch.rand(_BLOCK, generator=generator, device="cpu") for generator in generators]
+        )
 
 
 class Numbers:
@@ -154,7 +156,7 @@ class Numbers:
     def __init__(self, seed: int, samples: Sequence[int], device: torch.device):
         first = min(samples)
         self._blocks = uniforms(seed, range(first, max(samples) + 1))
-        self._rows = torch.tensor([sample - first for sample in samples])
+        self._rows = torch.tensor([sample - first for sample in samples], device="cpu")
         self._device = device
         self._left = torch.empty(len(samples), 0, device=device)
 

@@ -148,7 +148,10 @@ __global__ void __launch_bounds__(cached_attention_threads)
             for (int u = 0; u < unroll; ++u) {
                 // Values that a query doesn't see may be no numbers: nothing times them is.
                 if (base + u * groups + group >= min(end, seen_by(j))) continue;
-                const float weight = exp2_approx(scores[u] - sums[j].maximum);
+                // -infinity less a maximum that is no more would be no number.
+                const float weight = scores[u] == -INFINITY
+                                         ? 0.0f
+                                         : exp2_approx(scores[u] - sums[j].maximum);
                 sums[j].total += weight;
 #pragma unroll
                 for (int i = 0; i < values; ++i) {
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(cached_attention_threads)
     };
     const auto write = [&](int j, int c, float, float total, float value) {
         store_float(args.out, args.q_storage, item(j) * head_dim + c,
-                    total > 0.0f ? value / total : 0.0f);
+                    total == 0.0f ? 0.0f : value / total);
     };
     const auto in_shared = [&](int j) { return shared + j * size; };
     const auto in_partials = [&](int j) { return args.partials + item(j) * args.splits * size; };

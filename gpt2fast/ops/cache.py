@@ -143,6 +143,13 @@ def _triton_refuses_reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> s
     return unsuitable(k_cache, v_cache, rows, may_be_empty=True)
 
 
+def _cuda_refuses_integers(*vectors: Tensor | None) -> str | None:
+    for vector in vectors:
+        if vector is not None and vector.dtype != torch.int64:
+            return f"the CUDA kernels take lengths, counts and rows in int64, not {vector.dtype}"
+    return None
+
+
 def _cuda_refuses_cache(*caches: Tensor) -> str | None:
     for cache in caches:
         if cache.stride(-1) != 1 and cache.shape[-1] != 1:
@@ -163,6 +170,7 @@ def _append_cuda_refuses(
         or unsuitable_for_cuda(k_cache, v_cache, one_dtype=True, may_be_empty=True)
         or unsuitable_for_cuda(k, k_cache, lengths, counts, may_be_empty=True)
         or _cuda_refuses_cache(k_cache, v_cache)
+        or _cuda_refuses_integers(lengths, counts)
     )
 
 
@@ -175,13 +183,19 @@ def _reorder_cuda_refuses(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> str
         return f"the CUDA kernel reorders {_MOST_REORDERED} rows at most, not {rows.numel()}"
     if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
         return "the CUDA kernel reorders caches that are alike"
-    return unsuitable_for_cuda(
-        k_cache, v_cache, rows, dtypes=(*DTYPES, torch.float64), may_be_empty=True
-    ) or _cuda_refuses_cache(k_cache, v_cache)
+    return (
+        unsuitable_for_cuda(
+            k_cache, v_cache, rows, dtypes=(*DTYPES, torch.float64), may_be_empty=True
+        )
+        or _cuda_refuses_cache(k_cache, v_cache)
+        or _cuda_refuses_integers(rows)
+    )
 
 
 def _release_cuda_refuses(lengths: Tensor, rows: Tensor) -> str | None:
-    return unsuitable_for_cuda(lengths, rows, may_be_empty=True)
+    return unsuitable_for_cuda(lengths, rows, may_be_empty=True) or _cuda_refuses_integers(
+        lengths, rows
+    )
 
 
 _append = Op(

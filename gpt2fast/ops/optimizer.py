@@ -50,7 +50,11 @@ def fused_adamw(
         raise ArgumentError(f"step={step}: updates are counted from 1")
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
         raise ArgumentError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        _check_alike(*tensors)
     masters = [] if masters is None else list(masters)
+    for param, master in zip(params, masters, strict=False):
+        _check_alike(param, master)
     for master, exp_avg, exp_avg_sq in zip(masters, exp_avgs, exp_avg_sqs, strict=False):
         for tensor in (master, exp_avg, exp_avg_sq):
             if tensor.dtype != torch.float32:
@@ -59,6 +63,8 @@ def fused_adamw(
                 )
     if masters and len(masters) != len(params):
         raise ArgumentError(f"{len(masters)} masters do not fit {len(params)} params")
+    if not params:
+        return
     _adamw.call(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), masters,
         step, lr, beta1, beta2, eps, weight_decay,
@@ -66,6 +72,15 @@ def fused_adamw(
     if not torch.compiler.is_compiling():
         # torch counts changes of a tensor for its own ops alone.
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
+
+
+def _check_alike(first: Tensor, *others: Tensor) -> None:
+    for other in others:
+        if other.shape != first.shape or other.device != first.device:
+            raise ArgumentError(
+                f"a parameter of shape {tuple(first.shape)} on {first.device} has a gradient, "
+                f"moment or master of shape {tuple(other.shape)} on {other.device}"
+            )
 
 
 def _reference(

@@ -207,7 +207,11 @@ def _cuda_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest
         return f"the CUDA kernel takes float32 random numbers, not {uniform.dtype}"
     if logits.shape[0] > 65535:
         return f"the CUDA kernel takes up to 65535 rows, not {logits.shape[0]}"
-    return unsuitable_for_cuda(logits) or unsuitable_for_cuda(logits, history, may_be_empty=True)
+    if history.dtype != torch.int64:
+        return f"the CUDA kernel takes a history in int64, not {history.dtype}"
+    return unsuitable_for_cuda(logits) or unsuitable_for_cuda(
+        logits, history, uniform, may_be_empty=True
+    )
 
 
 _sample = Op(

@@ -136,8 +136,8 @@ def test_one_seed_drops_the_same_weights_forward_and_backward(name):
 @pytest.mark.parametrize("masked", [False, True])
 def test_dropout_is_a_function_of_seed_and_place(name, dtype, masked):
     batch, time, heads, p, seed = 2, 70, 3, 0.3, 123456789 << 31
-    factors_of = gpu_factors if name in ("simulator", "triton") else cpu_factors
-    factors = factors_of(p, seed, batch, heads, time)
+    factors_of = cpu_factors if name == "native" else gpu_factors
+    factors = factors_of(p, seed, batch, heads, time).to(torch.get_default_device())
     visible = torch.ones(time, time).tril().bool()
     kept = factors[..., visible]
     # Of a mean of n factors with variance p / (1 - p); 4 standard deviations.

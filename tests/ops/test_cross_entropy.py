@@ -73,6 +73,8 @@ def test_nothing_left_to_count_is_nan_as_in_torch(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_target_outside_the_vocabulary_is_an_error(name):
+    if name.startswith("cuda"):
+        pytest.skip("it ends all work on the GPU, as torch's own assertion does")
     with backend(name), pytest.raises((IndexError, RuntimeError)):
         ops.linear_cross_entropy(torch.ones(3, 4), torch.ones(5, 4), torch.tensor([0, 5, 1]))
 

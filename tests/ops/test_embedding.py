@@ -49,6 +49,8 @@ def test_passes_opcheck(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_an_index_outside_its_table_is_an_error(name):
+    if name.startswith("cuda"):
+        pytest.skip("it ends all work on the GPU, as torch's own assertion does")
     tables = torch.ones(9, 8), torch.ones(4, 8)
     with backend(name):
         for token, position in [(9, 0), (-1, 0), (0, 4)]:

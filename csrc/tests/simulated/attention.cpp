@@ -19,6 +19,7 @@ struct Shape {
     double dropout_p = 0.0;
     bool masked = false, deterministic = false;
     double scale = 0.2;
+    int64_t hidden = 70;  // keys that nobody sees, with a mask
 };
 
 // Philox4x32-10, as the paper has it.
@@ -63,7 +64,7 @@ public:
           seed_(1, int64_t(0x123456789ABCDEF)) {
         for (int64_t i = 0; shape.masked && i < visible_.size(); ++i) {
             // The first row begins with keys that nobody sees.
-            visible_[i] = i >= std::min<int64_t>(shape.time - 1, 70) && random_.below(3) > 0;
+            visible_[i] = i >= std::min<int64_t>(shape.time - 1, shape.hidden) && random_.below(3) > 0;
         }
     }
 
@@ -190,6 +191,10 @@ CASE("attention fp16 D=32 T=17, a negative scale") {
 }
 CASE("attention fp16 D=40 T=1") { run<fp16>({1, 1, 2, 40}); }
 CASE("attention bf16 D=96 masked") { run<bf16>({1, 132, 1, 96, 0.0, true}); }
+CASE("attention bf16 D=64, tiles of queries that see no key") {
+    run<bf16>({1, 150, 1, 64, 0.0, true, false, 0.2, 140});
+    run<bf16>({1, 150, 1, 64, 0.0, true, true, 0.2, 140});
+}
 CASE("attention bf16 D=128 dropout") { run<bf16>({1, 132, 1, 128, 0.2}); }
 CASE("attention bf16 D=120 masked, dropout, deterministic") {
     run<bf16>({1, 100, 1, 120, 0.2, true, true});

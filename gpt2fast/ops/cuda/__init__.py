@@ -69,6 +69,9 @@ def _find_and_load() -> Library:
 def _architectures() -> tuple[str, ...]:
     """Of the GPUs here, as nvcc calls them."""
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if min(found) < (8, 0):
+        major, minor = min(found)
+        raise BackendError(f"a GPU here has compute capability {major}.{minor}; they need 8.0")
     # Only "90a" has all that Hopper can do.
     names = {(9, 0): "90a"}
     return tuple(names.get(both, f"{both[0]}{both[1]}") for both in sorted(found))
@@ -149,6 +152,8 @@ def unsuitable(
             return f"tensors are on {given[0].device} and on {tensor.device}"
         if not (tensor.numel() or may_be_empty):
             return "the CUDA kernels need at least one element"
+        if tensor.dtype == torch.int8:
+            return "the CUDA kernels have no 8-bit caches"
         if not tensor.is_floating_point() or first is None:
             continue
         if tensor.dtype not in dtypes:

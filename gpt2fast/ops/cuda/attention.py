@@ -86,6 +86,8 @@ def _refuses(mask: Tensor | None, seed: Tensor | None, *heads: Tensor) -> str | 
     reason = unsuitable(*heads, mask, seed, one_dtype=True)
     if reason is not None:
         return reason
+    if seed is not None and seed.dtype != torch.int64:
+        return f"the CUDA kernels take a seed in int64, not {seed.dtype}"
     head_dim = heads[0].shape[-1]
     if head_dim > MAX_HEAD_DIM:
         return f"the CUDA kernels take heads of size up to {MAX_HEAD_DIM}, not {head_dim}"
@@ -94,7 +96,7 @@ def _refuses(mask: Tensor | None, seed: Tensor | None, *heads: Tensor) -> str | 
 
 def _heads(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 and x.shape[-1] % 8:
-        return F.pad(x, (0, -x.shape[-1] % 8))
+        return F.pad(x, (0, -x.shape[-1] % 8)).contiguous()
     aligned = x.dtype == torch.float32 or (
         x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
     )

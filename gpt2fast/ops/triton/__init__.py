@@ -42,6 +42,8 @@ def unavailable() -> str | None:
         return "the package triton is not installed"
     if not interpreting() and not torch.cuda.is_available():
         return "there is no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    if not interpreting() and torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton kernels need compute capability 8.0"
     return None
 
 

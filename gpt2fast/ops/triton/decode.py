@@ -199,6 +199,7 @@ def decode_step(
     activation: str,
     eps: float,
 ) -> Tensor:
+    weights = [weight.contiguous() if weight.dim() == 1 else weight for weight in weights]
     wte, wpe, *layers, ln_f_weight, ln_f_bias, projection = weights
     wte, wpe = (table if table.stride(1) == 1 else table.contiguous() for table in (wte, wpe))
     batch, width, entries = len(tokens), wte.shape[1], k_cache.shape[2]
