@@ -98,3 +98,5 @@ def test_a_step_is_one_call_of_each_op(model):
         "decode_step", "sample"
     ] * 3  # fmt: skip
     assert cache.lengths.tolist() == [5, 5] and cache.positions.tolist() == [5, 5]
+    steps.replay_at(2)  # outside of inference mode
+    assert steps._lengths.tolist() == [2, 2]

@@ -185,7 +185,7 @@ def _reorder_cuda_refuses(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> str
         return "the CUDA kernel reorders caches that are alike"
     return (
         unsuitable_for_cuda(
-            k_cache, v_cache, rows, dtypes=(*DTYPES, torch.float64), may_be_empty=True
+            k_cache, v_cache, rows, dtypes=(*DTYPES, torch.float64, torch.int8), may_be_empty=True
         )
         or _cuda_refuses_cache(k_cache, v_cache)
         or _cuda_refuses_integers(rows)

@@ -101,3 +101,17 @@ def test_passes_opcheck(name):
     q, cache = random(2, 1, 2, 32).float(), random(2, 8, 2, 32).float()
     with backend(name):
         opcheck(_cached.call, (q, cache, cache, torch.tensor([3, 5]), 0.2))
+
+
+def test_what_is_no_number_stays_none_and_what_is_hidden_by_value_does_not_spoil_the_rest(name):
+    q = torch.randn(1, 1, 1, 8).abs()
+    k, v = torch.randn(2, 1, 4, 1, 8)
+    lengths = torch.tensor([3])
+    with_nan, with_infinity = k.clone(), k.clone()
+    with_nan[0, 1] = float("nan")
+    with_infinity[0, 2] = -float("inf")
+    with backend(name):
+        assert ops.attention_with_cache(q, with_nan, v, lengths).isnan().all()
+        found = ops.attention_with_cache(q, with_infinity, v, lengths)
+    with backend("reference"):
+        assert torch.allclose(found, ops.attention_with_cache(q, with_infinity, v, lengths))

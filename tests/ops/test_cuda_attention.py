@@ -70,3 +70,11 @@ def test_wider_heads_fall_back():
     q = torch.randn(1, 3, 1, 136)
     with backend("simulator"), pytest.raises(Exception, match="128, not 136"):
         ops.causal_attention(q, q, q)
+
+
+def test_permuted_heads_of_an_odd_size_are_filled_up():
+    x = torch.randn(1, 1, 31, 3).half().permute(0, 3, 1, 2)
+    with backend("simulator"):
+        found = ops.causal_attention(x, x, x)
+    with backend("reference"):
+        assert torch.allclose(found, ops.causal_attention(x, x, x), atol=1e-2)

@@ -84,3 +84,11 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="float32, not torch.bfloat16"):
         half = [torch.ones(2).bfloat16()]
         ops.fused_adamw(half, half, half, half, masters=one, step=1, **SETTINGS)
+    with pytest.raises(ValueError, match=r"shape \(2,\) on cpu has .* shape \(5,\)"):
+        ops.fused_adamw(one, one, [torch.ones(5)], one, step=1, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nothing_to_update_is_no_mistake(name):
+    with backend(name):
+        ops.fused_adamw([], [], [], [], step=1, **SETTINGS)

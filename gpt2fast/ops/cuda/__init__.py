@@ -152,7 +152,7 @@ def unsuitable(
             return f"tensors are on {given[0].device} and on {tensor.device}"
         if not (tensor.numel() or may_be_empty):
             return "the CUDA kernels need at least one element"
-        if tensor.dtype == torch.int8:
+        if tensor.dtype == torch.int8 and torch.int8 not in dtypes:
             return "the CUDA kernels have no 8-bit caches"
         if not tensor.is_floating_point() or first is None:
             continue
