@@ -111,6 +111,28 @@ def test_sources_flags_and_compiler_make_another_library(compiler, tmp_path, mon
     assert len(made) == 5 == compiler.links
 
 
+def test_the_gpus_to_compile_for_are_named_in_any_of_the_usual_ways(monkeypatch):
+    monkeypatch.delenv("GPT2FAST_CUDA_ARCHS", raising=False)
+    assert compilation.cuda_architectures() == compilation.ARCHITECTURES
+    assert compilation.cuda_architectures(("86",)) == ("86",)
+    for spelling in ("80;90a", "80 90a", "80,90a"):
+        monkeypatch.setenv("GPT2FAST_CUDA_ARCHS", spelling)
+        assert compilation.cuda_architectures(("86",)) == ("80", "90a")
+    for wrong in ("foo", "75", "sm_80", "8.0"):
+        monkeypatch.setenv("GPT2FAST_CUDA_ARCHS", f"80;{wrong}")
+        with pytest.raises(BackendError, match=f"GPT2FAST_CUDA_ARCHS: '{wrong}'.*80;90a"):
+            compilation.cuda_architectures()
+
+
+def test_a_folder_without_cuda_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(BackendError, match=f"CUDA_HOME={tmp_path} has no include/cuda_runtime.h"):
+        compilation.find_cuda()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    assert compilation.find_cuda() == tmp_path
+
+
 def test_what_was_built_is_used_without_a_compiler(compiler, monkeypatch):
     built = library.find_library()
     monkeypatch.setenv("CXX", "no-such-compiler")
