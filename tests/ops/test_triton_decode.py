@@ -67,3 +67,17 @@ def test_caches_may_be_narrower_than_the_weights(name):
 @pytest.mark.parametrize("name", TRITON_BACKENDS)
 def test_wider_than_a_block_of_inputs(name):
     check(name, 2, torch.bfloat16, torch.bfloat16, heads=5, head_dim=32, inner=300, vocab=130)
+
+
+@pytest.mark.parametrize("name", TRITON_BACKENDS)
+def test_vectors_may_be_strided(name):
+    weights, caches, *indices = model(2, torch.float32, torch.float32)
+    strided = [x.repeat_interleave(2)[::2] if x.dim() == 1 else x for x in weights]
+    options = dict(n_head=3, scales=[0.3, 0.2], activation="gelu_new", eps=1e-5)
+
+    def run(weights):
+        copies = [cache.clone() for cache in caches]
+        with backend(name):
+            return ops.decode_step(weights, *copies, *indices, **options)
+
+    assert torch.equal(run(strided), run(weights))
