@@ -25,6 +25,10 @@ class LayerCache(NamedTuple):
     """(B,) how many of the new tokens each row stores; None means all of them."""
     empty: bool
     """Whether no row holds an entry yet, so that the new tokens see themselves only."""
+    k_scales: Tensor | None = None
+    """(B, T_max, H) factors of int8 keys."""
+    v_scales: Tensor | None = None
+    """(B, T_max, H) factors of int8 values."""
 
 
 class KVCache:
@@ -38,7 +42,7 @@ class KVCache:
         batch_size: rows, B.
         max_length: entries that each row can hold, T_max.
         dtype, device: of keys and values. Of int8 each head's entry has a float32 factor, the
-            largest of its elements being 127; packed models alone read such a cache.
+            largest of its elements being 127.
 
     Raises:
         GenerationError: a dtype that holds neither floating-point numbers nor int8.
@@ -98,7 +102,8 @@ class KVCache:
     def layer(self, index: int, counts: Tensor | None = None) -> LayerCache:
         """The views that layer `index` writes to and reads from."""
         empty = self._longest == 0
-        return LayerCache(self.k[index], self.v[index], self.lengths, counts, empty)
+        scales = [None if x is None else x[index] for x in (self.k_scales, self.v_scales)]
+        return LayerCache(self.k[index], self.v[index], self.lengths, counts, empty, *scales)
 
     def reserve(self, new_tokens: int, counts: Tensor | None = None) -> None:
         """Check that each row has room for more entries.

@@ -72,18 +72,13 @@ def check_wanted(config: GPT2Config, name: str, wanted: Tensor, input_ids: Tenso
             )
 
 
-def check_cache(config: GPT2Config, cache: KVCache, rows: int, *, reads_int8: bool = False) -> None:
+def check_cache(config: GPT2Config, cache: KVCache, rows: int) -> None:
     """A cache fits the model and has `rows` rows."""
     shape = (config.n_layer, rows, cache.max_length, config.n_head, config.head_dim)
     if cache.k.shape != shape:
         raise GenerationError(
             f"the cache has the shape {tuple(cache.k.shape)} and this call needs {shape} "
             "(layers, rows, length, heads, head size); model.new_cache(rows) makes one"
-        )
-    if cache.k.dtype == torch.int8 and not reads_int8:
-        raise GenerationError(
-            "this model does not read an int8 cache; model.pack() and model.quantize() do, or "
-            "pass new_cache() another dtype"
         )
 
 

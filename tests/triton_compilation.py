@@ -104,6 +104,13 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
     for new in (1, 5, time):
         call("attention_with_cache", q[:, :new], cache, cache, lengths, 0.125)
     call("append_to_cache", k, v, cache, cache, lengths, lengths)
+    integers_8, scales = cache.to(torch.int8), torch.zeros(cache.shape[:-1])
+    for new in (1, 5, time):
+        call(
+            "attention_with_cache", q[:, :new], integers_8, integers_8, lengths, 0.125,
+            scales, scales,
+        )  # fmt: skip
+    call("append_to_cache", k, v, integers_8, integers_8, lengths, lengths, scales, scales)
     call("reorder_cache", cache, cache, lengths)
     call("release_rows", lengths, lengths)
 
@@ -147,6 +154,11 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
         call(
             "decode_step", weights, caches, caches, *(integers(count) for _ in "tpl"),
             heads, [0.125], "gelu_new", 1e-5,
+        )  # fmt: skip
+        caches, scales = caches.to(torch.int8), torch.zeros(caches.shape[:-1])
+        call(
+            "decode_step", weights, caches, caches, *(integers(count) for _ in "tpl"),
+            heads, [0.125], "gelu_new", 1e-5, scales, scales,
         )  # fmt: skip
 
 

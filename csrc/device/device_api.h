@@ -17,7 +17,8 @@
 //   named_barrier_arrive(id, threads)
 //   exp2_approx(x)                   within 2 ulp, results below 2^-126 are 0
 //   tanh_approx(x)                   within 2^-11: for 16-bit storage only
-//   to_float(x), from_float<T>(x)    T = float, bf16, fp16; rounds to nearest even
+//   to_float(x), from_float<T>(x)    T = float, bf16, fp16; rounds to nearest even. An int8_t is
+//                                    read alike
 //   pack2<T>(low, high)              two of them in 32 bits
 //   load_vector<N>(pointer)          N elements in one access of N * sizeof(T) bytes, aligned to
 //   store_vector(pointer, vector)    as many
@@ -61,6 +62,7 @@ struct alignas(sizeof(T) * N) Vector {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(int8_t x) { return float(x); }
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);

@@ -5,6 +5,11 @@
 // every row that changes, 3 MiB each way a row and layer of 124M. Nothing is computed: memory is
 // the floor. Not yet run on a GPU.
 //
+// An int8 cache has a float32 factor for each head's entry, whose largest element is stored as 127:
+// 68 bytes a head of 64, where bfloat16 takes 128. Appending to one reads 2 bytes an element (a
+// second time from the L1) and writes 1.06. How it rounds is what csrc/cpu/decode.h does and
+// gpt2fast/ops/int8_cache.py defines. An element that is no number makes the factor none.
+//
 // Reordering in place: a thread owns the same few bytes of all rows, and has read all that it needs
 // of them into shared memory before it writes the first, so that rows may repeat and swap freely
 // and no thread waits for another.
@@ -65,6 +70,58 @@ __global__ void __launch_bounds__(append_threads)
     float values[Vector];
     load_floats<Vector>(args.from[blockIdx.y].at(row, step, head) + column, values);
     store_floats<Vector>(args.cache[blockIdx.y].at(row, entry, head) + column, values);
+}
+
+template <typename From>
+struct NewInt8Entries {
+    NewEntries<From, int8_t> entries;  // a piece is a head's entry
+    Heads<float> scales[2];            // (rows, entries, heads)
+};
+
+// The larger of two; not a number if one of them is none.
+__device__ __forceinline__ float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+// `Lanes` lanes a head's entry, block row y: keys or values.
+template <typename From, int Vector, int Lanes>
+__global__ void __launch_bounds__(append_threads)
+    append_to_int8_cache(const NewInt8Entries<From> args) {
+    const NewEntries<From, int8_t>& entries = args.entries;
+    const unsigned piece = blockIdx.x * (append_threads / Lanes) + threadIdx.x / Lanes;
+    const int first = int(threadIdx.x % Lanes) * Vector;
+    const int64_t head = piece % unsigned(entries.heads);
+    const int64_t step = piece / unsigned(entries.heads) % unsigned(entries.time);
+    const int64_t row = piece / unsigned(entries.heads) / unsigned(entries.time);
+    // Lanes that have nothing to store stay for the shuffles.
+    bool stored = piece < entries.pieces;
+    if (stored && entries.counts.data != nullptr) stored = step < entries.counts[row];
+    const int64_t entry = stored ? entries.lengths[row] + step : 0;
+    if (entry < 0 || entry >= entries.entries) __trap();
+    const From* from = entries.from[blockIdx.y].at(row, step, head);
+    float values[Vector];
+    float largest = 0.0f;
+    for (int c = first; stored && c < entries.head_dim; c += Lanes * Vector) {
+        load_floats<Vector>(from + c, values);
+#pragma unroll
+        for (int i = 0; i < Vector; ++i) largest = larger(largest, fabsf(values[i]));
+    }
+#pragma unroll
+    for (int distance = Lanes / 2; distance > 0; distance /= 2) {
+        largest = larger(largest, __shfl_xor_sync(all_lanes, largest, distance));
+    }
+    if (!stored) return;
+    // An entry of zeros has the factor 0.
+    const float inverse = 127.0f / fmaxf(largest, 1e-30f);
+    int8_t* to = entries.cache[blockIdx.y].at(row, entry, head);
+    for (int c = first; c < entries.head_dim; c += Lanes * Vector) {
+        load_floats<Vector>(from + c, values);
+        device::Vector<int8_t, Vector> rounded;
+#pragma unroll
+        for (int i = 0; i < Vector; ++i) {
+            rounded.v[i] = int8_t(fminf(fmaxf(rintf(values[i] * inverse), -127.0f), 127.0f));
+        }
+        store_vector(to + c, rounded);
+    }
+    if (first == 0) *args.scales[blockIdx.y].at(row, entry, head) = largest / 127.0f;
 }
 
 template <typename T>

@@ -2,7 +2,9 @@
 //
 // Each of a row's entries is read once a tile of queries: 2 * head size * (lengths + T) elements a
 // head, 4 operations an element and query, so that reading is the floor (124M in bfloat16, 1024
-// entries: 3 MiB a row and layer, 0.7 us at 4.8 TB/s). Not yet run on a GPU.
+// entries: 3 MiB a row and layer, 0.7 us at 4.8 TB/s). An int8 entry of 64 elements takes 68 bytes
+// with its factor, 0.53 of bfloat16's 128: 1.6 MiB, 0.35 us. Factors multiply scores and weights, not
+// elements, each of which costs two instructions more. Not yet run on a GPU.
 //
 // The entries of a row are split among blocks ("flash decoding", Dao et al., 2023), as many as the
 // shape asks for; how many entries a block takes follows from the row's length, so that one launch
@@ -28,11 +30,38 @@ struct CachedAttentionArgs {
     Storage q_storage;
     int64_t q_row_stride, q_time_stride, q_head_stride;
     Heads<const C> k, v;
+    Heads<const float> k_scales, v_scales;  // of int8 caches: (rows, entries, heads)
     Integers lengths;
     float* partials;    // (batch, time, heads, splits, head_dim + 2)
     unsigned* tickets;  // (batch, gridDim.y) zeros
     int time, heads, head_dim, entries, splits;
     float scale;  // times log2(e)
+};
+
+// Consecutive elements of an entry, as they were loaded.
+template <typename C, int Width, bool InWords = std::is_same_v<C, int8_t> && Width % 4 == 0>
+struct Elements {
+    Vector<C, Width> loaded;
+
+    __device__ __forceinline__ void load(const C* from) { loaded = load_vector<Width>(from); }
+    __device__ __forceinline__ float operator[](int i) const { return to_float(loaded.v[i]); }
+};
+
+// Of int8: four stay in a word until they are used, since the compiler takes bytes apart at once,
+// into more registers than there are. The number 2^23 + 128 + x ends in the byte of x, its sign bit
+// flipped: a permutation and a subtraction, where conversions are among the slow instructions.
+template <int Width>
+struct Elements<int8_t, Width, true> {
+    Vector<uint32_t, Width / 4> loaded;
+
+    __device__ __forceinline__ void load(const int8_t* from) {
+        loaded = load_vector<Width / 4>(reinterpret_cast<const uint32_t*>(from));
+    }
+    __device__ __forceinline__ float operator[](int i) const {
+        const uint32_t flipped = loaded.v[i / 4] ^ 0x80808080u;
+        const uint32_t bits = __byte_perm(flipped, 0x4B000000u, 0x7650u | unsigned(i % 4));
+        return __uint_as_float(bits) - (8388608.0f + 128.0f);
+    }
 };
 
 // What a set of entries adds up to: sum_s 2^(score_s - maximum) * (1, v_s).
@@ -72,6 +101,7 @@ __global__ void __launch_bounds__(cached_attention_threads)
     constexpr int values = Width * Vectors;
     constexpr int groups = cached_attention_threads / Lanes;
     constexpr int unroll = cached_attention_unroll;
+    constexpr bool is_int8 = std::is_same_v<C, int8_t>;
     const int head = int(blockIdx.y) % args.heads;
     const int first_query = int(blockIdx.y) / args.heads * Queries;
     const int64_t row = blockIdx.z;
@@ -109,7 +139,8 @@ __global__ void __launch_bounds__(cached_attention_threads)
 
     SoftmaxSum<values> sums[Queries];
     for (int base = begin; base < end; base += step) {
-        Vector<C, Width> k[unroll][Vectors], v[unroll][Vectors];
+        Elements<C, Width> k[unroll][Vectors], v[unroll][Vectors];
+        float k_scales[unroll], v_scales[unroll];
 #pragma unroll
         for (int u = 0; u < unroll; ++u) {
             const int entry = base + u * groups + group;
@@ -117,11 +148,15 @@ __global__ void __launch_bounds__(cached_attention_threads)
             for (int i = 0; i < Vectors; ++i) {
                 const int c = column + i * Lanes * Width;
                 if (entry < end && c < head_dim) {
-                    k[u][i] = load_vector<Width>(args.k.at(row, entry, head) + c);
-                    v[u][i] = load_vector<Width>(args.v.at(row, entry, head) + c);
+                    k[u][i].load(args.k.at(row, entry, head) + c);
+                    v[u][i].load(args.v.at(row, entry, head) + c);
                 } else {
-                    k[u][i] = v[u][i] = Vector<C, Width>{};
+                    k[u][i] = v[u][i] = Elements<C, Width>{};
                 }
+            }
+            if constexpr (is_int8) {
+                k_scales[u] = entry < end ? *args.k_scales.at(row, entry, head) : 0.0f;
+                v_scales[u] = entry < end ? *args.v_scales.at(row, entry, head) : 0.0f;
             }
         }
 #pragma unroll
@@ -133,12 +168,13 @@ __global__ void __launch_bounds__(cached_attention_threads)
                 float score = 0.0f;
 #pragma unroll
                 for (int i = 0; i < values; ++i) {
-                    score += q[j][i] * to_float(k[u][i / Width].v[i % Width]);
+                    score += q[j][i] * k[u][i / Width][i % Width];
                 }
 #pragma unroll
                 for (int distance = Lanes / 2; distance > 0; distance /= 2) {
                     score += __shfl_xor_sync(all_lanes, score, distance);
                 }
+                if constexpr (is_int8) score *= k_scales[u];
                 const int entry = base + u * groups + group;
                 scores[u] = entry < min(end, seen_by(j)) ? score : -INFINITY;
                 highest = fmaxf(highest, scores[u]);
@@ -153,9 +189,11 @@ __global__ void __launch_bounds__(cached_attention_threads)
                                          ? 0.0f
                                          : exp2_approx(scores[u] - sums[j].maximum);
                 sums[j].total += weight;
+                float factor = weight;
+                if constexpr (is_int8) factor *= v_scales[u];
 #pragma unroll
                 for (int i = 0; i < values; ++i) {
-                    sums[j].values[i] += weight * to_float(v[u][i / Width].v[i % Width]);
+                    sums[j].values[i] += factor * v[u][i / Width][i % Width];
                 }
             }
         }

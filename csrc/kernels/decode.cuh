@@ -1,6 +1,7 @@
 // One whole step of GPT-2 for one new token of each row: embedding; for each layer normalisation,
 // queries, keys and values; attention (cached_attention.cuh); projection; normalisation, inner
-// layer with GELU; projection; then normalisation and logits. Five launches a layer.
+// layer with GELU; projection; then normalisation and logits. Five launches a layer; six with an
+// int8 cache, since a factor needs all elements of a head, which several blocks compute.
 //
 // Every weight is read once for up to 8 rows (124M in bfloat16: 248 MB, 52 us at 4.8 TB/s; a launch
 // in a CUDA graph costs about 1.3 us, 62 of them 80 us). 2 operations a weight and row: reading is
@@ -126,7 +127,7 @@ __device__ __forceinline__ void read_activations(const DecodedRows<T>& args, int
 }
 
 // What becomes of a product and its bias.
-enum class ProductResult { split, activated, added };
+enum class ProductResult { split, stored, activated, added };
 
 template <typename T>
 struct DecodeProduct {
@@ -139,7 +140,7 @@ struct DecodeProduct {
     float* partials;    // (gridDim.x, gridDim.y, Rows, outputs of a block)
     unsigned* tickets;  // (gridDim.x) zeros
     ProductResult result;
-    float* out;  // activated: gelu of the product; added: to what is there already
+    float* out;  // stored: the product; activated: its gelu; added: to what is there already
     int64_t out_stride;
     // split: queries go to out, keys and values into the cache behind each row's end
     void* cache[2];
@@ -156,6 +157,10 @@ __device__ __forceinline__ void finish_product(const DecodeProduct<T>& args, int
     value += to_float(args.bias[column]);
     if (args.result == ProductResult::added) {
         args.out[row * args.out_stride + column] += value;
+        return;
+    }
+    if (args.result == ProductResult::stored) {
+        args.out[row * args.out_stride + column] = value;
         return;
     }
     if (args.result == ProductResult::activated) {

@@ -32,8 +32,9 @@ unsigned counted(int64_t pieces) {
     return unsigned(pieces);
 }
 
-template <typename From, typename To, int Vector>
-void launch_append(const AppendToCache& args, cudaStream_t stream) {
+// Without how many pieces there are.
+template <typename From, typename To>
+NewEntries<From, To> new_entries(const AppendToCache& args) {
     NewEntries<From, To> entries{};
     for (int i = 0; i < 2; ++i) {
         entries.from[i] = typed<const From>(args.from[i]);
@@ -45,10 +46,34 @@ void launch_append(const AppendToCache& args, cudaStream_t stream) {
     entries.heads = int(args.heads);
     entries.head_dim = int(args.head_dim);
     entries.entries = int(args.entries);
+    return entries;
+}
+
+template <typename From, typename To, int Vector>
+void launch_append(const AppendToCache& args, cudaStream_t stream) {
+    NewEntries<From, To> entries = new_entries<From, To>(args);
     entries.pieces = counted(args.batch * args.time * args.heads * (args.head_dim / Vector));
     device::launch(&kernels::append_to_cache<From, To, Vector>,
                    dim3(unsigned(ceil_div(entries.pieces, append_threads)), 2),
                    dim3(append_threads), 0, stream, entries);
+}
+
+template <typename From, int Vector, int Lanes>
+void launch_int8_append(const AppendToCache& args, cudaStream_t stream) {
+    NewInt8Entries<From> given{new_entries<From, int8_t>(args), {}};
+    for (int i = 0; i < 2; ++i) given.scales[i] = typed<float>(args.scales[i]);
+    given.entries.pieces = counted(args.batch * args.time * args.heads);
+    device::launch(&append_to_int8_cache<From, Vector, Lanes>,
+                   dim3(unsigned(ceil_div(given.entries.pieces, append_threads / Lanes)), 2),
+                   dim3(append_threads), 0, stream, given);
+}
+
+// Whether int8 entries can be written append_vector elements at a time.
+bool is_written_by_vectors(const HeadsOf& cache) {
+    return (reinterpret_cast<uintptr_t>(cache.data) | uint64_t(cache.row_stride) |
+            uint64_t(cache.entry_stride) | uint64_t(cache.head_stride)) %
+               append_vector ==
+           0;
 }
 
 // How many bytes of shared memory a block of the reordering kernel may take: two fit into an SM.
@@ -97,16 +122,28 @@ bool moves_by(const ReorderCache& args, int64_t bytes) {
 
 void append_to_cache(const AppendToCache& args, void* stream) {
     if (args.batch * args.time * args.heads * args.head_dim == 0) return;
+    const bool to_int8 = args.cache_dtype == DType::int8;
     const bool aligned = [&] {
         if (args.head_dim % append_vector != 0) return false;
         for (int i = 0; i < 2; ++i) {
             if (!is_aligned(args.from[i], args.head_dim, size_of(args.dtype)) ||
-                !is_aligned(args.cache[i], args.head_dim, size_of(args.cache_dtype))) {
+                !(to_int8 ? is_written_by_vectors(args.cache[i])
+                          : is_aligned(args.cache[i], args.head_dim, size_of(args.cache_dtype)))) {
                 return false;
             }
         }
         return true;
     }();
+    if (to_int8) {
+        if (args.scales[0].data == nullptr || args.scales[1].data == nullptr) {
+            throw std::invalid_argument("an int8 cache without factors");
+        }
+        return with_float(args.dtype, [&](auto from) {
+            using From = typename decltype(from)::type;
+            if (aligned) return launch_int8_append<From, append_vector, 8>(args, stream_of(stream));
+            launch_int8_append<From, 1, 32>(args, stream_of(stream));
+        });
+    }
     with_float(args.dtype, [&](auto from) {
         with_float(args.cache_dtype, [&](auto to) {
             using From = typename decltype(from)::type;

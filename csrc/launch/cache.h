@@ -28,6 +28,7 @@ struct AppendToCache {
     IntegersOf counts;  // or null
     int64_t batch, time, heads, head_dim, entries;
     DType dtype, cache_dtype;
+    HeadsOf scales[2];  // of int8 caches: (batch, entries, heads) float32
 };
 
 struct ReorderCache {

@@ -42,6 +42,8 @@ void launch_tiles(const CachedAttention& args, cudaStream_t stream) {
     given.q_head_stride = args.q.head_stride;
     given.k = typed<C>(args.k);
     given.v = typed<C>(args.v);
+    given.k_scales = typed<float>(args.k_scales);
+    given.v_scales = typed<float>(args.v_scales);
     given.lengths = {args.lengths.data, args.lengths.stride};
     given.partials = args.partials;
     given.tickets = args.tickets;
@@ -60,7 +62,8 @@ void launch_tiles(const CachedAttention& args, cudaStream_t stream) {
 
 template <typename C, int Queries>
 void launch_lanes(const CachedAttention& args, cudaStream_t stream) {
-    constexpr int width = 16 / int(sizeof(C));
+    // 16 bytes, but of int8 only where one query leaves registers for as many sums.
+    constexpr int width = sizeof(C) > 1 || Queries == 1 ? 16 / int(sizeof(C)) : 8;
     const auto aligned = [&](const ConstHeadsOf& heads) {
         return is_vector_aligned(heads.data, args.head_dim, heads.row_stride, sizeof(C)) &&
                is_vector_aligned(heads.data, args.head_dim, heads.entry_stride, sizeof(C)) &&
@@ -70,11 +73,13 @@ void launch_lanes(const CachedAttention& args, cudaStream_t stream) {
     if (!aligned(args.k) || !aligned(args.v)) {
         return launch_tiles<C, 1, 32, cached_attention_head_dim / 32, Queries>(args, stream);
     }
-    if constexpr (width == 8) {
+    if constexpr (width >= 8) {
         if (lanes <= 4) return launch_tiles<C, width, 4, 1, Queries>(args, stream);
     }
     if (lanes <= 8) return launch_tiles<C, width, 8, 1, Queries>(args, stream);
-    if (lanes <= 16) return launch_tiles<C, width, 16, 1, Queries>(args, stream);
+    if constexpr (width <= 8) {
+        if (lanes <= 16) return launch_tiles<C, width, 16, 1, Queries>(args, stream);
+    }
     if constexpr (width == 4) return launch_tiles<C, width, 32, 1, Queries>(args, stream);
 }
 
@@ -98,11 +103,16 @@ void cached_attention(const CachedAttention& args, void* stream) {
     if (args.batch > 65535 || tiles(args) > 65535) {
         throw std::invalid_argument("more rows or queries than a grid has blocks");
     }
-    with_float(args.cache_dtype, [&](auto cache) {
+    const auto launch_cache = [&](auto cache) {
         using C = typename decltype(cache)::type;
         if (args.time == 1) return launch_lanes<C, 1>(args, stream_of(stream));
         launch_lanes<C, tile>(args, stream_of(stream));
-    });
+    };
+    if (args.cache_dtype != DType::int8) return with_float(args.cache_dtype, launch_cache);
+    if (args.k_scales.data == nullptr || args.v_scales.data == nullptr) {
+        throw std::invalid_argument("an int8 cache without factors");
+    }
+    launch_cache(TypeOf<int8_t>{});
 }
 
 }  // namespace gpt2fast::launch

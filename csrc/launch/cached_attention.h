@@ -15,6 +15,7 @@ struct CachedAttention {
     int64_t batch, time, heads, head_dim, entries;
     float scale;
     DType dtype, cache_dtype;
+    ConstHeadsOf k_scales, v_scales;  // of int8 caches: (batch, entries, heads) float32
 };
 
 // Heads of more elements are refused.

@@ -41,6 +41,11 @@ void with_rows(int64_t rows, Function function) {
     function(std::integral_constant<int, 8>{});
 }
 
+bool is_int8(const DecodeStep& args) { return args.cache_dtype == DType::int8; }
+
+// Between the queries of two rows. Keys and values lie behind them until int8 caches take them.
+int64_t q_stride(const DecodeStep& args) { return is_int8(args) ? 3 * args.width : args.width; }
+
 // Of the work that a step needs, in floats.
 struct Work {
     int64_t x, q, attended, inner, partials, attention, total;
@@ -80,7 +85,7 @@ Work work_of(const DecodeStep& args) {
     const auto padded = [](int64_t floats) { return ceil_div(floats, 4) * 4; };
     Work work{};
     work.q = work.x + padded(args.batch * args.width);
-    work.attended = work.q + padded(args.batch * args.width);
+    work.attended = work.q + padded(args.batch * q_stride(args));
     work.inner = work.attended + padded(args.batch * args.width);
     work.partials = work.inner + padded(args.batch * args.inner);
     work.attention = work.partials + padded(partials);
@@ -138,7 +143,7 @@ void launch_product(const DecodeStep& args, const DecodeLayer& layer, const Prod
         given.cache_entry_stride[i] = layer.cache[i].entry_stride;
         given.cache_head_stride[i] = layer.cache[i].head_stride;
     }
-    given.cache_storage = storage_of(args.cache_dtype);
+    if (!is_int8(args)) given.cache_storage = storage_of(args.cache_dtype);
     given.lengths = {args.lengths.data, args.lengths.stride};
     given.first_row = int(first);
     given.head_dim = int(args.head_dim);
@@ -197,6 +202,24 @@ void launch_logits(const DecodeStep& args, const float* x, cudaStream_t stream) 
     }
 }
 
+AppendToCache new_entries_of(const DecodeStep& args, const DecodeLayer& layer, const float* q) {
+    AppendToCache append{};
+    for (int i = 0; i < 2; ++i) {
+        append.from[i] = {q + (i + 1) * args.width, q_stride(args), q_stride(args), args.head_dim};
+        append.cache[i] = layer.cache[i];
+        append.scales[i] = layer.scales[i];
+    }
+    append.lengths = args.lengths;
+    append.batch = args.batch;
+    append.time = 1;
+    append.heads = args.heads;
+    append.head_dim = args.head_dim;
+    append.entries = args.entries;
+    append.dtype = DType::float32;
+    append.cache_dtype = args.cache_dtype;
+    return append;
+}
+
 template <typename T>
 void launch_step(const DecodeStep& args, void* stream) {
     const Work work = work_of(args);
@@ -212,7 +235,7 @@ void launch_step(const DecodeStep& args, void* stream) {
                    Table<T>{static_cast<const T*>(args.wpe.data), args.wpe.stride, args.wpe_rows},
                    x, int(width));
     CachedAttention attention = attention_of(args);
-    attention.q = {q, width, width, args.head_dim};
+    attention.q = {q, q_stride(args), width, args.head_dim};
     attention.out = attended;
     attention.partials = args.work + work.attention;
     attention.tickets = args.tickets;
@@ -222,12 +245,16 @@ void launch_step(const DecodeStep& args, void* stream) {
             launch_rows<T>(args, layer, of_layer, stream_of(stream));
         };
         product({x, width, layer.ln_1_weight, layer.ln_1_bias, layer.qkv_weight, layer.qkv_bias,
-                 3 * width, ProductResult::split, q, width});
+                 3 * width, is_int8(args) ? ProductResult::stored : ProductResult::split, q,
+                 q_stride(args)});
+        if (is_int8(args)) append_to_cache(new_entries_of(args, layer, q), stream);
         const auto heads = [](const HeadsOf& cache) -> ConstHeadsOf {
             return {cache.data, cache.row_stride, cache.entry_stride, cache.head_stride};
         };
         attention.k = heads(layer.cache[0]);
         attention.v = heads(layer.cache[1]);
+        attention.k_scales = heads(layer.scales[0]);
+        attention.v_scales = heads(layer.scales[1]);
         attention.scale = layer.scale;
         cached_attention(attention, stream);
         product({attended, width, nullptr, nullptr, layer.out_weight, layer.out_bias, width,

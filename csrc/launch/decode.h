@@ -25,6 +25,7 @@ struct DecodeLayer {
     MatrixOf proj_weight;
     const void* proj_bias;
     HeadsOf cache[2];  // keys and values of (batch, entries, heads, head_dim)
+    HeadsOf scales[2];  // of int8 caches: (batch, entries, heads) float32
     float scale;       // of the attention scores
 };
 

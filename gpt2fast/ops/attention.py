@@ -20,7 +20,8 @@ from .backend import Implementation, Op, autocast, statistics_dtype
 from .cuda import attention as on_cuda
 from .cuda import by_device, cuda
 from .cuda import cached_attention as cached_on_cuda
-from .native import native, refuses_tensors
+from .int8_cache import check_scales, read
+from .native import native, refuses_int8, refuses_tensors
 from .triton import triton, unsuitable
 
 
@@ -65,7 +66,13 @@ def causal_attention(
 
 
 def attention_with_cache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of new queries to a cache that already holds their own keys and values.
 
@@ -76,12 +83,17 @@ def attention_with_cache(
             entries 0 .. lengths[b] + t. Of queries that lie past the end of the cache, as padding
             may, the result is unspecified.
         scale: factor on the scores; None means 1 / sqrt(D).
+        k_scales, v_scales: (B, T_max, H) float32 factors of int8 caches.
 
     Returns:
         (B, T, H, D) in q's dtype. Not differentiable.
+
+    Raises:
+        ArgumentError: an int8 cache without factors, or factors that don't fit.
     """
+    check_scales(k_cache, v_cache, k_scales, v_scales)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _cached.call(q, k_cache, v_cache, lengths, scale)
+    return _cached.call(q, k_cache, v_cache, lengths, scale, k_scales, v_scales)
 
 
 def _visible(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -264,24 +276,38 @@ def _native_refuses(*tensors: Tensor) -> str | None:
 
 
 def _cached_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     if q.device.type == "cpu":
         # Only the part in use; elsewhere, reading the longest row's length would wait for the GPU.
         used = min(int(lengths.max()) + q.shape[1], k_cache.shape[1])
         k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
+        if k_scales is not None and v_scales is not None:
+            k_scales, v_scales = k_scales[:, :used], v_scales[:, :used]
     dtype = statistics_dtype(q.dtype)
-    scores = torch.einsum("bthd,bshd->bhts", q.to(dtype), k_cache.to(dtype)) * scale
+    scores = torch.einsum("bthd,bshd->bhts", q.to(dtype), read(k_cache, k_scales, dtype)) * scale
     newest = lengths[:, None] + torch.arange(q.shape[1], device=q.device)
     hidden = torch.arange(k_cache.shape[1], device=q.device) > newest[:, None, :, None]
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
     # Entries past a row's end may hold anything, NaN included; 0 * NaN must not reach the sum.
-    v_cache = v_cache.to(dtype).masked_fill(hidden[:, 0, -1, :, None, None], 0.0)
+    v_cache = read(v_cache, v_scales, dtype).masked_fill(hidden[:, 0, -1, :, None, None], 0.0)
     return torch.einsum("bhts,bshd->bthd", weights, v_cache).to(q.dtype).contiguous()
 
 
 def _cached_native(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     if q.stride(-1) != 1:
         q = q.contiguous()
@@ -289,9 +315,15 @@ def _cached_native(
 
 
 def _cached_native_refuses(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> str | None:
-    reason = refuses_tensors(q) or refuses_tensors(k_cache, v_cache)
+    reason = refuses_tensors(q) or refuses_int8(k_cache) or refuses_tensors(k_cache, v_cache)
     if reason is None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
         return "the native kernels read caches whose last dimension is contiguous"
     return reason
@@ -326,9 +358,15 @@ def _triton_refuses_backward(
 
 
 def _triton_refuses_cached(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> str | None:
-    return unsuitable(q, k_cache, v_cache, lengths) or _too_wide(q)
+    return unsuitable(q, k_cache, v_cache, lengths, k_scales, v_scales) or _too_wide(q)
 
 
 def _too_wide(q: Tensor) -> str | None:
@@ -376,7 +414,8 @@ _forward = Op(
 )
 _cached = Op(
     "attention_with_cache",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale) -> Tensor",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale, "
+    "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
     native=by_device(
         cpu=native(_cached_native, _cached_native_refuses),
         cuda=cuda(cached_on_cuda.run, cached_on_cuda.refuses),
@@ -419,5 +458,5 @@ def _(grad, q, k, v, out, lse, scale, mask, dropout_p, seed):  # type: ignore[no
 
 
 @_cached.register_fake
-def _(q, k_cache, v_cache, lengths, scale):  # type: ignore[no-untyped-def]
+def _(q, k_cache, v_cache, lengths, scale, k_scales=None, v_scales=None):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape)

@@ -1,7 +1,8 @@
 """Writing, reordering and releasing the rows of a key-value cache.
 
 A cache is a pair of (B, T_max, H, D) tensors a layer, owned by the caller. Row b holds its first
-lengths[b] entries; rows are ragged and what lies behind a row's end is unspecified.
+lengths[b] entries; rows are ragged and what lies behind a row's end is unspecified. Beside an int8
+cache lie the (B, T_max, H) factors of its entries (int8_cache.py).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .backend import Op
-from .cuda import DTYPES, by_device, cuda, kernels
+from .cuda import CACHE_DTYPES, by_device, cuda, kernels
 from .cuda import unsuitable as unsuitable_for_cuda
-from .native import native, refuses_tensors
+from .int8_cache import check_scales, stored
+from .native import native, refuses_int8, refuses_tensors
 from .triton import triton, unsuitable
 
 
@@ -23,6 +25,8 @@ def append_to_cache(
     v_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Store new keys and values behind each row's end: cache[b, lengths[b] + t] = new[b, t].
 
@@ -31,8 +35,13 @@ def append_to_cache(
         k_cache, v_cache: (B, T_max, H, D), written in place.
         lengths: (B,) int64, entries stored before; not changed, so that all layers can share it.
         counts: (B,) int64, how many of the T entries of each row are stored; None means all.
+        k_scales, v_scales: (B, T_max, H) float32 factors of int8 caches, written in place.
+
+    Raises:
+        ArgumentError: an int8 cache without factors, or factors that don't fit.
     """
-    _append.call(k, v, k_cache, v_cache, lengths, counts)
+    check_scales(k_cache, v_cache, k_scales, v_scales)
+    _append.call(k, v, k_cache, v_cache, lengths, counts, k_scales, v_scales)
 
 
 def reorder_cache(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
@@ -62,16 +71,21 @@ def _append_reference(
     v_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     batch, time = k.shape[:2]
     rows = torch.arange(batch, device=k.device)[:, None].expand(batch, time)
     steps = torch.arange(time, device=k.device)
     positions = lengths[:, None] + steps
     if counts is not None:
-        stored = steps < counts[:, None]
-        rows, positions, k, v = rows[stored], positions[stored], k[stored], v[stored]
-    k_cache[rows, positions] = k.to(k_cache.dtype)
-    v_cache[rows, positions] = v.to(v_cache.dtype)
+        kept = steps < counts[:, None]
+        rows, positions, k, v = rows[kept], positions[kept], k[kept], v[kept]
+    for new, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+        if scales is None:
+            cache[rows, positions] = new.to(cache.dtype)
+        else:
+            cache[rows, positions], scales[rows, positions] = stored(new)
 
 
 def _reorder_reference(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
@@ -103,9 +117,12 @@ def _append_native(
     v_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     k, v = _contiguous_heads(k), _contiguous_heads(v)
-    kernels(k).append_to_cache(k, v, k_cache, v_cache, lengths, counts)
+    scales = () if k_scales is None else (k_scales, v_scales)
+    kernels(k).append_to_cache(k, v, k_cache, v_cache, lengths, counts, *scales)
 
 
 def _append_refuses(
@@ -115,9 +132,12 @@ def _append_refuses(
     v_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> str | None:
     return (
         refuses_tensors(k, v)
+        or refuses_int8(k_cache)
         or refuses_tensors(k_cache, v_cache)
         or _refuses_cache(k_cache, v_cache)
     )
@@ -164,11 +184,17 @@ def _append_cuda_refuses(
     v_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> str | None:
     return (
         unsuitable_for_cuda(k, v, one_dtype=True, may_be_empty=True)
-        or unsuitable_for_cuda(k_cache, v_cache, one_dtype=True, may_be_empty=True)
-        or unsuitable_for_cuda(k, k_cache, lengths, counts, may_be_empty=True)
+        or unsuitable_for_cuda(
+            k_cache, v_cache, dtypes=CACHE_DTYPES, one_dtype=True, may_be_empty=True
+        )
+        or unsuitable_for_cuda(
+            k, k_cache, lengths, counts, k_scales, v_scales, dtypes=CACHE_DTYPES, may_be_empty=True
+        )
         or _cuda_refuses_cache(k_cache, v_cache)
         or _cuda_refuses_integers(lengths, counts)
     )
@@ -185,7 +211,7 @@ def _reorder_cuda_refuses(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> str
         return "the CUDA kernel reorders caches that are alike"
     return (
         unsuitable_for_cuda(
-            k_cache, v_cache, rows, dtypes=(*DTYPES, torch.float64, torch.int8), may_be_empty=True
+            k_cache, v_cache, rows, dtypes=(*CACHE_DTYPES, torch.float64), may_be_empty=True
         )
         or _cuda_refuses_cache(k_cache, v_cache)
         or _cuda_refuses_integers(rows)
@@ -201,7 +227,7 @@ def _release_cuda_refuses(lengths: Tensor, rows: Tensor) -> str | None:
 _append = Op(
     "append_to_cache",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
-    "Tensor? counts) -> ()",
+    "Tensor? counts, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
     native=by_device(
         cpu=native(_append_native, _append_refuses),
         cuda=cuda(_append_native, _append_cuda_refuses),
@@ -237,7 +263,7 @@ _release = Op(
 
 
 @_append.register_fake
-def _(k, v, k_cache, v_cache, lengths, counts):  # type: ignore[no-untyped-def]
+def _(k, v, k_cache, v_cache, lengths, counts, k_scales=None, v_scales=None):  # type: ignore[no-untyped-def]
     return None
 
 

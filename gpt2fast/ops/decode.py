@@ -25,6 +25,7 @@ from .cache import append_to_cache
 from .cuda import by_device, cuda
 from .cuda import decode as on_cuda
 from .embedding import embedding
+from .int8_cache import check_scales, read, stored
 from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu
 from .native import CACHE_DTYPES, native
@@ -69,6 +70,8 @@ def decode_step(
     scales: Sequence[float],
     activation: str,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Logits of the token after `tokens`, whose keys and values are stored in the caches.
 
@@ -82,13 +85,18 @@ def decode_step(
         scales: factor on the attention scores of each layer.
         activation: a key of `ACTIVATIONS`.
         eps: of the layer normalisations.
+        k_scales, v_scales: (L, B, T_max, H) float32 factors of int8 caches, written in place.
 
     Returns:
         (B, V) logits. Not differentiable.
+
+    Raises:
+        ArgumentError: an int8 cache without factors, or factors that don't fit.
     """
+    check_scales(k_cache, v_cache, k_scales, v_scales)
     return _decode.call(
         list(weights), k_cache, v_cache, tokens, positions, lengths,
-        n_head, list(scales), activation, eps,
+        n_head, list(scales), activation, eps, k_scales, v_scales,
     )  # fmt: skip
 
 
@@ -103,6 +111,8 @@ def _reference(
     scales: list[float],
     activation: str,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     wte, wpe, *layers, ln_f_weight, ln_f_bias, projection = weights
     x = embedding(tokens[:, None], positions[:, None], wte, wpe)
@@ -116,8 +126,10 @@ def _reference(
         normed, residual = residual_layer_norm(x, residual, ln_1_w, ln_1_b, eps)
         qkv = torch.addmm(qkv_b, normed[:, 0], qkv_w)
         q, k, v = qkv.view(batch, 1, 3, n_head, width // n_head).unbind(2)
-        append_to_cache(k, v, k_cache[layer], v_cache[layer], lengths)
-        attended = attention_with_cache(q, k_cache[layer], v_cache[layer], lengths, scale)
+        caches = k_cache[layer], v_cache[layer]
+        factors = [None if x is None else x[layer] for x in (k_scales, v_scales)]
+        append_to_cache(k, v, *caches, lengths, None, *factors)
+        attended = attention_with_cache(q, *caches, lengths, scale, *factors)
         x = torch.addmm(out_b, attended.view(batch, width), out_w)[:, None]
         normed, residual = residual_layer_norm(x, residual, ln_2_w, ln_2_b, eps)
         if activation == "gelu_new":
@@ -140,9 +152,13 @@ def _triton_refuses(
     scales: list[float],
     activation: str,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> str | None:
     reason = unsuitable(*weights, one_dtype=True)
-    reason = reason or unsuitable(weights[0], k_cache, v_cache, tokens, positions, lengths)
+    reason = reason or unsuitable(
+        weights[0], k_cache, v_cache, tokens, positions, lengths, k_scales, v_scales
+    )
     if reason is None and k_cache.shape[-1] > 128:
         return f"the Triton kernels take heads of size up to 128, not {k_cache.shape[-1]}"
     return reason
@@ -151,7 +167,8 @@ def _triton_refuses(
 _decode = Op(
     "decode_step",
     "(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor tokens, Tensor positions, "
-    "Tensor lengths, int n_head, float[] scales, str activation, float eps) -> Tensor",
+    "Tensor lengths, int n_head, float[] scales, str activation, float eps, "
+    "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor",
     native=by_device(
         cpu=Implementation(_reference, lambda *args: "the CPU's kernels take packed weights"),
         cuda=cuda(on_cuda.run, on_cuda.refuses),
@@ -272,14 +289,17 @@ def _packed_reference(
         ):
             caches = []
             for new, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
-                stored, factors = _stored(new[:, begin:end], cache.dtype)
                 entries = slice(length, length + end - begin)
-                cache[layer, row, entries] = stored[0]
-                used = cache[layer, row : row + 1, : entries.stop].float()
-                if scales is not None:
-                    scales[layer, row, entries] = factors[0]
-                    used = used * scales[layer, row : row + 1, : entries.stop, :, None]
-                caches.append(used)
+                if scales is None:
+                    cache[layer, row, entries] = new[0, begin:end].to(cache.dtype)
+                    factors = None
+                else:
+                    cache[layer, row, entries], scales[layer, row, entries] = stored(
+                        new[0, begin:end]
+                    )
+                    factors = scales[layer, row : row + 1, : entries.stop]
+                used = cache[layer, row : row + 1, : entries.stop]
+                caches.append(read(used, factors, torch.float32))
             at = lengths.new_full((1,), length)
             attended[:, begin:end] = attention_with_cache(
                 q[:, begin:end], caches[0], caches[1], at, scale
@@ -309,14 +329,6 @@ def _packed_reference(
 
 def _as_float(matrix: Matrix) -> Tensor:
     return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix.float()
-
-
-def _stored(entries: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a cache of `dtype` holds of entries (..., D), and their factors (...)."""
-    if dtype != torch.int8:
-        return entries.to(dtype), entries.new_ones(entries.shape[:-1])
-    factors = entries.abs().amax(-1) / 127
-    return (entries / factors.clamp(min=1e-30)[..., None]).round().to(torch.int8), factors
 
 
 _packed = Op(

@@ -193,10 +193,20 @@ def test_cuda_reorders_many_rows(name, rows):
 @needs_simulator
 def test_cuda_stops_at_what_lies_outside():
     k, cache = torch.zeros(2, 3, 1, 4), torch.zeros(2, 5, 1, 4)
+    narrow, scales = cache.to(torch.int8), torch.zeros(2, 5, 1)
     with backend("simulator"):
-        for lengths in ([2, 3], [-1, 0]):
+        for lengths in map(torch.tensor, ([2, 3], [-1, 0])):
             with pytest.raises(RuntimeError, match="__trap"):
-                ops.append_to_cache(k, k, cache, cache.clone(), torch.tensor(lengths))
+                ops.append_to_cache(k, k, cache, cache.clone(), lengths)
+            with pytest.raises(RuntimeError, match="__trap"):
+                ops.append_to_cache(k, k, narrow, narrow.clone(), lengths, None, scales, scales)
+        kernels = torch.ops.gpt2fast_cuda
+        with pytest.raises(RuntimeError, match="k_scales are missing"):
+            kernels.append_to_cache(k, k, narrow, narrow, lengths, None)
+        with pytest.raises(RuntimeError, match="belong to int8 caches only"):
+            kernels.attention_with_cache(k, cache, cache, lengths, 1.0, scales, scales)
+        with pytest.raises(RuntimeError, match="a factor for each head's entry"):
+            kernels.attention_with_cache(k, narrow, narrow, lengths, 1.0, scales[:, 1:], scales)
         with pytest.raises(RuntimeError, match="__trap"):
             ops.reorder_cache(cache, cache.clone(), torch.tensor([0, 2]))
         with pytest.raises(RuntimeError, match="__trap"):

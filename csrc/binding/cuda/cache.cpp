@@ -5,7 +5,8 @@ namespace gpt2fast::binding {
 namespace {
 
 void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths,
-                     std::optional<Tensor> counts) {
+                     std::optional<Tensor> counts, std::optional<Tensor> k_scales,
+                     std::optional<Tensor> v_scales) {
     const OnDeviceOf on(k_cache);
     STD_TORCH_CHECK(same_sizes(k, v) && same_sizes(k_cache, v_cache) &&
                         same_sizes(k, k_cache, 2) && k.size(0) == k_cache.size(0) &&
@@ -27,6 +28,8 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
     if (counts.has_value()) args.counts = integers_of(*counts, "counts", args.batch);
     args.dtype = dtype_of(k);
     args.cache_dtype = dtype_of(k_cache);
+    args.scales[0] = scales_of(k_scales, k_cache, "k_scales");
+    args.scales[1] = scales_of(v_scales, v_cache, "v_scales");
     launch::append_to_cache(args, on.stream);
 }
 
@@ -62,7 +65,8 @@ void release_rows(Tensor lengths, Tensor rows) {
 STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
     m.def(
         "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor lengths, Tensor? counts) -> ()");
+        "Tensor lengths, Tensor? counts, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) "
+        "-> ()");
     m.def("reorder_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()");
     m.def("release_rows(Tensor(a!) lengths, Tensor rows) -> ()");
 }

@@ -7,7 +7,8 @@ namespace gpt2fast::binding {
 namespace {
 
 Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
-                            double scale) {
+                            double scale, std::optional<Tensor> k_scales,
+                            std::optional<Tensor> v_scales) {
     const OnDeviceOf on(q);
     STD_TORCH_CHECK(same_sizes(k_cache, v_cache) && same_sizes(q, k_cache, 2) &&
                         q.size(0) == k_cache.size(0) &&
@@ -27,6 +28,8 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
     args.scale = float(scale);
     args.dtype = dtype_of(q);
     args.cache_dtype = dtype_of(k_cache);
+    args.k_scales = const_scales_of(k_scales, k_cache, "k_scales");
+    args.v_scales = const_scales_of(v_scales, v_cache, "v_scales");
     Tensor out = torch::stable::new_empty(q, q.sizes());
     args.out = out.mutable_data_ptr();
     Tensor partials = floats(q, {launch::cached_attention_partials(args)});
@@ -42,7 +45,7 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
 STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
     m.def(
         "attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
-        "float scale) -> Tensor");
+        "float scale, Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor");
 }
 
 GPT2FAST_CUDA_IMPL(m) { m.impl("attention_with_cache", TORCH_BOX(&attention_with_cache)); }

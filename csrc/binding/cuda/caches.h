@@ -23,6 +23,29 @@ inline launch::HeadsOf mutable_heads_of(const Tensor& x, const char* name) {
     return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// The factors of an int8 cache, (rows, entries, heads) as the cache; nothing of another cache.
+inline launch::HeadsOf scales_of(const std::optional<Tensor>& x, const Tensor& cache,
+                                 const char* name) {
+    const bool wanted = cache.scalar_type() == ScalarType::Char;
+    STD_TORCH_CHECK(x.has_value() == wanted, "gpt2fast: ", name,
+                    wanted ? " are missing: the cache is int8" : " belong to int8 caches only");
+    if (!wanted) return {};
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->dim() == cache.dim() - 1,
+                    "gpt2fast: ", name, " must be float32, one for each head's entry");
+    for (int64_t i = 0; i < x->dim(); ++i) {
+        STD_TORCH_CHECK(x->size(i) == cache.size(i), "gpt2fast: ", name, " must be a factor for ",
+                        "each head's entry of the cache");
+    }
+    const int64_t first = x->dim() - 3;  // behind the layers, if there are any
+    return {x->mutable_data_ptr(), x->stride(first), x->stride(first + 1), x->stride(first + 2)};
+}
+
+inline launch::ConstHeadsOf const_scales_of(const std::optional<Tensor>& x, const Tensor& cache,
+                                            const char* name) {
+    const launch::HeadsOf scales = scales_of(x, cache, name);
+    return {scales.data, scales.row_stride, scales.entry_stride, scales.head_stride};
+}
+
 // Of an int64 vector of `count` elements, or of any number if that is negative.
 inline launch::IntegersOf integers_of(const Tensor& x, const char* name, int64_t count) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 &&

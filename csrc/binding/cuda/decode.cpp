@@ -20,9 +20,17 @@ launch::HeadsOf layer_of(const Tensor& cache, size_t layer) {
     return {data + bytes, cache.stride(1), cache.stride(2), cache.stride(3)};
 }
 
+launch::HeadsOf layer_of(const std::optional<Tensor>& scales, launch::HeadsOf all, size_t layer) {
+    if (scales.has_value()) {
+        all.data = static_cast<float*>(all.data) + int64_t(layer) * scales->stride(0);
+    }
+    return all;
+}
+
 // The weights as gpt2fast/ops/decode.py lists them; vectors are contiguous.
 Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, Tensor tokens,
-                   Tensor positions, Tensor lengths, std::vector<double> scales, double eps) {
+                   Tensor positions, Tensor lengths, std::vector<double> scales, double eps,
+                   std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
     const Tensor& wte = weights[0];
     const OnDeviceOf on(wte);
     STD_TORCH_CHECK(weights.size() == 5 + layer_weights * scales.size(),
@@ -33,6 +41,8 @@ Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, 
                         k_cache.size(1) == tokens.numel() &&
                         k_cache.size(3) * k_cache.size(4) == wte.size(1),
                     "gpt2fast: caches must be (layers, rows, entries, heads, head size)");
+    const launch::HeadsOf factors[] = {scales_of(k_scales, k_cache, "k_scales"),
+                                       scales_of(v_scales, v_cache, "v_scales")};
     launch::DecodeStep args{};
     std::vector<launch::DecodeLayer> layers(scales.size());
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -41,7 +51,9 @@ Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, 
         layers[i] = {vector(0), vector(1), matrix_of(of_layer[2]),  vector(3),
                      matrix_of(of_layer[4]), vector(5), vector(6), vector(7),
                      matrix_of(of_layer[8]), vector(9), matrix_of(of_layer[10]), vector(11),
-                     {layer_of(k_cache, i), layer_of(v_cache, i)}, float(scales[i])};
+                     {layer_of(k_cache, i), layer_of(v_cache, i)},
+                     {layer_of(k_scales, factors[0], i), layer_of(v_scales, factors[1], i)},
+                     float(scales[i])};
         args.inner = of_layer[8].size(1);
     }
     const Tensor* last = weights.data() + weights.size() - 3;
@@ -81,7 +93,8 @@ Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, 
 STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
     m.def(
         "decode_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor tokens, "
-        "Tensor positions, Tensor lengths, float[] scales, float eps) -> Tensor");
+        "Tensor positions, Tensor lengths, float[] scales, float eps, "
+        "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor");
 }
 
 GPT2FAST_CUDA_IMPL(m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }

@@ -65,6 +65,98 @@ void append(HeadsShape cache_shape, int64_t time, const std::vector<int64_t>& le
     }
 }
 
+// As `append`; entries of 8 bits are compared with csrc/cpu/decode.h's rounding.
+template <class From>
+void append_int8(HeadsShape cache_shape, int64_t time, const std::vector<int64_t>& lengths,
+                 const std::vector<int64_t>& counts, int64_t offset = 0) {
+    const std::string what = name_of<From>() + " to int8, head size " +
+                             std::to_string(cache_shape.head_dim) + ", offset " +
+                             std::to_string(offset);
+    Random random;
+    HeadsShape shape = cache_shape;
+    shape.entries = time;
+    CacheMemory<From> packed(shape, 3);
+    for (int64_t row = 0; row < shape.rows; ++row) {
+        for (int64_t step = 0; step < time; ++step) packed.fill(random, row, step);
+    }
+    for (int64_t d = 0; d < shape.head_dim; ++d) {
+        packed.at(1, 0, 0, 0, d) = device::from_float<From>(0.0f);
+    }
+    CacheMemory<int8_t> k_cache(cache_shape, 1, offset), v_cache(cache_shape, 1, offset);
+    CacheMemory<float> k_scales = factors(cache_shape), v_scales = factors(cache_shape);
+    const Buffer<int64_t> length = integers(lengths), count = integers(counts);
+    launch::AppendToCache args{};
+    args.from[0] = packed.const_heads(1);
+    args.from[1] = packed.const_heads(2);
+    args.cache[0] = k_cache.heads(0);
+    args.cache[1] = v_cache.heads(0);
+    args.scales[0] = k_scales.heads(0);
+    args.scales[1] = v_scales.heads(0);
+    args.lengths = {length.data(), 1};
+    if (!counts.empty()) args.counts = {count.data(), 1};
+    args.batch = shape.rows;
+    args.time = time;
+    args.heads = shape.heads;
+    args.head_dim = shape.head_dim;
+    args.entries = cache_shape.entries;
+    args.dtype = dtype_of<From>;
+    args.cache_dtype = dtype_of<int8_t>;
+    launch::append_to_cache(args, nullptr);
+    for (int part = 0; part < 2; ++part) {
+        CacheMemory<int8_t>& cache = part == 0 ? k_cache : v_cache;
+        CacheMemory<float>& scales = part == 0 ? k_scales : v_scales;
+        for (int64_t row = 0; row < shape.rows; ++row) {
+            const int64_t begin = lengths[size_t(row)];
+            const int64_t stored =
+                counts.empty() ? time : std::clamp<int64_t>(counts[size_t(row)], 0, time);
+            for (int64_t entry = 0; entry < cache_shape.entries; ++entry) {
+                for (int64_t head = 0; head < shape.heads; ++head) {
+                    const float scale = scales.at(0, row, entry, head, 0);
+                    if (entry < begin || entry >= begin + stored) {
+                        expect(std::isnan(scale), what + ": wrote a factor too many");
+                        for (int64_t d = 0; d < shape.head_dim; ++d) {
+                            expect(cache.at(0, row, entry, head, d) == -1,
+                                   what + ": wrote an entry too many");
+                        }
+                        continue;
+                    }
+                    const auto given = [&](int64_t d) {
+                        return device::to_float(packed.at(1 + part, row, entry - begin, head, d));
+                    };
+                    float most = 0.0f;
+                    for (int64_t d = 0; d < shape.head_dim; ++d) {
+                        most = std::max(most, std::fabs(given(d)));
+                    }
+                    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+                    expect(scale == most / 127.0f, what + ": another factor");
+                    for (int64_t d = 0; d < shape.head_dim; ++d) {
+                        expect(cache.at(0, row, entry, head, d) == std::lrint(given(d) * inverse),
+                               what + ": another number");
+                    }
+                }
+            }
+        }
+    }
+}
+
+CASE("append_to_cache in 8 bits: ragged rows, odd and unaligned heads") {
+    append_int8<bf16>({4, 16, 2, 64}, 7, {0, 3, 9, 15}, {7, 0, 3, -1});
+    append_int8<float>({3, 300, 12, 64}, 1, {299, 0, 17}, {});
+    append_int8<fp16>({2, 9, 3, 40}, 2, {1, 7}, {});
+    append_int8<bf16>({2, 9, 3, 5}, 2, {1, 7}, {});
+    append_int8<float>({2, 9, 3, 1}, 2, {1, 7}, {});
+    append_int8<bf16>({1, 9, 1, 136}, 2, {1}, {});
+    append_int8<bf16>({2, 9, 3, 64}, 2, {1, 7}, {}, 1);
+}
+
+CASE("append_to_cache in 8 bits from every dtype") {
+    for (const int64_t head_dim : {16, 5}) {
+        append_int8<float>({1, 3, 1, head_dim}, 1, {1}, {});
+        append_int8<bf16>({1, 3, 1, head_dim}, 1, {1}, {});
+        append_int8<fp16>({1, 3, 1, head_dim}, 1, {1}, {});
+    }
+}
+
 CASE("append_to_cache, ragged rows and counts") {
     append<bf16, bf16>({4, 16, 2, 64}, 7, {0, 3, 9, 5}, {});
     append<bf16, bf16>({4, 16, 2, 64}, 7, {0, 3, 9, 15}, {7, 0, 3, -1});
@@ -103,6 +195,7 @@ CASE("append_to_cache from every dtype to every dtype") {
 
 CASE("append_to_cache past the end of a row") {
     expect_error("__trap", [] { append<float, float>({2, 4, 1, 8}, 2, {0, 3}, {}); });
+    expect_error("__trap", [] { append_int8<float>({2, 4, 1, 8}, 2, {0, 3}, {}); });
 }
 
 // T is as wide as the elements; numbers count up, so that each is there once.

@@ -75,6 +75,7 @@ template <class T, class C>
 void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengths) {
     const auto& [width, inner, heads, vocab, layer_count] = model;
     const int64_t batch = int64_t(lengths.size()), head_dim = width / heads;
+    constexpr bool is_int8 = std::is_same_v<C, int8_t>;
     const float eps = 1e-5f;
     Random random;
     const Rows<T> wte(random, vocab, width, {}, 0.5f), wpe(random, entries, width, {}, 0.3f);
@@ -82,14 +83,17 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
     const Buffer<int64_t> tokens = random.below(vocab, batch), length = integers(lengths);
     std::vector<std::unique_ptr<Layer<T>>> layers;
     std::vector<std::unique_ptr<CacheMemory<C>>> caches;  // keys and values are two parts
+    std::vector<std::unique_ptr<CacheMemory<float>>> scales;  // of int8 caches, likewise
     std::vector<launch::DecodeLayer> given;
     for (int64_t i = 0; i < layer_count; ++i) {
         layers.push_back(std::make_unique<Layer<T>>(random, width, inner));
         caches.push_back(
             std::make_unique<CacheMemory<C>>(HeadsShape{batch, entries, heads, head_dim}, 2));
+        scales.push_back(std::make_unique<CacheMemory<float>>(factors(caches.back()->shape(), 2)));
         for (int64_t row = 0; row < batch; ++row) {
             for (int64_t entry = 0; entry < lengths[size_t(row)]; ++entry) {
                 caches.back()->fill(random, row, entry);
+                scales.back()->fill(random, row, entry, 0.02f);
             }
         }
         const Layer<T>& layer = *layers.back();
@@ -103,6 +107,7 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
                          matrix(layer.fc_weight), layer.fc_bias.data(),
                          matrix(layer.proj_weight), layer.proj_bias.data(),
                          {caches.back()->heads(0), caches.back()->heads(1)},
+                         {scales.back()->heads(0), scales.back()->heads(1)},
                          0.3f / float(i + 1)});
     }
     Buffer<T> logits(batch * vocab);
@@ -144,7 +149,14 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
     }
     for (int64_t i = 0; i < layer_count; ++i) {
         const Layer<T>& layer = *layers[size_t(i)];
-        CacheMemory<C>& cache = *caches[size_t(i)];
+        // A number of the cache as it is read.
+        const auto number = [&](int64_t part, int64_t row, int64_t entry, int64_t c) {
+            const int64_t head = c / head_dim;
+            const double factor =
+                is_int8 ? double(scales[size_t(i)]->at(part, row, entry, head, 0)) : 1.0;
+            return factor *
+                   to_double(caches[size_t(i)]->at(part, row, entry, head, c % head_dim));
+        };
         const Matrix qkv = product(normal(x, layer.ln_1_weight, layer.ln_1_bias, eps),
                                    layer.qkv_weight, layer.qkv_bias, 3 * width);
         Matrix attended(x.size(), std::vector<double>(size_t(width), 0.0));
@@ -158,7 +170,7 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
                     double score = 0;
                     for (int64_t d = 0; d < head_dim; ++d) {
                         score += qkv[size_t(row)][first + size_t(d)] *
-                                 to_double(cache.at(0, row, entry, head, d));
+                                 number(0, row, entry, head * head_dim + d);
                     }
                     weights.push_back(std::exp(score * double(given[size_t(i)].scale)));
                     total += weights.back();
@@ -167,20 +179,21 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
                     for (int64_t d = 0; d < head_dim; ++d) {
                         attended[size_t(row)][first + size_t(d)] +=
                             weights[size_t(entry)] / total *
-                            to_double(cache.at(1, row, entry, head, d));
+                            number(1, row, entry, head * head_dim + d);
                     }
                 }
             }
             for (int64_t part = 0; part < 2; ++part) {
                 for (int64_t c = 0; c < width; ++c) {
                     const double exact = qkv[size_t(row)][size_t((part + 1) * width + c)];
-                    const double stored =
-                        to_double(cache.at(part, row, newest, c / head_dim, c % head_dim));
-                    expect(std::abs(stored - exact) <= 4 * epsilon<C> * (1 + std::abs(exact)),
-                           "a key or a value is another");
+                    const double stored = number(part, row, newest, c);
+                    const double allowed =
+                        is_int8 ? 0.51 * double(scales[size_t(i)]->at(part, row, newest,
+                                                                      c / head_dim, 0))
+                                : 4 * epsilon<C> * (1 + std::abs(exact));
+                    expect(std::abs(stored - exact) <= allowed, "a key or a value is another");
                     expect(newest + 1 == entries ||
-                               std::isnan(to_double(
-                                   cache.at(part, row, newest + 1, c / head_dim, c % head_dim))),
+                               std::isnan(number(part, row, newest + 1, c)),
                            "wrote an entry too many");
                 }
             }
@@ -217,6 +230,12 @@ CASE("decode_step, one row to nine") {
 CASE("decode_step, two layers, a cache in another dtype") {
     step<float, bf16>({32, 64, 1, 33, 2}, 100, {90});
     step<bf16, float>({32, 64, 1, 33, 2}, 4, {1, 2});
+}
+
+CASE("decode_step, a cache of 8 bits") {
+    step<float, int8_t>({64, 128, 2, 33, 2}, 100, {90, 3});
+    step<bf16, int8_t>({32, 64, 1, 33, 1}, 6, {0, 5, 2, 3, 1, 4, 0, 5, 1});
+    step<fp16, int8_t>({30, 50, 2, 31, 1}, 5, {4});
 }
 
 CASE("decode_step of odd widths") {

@@ -39,11 +39,15 @@ public:
     launch::ConstHeadsOf const_heads(int64_t i) {
         return {part(i), row_stride(), entry_stride(), shape_.head_dim};
     }
-    // Entry `entry` of a row becomes random.
+    // Entry `entry` of a row becomes random: as int8, of any size below 128.
     void fill(Random& random, int64_t row, int64_t entry, float scale = 1.0f) {
         for (int64_t i = 0; i < parts_ * width(); ++i) {
-            part(0)[row * row_stride() + entry * entry_stride() + i] =
-                device::from_float<T>(scale * random.normal());
+            T& value = part(0)[row * row_stride() + entry * entry_stride() + i];
+            if constexpr (std::is_same_v<T, int8_t>) {
+                value = int8_t(random.below(255) - 127);
+            } else {
+                value = device::from_float<T>(scale * random.normal());
+            }
         }
     }
     Buffer<T>& memory() { return memory_; }
@@ -55,6 +59,11 @@ private:
     int64_t parts_, offset_;
     Buffer<T> memory_;
 };
+
+// (rows, entries, heads) factors of an int8 cache, NaN until they are set.
+inline CacheMemory<float> factors(const HeadsShape& cache, int64_t parts = 1) {
+    return CacheMemory<float>({cache.rows, cache.entries, cache.heads, 1}, parts);
+}
 
 inline Buffer<int64_t> integers(const std::vector<int64_t>& values) {
     Buffer<int64_t> buffer(int64_t(values.size()));

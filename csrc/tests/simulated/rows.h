@@ -14,11 +14,16 @@ namespace gpt2fast::simulated {
 template <class T>
 constexpr launch::DType dtype_of = std::is_same_v<T, float>  ? launch::DType::float32
                                    : std::is_same_v<T, fp16> ? launch::DType::float16
-                                                             : launch::DType::bfloat16;
+                                   : std::is_same_v<T, bf16> ? launch::DType::bfloat16
+                                                             : launch::DType::int8;
 
 template <class T>
 std::string name_of() {
-    return std::is_same_v<T, float> ? "fp32" : std::is_same_v<T, fp16> ? "fp16" : "bf16";
+    constexpr launch::DType dtype = dtype_of<T>;
+    return dtype == launch::DType::float32    ? "fp32"
+           : dtype == launch::DType::float16  ? "fp16"
+           : dtype == launch::DType::bfloat16 ? "bf16"
+                                              : "int8";
 }
 
 // Where rows lie: `offset` elements behind aligned memory, with `gap` elements between them.

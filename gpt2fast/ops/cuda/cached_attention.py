@@ -5,27 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import kernels, unsuitable
+from . import CACHE_DTYPES, kernels, unsuitable
 
 HEAD_DIM = 128
 """Elements that a head has at most."""
 
 
-def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def run(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
     """`attention_with_cache`."""
     if q.stride(-1) != 1:
         q = q.contiguous()
-    return kernels(q).attention_with_cache(q, k_cache, v_cache, lengths, scale)
+    return kernels(q).attention_with_cache(q, k_cache, v_cache, lengths, scale, k_scales, v_scales)
 
 
 def refuses(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> str | None:
     """Why `run` cannot take these, or None."""
     return (
         unsuitable(q, may_be_empty=True)
-        or unsuitable(k_cache, v_cache, one_dtype=True)
-        or unsuitable(q, k_cache, lengths, may_be_empty=True)
+        or unsuitable(k_cache, v_cache, dtypes=CACHE_DTYPES, one_dtype=True)
+        or unsuitable(
+            q, k_cache, lengths, k_scales, v_scales, dtypes=CACHE_DTYPES, may_be_empty=True
+        )
         or _refuses_shape(q, k_cache, v_cache, lengths)
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import kernels, unsuitable
+from . import CACHE_DTYPES, kernels, unsuitable
 from .cached_attention import HEAD_DIM
 
 ROWS = 64
@@ -26,11 +26,13 @@ def run(
     scales: Sequence[float],
     activation: str,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`decode_step`."""
     weights = [weight.contiguous() if weight.dim() == 1 else weight for weight in weights]
     return kernels(tokens).decode_step(
-        weights, k_cache, v_cache, tokens, positions, lengths, scales, eps
+        weights, k_cache, v_cache, tokens, positions, lengths, scales, eps, k_scales, v_scales
     )
 
 
@@ -45,12 +47,17 @@ def refuses(
     scales: Sequence[float],
     activation: str,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> str | None:
     """Why `run` cannot take these, or None."""
     reason = (
         unsuitable(*weights, one_dtype=True)
-        or unsuitable(k_cache, v_cache, one_dtype=True)
-        or unsuitable(weights[0], k_cache, tokens, positions, lengths)
+        or unsuitable(k_cache, v_cache, dtypes=CACHE_DTYPES, one_dtype=True)
+        or unsuitable(
+            *(weights[0], k_cache, tokens, positions, lengths, k_scales, v_scales),
+            dtypes=CACHE_DTYPES,
+        )
     )
     if reason is not None:
         return reason

@@ -340,10 +340,17 @@ def _share(lengths, b, begin, time, entries, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
+def _factors(scales, stride, keys, end):
+    """The factors of a head's entries `keys`."""
+    return tl.load(scales + keys.to(tl.int64) * stride, mask=keys < end, other=0.0)
+
+
+@triton.jit
 def one_query_kernel(
-    q, k_cache, v_cache, lengths, out, sums, highests, totals,
+    q, k_cache, v_cache, k_scales, v_scales, lengths, out, sums, highests, totals,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    v_stride_b, v_stride_t, v_stride_h, lengths_stride,
+    v_stride_b, v_stride_t, v_stride_h, k_scales_stride_b, k_scales_stride_t, k_scales_stride_h,
+    v_scales_stride_b, v_scales_stride_t, v_scales_stride_h, lengths_stride,
     time, entries, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -363,12 +370,19 @@ def one_query_kernel(
         keys = first + tl.arange(0, BLOCK_N)
         block = _load(k, k_stride_t, first, end, HEAD_DIM, BLOCK_N, BLOCK_D).to(tl.float32)
         values = _load(v, v_stride_t, first, end, HEAD_DIM, BLOCK_N, BLOCK_D).to(tl.float32)
-        scores = tl.where(keys < end, tl.sum(block * query[None, :], 1), -float("inf"))
+        scores = tl.sum(block * query[None, :], 1)
+        if k_scales is not None:
+            at = _head(k_scales, k_scales_stride_b, k_scales_stride_h, b, h)
+            scores *= _factors(at, k_scales_stride_t, keys, end)
+        scores = tl.where(keys < end, scores, -float("inf"))
         new = tl.maximum(highest, tl.max(scores, 0))
         shift = tl.where(new == -float("inf"), 0.0, new)
         weights = tl.exp2(scores - shift)
         decay = tl.exp2(highest - shift)
         total = total * decay + tl.sum(weights, 0)
+        if v_scales is not None:
+            at = _head(v_scales, v_scales_stride_b, v_scales_stride_h, b, h)
+            weights *= _factors(at, v_scales_stride_t, keys, end)
         sum = sum * decay + tl.sum(values * weights[:, None], 0)
         highest = new
     if sums is None:
@@ -386,9 +400,10 @@ def one_query_kernel(
 
 @triton.jit
 def some_queries_kernel(
-    q, k_cache, v_cache, lengths, out, sums, highests, totals,
+    q, k_cache, v_cache, k_scales, v_scales, lengths, out, sums, highests, totals,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    v_stride_b, v_stride_t, v_stride_h, lengths_stride,
+    v_stride_b, v_stride_t, v_stride_h, k_scales_stride_b, k_scales_stride_t, k_scales_stride_h,
+    v_scales_stride_b, v_scales_stride_t, v_scales_stride_h, lengths_stride,
     time, entries, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -420,7 +435,13 @@ def some_queries_kernel(
         if mixed:
             block = block.to(tl.float32)
             values = values.to(tl.float32)
+        if v_scales is not None:
+            at = _head(v_scales, v_scales_stride_b, v_scales_stride_h, b, h)
+            values *= _factors(at, v_scales_stride_t, keys, end)[:, None]
         scores = dot(queries, tl.trans(block)) * (scale * LOG2_E)
+        if k_scales is not None:
+            at = _head(k_scales, k_scales_stride_b, k_scales_stride_h, b, h)
+            scores *= _factors(at, k_scales_stride_t, keys, end)[None, :]
         visible = (keys[None, :] <= newest[:, None]) & (keys < end)[None, :]
         scores = tl.where(visible, scores, -float("inf"))
         new = tl.maximum(highest, tl.max(scores, 1))
@@ -551,13 +572,25 @@ def backward(
 
 
 def with_cache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     (q,) = _readable(q)
     batch, time, heads, width = q.shape
     entries = k_cache.shape[1]
     out = q.new_empty(q.shape)
     element_size = max(q.element_size(), k_cache.element_size(), v_cache.element_size())
+    strides = _strides(q, k_cache, v_cache)
+    if k_scales is None or v_scales is None:
+        strides += [0] * 6
+    else:
+        strides += [*k_scales.stride(), *v_scales.stride()]
+        element_size = 4  # what int8 becomes when several queries multiply it
     launch = settings(
         "attention_with_cache", q.device, element_size=element_size, head_dim=width, queries=time
     )
@@ -572,8 +605,8 @@ def with_cache(
         highests, totals = (q.new_empty(parts, dtype=torch.float32) for _ in range(2))
     kernel = one_query_kernel if time == 1 else some_queries_kernel
     kernel[(programs, shares)](
-        q, k_cache, v_cache, lengths, out, sums, highests, totals,
-        *_strides(q, k_cache, v_cache), lengths.stride(0), time, entries, heads, scale,
+        q, k_cache, v_cache, k_scales, v_scales, lengths, out, sums, highests, totals,
+        *strides, lengths.stride(0), time, entries, heads, scale,
         HEAD_DIM=width, BLOCK_D=_padded(width), **launch,
     )  # fmt: skip
     if shares > 1:

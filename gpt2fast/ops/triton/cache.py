@@ -1,8 +1,10 @@
 """Writing, reordering and releasing the rows of a key-value cache, in Triton.
 
 Every entry is read once and written once: the floor is 2 B of traffic for each byte that moves, and
-nothing is copied in between. A reordering reads a slice of all rows before it writes that slice of
-any: no two programs share a slice, so that rows may repeat and trade places.
+nothing is copied in between. An int8 cache takes 1.06 bytes an element, its factors among them, and
+a program has whole heads, since a factor needs all their elements. A reordering reads a slice of
+all rows before it writes that slice of any: no two programs share a slice, so that rows may repeat
+and trade places.
 
 Not yet run on a GPU.
 """
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .language import cast
+from .language import cast, rounded
 from .tuning import settings
 
 
@@ -53,6 +55,70 @@ def append_kernel(
     tl.store(at, cast(new, v_cache.dtype.element_ty), mask=stored)
 
 
+@triton.jit
+def _append_int8(
+    new, cache, scales, b, t, h, place, stored,
+    new_stride_b, new_stride_t, new_stride_h, new_stride_d,
+    cache_stride_b, cache_stride_t, cache_stride_h, cache_stride_d,
+    scales_stride_b, scales_stride_t, scales_stride_h,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of some heads, as ops/int8_cache.py says."""
+    d = tl.arange(0, BLOCK_D)
+    inside = stored[:, None] & (d < HEAD_DIM)[None, :]
+    at = new + b * new_stride_b + t.to(tl.int64) * new_stride_t
+    at += h[:, None] * new_stride_h + d[None, :] * new_stride_d
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    # A maximum may pass over what is no number.
+    largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
+    inverse = tl.div_rn(tl.full(largest.shape, 127.0, tl.float32), tl.maximum(largest, 1e-30))
+    # Infinity times the inverse 0 is no number, and no integer.
+    integers = rounded(x * inverse[:, None])
+    integers = tl.where(integers == integers, tl.clamp(integers, -127.0, 127.0), 0.0)
+    at = cache + b * cache_stride_b + place * cache_stride_t
+    at += h[:, None] * cache_stride_h + d[None, :] * cache_stride_d
+    tl.store(at, integers.to(tl.int8), mask=inside)
+    unknown = tl.max((x != x).to(tl.int32), 1) != 0
+    factor = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+    factor = tl.where(unknown, float("nan"), factor)
+    at = scales + b * scales_stride_b + place * scales_stride_t + h * scales_stride_h
+    tl.store(at, factor, mask=stored)
+
+
+@triton.jit
+def append_int8_kernel(
+    k, v, k_cache, v_cache, k_scales, v_scales, lengths, counts,
+    k_stride_b, k_stride_t, k_stride_h, k_stride_d, v_stride_b, v_stride_t, v_stride_h, v_stride_d,
+    k_cache_stride_b, k_cache_stride_t, k_cache_stride_h, k_cache_stride_d,
+    v_cache_stride_b, v_cache_stride_t, v_cache_stride_h, v_cache_stride_d,
+    k_scales_stride_b, k_scales_stride_t, k_scales_stride_h,
+    v_scales_stride_b, v_scales_stride_t, v_scales_stride_h,
+    lengths_stride, counts_stride, time, entries, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H heads of one new entry, its key and its value."""
+    b = (tl.program_id(0) // time).to(tl.int64)
+    t = tl.program_id(0) % time
+    count = time
+    if counts is not None:
+        count = tl.load(counts + b * counts_stride)
+    place = tl.load(lengths + b * lengths_stride) + t
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    stored = (h < heads) & (t < count) & (place >= 0) & (place < entries)
+    _append_int8(
+        k, k_cache, k_scales, b, t, h, place, stored,
+        k_stride_b, k_stride_t, k_stride_h, k_stride_d,
+        k_cache_stride_b, k_cache_stride_t, k_cache_stride_h, k_cache_stride_d,
+        k_scales_stride_b, k_scales_stride_t, k_scales_stride_h, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    _append_int8(
+        v, v_cache, v_scales, b, t, h, place, stored,
+        v_stride_b, v_stride_t, v_stride_h, v_stride_d,
+        v_cache_stride_b, v_cache_stride_t, v_cache_stride_h, v_cache_stride_d,
+        v_scales_stride_b, v_scales_stride_t, v_scales_stride_h, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+
+
 def append(
     k: Tensor,
     v: Tensor,
@@ -60,12 +126,26 @@ def append(
     v_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     batch, time, heads, width = k.shape
     if not k.numel():
         return
     elements = heads * width
     launch = settings("append_to_cache", k.device, elements=elements)
+    if k_scales is not None and v_scales is not None:
+        padded = triton.next_power_of_2(width)
+        block = max(1, min(launch["BLOCK"] // padded, triton.next_power_of_2(heads)))
+        append_int8_kernel[(batch * time, triton.cdiv(heads, block))](
+            k, v, k_cache, v_cache, k_scales, v_scales, lengths, counts,
+            *k.stride(), *v.stride(), *k_cache.stride(), *v_cache.stride(),
+            *k_scales.stride(), *v_scales.stride(),
+            lengths.stride(0), 0 if counts is None else counts.stride(0),
+            time, k_cache.shape[1], heads,
+            HEAD_DIM=width, BLOCK_H=block, BLOCK_D=padded, num_warps=launch["num_warps"],
+        )  # fmt: skip
+        return
     append_kernel[(batch * time, triton.cdiv(elements, launch["BLOCK"]))](
         k, v, k_cache, v_cache, lengths, counts,
         *k.stride(), *v.stride(), *k_cache.stride(), *v_cache.stride(),

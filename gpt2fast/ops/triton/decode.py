@@ -14,6 +14,8 @@ normalises x itself, a few kB that all programs find in the L2, which costs less
 launch. x stays in float32 between the layers. One row is multiplied without tensor cores: a block
 of products is summed over the inputs once, at the end.
 
+An int8 cache takes its entries from one launch more: a factor needs all elements of a head.
+
 Not yet run on a GPU.
 """
 
@@ -25,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import with_cache
+from .cache import append
 from .language import cast, dot
 from .tuning import settings
 
@@ -198,6 +201,8 @@ def decode_step(
     scales: list[float],
     activation: str,
     eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     weights = [weight.contiguous() if weight.dim() == 1 else weight for weight in weights]
     wte, wpe, *layers, ln_f_weight, ln_f_bias, projection = weights
@@ -229,10 +234,15 @@ def decode_step(
         )
 
     def project(
-        weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, name: str
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        name: str,
+        dtype: torch.dtype = wte.dtype,
     ) -> Tensor:
         inputs, outputs = weight.shape
-        out = weight.new_empty((batch, outputs))
+        out = weight.new_empty((batch, outputs), dtype=dtype)
         launch, programs = plan(outputs)
         project_kernel[programs](
             x, weight, bias, norm_weight, norm_bias, eps, out, *weight.stride(),
@@ -246,12 +256,19 @@ def decode_step(
             layers[layer * vectors : (layer + 1) * vectors]
         )
         keys, values = k_cache[layer], v_cache[layer]
-        launch, programs = plan(3 * width)
-        qkv_kernel[programs](
-            x, qkv_w, qkv_b, ln_1_w, ln_1_b, eps, q, keys, values, lengths,
-            *qkv_w.stride(), *keys.stride(), *values.stride(), lengths.stride(0),
-            batch, width, entries, HEAD_DIM=width // n_head, **launch,
-        )  # fmt: skip
-        add(with_cache(q, keys, values, lengths, scale), out_w, out_b)
+        factors: tuple[Tensor, ...] = ()
+        if k_scales is not None and v_scales is not None:
+            factors = k_scales[layer], v_scales[layer]
+            qkv = project(qkv_w, qkv_b, ln_1_w, ln_1_b, "none", torch.float32)
+            q, new_keys, new_values = qkv.view(batch, 1, 3, n_head, -1).unbind(2)
+            append(new_keys, new_values, keys, values, lengths, None, *factors)
+        else:
+            launch, programs = plan(3 * width)
+            qkv_kernel[programs](
+                x, qkv_w, qkv_b, ln_1_w, ln_1_b, eps, q, keys, values, lengths,
+                *qkv_w.stride(), *keys.stride(), *values.stride(), lengths.stride(0),
+                batch, width, entries, HEAD_DIM=width // n_head, **launch,
+            )  # fmt: skip
+        add(with_cache(q, keys, values, lengths, scale, *factors), out_w, out_b)
         add(project(fc_w, fc_b, ln_2_w, ln_2_b, activation), proj_w, proj_b)
     return project(projection.t(), None, ln_f_weight, ln_f_bias, "none")

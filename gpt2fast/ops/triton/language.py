@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from . import interpreting
 
@@ -21,6 +22,15 @@ def dot(a, b, sum=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x):
+    """float32 x, of size below 2**22, as the nearest integer, halves to even."""
+    if INTERPRETED:
+        return (x + 12582912.0) - 12582912.0  # between 2**23 and 2**24 there are integers only
+    else:
+        return libdevice.rint(x)
 
 
 @triton.jit

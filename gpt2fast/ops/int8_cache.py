@@ -1,0 +1,66 @@
+"""Keys and values as 8-bit integers, with a float32 factor for each head's entry.
+
+    scales[b, s, h]    = max_d |x[b, s, h, d]| / 127
+    stored[b, s, h, d] = round(x[b, s, h, d] * 127 / max_d |x[b, s, h, d]|)     halves to even
+    read[b, s, h, d]   = stored[b, s, h, d] * scales[b, s, h]
+
+All of it is computed in float32, by every implementation alike, so that all write the same bytes.
+64 elements of a head take 68 bytes, in bfloat16 128.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+
+def stored(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries (..., D) as int8, and their factors (...). What is no number makes a factor none."""
+    entries = entries.float()
+    largest = entries.abs().amax(-1)
+    # A tensor, since torch may multiply by the reciprocal of a number, which rounds twice.
+    most = largest.new_full((), 127.0)
+    # An entry of zeros has the factor 0.
+    inverse = most / largest.clamp(min=1e-30)
+    rounded = (entries * inverse[..., None]).round().clamp(-127, 127)
+    return rounded.nan_to_num().to(torch.int8), largest / most
+
+
+def read(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Entries (..., D) of a cache in `dtype`; without factors, of a floating-point one."""
+    entries = cache.to(dtype)
+    return entries if scales is None else entries * scales.to(dtype)[..., None]
+
+
+def check_scales(
+    k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
+) -> None:
+    """Caches (..., D) have the factors that they need, of shape (...), and no others.
+
+    Raises:
+        ArgumentError: they have not.
+    """
+    pairs = (("k", k_cache, k_scales), ("v", v_cache, v_scales))
+    for name, cache, scales in pairs:
+        if cache.dtype != torch.int8:
+            if scales is not None:
+                raise ArgumentError(
+                    f"{name}_scales are the factors of an int8 cache, and {name}_cache is "
+                    f"{cache.dtype}; leave them out"
+                )
+        elif scales is None:
+            raise ArgumentError(
+                f"{name}_cache is int8 and needs {name}_scales, a float32 factor for each head's "
+                f"entry: {tuple(cache.shape[:-1])}; KVCache(dtype=torch.int8) has them"
+            )
+        elif scales.shape != cache.shape[:-1] or scales.dtype != torch.float32:
+            raise ArgumentError(
+                f"{name}_scales must be float32 {tuple(cache.shape[:-1])}, a factor for each "
+                f"head's entry of {name}_cache, not {scales.dtype} {tuple(scales.shape)}"
+            )
+    if k_cache.dtype != v_cache.dtype and torch.int8 in (k_cache.dtype, v_cache.dtype):
+        raise ArgumentError(
+            f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; both are int8 or none"
+        )
