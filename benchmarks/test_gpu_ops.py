@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contest import Work, sets_beyond_cache
 from gpt2fast import backend, ops
+from gpt2fast.ops.cuda import cublaslt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
@@ -37,6 +38,16 @@ def forced(name: str, function: Callable) -> Callable:
 
     def run(*arguments: Any) -> Any:
         with backend(name):
+            return function(*arguments)
+
+    return run
+
+
+def with_cublaslt(on: bool, function: Callable) -> Callable:
+    """`function` with cuBLASLt's epilogues, or without."""
+
+    def run(*arguments: Any) -> Any:
+        with cublaslt.forced(on):
             return function(*arguments)
 
     return run
@@ -85,13 +96,20 @@ def run_ways(
     compete: Callable, way: str, ways: dict[str, Callable], make: Callable, work: Work, size: float
 ) -> None:
     """make() returns one set of arguments, the gradient of the result last."""
+    compete(*prepare(way, ways, make, size), work)
+
+
+def prepare(
+    way: str, ways: dict[str, Callable], make: Callable, size: float
+) -> tuple[dict[str, Callable], list]:
+    """The ways with their backward passes where these are wanted, and the inputs; as `run_ways`."""
     inputs = [make() for _ in range(sets_beyond_cache(size))]
     leaves = len(inputs[0]) - 1
     prepared = (differentiated if way == "both" else without_gradients)(ways, leaves)
     # The backward pass, too, runs with the backend that its forward pass had.
     for name, chosen in {"ours": "native", "ours (Triton)": "triton"}.items():
         prepared[name] = forced(chosen, prepared[name])
-    compete(prepared, inputs, work)
+    return prepared, inputs
 
 
 @WAYS
@@ -187,7 +205,11 @@ def test_gelu_mlp(compete, way, width):
     def make():
         return random(TOKENS, width), *weights, random(width), random(TOKENS, width)
 
-    run_ways(compete, way, ways, make, work, 4 * TOKENS * width)
+    prepared, inputs = prepare(way, ways, make, 4 * TOKENS * width)
+    # The same op with and without epilogues: whichever is faster should be the default.
+    for name, on in {"ours (cuBLASLt)": True, "ours (cuBLAS, GELU apart)": False}.items():
+        prepared[name] = with_cublaslt(on, prepared["ours"])
+    compete(prepared, inputs, work)
 
 
 @pytest.mark.parametrize("width", [768, 1600])

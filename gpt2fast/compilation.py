@@ -91,6 +91,8 @@ class Toolchain:
     """The CUDA toolkit's folder, with bin, include and lib64 in it."""
     architectures: tuple[str, ...] = ()
     """GPUs to compile for: "80" is compute capability 8.0."""
+    cublas: Path | None = None
+    """The folder of cublasLt.h; without one, what uses cuBLASLt is left out."""
 
 
 def find_toolchain(part: Part = CPU, architectures: Sequence[str] = ()) -> Toolchain:
@@ -107,7 +109,7 @@ def find_toolchain(part: Part = CPU, architectures: Sequence[str] = ()) -> Toolc
     home = find_cuda()
     if part is CUDA and not (home / "bin" / "nvcc").is_file():
         raise BackendError(f"there is no nvcc in {home / 'bin'}; name a whole toolkit in CUDA_HOME")
-    return Toolchain(compiler, torch, home, cuda_architectures(architectures))
+    return Toolchain(compiler, torch, home, cuda_architectures(architectures), find_cublas())
 
 
 def cuda_architectures(wanted: Sequence[str] = ()) -> tuple[str, ...]:
@@ -139,6 +141,16 @@ def find_cuda() -> Path:
     raise BackendError(
         f"{missing}; install the CUDA toolkit 12.4 or later, or name it in CUDA_HOME"
     )
+
+
+def find_cublas() -> Path | None:
+    """The folder of cublasLt.h: of the package that PyPI's torch brings, or of the toolkit."""
+    packages = _find_torch().parent / "nvidia"
+    # One folder for all of CUDA 13, one for each library of CUDA 12.
+    for folder in (packages / "cu13", packages / "cublas", find_cuda()):
+        if (folder / "include" / "cublasLt.h").is_file():
+            return folder / "include"
+    return None
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -205,6 +217,8 @@ def compile_library(target: Path, toolchain: Toolchain, part: Part = CPU) -> Non
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as scratch:
         commands, objects = [], []
         units = [path for path in source_files(folder, part) if path.suffix in (".cpp", ".cu")]
+        if toolchain.cublas is None:
+            units = [path for path in units if path.stem != "cublaslt"]
         for unit in sorted(units, key=_takes_less_time):
             objects.append(os.path.join(scratch, f"{unit.parent.name}-{unit.stem}.o"))
             command = _compile_command(unit, folder, toolchain, part)
@@ -239,6 +253,8 @@ def _compile_command(unit: Path, folder: Path, toolchain: Toolchain, part: Part)
     command = [*toolchain.compiler, *flags, *extra_flags()]
     if "binding" in unit.parts:
         command += ["-isystem", str(toolchain.torch / "include"), f"-I{folder}"]
+    elif unit.stem == "cublaslt":
+        command += ["-isystem", f"{toolchain.cublas}", "-isystem", f"{toolchain.cuda}/include"]
     if unit.suffix == ".cu":
         command += ["-isystem", f"{toolchain.cuda}/include", "-x", "c++"]
     return command

@@ -38,6 +38,7 @@ from .compilation import (
     cuda_architectures,
     extra_flags,
     find_compiler,
+    find_cublas,
     find_cuda,
     find_toolchain,
     processors,
@@ -216,6 +217,7 @@ def _source_key(part: Part, architectures: Sequence[str]) -> str:
     if part is not CPU:
         with suppress(BackendError):
             flags.append(os.path.realpath(find_cuda()))
+            flags.append(find_cublas() is not None)
         flags += [NVCC_FLAGS, SIMULATED_FLAGS, cuda_architectures(architectures)]
     key = hashlib.sha256(repr([platform.system(), platform.machine(), *flags]).encode())
     for path in source_files(folder, part):

@@ -58,7 +58,11 @@ for name in torch._C._dispatch_get_all_op_names():
 """
     done = in_new_process("-c", code)
     assert done.returncode == 0, done.stderr
-    bindings = (source_folder() / "binding" / "cuda").glob("*.cpp")
+    bindings = [
+        path
+        for path in (source_folder() / "binding" / "cuda").glob("*.cpp")
+        if path.stem != "cublaslt" or compilation.find_cublas() is not None
+    ]
     defined = {
         name
         for path in bindings
@@ -66,6 +70,16 @@ for name in torch._C._dispatch_get_all_op_names():
     }
     assert len(defined) > 10
     assert set(done.stdout.split()) == defined
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_library_is_not_linked_with_cublas(library):
+    """Nor with any other of CUDA's libraries: what it needs of them is looked up."""
+    needed = subprocess.check_output(["readelf", "-d", library], text=True)
+    names = re.findall(r"NEEDED.*\[(.*)\]", needed)
+    assert any(name.startswith("libtorch") for name in names)
+    assert not [name for name in names if re.match("libcu|libnv", name)]
 
 
 @pytest.mark.slow
@@ -96,7 +110,8 @@ def test_nvcc_and_the_simulator_read_the_same_kernels():
     files = {
         path
         for path in source_files(source_folder(), CUDA)
-        if path.parent.name in ("kernels", "launch")
+        # What calls cuBLASLt is the host's compiler's either way.
+        if path.parent.name in ("kernels", "launch") and path.stem != "cublaslt"
     }
     by_nvcc, by_cpp = files_read(CUDA), files_read(SIMULATED)
     assert by_nvcc & files == files

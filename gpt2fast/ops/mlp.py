@@ -2,11 +2,17 @@
 
 gelu(z)  = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
 gelu_mlp = gelu(x @ w_fc + b_fc) @ w_proj + b_proj
+
+The op gives back `inner`, too, from which the backward pass recomputes the activation. What that
+holds is the caller's choice (`keep`): "product", x @ w_fc; "sum", x @ w_fc + b_fc, as epilogues of
+matrix products write (ops/cuda/cublaslt.py); "nothing", where no backward pass follows. Each
+implementation of the backward pass takes either of the first two, from whichever it came.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +21,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
-from .cuda import by_device, cuda, kernels, unsuitable
+from .cuda import by_device, cublaslt, cuda, kernels, unsuitable
+from .cuda import mlp as cuda_mlp
 from .native import native, refuses_tensors, rows
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
@@ -59,8 +66,11 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
             f"b_fc {tuple(b_fc.shape)}, w_proj {tuple(w_proj.shape)}, "
             f"b_proj {tuple(b_proj.shape)}; weights are (in, out)"
         )
-    x, w_fc, b_fc, w_proj, b_proj = autocast(x, w_fc, b_fc, w_proj, b_proj)
-    return _gelu_mlp.call(x, w_fc, b_fc, w_proj, b_proj)[0]
+    tensors = autocast(x, w_fc, b_fc, w_proj, b_proj)
+    keep = "nothing"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        keep = "sum" if cublaslt.is_wanted(tensors[0]) else "product"
+    return _gelu_mlp.call(*tensors, keep)[0]
 
 
 _A = math.sqrt(2.0 / math.pi)
@@ -106,35 +116,63 @@ def _bias_gelu_backward_native(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[T
     return grad_x, grad_bias
 
 
-def _refuses(*tensors: Tensor) -> str | None:
+def _refuses(*arguments: Tensor | str) -> str | None:
+    tensors = _tensors(arguments)
     if not tensors[0].numel():
         return "the native kernels need at least one element"
     return refuses_tensors(*tensors)
 
 
-def _cuda_refuses(*tensors: Tensor) -> str | None:
-    return unsuitable(*tensors, one_dtype=True)
+def _cuda_refuses(*arguments: Tensor | str) -> str | None:
+    return unsuitable(*_tensors(arguments), one_dtype=True)
 
 
-def _triton_refuses_mixture(*tensors: Tensor) -> str | None:
-    return unsuitable_for_triton(*tensors, one_dtype=True)
+def _triton_refuses_mixture(*arguments: Tensor | str) -> str | None:
+    return unsuitable_for_triton(*_tensors(arguments), one_dtype=True)
+
+
+def _tensors(arguments: Sequence[Tensor | str]) -> list[Tensor]:
+    return [argument for argument in arguments if isinstance(argument, Tensor)]
+
+
+def _inner(x: Tensor, w_fc: Tensor, b_fc: Tensor, keep: str) -> tuple[Tensor, Tensor]:
+    """x's rows through the first projection, and the bias that is still to be added."""
+    if keep == "sum":
+        return torch.addmm(b_fc, rows(x), w_fc), torch.zeros_like(b_fc)
+    return rows(x) @ w_fc, b_fc
+
+
+def _kept(inner: Tensor, keep: str) -> Tensor:
+    return inner.new_empty((0, inner.shape[1])) if keep == "nothing" else inner
+
+
+def _bias_of(b_fc: Tensor, kept: str) -> Tensor:
+    """What GELU's argument lacks in what was kept."""
+    return torch.zeros_like(b_fc) if kept == "sum" else b_fc
 
 
 def _gelu_mlp_forward(
-    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
 ) -> tuple[Tensor, Tensor]:
-    inner = rows(x) @ w_fc
-    out = torch.addmm(b_proj, bias_gelu(inner, b_fc), w_proj)
-    return out.view(*x.shape[:-1], -1), inner
+    inner, bias = _inner(x, w_fc, b_fc, keep)
+    out = torch.addmm(b_proj, bias_gelu(inner, bias), w_proj)
+    return out.view(*x.shape[:-1], -1), _kept(inner, keep)
 
 
 def _gelu_mlp_backward(
-    grad: Tensor, x: Tensor, inner: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor,
+    w_proj: Tensor,
+    kept: str = "product",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad = rows(grad)
-    activated = bias_gelu(inner, b_fc)
+    bias = _bias_of(b_fc, kept)
+    activated = bias_gelu(inner, bias)
     grad_w_proj = activated.t() @ grad
-    grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.t(), inner, b_fc)
+    grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.t(), inner, bias)
     grad_w_fc = rows(x).t() @ grad_inner
     grad_x = (grad_inner @ w_fc.t()).view(x.shape)
     grad_b_proj = grad.sum(0, dtype=statistics_dtype(grad.dtype)).to(grad.dtype)
@@ -145,27 +183,41 @@ def _gelu_mlp_backward(
 
 
 def _gelu_mlp_forward_native(
-    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
 ) -> tuple[Tensor, Tensor]:
-    inner = rows(x) @ w_fc
-    activated = kernels(x).bias_gelu(inner, b_fc.contiguous())
+    inner, bias = _inner(x, w_fc, b_fc, keep)
+    activated = kernels(x).bias_gelu(inner, bias.contiguous())
     out = torch.addmm(b_proj, activated, w_proj)
-    return out.view(*x.shape[:-1], -1), inner
+    return out.view(*x.shape[:-1], -1), _kept(inner, keep)
 
 
 def _gelu_mlp_backward_native(
-    grad: Tensor, x: Tensor, inner: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor,
+    w_proj: Tensor,
+    kept: str = "product",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad = rows(grad)
     grad_inner = grad @ w_proj.t()
     activated = torch.empty_like(grad_inner)
     grad_b_fc = kernels(x).bias_gelu_backward(
-        grad_inner, inner, b_fc.contiguous(), grad_inner, activated
+        grad_inner, inner, _bias_of(b_fc, kept).contiguous(), grad_inner, activated
     )
     grad_w_proj = activated.t() @ grad
     grad_w_fc = rows(x).t() @ grad_inner
     grad_x = (grad_inner @ w_fc.t()).view(x.shape)
     return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, kernels(x).sum_rows(grad)
+
+
+def _gelu_mlp_forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return cuda_mlp.gelu_mlp(*arguments) or _gelu_mlp_forward_native(*arguments)
+
+
+def _gelu_mlp_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cuda_mlp.gelu_mlp_backward(*arguments) or _gelu_mlp_backward_native(*arguments)
 
 
 _bias_gelu_backward = Op(
@@ -192,11 +244,11 @@ _bias_gelu = Op(
 )
 _gelu_mlp_gradient = Op(
     "gelu_mlp_backward",
-    "(Tensor grad, Tensor x, Tensor inner, Tensor w_fc, Tensor b_fc, Tensor w_proj) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor inner, Tensor w_fc, Tensor b_fc, Tensor w_proj, "
+    'str kept="product") -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
     native=by_device(
         cpu=native(_gelu_mlp_backward_native, _refuses),
-        cuda=cuda(_gelu_mlp_backward_native, _cuda_refuses),
+        cuda=cuda(_gelu_mlp_backward_cuda, _cuda_refuses),
     ),
     triton=triton("mlp", "gelu_mlp_backward", _triton_refuses_mixture),
     torch=_gelu_mlp_backward,
@@ -204,11 +256,11 @@ _gelu_mlp_gradient = Op(
 )
 _gelu_mlp = Op(
     "gelu_mlp",
-    "(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor b_proj) "
+    '(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor b_proj, str keep="product") '
     "-> (Tensor out, Tensor inner)",
     native=by_device(
         cpu=native(_gelu_mlp_forward_native, _refuses),
-        cuda=cuda(_gelu_mlp_forward_native, _cuda_refuses),
+        cuda=cuda(_gelu_mlp_forward_cuda, _cuda_refuses),
     ),
     triton=triton("mlp", "gelu_mlp", _triton_refuses_mixture),
     torch=_gelu_mlp_forward,
@@ -225,14 +277,14 @@ def _bias_gelu_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gelu_mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, w_fc, b_fc, w_proj, _ = inputs
+    x, w_fc, b_fc, w_proj, _, ctx.kept = inputs
     _, inner = output
     ctx.mark_non_differentiable(inner)
     ctx.save_for_backward(x, inner, w_fc, b_fc, w_proj)
 
 
-def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Tensor, ...]:
-    return _gelu_mlp_gradient.call(grad, *ctx.saved_tensors)
+def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Tensor | None, ...]:
+    return *_gelu_mlp_gradient.call(grad, *ctx.saved_tensors, ctx.kept), None
 
 
 _bias_gelu.register_autograd(_bias_gelu_differentiate, _bias_gelu_setup)
@@ -250,13 +302,13 @@ def _(grad, x, bias):  # type: ignore[no-untyped-def]
 
 
 @_gelu_mlp.register_fake
-def _(x, w_fc, b_fc, w_proj, b_proj):  # type: ignore[no-untyped-def]
-    rows = x.numel() // x.shape[-1]
+def _(x, w_fc, b_fc, w_proj, b_proj, keep="product"):  # type: ignore[no-untyped-def]
+    rows = 0 if keep == "nothing" else x.numel() // x.shape[-1]
     return x.new_empty((*x.shape[:-1], w_proj.shape[1])), x.new_empty((rows, w_fc.shape[1]))
 
 
 @_gelu_mlp_gradient.register_fake
-def _(grad, x, inner, w_fc, b_fc, w_proj):  # type: ignore[no-untyped-def]
+def _(grad, x, inner, w_fc, b_fc, w_proj, kept="product"):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape),
         w_fc.new_empty(w_fc.shape),

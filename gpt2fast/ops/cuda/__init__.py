@@ -24,6 +24,8 @@ from ..backend import AVAILABILITY, Implementation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the kernels store; they compute in float32."""
+CACHE_DTYPES = (*DTYPES, torch.int8)
+"""What they store keys and values in."""
 
 _lock = threading.Lock()
 _library: Library | None = None
@@ -103,20 +105,21 @@ def cuda(run: Callable[..., Any], refuses: Callable[..., str | None]) -> Impleme
     return Implementation(run, lambda *args: unavailable() or refuses(*args))
 
 
-def _takes(tensor: Tensor) -> bool:
+def takes(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels run on the tensor's device, should they be there."""
     return _simulating or tensor.device.type == "cuda"
 
 
 def kernels(tensor: Tensor) -> Any:
     """The namespace of the compiled kernels that run on the tensor's device."""
-    return torch.ops.gpt2fast_cuda if _takes(tensor) else torch.ops.gpt2fast_native
+    return torch.ops.gpt2fast_cuda if takes(tensor) else torch.ops.gpt2fast_native
 
 
 def by_device(cpu: Implementation, cuda: Implementation) -> Implementation:
     """The one implementation for CUDA tensors, the other for all others."""
 
     def chosen(arguments: tuple[Any, ...]) -> Implementation:
-        return cuda if _takes(_first_tensor(arguments)) else cpu
+        return cuda if takes(_first_tensor(arguments)) else cpu
 
     return Implementation(
         lambda *args: chosen(args).run(*args), lambda *args: chosen(args).refuses(*args)

@@ -316,23 +316,32 @@ def _matmul(
 
 
 def gelu_mlp(
-    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
 ) -> tuple[Tensor, Tensor]:
     flat = as_rows(x)
     activated = x.new_empty((len(flat), w_fc.shape[1]))
     inner, _ = _matmul(flat, w_fc, "gelu", b_fc.contiguous(), activated=activated)
     out, _ = _matmul(activated, w_proj, "bias", b_proj.contiguous())
+    if keep == "sum":
+        inner += b_fc
+    elif keep == "nothing":
+        inner = inner.new_empty((0, inner.shape[1]))
     return out.view(*x.shape[:-1], -1), inner
 
 
 def gelu_mlp_backward(
-    grad: Tensor, x: Tensor, inner: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor,
+    w_proj: Tensor,
+    kept: str = "product",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad, flat, inner = as_rows(grad), as_rows(x), inner.contiguous()
+    bias = torch.zeros_like(b_fc) if kept == "sum" else b_fc.contiguous()
     activated = torch.empty_like(inner)
-    grad_inner, partials = _matmul(
-        grad, w_proj.t(), "gelu gradient", b_fc.contiguous(), inner, activated
-    )
+    grad_inner, partials = _matmul(grad, w_proj.t(), "gelu gradient", bias, inner, activated)
     grad_x, _ = _matmul(grad_inner, w_fc.t())
     grad_w_fc, _ = _matmul(flat.t(), grad_inner)
     grad_w_proj, _ = _matmul(activated.t(), grad)

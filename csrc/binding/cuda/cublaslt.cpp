@@ -1,0 +1,81 @@
+// Matrix products by cuBLASLt. Each op says whether it was possible: where not, nothing is written.
+#include "../../launch/cublaslt.h"
+
+#include <memory>
+#include <string>
+
+#include "tensors.h"
+
+namespace gpt2fast::binding {
+namespace {
+
+launch::Operand operand_of(const Tensor& x) {
+    return {x.const_data_ptr(), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
+
+bool multiply(const Tensor& a, const Tensor& b, const Tensor& out, launch::Epilogue epilogue,
+              void* bias, void* inner) {
+    const OnDeviceOf on(a);
+    const launch::Product product{operand_of(a), operand_of(b), out.mutable_data_ptr(), epilogue,
+                                  bias, inner, dtype_of(a), a.get_device_index()};
+    launch::ProductPlan plan;
+    if (!launch::plan_product(product, plan)) return false;
+    // torch aligns to more on a GPU, to less on a CPU.
+    size_t room = plan.workspace_bytes + launch::workspace_alignment;
+    Tensor workspace = torch::stable::new_empty(a, {int64_t(room)}, ScalarType::Byte);
+    void* aligned = workspace.mutable_data_ptr();
+    std::align(launch::workspace_alignment, plan.workspace_bytes, aligned, room);
+    launch::run_product(product, plan, aligned, on.stream);
+    return true;
+}
+
+// What the launchers only read they do not ask for as const: cuBLASLt has one pointer for both.
+void* read(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
+
+std::string cublaslt_missing(Tensor x) {
+    const OnDeviceOf on(x);
+    return launch::cublaslt_missing(x.get_device_index());
+}
+
+// a is (m, k), b (k, n), one dimension of each contiguous; all the others are contiguous.
+bool cublaslt_bias(Tensor a, Tensor b, Tensor bias, Tensor out) {
+    return multiply(a, b, out, launch::Epilogue::bias, read(bias), nullptr);
+}
+
+bool cublaslt_bias_gelu(Tensor a, Tensor b, Tensor bias, Tensor out, std::optional<Tensor> inner) {
+    return multiply(a, b, out, launch::Epilogue::gelu_bias, read(bias),
+                    inner.has_value() ? inner->mutable_data_ptr() : nullptr);
+}
+
+bool cublaslt_gelu_gradient(Tensor a, Tensor b, Tensor inner, Tensor out, Tensor sums) {
+    return multiply(a, b, out, launch::Epilogue::gelu_gradient, sums.mutable_data_ptr(),
+                    read(inner));
+}
+
+bool cublaslt_column_sums(Tensor a, Tensor b, Tensor out, Tensor sums) {
+    return multiply(a, b, out, launch::Epilogue::column_sums, sums.mutable_data_ptr(), nullptr);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
+    m.def("cublaslt_missing(Tensor x) -> str");
+    m.def("cublaslt_bias(Tensor a, Tensor b, Tensor bias, Tensor(a!) out) -> bool");
+    m.def(
+        "cublaslt_bias_gelu(Tensor a, Tensor b, Tensor bias, Tensor(a!) out, Tensor(b!)? inner) "
+        "-> bool");
+    m.def(
+        "cublaslt_gelu_gradient(Tensor a, Tensor b, Tensor inner, Tensor(a!) out, Tensor(b!) sums) "
+        "-> bool");
+    m.def("cublaslt_column_sums(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) sums) -> bool");
+}
+
+GPT2FAST_CUDA_IMPL(m) {
+    m.impl("cublaslt_missing", TORCH_BOX(&cublaslt_missing));
+    m.impl("cublaslt_bias", TORCH_BOX(&cublaslt_bias));
+    m.impl("cublaslt_bias_gelu", TORCH_BOX(&cublaslt_bias_gelu));
+    m.impl("cublaslt_gelu_gradient", TORCH_BOX(&cublaslt_gelu_gradient));
+    m.impl("cublaslt_column_sums", TORCH_BOX(&cublaslt_column_sums));
+}
+
+}  // namespace gpt2fast::binding
