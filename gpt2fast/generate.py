@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import OneLineParser
+from .arguments import OneLineParser, usable_device
 
 if TYPE_CHECKING:
     from .decoding import Timing
@@ -131,7 +131,7 @@ def _load(args: argparse.Namespace) -> Generator:
     from .ops.backend import backend
 
     backend(args.backend)
-    device = _device(args.device)
+    device = usable_device(args.device)
     if args.model is None:
         _say(
             f"writing with the bundled model {BUNDLED!r}, which is small and knows old adventure "
@@ -143,30 +143,12 @@ def _load(args: argparse.Namespace) -> Generator:
         preset=args.preset,
         device=device,
         dtype=args.dtype,
+        adapter=args.adapter,
         quantize=args.quantize,
         pack=True,
         window=args.window,
         notify=lambda message: _say(f"note: {message}"),
     )
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from .errors import GenerationError
-
-    usable = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        count = torch.accelerator.device_count()
-        usable += [f"{accelerator.type}:{index}" for index in range(count)]
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu:0", *usable) and f"{name}:0" not in usable:
-        raise GenerationError(
-            f"--device {name}: this computer has {', '.join(usable)}; name one of these, or auto"
-        )
-    return name
 
 
 def _draws(options: dict[str, Any]) -> bool:
@@ -345,7 +327,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     given = [name for name, there in sources.items() if there]
     if len(given) > 1:
         parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
-    for flag in ("model", "tokenizer", "prompts_file"):
+    for flag in ("model", "adapter", "tokenizer", "prompts_file"):
         if getattr(args, flag) == "":
             parser.error(f"--{flag.replace('_', '-')} is empty; leave it out, or give a name")
     if args.do_sample and (args.greedy or args.num_beams > 1):
@@ -406,6 +388,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model-type", help=unset)
     model.add_argument(
         "--preset", help="architecture of a bare state dict: gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    )
+    model.add_argument(
+        "--adapter", metavar="NAME", help="LoRA adapters of the model, in PEFT's format"
     )
     model.add_argument("--tokenizer", metavar="NAME", help="where the tokenizer is, if elsewhere")
     model.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")

@@ -15,6 +15,7 @@ from .beam_search import beam_search
 from .decoding import Step, StopCriteria, Timing, decode, evaluating
 from .errors import ArgumentError, GenerationError, TokenizerError, WeightsError
 from .generation import FROM_CONFIG, EosTokenId, check_length, check_vocabulary, end_tokens
+from .lora import load_adapter, merge
 from .model import GPT2
 from .packed import PackedGPT2
 from .sampling import SamplingOptions, draw_seed
@@ -107,6 +108,7 @@ class Generator:
         revision: str | None = None,
         local_files_only: bool = False,
         preset: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         quantize: str | None = None,
         pack: bool = False,
         window: str = "error",
@@ -121,6 +123,8 @@ class Generator:
             dtype: of the weights; None means as stored, but float32 on a CPU where a half type
                 is stored, since many CPUs only emulate those.
             tokenizer: where the tokenizer is, if not with the model.
+            adapter: directory, or name on the hub, of LoRA adapters in PEFT's format, which are
+                merged into the model.
             quantize: "int8" or "int4" weights, on the CPU: `GPT2.quantize`.
             pack: keep the weights in packed form alone, where the kernels that read it run: a
                 `PackedGPT2`, for inference, in half the memory that both forms take.
@@ -139,6 +143,9 @@ class Generator:
         )
         if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4:
             model = model.float()
+        if adapter is not None:
+            load_adapter(model, adapter, local_files_only=local_files_only)
+            model = merge(model)
         if quantize is not None:
             if isinstance(model, PackedGPT2):
                 raise ArgumentError(

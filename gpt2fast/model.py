@@ -15,6 +15,7 @@ from . import ops
 from .cache import KVCache
 from .config import GPT2Config
 from .errors import ArgumentError, ConfigError
+from .graph_pool import forget_moved
 from .inputs import (
     check_cache,
     check_inputs,
@@ -23,6 +24,7 @@ from .inputs import (
     check_wanted,
     is_known_full,
 )
+from .lora.adapters import is_adapted, without_adapters
 from .nn import Block, LinearCrossEntropy, ResidualLayerNorm, is_hooked
 from .ops.backend import requested_backend
 from .ops.decode import LAYER_WEIGHTS
@@ -335,12 +337,16 @@ class GPT2(nn.Module):
             scales=[block.attn.scale for block in self.blocks],
             activation=self.config.activation_function,
             eps=self.config.layer_norm_epsilon,
+            k_scales=cache.k_scales,
+            v_scales=cache.v_scales,
         )
         cache.advance(1, None, positions + 1)
         return logits
 
     def decode_weights(self) -> list[Tensor]:
-        """The weights in the order of `ops.decode_step`."""
+        """The weights in the order of `ops.decode_step`, adapters merged."""
+        if is_adapted(self):
+            return without_adapters(self).decode_weights()
         layers = [weight for block in self.blocks for weight in _layer_weights(block)]
         return [
             self.wte.weight,
@@ -376,7 +382,8 @@ class GPT2(nn.Module):
         Args:
             batch_size: rows.
             max_length: entries a row; None means `n_positions`.
-            dtype: of keys and values; None means the model's.
+            dtype: of keys and values; None means the model's, and `torch.int8` takes half the
+                bytes of 16 bits.
         """
         config = self.config
         return KVCache(
@@ -417,9 +424,9 @@ class GPT2(nn.Module):
 
         Where the native kernels run, that is a packed copy of the weights. It is made when it is
         first asked for and again after the weights have changed; `pack(release=True)` keeps no
-        second copy.
+        second copy. Adapters are merged.
         """
-        return self._packed_form(thorough=True) or self
+        return self._packed_form(thorough=True) or without_adapters(self)
 
     def can_be_packed(self) -> bool:
         """Whether there are kernels here that read packed weights of this model."""
@@ -519,6 +526,11 @@ class GPT2(nn.Module):
         if any(is_hooked(module) for module in self.modules()):
             return "a hook watches one of its modules"
         return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GPT2:
+        super()._apply(fn, recurse)  # what .to(), .cuda(), .half() and the like do
+        forget_moved(self)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": None}  # type: ignore[misc]

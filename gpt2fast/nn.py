@@ -39,6 +39,12 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def is_readable(projection: nn.Module) -> bool:
+    """Whether a fused op may read the weights of `projection`: what stands in the place of a plain
+    one, an adapter for example, has to be called."""
+    return type(projection) is Projection and not is_hooked(projection)
+
+
 class Projection(nn.Module):
     """`x @ weight + bias` with the weight stored (in, out), as in GPT-2's checkpoints.
 
@@ -138,10 +144,11 @@ class CausalSelfAttention(nn.Module):
         batch, time, width = x.shape
         qkv = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads)
         q, k, v = qkv.unbind(2)
+        scales = (None, None) if cache is None else (cache.k_scales, cache.v_scales)
         if cache is not None:
-            ops.append_to_cache(k, v, cache.k, cache.v, cache.lengths, cache.counts)
+            ops.append_to_cache(k, v, cache.k, cache.v, cache.lengths, cache.counts, *scales)
         if cache is not None and not cache.empty:
-            out = ops.attention_with_cache(q, cache.k, cache.v, cache.lengths, self.scale)
+            out = ops.attention_with_cache(q, cache.k, cache.v, cache.lengths, self.scale, *scales)
         else:
             dropout = self.dropout if self.training else 0.0
             seed = torch.randint(1 << 62, (1,), device=x.device) if dropout else None
@@ -177,8 +184,7 @@ class GELUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
-        separate = is_hooked(self.c_fc) or is_hooked(self.c_proj)
-        if self.activation == "gelu_new" and not separate:
+        if self.activation == "gelu_new" and all(map(is_readable, (self.c_fc, self.c_proj))):
             return ops.gelu_mlp(
                 x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
             )

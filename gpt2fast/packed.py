@@ -23,6 +23,7 @@ from .inputs import (
     check_wanted,
     is_known_full,
 )
+from .lora.adapters import without_adapters
 from .ops.packed import Matrix, MatrixFormat, ModelShape, PackedWeights
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class PackedGPT2(nn.Module):
         fresh = cache is None
         if cache is None:
             cache = self.new_cache(batch, time, torch.float32)
-        check_cache(self.config, cache, batch, reads_int8=True)
+        check_cache(self.config, cache, batch)
         steps = torch.arange(time)
         positions = steps if fresh else cache.positions[:, None] + steps
         if position_ids is not None:
@@ -199,7 +200,7 @@ class PackedGPT2(nn.Module):
         longest = max(counts)
         if cache is None:
             cache = self.new_cache(len(tokens), longest)
-        check_cache(config, cache, len(tokens), reads_int8=True)
+        check_cache(config, cache, len(tokens))
         flat = torch.cat([row[len(row) - n :] for row, n in zip(tokens, counts, strict=True)])
         check_tokens(config, flat)
         positions = torch.cat(
@@ -230,7 +231,7 @@ class PackedGPT2(nn.Module):
         positions = cache.positions if position_ids is None else position_ids
         check_tokens(self.config, tokens)
         check_positions(self.config, positions[:, None])
-        check_cache(self.config, cache, len(tokens), reads_int8=True)
+        check_cache(self.config, cache, len(tokens))
         cache.reserve(1)
         numbers = torch.arange(len(tokens) + 1)
         logits = ops.packed_step(
@@ -268,7 +269,7 @@ class PackedGPT2(nn.Module):
         Returns:
             (B, vocab) float32 logits and (B,) int64 tokens.
         """
-        check_cache(self.config, cache, len(tokens), reads_int8=True)
+        check_cache(self.config, cache, len(tokens))
         cache.reserve(1)
         positions = cache.positions
         try:
@@ -391,14 +392,18 @@ def pack(
     """Pack a model's weights.
 
     Args:
-        model: on the CPU.
+        model: on the CPU; adapters are merged.
         quantized: matrices that take the place of the model's.
         release: free each parameter of `model` as soon as it is packed; the model can only be
             thrown away afterwards.
     """
     matrices = quantized.matrices if quantized is not None else {}
     shape = model_shape(model.config)
-    parameters = dict(model.named_parameters())
+    merged = without_adapters(model)
+    if release and merged is not model:
+        for parameter in model.parameters():  # what `merged` shares stays with it
+            parameter.data = parameter.data.new_empty(0)
+    parameters = dict(merged.named_parameters())
     formats = {
         name: MatrixFormat.of(matrices.get(name, parameters[name])) for name in shape.matrices()
     }

@@ -32,6 +32,7 @@ from .config import PRESETS, GPT2Config
 from .errors import ConfigError, WeightsError
 from .files import atomic_write_text
 from .hub import resolve
+from .lora.adapters import without_adapters
 from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .tensor_files import read_json, read_tensors, write_safetensors
@@ -145,12 +146,14 @@ def save_pretrained(
     model.safetensors, and the tokenizer's files if one is given. Each file appears whole or not at
     all, config.json last. Saving over the files that the model was loaded from is safe.
 
+    Adapters are merged into the weights; `gpt2fast.lora.save_adapter` writes them by themselves.
+
     Raises:
         WeightsError: the directory cannot be written.
     """
     tensors = {
         name if name == "lm_head.weight" else f"transformer.{name}": tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in without_adapters(model).state_dict().items()
     }
     _save(model.config, tensors, model.config.to_dict(), {}, Path(directory), tokenizer)
 

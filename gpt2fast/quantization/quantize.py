@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..lora.adapters import without_adapters
 from ..ops.packed import QuantizedMatrix
 from .calibration import calibration_tokens
 from .feedback import round_with_feedback
@@ -51,7 +52,7 @@ def quantize_weights(
     """Quantise every projection, the token embedding and the output projection.
 
     Args:
-        model: in any floating-point dtype, on any device; not changed.
+        model: in any floating-point dtype, on any device; not changed. Adapters are merged.
         scheme: "int8" or "int4"; symmetric, with a float16 scale for each group of inputs.
         calibration: token ids, (T,) or (B, T), of a text like those to come; None lets the model
             write one. A few thousand tokens are enough.
@@ -75,6 +76,7 @@ def quantize_weights(
         raise ArgumentError(f"method={method!r:.80} is not one of {', '.join(METHODS)}")
     if model.device.type == "meta":
         raise ArgumentError("the model is on device 'meta' and has no weights; load some first")
+    model = without_adapters(model)
     names = matrix_shapes(model.config)
     if sensitive is None:
         sensitive = ["wte.weight"] if model.config.n_embd < NARROW else []

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..lora.adapters import without_adapters
 from .quantized import QuantizedWeights
 from .rounding import inverse
 
@@ -24,7 +25,10 @@ def simulate(model: GPT2, quantized: QuantizedWeights, activations: bool = False
         activations: round what goes into each matrix as well, in `forward` (not in
             `decode_step`, which reads weights without calling modules).
     """
-    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().float()
+        for name, tensor in without_adapters(model).state_dict().items()
+    }
     for name, matrix in quantized.matrices.items():
         values = matrix.dequantize().to(model.device)
         state[name] = values if name.startswith("h.") else values.t().contiguous()

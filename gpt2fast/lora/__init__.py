@@ -1,0 +1,13 @@
+"""Low-rank adapters: fine-tuning that changes a fraction of a per cent of the weights."""
+
+from .adapters import LoRAProjection, add_adapters, is_adapted, merge
+from .storage import load_adapter, save_adapter
+
+__all__ = [
+    "LoRAProjection",
+    "add_adapters",
+    "is_adapted",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+]
