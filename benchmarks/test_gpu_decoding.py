@@ -23,9 +23,10 @@ def test_decoding(compete, preset, batch):
 
     def steps(name: str):
         with backend(name), torch.inference_mode():
-            cache = model.new_cache(batch, 1024)
+            cache = model.new_cache(batch, LENGTH)
             model(tokens, cache=cache)
-            taken = Steps(model, cache, tokens[:, -1], samples=False)
+            taken = Steps(model, batch, 1024, samples=False)
+            taken.start(model, cache, LENGTH, tokens[:, -1])
 
         return lambda: taken.replay_at(LENGTH)
 

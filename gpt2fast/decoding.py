@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,11 @@ class Context:
         if slides:
             self._visible = [n if n <= self._room else self._half for n in self._visible]
         self._cache = None
+        self._entry_bytes = 0
         if use_cache:
             capacity = min(max(self._visible) + steps, self._room)
             self._cache = self.model.new_cache(len(prompts), capacity)
+            self._entry_bytes = self._cache.entry_bytes
 
     @property
     def history(self) -> Tensor:
@@ -115,12 +117,16 @@ class Context:
 
         Returns:
             None if steps are to be taken one by one: not on a GPU, or for a row that would have to
-            slide on the way. Otherwise `count` and `forget` say here what happens there.
+            slide on the way. Otherwise it has a cache of its own and the one here is gone; `count`
+            and `forget` say here what happens there.
         """
-        fits = max(self._visible) + steps <= self._room
+        longest = max(self._visible)
+        fits = longest + steps <= self._room
         if self._cache is None or not fits or not is_worthwhile(self.model, steps):
             return None
-        return Ahead(self.model, self._cache, tokens, numbers, **choice)
+        ahead = Ahead(self.model, self._cache, longest, tokens, numbers, **choice)
+        self._cache = None
+        return ahead
 
     def count(self, tokens: int) -> None:
         """So many tokens of each row were read elsewhere."""
@@ -148,8 +154,7 @@ class Context:
 
     def step_bytes(self) -> int:
         """Bytes of weights and of cached keys and values that one step reads."""
-        entries = 0 if self._cache is None else sum(self._visible) * self._cache.entry_bytes
-        return self.model.weight_bytes + entries
+        return self.model.weight_bytes + sum(self._visible) * self._entry_bytes
 
     def _remember(self, tokens: Tensor) -> None:
         if self._filled == self._columns.shape[1]:
@@ -298,7 +303,7 @@ def decode(
     choice = {**options.processors(), "vocab_size": vocab_size}
     ahead: Ahead | None = None
 
-    with evaluating(model):
+    with evaluating(model), ExitStack() as leaving:
         start = time.perf_counter()
         context = Context(model, prompts, max(limits), use_cache=use_cache, slides=slides)
         logits = context.read()
@@ -351,6 +356,8 @@ def decode(
                     tokens = tokens[kept]
             if step == 0 and not (logprobs or options.reads_history):
                 ahead = context.run_ahead(tokens, max(limits) - 1, numbers, **choice)
+                if ahead is not None:
+                    leaving.callback(ahead.close)
 
 
 def choose(
