@@ -1,5 +1,5 @@
-// simulated_test [--list] [part of a name...]: the cases that were linked in, each under several
-// schedules.
+// simulated_test [--list | --once] [part of a name...]: the cases that were linked in, each under
+// several schedules, with --once under the first one only.
 #include "testing.h"
 
 #include <chrono>
@@ -29,7 +29,7 @@ bool chosen(const std::string& name, int count, char** parts) {
     return count == 0;
 }
 
-bool passes(const simulated::Case& each) {
+bool passes(const simulated::Case& each, bool once) {
     const auto start = std::chrono::steady_clock::now();
     bool passed = true;
     for (const Schedule& schedule : schedules) {
@@ -40,6 +40,7 @@ bool passes(const simulated::Case& each) {
             std::fprintf(stderr, "FAILED %s (%s): %s\n", each.name, schedule.name, error.what());
             passed = false;
         }
+        if (once) break;
     }
     if (passed) {
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -51,8 +52,9 @@ bool passes(const simulated::Case& each) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    const bool list = count > 1 && std::string(arguments[1]) == "--list";
-    if (list) {
+    const std::string option = count > 1 ? arguments[1] : "";
+    const bool list = option == "--list", once = option == "--once";
+    if (list || once) {
         --count;
         ++arguments;
     }
@@ -64,7 +66,7 @@ int main(int count, char** arguments) {
             continue;
         }
         ++ran;
-        if (!passes(each)) ++failed;
+        if (!passes(each, once)) ++failed;
     }
     if (list) return 0;
     std::printf("%d passed, %d failed\n", ran - failed, failed);
