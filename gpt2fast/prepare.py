@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import OneLineParser
+from .data.inputs import parse_weights
 from .errors import Error
 from .output import say
 
@@ -22,10 +23,17 @@ examples:
   python -m gpt2fast.prepare notes.txt --tokenizer gpt2 --out data/notes
       GPT-2's own tokenizer, to fine-tune it
   zcat big.txt.gz | python -m gpt2fast.prepare - --out data/big
+  python -m gpt2fast.prepare web.jsonl.gz --text-field content --tokenizer gpt2
+      JSON lines (or .parquet): each record is a document
+  python -m gpt2fast.prepare books.txt=0.7 web.jsonl=0.3 --tokenizer gpt2 --out data/mix
+      a mixture: training draws 70 % of its windows from the books
+  python -m gpt2fast.prepare --dataset wikitext --dataset-config wikitext-2-raw-v1 --tokenizer gpt2
+      a data set of the Hugging Face hub, or a folder made with save_to_disk
 
-A folder stands for its .txt and .md files, at any depth, in alphabetical order. A line that is just
-<|endoftext|> ends a document and becomes one token. An interrupted command continues when it is
-given again. Text must be UTF-8."""
+A folder stands for its .txt and .md files, at any depth, in alphabetical order; for its .jsonl,
+.jsonl.gz and .parquet files where it has none of these. A line that is just <|endoftext|> ends a
+document and becomes one token. An interrupted command continues when it is given again. Text must
+be UTF-8."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +45,27 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="text file, folder, or - for standard input")
+    add(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="text, .jsonl, .jsonl.gz or .parquet file, folder, or - for standard input; "
+        "INPUT=WEIGHT makes a mixture",
+    )
+    add("--dataset", metavar="NAME", help="Hugging Face data set (hub name or folder) instead")
+    add("--dataset-config", metavar="NAME", help="its configuration, such as wikitext-2-raw-v1")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field or column that holds the text of a record (default: text)",
+    )
+    add(
+        "--records",
+        choices=("documents", "lines"),
+        help="a record is a document that an end token follows, or a line of one text (default: "
+        "documents; lines for wikitext)",
+    )
     add(
         "--tokenizer",
         default="char",
@@ -50,17 +78,22 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--split",
         choices=("position", "documents"),
-        default="position",
-        help="hold out the end of the text, or whole documents drawn by chance (default: position)",
+        help="hold out the end of the text, or whole documents drawn by chance (default: "
+        "the data set's own validation split, else position)",
     )
     add(
         "--val-fraction",
         type=float,
-        default=0.1,
         metavar="F",
         help="part of the characters held out for validation (default: 0.1)",
     )
     add("--seed", type=int, metavar="N", help="which documents are held out (default: 0)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that encode; the outcome is the same (default: one for each core)",
+    )
     add("--overwrite", action="store_true", help="replace what DIR holds, finished or not")
     return parser
 
@@ -78,12 +111,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error("--out is empty; name a folder, such as data/book")
     if args.seed is not None and args.split != "documents":
         command.error("--seed chooses the documents to hold out; it needs --split documents")
-    if not 0 < args.val_fraction < 1:
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         command.error(f"--val-fraction {args.val_fraction}: it must lie between 0 and 1")
-    out = Path(args.out or f"data/{_default_name(args.inputs[0])}")
+    if args.workers is not None and args.workers < 1:
+        command.error(f"--workers is {args.workers}, but must be at least 1")
+    if not args.inputs and args.dataset is None:
+        command.error("no INPUT was given; name a text file or folder, or a --dataset")
+    if args.inputs and args.dataset is not None:
+        command.error(f"both {args.inputs[0]} and --dataset {args.dataset} were given; choose one")
+    if args.dataset_config is not None and args.dataset is None:
+        command.error("--dataset-config chooses a part of a --dataset; name that, too")
+    try:
+        inputs = parse_weights(args.inputs)
+    except Error as error:
+        command.error(str(error))
+    out = Path(args.out or f"data/{_default_name(args.dataset or next(iter(inputs)))}")
     line = _ProgressLine()
     try:
-        return _prepare(args, out, line)
+        return _prepare(args, inputs, out, line)
     except Error as error:
         line.clear()
         print(f"error: {error}", file=sys.stderr)
@@ -100,14 +145,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _prepare(args: argparse.Namespace, out: Path, line: _ProgressLine) -> int:
+def _prepare(
+    args: argparse.Namespace,
+    inputs: list[str] | dict[str, float],
+    out: Path,
+    line: _ProgressLine,
+) -> int:
+    from .data.encoding import available_cores
     from .data.prepare import prepare_data
 
     if "-" in args.inputs and sys.stdin.isatty():
         print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr)
     started = time.monotonic()
     prepared = prepare_data(
-        args.inputs,
+        inputs,
         out,
         tokenizer=args.tokenizer,
         vocab_size=2048 if args.vocab_size is None else args.vocab_size,
@@ -116,6 +167,11 @@ def _prepare(args: argparse.Namespace, out: Path, line: _ProgressLine) -> int:
         seed=args.seed or 0,
         overwrite=args.overwrite,
         progress=line,
+        dataset=args.dataset,
+        dataset_config=args.dataset_config,
+        text_field=args.text_field,
+        records=args.records,
+        workers=args.workers or available_cores(),
     )
     line.clear()
     meta = prepared.meta
@@ -128,6 +184,9 @@ def _prepare(args: argparse.Namespace, out: Path, line: _ProgressLine) -> int:
     ):
         rate = meta.characters_per_token(split) or 0.0
         say(f"  {split:5} {tokens:>13,} tokens {characters:>13,} characters  {rate:.3f} a token")
+    for corpus in meta.corpora or []:
+        sizes = f"{corpus['train_tokens']:>13,} to train {corpus['val_tokens']:>13,} held out"
+        say(f"  {sizes}  {corpus['name']}, weight {corpus['weight']:g}")
     if meta.documents:
         counts = meta.documents
         say(f"  documents: {counts['train']:,} to train, {counts['val']:,} held out:")
@@ -149,7 +208,10 @@ def _hyphens(argument: str) -> str:
 
 
 def _default_name(first: str) -> str:
-    return "stdin" if first == "-" else Path(first).resolve().stem or "text"
+    if first == "-":
+        return "stdin"
+    path = Path(first).resolve()
+    return path.name.removesuffix(".jsonl.gz") if path.suffix == ".gz" else path.stem or "text"
 
 
 class _ProgressLine:

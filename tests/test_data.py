@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import gpt2fast.data.prepare as preparing
+import gpt2fast.data.sources as sources
 from gpt2fast import prepare as command
 from gpt2fast.config import GPT2Config
 from gpt2fast.data import DataModule, TokenDataset, prepare_data
+from gpt2fast.data.split import hold_out
 from gpt2fast.data.text import END_OF_TEXT, Cuts, read_blocks
 from gpt2fast.errors import DataError, Error, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
@@ -363,12 +365,12 @@ def test_files_are_documents_and_blank_ones_are_left_out(tmp_path):
 )
 def test_held_out_documents_make_up_the_fraction(lengths, fraction, seed):
     target = fraction * sum(lengths)
-    chosen = preparing._hold_out(lengths, target, seed)
+    chosen = hold_out(lengths, target, seed)
     assert len(set(chosen)) == len(chosen)
     assert 0 < len(chosen) < len(lengths)
     total = sum(lengths[index] for index in chosen)
     assert total <= 1.1 * target or total == min(lengths)
-    assert chosen == preparing._hold_out(lengths, target, seed)
+    assert chosen == hold_out(lengths, target, seed)
 
 
 def test_bpe_is_trained_on_the_training_part_only(tmp_path):
@@ -430,7 +432,7 @@ def test_missing_inputs_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
     for inputs, message in [
         (tmp_path / "no.txt", r"no\.txt does not exist"),
-        (tmp_path / "folder", r"folder holds no \.txt or \.md files"),
+        (tmp_path / "folder", r"folder holds no \.txt, \.md, .* or \.parquet files"),
         ([], "no input was given"),
         (["-", "-"], r"standard input \(-\) was given more than once"),
     ]:
@@ -515,7 +517,8 @@ def small_blocks(monkeypatch):
     def read_small_blocks(path, cuts, start=0):
         return read_blocks(path, cuts, start, block_bytes=1500)
 
-    monkeypatch.setattr(preparing, "read_blocks", read_small_blocks)
+    monkeypatch.setattr(sources, "read_blocks", read_small_blocks)
+    monkeypatch.setattr(sources, "BLOCK_CHARACTERS", 1500)
     monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_SAVES", -1.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,16 @@ class DataMeta:
     tokenizer_fingerprint: str | None
     eos_token_id: int | None
     split: str | None
-    """`position` or `documents`."""
+    """`position`, `documents`, or `given`: the data set brought its own validation split."""
     val_fraction: float | None = None
     seed: int | None = None
     asked_vocab_size: int | None = None
     """Size asked for a `bpe` trained on the text; too short a text gives a smaller one."""
     documents: dict[str, Any] | None = None
     """With `split` = `documents`: the numbers of documents, and the ones held out."""
+    corpora: list[dict[str, Any]] | None = None
+    """Of a mixture: `name`, `weight`, `train_tokens` and `val_tokens` of each corpus, in the order
+    in which they follow one another in the files."""
     sources: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     """All files that belong to the prepared data."""
@@ -49,6 +53,7 @@ class DataMeta:
         return characters / tokens if characters and tokens else None
 
     def to_json(self) -> str:
+        """The text of `meta.json`."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -69,6 +74,7 @@ _TYPES: dict[str, Any] = {
     "seed": _OPTIONAL_INT,
     "asked_vocab_size": _OPTIONAL_INT,
     "documents": (dict, type(None)),
+    "corpora": (list, type(None)),
     "sources": list,
     "files": list,
 }
@@ -96,4 +102,22 @@ def read_meta(path: Path) -> DataMeta:
         raise DataError(f"{path}: {', '.join(missing)} missing. {again}")
     if kept["dtype"] not in ITEM_SIZE:
         raise DataError(f"{path}: dtype is {kept['dtype']!r}, not uint16 or uint32. {again}")
-    return DataMeta(**kept)
+    meta = DataMeta(**kept)
+    _check_corpora(path, meta, again)
+    return meta
+
+
+def _check_corpora(path: Path, meta: DataMeta, again: str) -> None:
+    if meta.corpora is None:
+        return
+    try:
+        weights = [float(corpus["weight"]) for corpus in meta.corpora]
+        sums = [
+            sum(corpus[f"{split}_tokens"] for corpus in meta.corpora) for split in ("train", "val")
+        ]
+        fine = all(math.isfinite(weight) and weight > 0 for weight in weights)
+        fine = fine and sums == [meta.train_tokens, meta.val_tokens] and bool(weights)
+    except (KeyError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise DataError(f"{path}: corpora does not fit the rest of the file. {again}")

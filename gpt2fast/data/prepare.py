@@ -8,16 +8,16 @@ not grow with it. Everything is made in `<out>/.unfinished` and moved into place
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import random
 import shutil
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,23 +25,26 @@ from ..errors import DataError, Error
 from ..files import atomic_write_text, sync_directory
 from ..lock import only_process
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from .encoding import Encoded, Encoders, typecode
+from .inputs import checked_weight, find_sources
 from .meta import DataMeta, read_meta
-from .text import END_OF_TEXT, Cuts, Segment, read_blocks
-
-TEXT_SUFFIXES = (".txt", ".md")
-OUTPUT_MARKS = ("meta.json", "config.json", "tokenizer.json")
-"""A folder that holds one of these is prepared data, a model or a tokenizer, not text."""
-HELD_OUT_NAMED = 1000
-"""meta.json names at most so many held-out documents."""
+from .sources import Source, TextFile, changed_meanwhile
+from .split import TRAIN, VAL, DocumentCount, Part, Plan, Position, PositionCount, require_text
+from .text import END_OF_TEXT, Cuts, Segment
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage (`count`, `tokenizer`, `encode`), bytes done and bytes in all."""
 
-_TRAIN, _VAL, _BLANK = 0, 1, 2
 _BIN_FILES = ("train.bin", "val.bin")
 _LOCK = "lock"
 _SECONDS_BETWEEN_SAVES = 2.0
+_BYTES_FOR_PROCESSES = 4 << 20
+"""Less text than this is encoded sooner than another process has started."""
 _START_OVER = "start over with --overwrite (overwrite=True)"
+
+
+class OtherRunError(DataError):
+    """What was interrupted in this folder is not what is asked for now."""
 
 
 @dataclass(frozen=True)
@@ -57,51 +60,120 @@ class PreparedData:
 
 
 def prepare_data(
-    inputs: str | Path | Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path] | Mapping[str, float],
     out_dir: str | Path,
     tokenizer: str = "char",
     vocab_size: int = 2048,
-    split: str = "position",
-    val_fraction: float = 0.1,
+    split: str | None = None,
+    val_fraction: float | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
+    *,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    text_field: str = "text",
+    records: str | None = None,
+    workers: int = 1,
 ) -> PreparedData:
     """Tokenize text into `out_dir`, which DataModule and `python -m gpt2fast.train` read.
 
-    inputs: UTF-8 files, folders (their .txt and .md files, recursively, sorted), and "-" for
-        standard input.
-    tokenizer: "char" (the characters of the whole text), "bpe" (a byte-level BPE of `vocab_size`
-        tokens trained on the training part only), or a directory or hub name such as "gpt2".
-    split: "position" holds out the last `val_fraction` of the characters of all files, one after
-        another, as nanoGPT does. "documents" holds out whole documents, drawn with `seed`, until
-        they make up `val_fraction`; a line that is just `<|endoftext|>` ends a document, and so
-        does the end of a file.
-    overwrite: replace what `out_dir` holds, finished or not. Without it finished data are an
-        error, and an interrupted run of the same call is continued.
-
     In every tokenizer an `<|endoftext|>` becomes the one end token; the newline of a line that
-    holds nothing else is dropped with it. Raises DataError or TokenizerError for unusable input.
+    holds nothing else is dropped with it.
+
+    Args:
+        inputs: UTF-8 files, .jsonl, .jsonl.gz and .parquet files, folders (their .txt and .md
+            files, recursively, sorted; the others where there are none of these), and "-" for
+            standard input. A mapping from inputs to weights makes a mixture: each is a corpus of
+            its own, of which a part is held out, and training draws windows from each in
+            proportion to its weight.
+        out_dir: folder that gets the token files, the tokenizer and `meta.json`.
+        tokenizer: "char" (the characters of the whole text), "bpe" (a byte-level BPE trained on
+            the training part only), or a directory or hub name such as "gpt2".
+        vocab_size: tokens of a "bpe".
+        split: "position" (the default) holds out the last `val_fraction` of the characters of all
+            files, one after another, as nanoGPT does. "documents" holds out whole documents, drawn
+            with `seed`, until they make up `val_fraction`; a line that is just `<|endoftext|>` ends
+            a document, and so does the end of a file.
+        val_fraction: share that is held out; None means 0.1.
+        seed: of the documents that are held out.
+        overwrite: replace what `out_dir` holds, finished or not. Without it finished data are an
+            error, and an interrupted run of the same call is continued.
+        progress: told how far the work is.
+        dataset, dataset_config: a data set of the Hugging Face hub, or a folder, instead of inputs.
+            Its validation split is used as it is, unless `split` says to hold out a part of train.
+        text_field: the field of JSON lines, or the column of a table, that holds the text.
+        records: what a record is: "documents" (an end token follows each), or "lines" of one text.
+            Default: documents; lines for WikiText.
+        workers: processes that encode; the outcome does not depend on it.
+
+    Returns:
+        What was written: folder, numbers of tokens, tokenizer.
+
+    Raises:
+        DataError, TokenizerError: unusable input.
     """
-    if split not in ("position", "documents"):
+    if split not in ("position", "documents", None):
         raise DataError(f"split is {split!r}; choose position or documents")
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
+    if records not in ("documents", "lines", None):
+        raise DataError(f"records is {records!r}; choose documents or lines")
+    if workers < 1:
+        raise DataError(f"workers is {workers}; it must be at least 1")
     out_dir = Path(out_dir)
+    given: list[int] = []
+    weights = None
+    sources: list[Source | None]
+    if dataset is not None:
+        if inputs:
+            raise DataError("both inputs and a data set were given; choose one")
+        sources, given = _dataset(dataset, dataset_config, text_field, records, split, val_fraction)
+        corpus_of = [0] * len(sources)
+    else:
+        if isinstance(inputs, Mapping):
+            weights = {str(name): checked_weight(str(name), inputs[name]) for name in inputs}
+        sources, corpus_of = find_sources(inputs, out_dir, text_field, records == "lines")
+    split = split or ("given" if given else "position")
     settings = {
         "tokenizer": tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
         "split": split,
-        "val_fraction": val_fraction,
+        "val_fraction": None if given else 0.1 if val_fraction is None else val_fraction,
         "seed": seed if split == "documents" else None,
+        # None where they have always been so: an older version's interrupted run goes on.
+        "text_field": None if text_field == "text" else text_field,
+        "records": records,
+        "weights": weights,
     }
-    files = _find_files(inputs, out_dir)
     with _working_directory(out_dir, overwrite) as work:
-        run = _Run(work, files, settings, progress or _silent)
+        run = _Run(work, sources, corpus_of, given, settings, progress or _silent, workers)
         resumed = run.begin()
         run.finish(out_dir)
         meta = read_meta(out_dir / "meta.json")
     return PreparedData(out_dir, out_dir / "train.bin", out_dir / "val.bin", meta, resumed)
+
+
+def _dataset(
+    name: str,
+    config: str | None,
+    field: str,
+    records: str | None,
+    split: str | None,
+    val_fraction: float | None,
+) -> tuple[list[Source | None], list[int]]:
+    """The sources of a data set, and the part that each is, unless it is to be divided."""
+    from .huggingface import open_dataset
+
+    train, val = open_dataset(name, config, field, records)
+    if val is None or split is not None:
+        return [train], []
+    if val_fraction is not None:
+        raise DataError(
+            f"val_fraction is {val_fraction}, but the data set brings its own {val.name}; leave "
+            "the setting out, or hold out a part of train with --split position"
+        )
+    return [train, val], [TRAIN, VAL]
 
 
 @contextlib.contextmanager
@@ -153,79 +225,26 @@ def _clear(work: Path) -> None:
             item.unlink()
 
 
-@dataclass
-class _Position:
-    """How far a pass over the text has come; enough to go on from there."""
-
-    source: int = 0
-    offset: int = 0
-    """Bytes read of that source."""
-    character: int = 0
-    """Characters read so far; with the documents split, of the current held-out document."""
-    document: int = 0
-    head: str = ""
-    """How the current document begins, if it is held out."""
-    tokens: list[int] = field(default_factory=lambda: [0, 0])
-    characters: list[int] = field(default_factory=lambda: [0, 0])
-    held_out: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which part of the text goes into which split; the outcome of counting."""
-
-    boundary: int
-    """Position split: so many characters train."""
-    assignment: bytes
-    """Documents split: _TRAIN, _VAL or _BLANK for each document."""
-
-    def parts(self, segments: list[Segment], at: _Position) -> Iterator[tuple[int, str, bool]]:
-        """Yield (_TRAIN or _VAL, text, end token follows) and move `at` along."""
-        if self.assignment:
-            yield from self._by_document(segments, at)
-            return
-        for text, separator, _ in segments:
-            room = max(0, self.boundary - at.character)
-            at.character += len(text) + separator
-            if room > len(text):
-                yield _TRAIN, text, separator
-                continue
-            if room:
-                yield _TRAIN, text[:room], False
-            if separator or room < len(text):
-                yield _VAL, text[room:], separator
-
-    def _by_document(
-        self, segments: list[Segment], at: _Position
-    ) -> Iterator[tuple[int, str, bool]]:
-        for text, separator, ends_document in segments:
-            if at.document == len(self.assignment):
-                raise _changed_meanwhile("the text")
-            part = self.assignment[at.document]
-            if part != _BLANK:
-                yield part, text, separator
-            if part == _VAL:
-                at.head = (at.head + text)[:400]
-                at.character += len(text) + separator
-            if not ends_document:
-                continue
-            if part == _VAL and len(at.held_out) < HELD_OUT_NAMED:
-                named = {"document": at.document, "title": _title(at.head)}
-                at.held_out.append({**named, "characters": at.character})
-            at.head, at.character = "", 0
-            at.document += 1
-
-
 class _Run:
     """One preparation, or the rest of one, in its working directory."""
 
     def __init__(
-        self, work: Path, files: list[Path], settings: dict[str, Any], progress: Progress
+        self,
+        work: Path,
+        sources: list[Source | None],
+        corpus_of: list[int],
+        given: list[int],
+        settings: dict[str, Any],
+        progress: Progress,
+        workers: int,
     ) -> None:
         self.work = work
-        self.files = files
+        self.asked = sources
+        self.corpus_of = corpus_of
+        self.given = given
         self.settings = settings
         self.progress = progress
+        self.workers = workers
         self.documents = settings["split"] == "documents"
 
     def begin(self) -> bool:
@@ -237,21 +256,21 @@ class _Run:
             begun = None
         if begun is None:
             _clear(self.work)
-        piped = Path("-") in self.files
-        names = [str(file.resolve()) for file in self.files]
+        # What comes through a pipe next time cannot be compared.
+        names = [str(Path("-").resolve()) if s is None else s.identity for s in self.asked]
         if begun is not None:
             self._check_same(begun, names)
-        self.names = ["-" if file == Path("-") else file.name for file in self.files]
-        self.files = [self._spooled() if file == Path("-") else file for file in self.files]
-        self.signatures = [_signature(file) for file in self.files]
+        self.sources = [self._spooled() if s is None else s for s in self.asked]
+        self.names = [source.name for source in self.sources]
+        self.signatures = [source.signature() for source in self.sources]
         if begun is None:
             wanted = {"settings": self.settings, "names": names, "signatures": self.signatures}
-            if not piped:  # what comes through a pipe next time cannot be compared
+            if None not in self.asked:
                 atomic_write_text(path, json.dumps(wanted))
             return False
         for name, before, now in zip(names, begun["signatures"], self.signatures, strict=True):
             if before != now:
-                raise DataError(
+                raise OtherRunError(
                     f"{name} has changed since the interrupted run in {self.work.parent}; "
                     f"{_START_OVER}"
                 )
@@ -260,21 +279,21 @@ class _Run:
     def _check_same(self, begun: dict[str, Any], names: list[str]) -> None:
         found = f"{self.work.parent} holds an interrupted run"
         if begun["names"] != names:
-            raise DataError(f"{found} on other files; repeat it to continue, or {_START_OVER}")
+            raise OtherRunError(f"{found} on other files; repeat it to continue, or {_START_OVER}")
         before = begun["settings"]
         changed = [name for name, value in self.settings.items() if before.get(name) != value]
         if changed:
             told = ", ".join(f"{n} {before.get(n)!r}, now {self.settings[n]!r}" for n in changed)
-            raise DataError(
+            raise OtherRunError(
                 f"{found} with other settings ({told}); repeat it to continue, or {_START_OVER}"
             )
 
-    def _spooled(self) -> Path:
+    def _spooled(self) -> Source:
         # The text is needed more than once, and a pipe can be read only once.
         path = self.work / "stdin"
         with open(path, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-        return path
+        return TextFile(path, name="-")
 
     def finish(self, out_dir: Path) -> None:
         """Do what has not been done yet."""
@@ -286,87 +305,61 @@ class _Run:
             if name in ("char", "bpe"):
                 tokenizer = self._kept(lambda: self._trained(plan))
             position = self._encode(tokenizer, plan)
-            for file, before in zip(self.files, self.signatures, strict=True):
-                if _signature(file) != before:
-                    raise _changed_meanwhile(file)
+            for source, before in zip(self.sources, self.signatures, strict=True):
+                if source.signature() != before:
+                    raise changed_meanwhile(source.name)
             self._write_meta(tokenizer, plan, position)
         self._publish(out_dir)
 
     def _blocks(
         self, stage: str, cuts: Cuts, start: tuple[int, int] = (0, 0)
-    ) -> Iterator[tuple[list[Segment], tuple[int, int]]]:
-        """Yield the segments of each block, and (source, byte) where the next one starts.
+    ) -> Iterator[tuple[list[Segment], int, tuple[int, int]]]:
+        """Yield the segments of each block, their source, and (source, place) of the next block.
 
-        With the documents split the end of a file is a block of its own that ends a document.
+        With the documents split the end of a source is a block of its own that ends a document,
+        unless the last one has ended already.
         """
-        sizes = [signature["size"] for signature in self.signatures]
-        source, offset = start
-        for index in range(source, len(self.files)):
-            done = sum(sizes[:index])
-            path = self.files[index]
-            for segments, end in read_blocks(path, cuts, offset):
-                if end > sizes[index]:
-                    raise _changed_meanwhile(path)
-                yield segments, (index, end)
-                self.progress(stage, done + end, sum(sizes))
-            if self.documents:
-                yield [Segment("", True, True)], (index + 1, 0)
-            offset = 0
+        total = sum(source.size for source in self.sources)
+        first, place = start
+        for index in range(first, len(self.sources)):
+            source = self.sources[index]
+            before = sum(earlier.size for earlier in self.sources[:index])
+            for segments, end in source.blocks(cuts, place):
+                yield segments, index, (index, end)
+                self.progress(stage, before + source.done, total)
+            if self.documents and source.ends_document:
+                yield [Segment("", True, True)], index, (index + 1, 0)
+            place = 0
 
     # -- counting --------------------------------------------------------------------------------
 
-    def _plan(self) -> _Plan:
+    def _plan(self) -> Plan:
+        if self.given:
+            return Plan(self.corpus_of, given=self.given)
         path = self.work / "plan.json"
         if path.exists():
-            boundary = json.loads(path.read_text(encoding="utf-8"))["boundary"]
-            return _Plan(boundary, (self.work / "assignment").read_bytes())
-        plan = self._plan_documents() if self.documents else self._plan_position()
-        (self.work / "assignment").write_bytes(plan.assignment)
-        atomic_write_text(path, json.dumps({"boundary": plan.boundary}))
-        return plan
+            # An older version wrote one boundary, not a list.
+            boundaries = json.loads(path.read_text(encoding="utf-8"))["boundary"]
+            boundaries = boundaries if isinstance(boundaries, list) else [boundaries]
+            return Plan(self.corpus_of, boundaries, (self.work / "assignment").read_bytes())
+        corpora = self._corpora()
+        count = (DocumentCount if self.documents else PositionCount)(len(corpora))
+        for segments, source, _ in self._blocks("count", Cuts(any_character=True)):
+            count.add(segments, self.corpus_of[source])
+        fraction, boundaries, assignment = self.settings["val_fraction"], [], b""
+        if isinstance(count, DocumentCount):
+            assignment = count.assignment(fraction, self.settings["seed"], corpora)
+        else:
+            boundaries = count.boundaries(fraction, corpora)
+        (self.work / "assignment").write_bytes(assignment)
+        atomic_write_text(path, json.dumps({"boundary": boundaries}))
+        return Plan(self.corpus_of, boundaries, assignment)
 
-    def _plan_position(self) -> _Plan:
-        characters = 0
-        for segments, _ in self._blocks("count", Cuts(any_character=True)):
-            characters += sum(len(text) + separator for text, separator, _ in segments)
-        self._check_not_empty(characters)
-        fraction = self.settings["val_fraction"]
-        boundary = int(characters * (1 - fraction))
-        if not 0 < boundary < characters:
-            part = "training" if boundary == 0 else "validation"
-            raise DataError(
-                f"the {part} part would be empty: val_fraction is {fraction} of {characters} "
-                "characters; give more text or another --val-fraction"
-            )
-        return _Plan(boundary, b"")
-
-    def _plan_documents(self) -> _Plan:
-        lengths = array("q")  # nothing else grows with the text: eight bytes a document
-        length, blank = 0, True
-        for segments, _ in self._blocks("count", Cuts(any_character=True)):
-            for text, separator, ends_document in segments:
-                length += len(text) + separator
-                blank = blank and not text.strip()
-                if ends_document:
-                    lengths.append(0 if blank else length)
-                    length, blank = 0, True
-        characters = sum(lengths)
-        self._check_not_empty(characters)
-        if sum(map(bool, lengths)) < 2:
-            raise DataError(
-                "there is only one document, so none can be held out; end documents with a line "
-                f"{END_OF_TEXT}, give several files, or use --split position"
-            )
-        assignment = bytearray(_TRAIN if length else _BLANK for length in lengths)
-        target = self.settings["val_fraction"] * characters
-        for index in _hold_out(lengths, target, self.settings["seed"]):
-            assignment[index] = _VAL
-        return _Plan(0, bytes(assignment))
-
-    def _check_not_empty(self, characters: int) -> None:
-        if not characters:
-            names = ", ".join(self.names[:3]) + (", …" if len(self.names) > 3 else "")
-            raise DataError(f"there is no text in the input ({names})")
+    def _corpora(self) -> list[str]:
+        """What errors call each corpus."""
+        if self.settings["weights"] is not None:
+            return list(self.settings["weights"])
+        return [", ".join(self.names[:3]) + (", …" if len(self.names) > 3 else "")]
 
     # -- tokenizer -------------------------------------------------------------------------------
 
@@ -381,64 +374,73 @@ class _Run:
             os.replace(unfinished, directory)
         return Tokenizer.from_pretrained(str(directory))
 
-    def _trained(self, plan: _Plan) -> Tokenizer:
+    def _trained(self, plan: Plan) -> Tokenizer:
         if self.settings["tokenizer"] == "char":
             return CharTokenizer.train(self._all_text(plan))
         return BPETokenizer.train(self._training_text(plan), self.settings["vocab_size"])
 
-    def _all_text(self, plan: _Plan) -> Iterator[str]:
-        at = _Position()
-        for segments, _ in self._blocks("tokenizer", Cuts(any_character=True)):
-            for _, text, end in plan.parts(segments, at):
+    def _all_text(self, plan: Plan) -> Iterator[str]:
+        at = Position()
+        for segments, source, _ in self._blocks("tokenizer", Cuts(any_character=True)):
+            for _, text, end in plan.parts(segments, source, at):
                 yield text + END_OF_TEXT if end else text
 
-    def _training_text(self, plan: _Plan) -> Iterator[str]:
-        at = _Position()
-        for segments, _ in self._blocks("tokenizer", Cuts()):
-            for part, text, _ in plan.parts(segments, at):
-                if part == _TRAIN:
+    def _training_text(self, plan: Plan) -> Iterator[str]:
+        at = Position()
+        for segments, source, _ in self._blocks("tokenizer", Cuts()):
+            for part, text, _ in plan.parts(segments, source, at):
+                if part == TRAIN:
                     yield text
 
     # -- encoding --------------------------------------------------------------------------------
 
-    def _encode(self, tokenizer: Tokenizer, plan: _Plan) -> _Position:
+    def _encode(self, tokenizer: Tokenizer, plan: Plan) -> Position:
         """Write train.bin and val.bin into the working directory."""
-        typecode = _typecode(tokenizer.vocab_size)
-        item_size = array(typecode).itemsize
-        at = self._saved_position(item_size)
+        item_size = array(typecode(tokenizer.vocab_size)).itemsize
+        written = self._saved_position(item_size)
         saved = time.monotonic()
+        left = sum(source.size for source in self.sources[written.source :])
+        workers = self.workers if left >= _BYTES_FOR_PROCESSES else 1
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(self.work / name, "r+b")) for name in _BIN_FILES]
-            for file, tokens in zip(files, at.tokens, strict=True):
+            for file, tokens in zip(files, written.tokens, strict=True):
                 file.truncate(tokens * item_size)
                 file.seek(0, os.SEEK_END)
-            start = (at.source, at.offset)
-            for segments, following in self._blocks("encode", _cuts(tokenizer), start):
-                for part, text, end in plan.parts(segments, at):
-                    ids = tokenizer.encode(text)
-                    if end:
-                        ids = [*ids, _end_token(tokenizer)]
-                    files[part].write(_to_bytes(typecode, ids))
-                    at.tokens[part] += len(ids)
-                    at.characters[part] += len(text) + end
-                at.source, at.offset = following
-                if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                    self._save_position(at, files)
-                    saved = time.monotonic()
-            self._save_position(at, files)
-        return at
+            encoders = stack.enter_context(Encoders(tokenizer, self.work / "tokenizer", workers))
+            waiting: deque[tuple[Future[Encoded], Position]] = deque()
+            for parts, at in self._parts(_cuts(tokenizer), plan, written):
+                waiting.append((encoders.submit(parts), at))
+                while len(waiting) > encoders.waiting:
+                    written = _write(*waiting.popleft(), written, files)
+                    if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                        self._save_position(written, files)
+                        saved = time.monotonic()
+            for future, at in waiting:
+                written = _write(future, at, written, files)
+            self._save_position(written, files)
+        return written
 
-    def _saved_position(self, item_size: int) -> _Position:
+    def _parts(
+        self, cuts: Cuts, plan: Plan, start: Position
+    ) -> Iterator[tuple[list[Part], Position]]:
+        """The parts of each block from `start` on, and how far the text is read after it."""
+        at = replace(start, held_out=list(start.held_out))
+        for segments, source, following in self._blocks("encode", cuts, (at.source, at.offset)):
+            parts = list(plan.parts(segments, source, at))
+            at.source, at.offset = following
+            yield parts, replace(at, held_out=list(at.held_out))
+
+    def _saved_position(self, item_size: int) -> Position:
         with contextlib.suppress(FileNotFoundError):
-            at = _Position(**json.loads((self.work / "position.json").read_text(encoding="utf-8")))
+            at = Position(**json.loads((self.work / "position.json").read_text(encoding="utf-8")))
             sizes = [(self.work / name).stat().st_size for name in _BIN_FILES]
             if all(size >= n * item_size for size, n in zip(sizes, at.tokens, strict=True)):
                 return at
         for name in _BIN_FILES:
             (self.work / name).write_bytes(b"")
-        return _Position()
+        return Position()
 
-    def _save_position(self, at: _Position, files: Sequence[IO[bytes]]) -> None:
+    def _save_position(self, at: Position, files: Sequence[IO[bytes]]) -> None:
         # The tokens must be on the disk before a file says that they are.
         for file in files:
             file.flush()
@@ -447,22 +449,31 @@ class _Run:
 
     # -- moving into place -----------------------------------------------------------------------
 
-    def _write_meta(self, tokenizer: Tokenizer, plan: _Plan, at: _Position) -> None:
+    def _write_meta(self, tokenizer: Tokenizer, plan: Plan, at: Position) -> None:
+        for part, name in enumerate(("training", "validation")):
+            require_text(at.tokens[part], f"{name} part of {self._corpora()[0]}")
         made = [path.name for path in (self.work / "tokenizer").iterdir()]
-        documents = None
+        documents = corpora = None
         if self.documents:
             documents = {
-                "train": plan.assignment.count(_TRAIN),
-                "val": plan.assignment.count(_VAL),
+                "train": plan.assignment.count(TRAIN),
+                "val": plan.assignment.count(VAL),
                 "held_out": at.held_out,
             }
+        if self.settings["weights"] is not None:
+            corpora = [
+                {"name": name, "weight": weight, "train_tokens": train, "val_tokens": val}
+                for (name, weight), (train, val) in zip(
+                    self.settings["weights"].items(), at.corpus_tokens, strict=True
+                )
+            ]
         meta = DataMeta(
-            dtype="uint16" if _typecode(tokenizer.vocab_size) == "H" else "uint32",
+            dtype="uint16" if typecode(tokenizer.vocab_size) == "H" else "uint32",
             vocab_size=tokenizer.vocab_size,
-            train_tokens=at.tokens[_TRAIN],
-            val_tokens=at.tokens[_VAL],
-            train_characters=at.characters[_TRAIN],
-            val_characters=at.characters[_VAL],
+            train_tokens=at.tokens[TRAIN],
+            val_tokens=at.tokens[VAL],
+            train_characters=at.characters[TRAIN],
+            val_characters=at.characters[VAL],
             tokenizer="char" if isinstance(tokenizer, CharTokenizer) else "bpe",
             tokenizer_fingerprint=tokenizer.fingerprint(),
             eos_token_id=tokenizer.eos_token_id,
@@ -471,6 +482,7 @@ class _Run:
             seed=self.settings["seed"],
             asked_vocab_size=self.settings["vocab_size"],
             documents=documents,
+            corpora=corpora,
             sources=self.names,
             files=sorted(["meta.json", *_BIN_FILES, *made]),
         )
@@ -494,95 +506,26 @@ class _Run:
         shutil.rmtree(self.work)
 
 
-def _find_files(inputs: str | Path | Sequence[str | Path], out_dir: Path) -> list[Path]:
-    """The files to read, in order; "-" stays as it is."""
-    found: list[Path] = []
-    for item in [inputs] if isinstance(inputs, (str, Path)) else inputs:
-        path = Path(item)
-        if str(item) == "-" or path.is_file():
-            found.append(path)
-        elif path.is_dir():
-            files = _text_files(path, out_dir)
-            if not files:
-                raise DataError(
-                    f"{path} holds no {' or '.join(TEXT_SUFFIXES)} files (in folders without "
-                    f"{', '.join(OUTPUT_MARKS[:-1])} or {OUTPUT_MARKS[-1]}, which hold data or "
-                    "models, not text); name the text file"
-                )
-            found += files
-        elif path.exists():
-            raise DataError(f"{path} is neither a file nor a folder; pipe it in and give - instead")
-        else:
-            raise DataError(f"{path} does not exist")
-    if not found:
-        raise DataError("no input was given; name a text file, a folder, or - for standard input")
-    if found.count(Path("-")) > 1:
-        raise DataError("standard input (-) was given more than once")
-    return found
+def _write(
+    encoding: Future[Encoded], at: Position, before: Position, files: Sequence[IO[bytes]]
+) -> Position:
+    """Append what was encoded; returns `at` with the counts of all that is written."""
+    data, tokens, characters = encoding.result()
+    for file, piece in zip(files, data, strict=True):
+        file.write(piece)
+    begun = [*before.corpus_tokens]
+    begun += [[0, 0] for _ in range(at.corpus + 1 - len(begun))]
+    begun[at.corpus] = _sums(begun[at.corpus], tokens)
+    return replace(
+        at,
+        tokens=_sums(before.tokens, tokens),
+        characters=_sums(before.characters, characters),
+        corpus_tokens=begun,
+    )
 
 
-def _text_files(folder: Path, out_dir: Path) -> list[Path]:
-    """Text files below `folder`, sorted; nothing hidden, nothing that this module wrote."""
-    files = []
-    for directory, folders, names in os.walk(folder):
-        here = Path(directory)
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and (here / name).resolve() != out_dir.resolve()
-        ]
-        if any(mark in names for mark in OUTPUT_MARKS):
-            continue
-        files += [
-            here / name
-            for name in names
-            if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(files)
-
-
-def _signature(path: Path) -> dict[str, Any]:
-    """What tells whether a file is still the same, without reading all of it."""
-    edge = 1 << 16
-    digest = hashlib.sha256()
-    try:
-        stat = path.stat()
-        with open(path, "rb") as file:
-            digest.update(file.read(edge))
-            file.seek(max(0, stat.st_size - edge))
-            digest.update(file.read(edge))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    return {
-        "size": stat.st_size,
-        "modified_ns": stat.st_mtime_ns,
-        "sha256_of_ends": digest.hexdigest(),
-    }
-
-
-def _hold_out(lengths: Sequence[int], target: float, seed: int) -> list[int]:
-    """Documents in an order drawn with `seed`, until they hold `target` characters."""
-    order = array("q", (index for index, length in enumerate(lengths) if length))
-    # Of Python's generators only random() and this seeding are promised to stay as they are.
-    draw = random.Random(str(seed)).random
-    chosen: list[int] = []
-    total = 0
-    for place in range(len(order) - 1):  # one document at least must train
-        other = place + int(draw() * (len(order) - place))
-        order[place], order[other] = order[other], order[place]
-        length = lengths[order[place]]
-        # A document much longer than what is still missing would distort the fraction.
-        if total + length <= 1.1 * target:
-            chosen.append(order[place])
-            total += length
-        if total >= target:
-            break
-    return chosen or [min(order, key=lambda index: lengths[index])]
-
-
-def _title(head: str) -> str:
-    """The first line that says something."""
-    return next((line.strip(" \t#") for line in head.split("\n") if line.strip()), "")[:100]
+def _sums(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def _cuts(tokenizer: Tokenizer) -> Cuts:
@@ -591,30 +534,6 @@ def _cuts(tokenizer: Tokenizer) -> Cuts:
     if isinstance(tokenizer, CharTokenizer):
         return Cuts(any_character=True, whole=whole)
     return Cuts(before_space=tokenizer.encode("a") == tokenizer.encode(" a"), whole=whole)
-
-
-def _changed_meanwhile(what: str | Path) -> DataError:
-    return DataError(f"{what} has changed while it was being read; {_START_OVER}")
-
-
-def _end_token(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"documents end with {END_OF_TEXT}, but the tokenizer has no end token; use a "
-            "tokenizer that has one, or --split position on a text without such lines"
-        )
-    return tokenizer.eos_token_id
-
-
-def _typecode(vocab_size: int) -> str:
-    return "H" if vocab_size <= 1 << 16 else "I"
-
-
-def _to_bytes(typecode: str, ids: list[int]) -> bytes:
-    tokens = array(typecode, ids)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens.tobytes()
 
 
 def _files_of(meta: Path) -> list[str]:

@@ -86,17 +86,17 @@ def read_blocks(
                 raise _not_utf8(path, pending, error, start) from None
             if not data:
                 if text:
-                    yield Block(_segments(text), start + used)
+                    yield Block(segments_of(text), start + used)
                 return
-            cut = _last_cut(text, cuts)
+            cut = last_cut(text, cuts)
             if cut:
                 size = len(text[:cut].encode())
-                yield Block(_segments(text[:cut]), start + size)
+                yield Block(segments_of(text[:cut]), start + size)
                 pending = pending[size:]
                 start += size
 
 
-def _last_cut(text: str, cuts: Cuts) -> int:
+def last_cut(text: str, cuts: Cuts) -> int:
     """The last place where `text`, which goes on, may be cut; 0 if there is none."""
     # A whole string that begins at the end of the text cannot be recognised yet.
     limit = len(text) - max(map(len, cuts.whole))
@@ -123,7 +123,8 @@ def _touches(text: str, place: int, whole: tuple[str, ...]) -> bool:
     return any(token in text[max(0, place - len(token)) : place + len(token)] for token in whole)
 
 
-def _segments(text: str) -> list[Segment]:
+def segments_of(text: str) -> list[Segment]:
+    """A text in parts that end at each `<|endoftext|>`, with "\\n" for every kind of newline."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     segments = []

@@ -1,13 +1,16 @@
-"""From the `data` setting to a prepared folder: find it, and prepare plain text on the way."""
+"""From the settings about data to what a DataModule reads: find it, prepare text on the way."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
+from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, Error
 from ..output import say
 from .config import TrainConfig
 
@@ -24,17 +27,17 @@ KNOWN_TEXTS = {
 
 
 def locate(data: str | None) -> Path:
-    """The file or folder called `data`, here or in $GPT2FAST_DATA."""
+    """The file or folder called `data`, or the pattern, here or in $GPT2FAST_DATA."""
     if not data:
         raise ConfigError(
             "data is not set: name a text file, a folder of text files, or a folder made by "
-            "python -m gpt2fast.prepare, with --data PATH"
+            "python -m gpt2fast.prepare, with --data PATH (or --dataset NAME)"
         )
     path = Path(data).expanduser()
-    if path.exists():
+    if _is_there(path):
         return path.resolve()
     shared = os.environ.get("GPT2FAST_DATA")
-    if shared and not path.is_absolute() and (Path(shared) / path).exists():
+    if shared and not path.is_absolute() and _is_there(Path(shared) / path):
         return (Path(shared) / path).resolve()
     where = f"here, nor in $GPT2FAST_DATA ({shared})" if shared else "here"
     known = KNOWN_TEXTS.get(path.name)
@@ -42,43 +45,120 @@ def locate(data: str | None) -> Path:
     raise DataError(f"data {data!r} was not found {where}.{way_out} --data PATH")
 
 
-def prepared_data(config: TrainConfig, *, resuming: bool) -> Path:
-    """Folder with train.bin, val.bin and meta.json for `config.data`; made in OUT/data if it is
-    text (a resumed run finds it there already)."""
+def located(config: TrainConfig) -> dict[str, Any]:
+    """The settings that name data, with whole paths: they hold in any folder."""
+    values: dict[str, Any] = {}
+    with suppress(Error):
+        if config.data is not None:
+            values["data"] = str(locate(config.data))
+        elif config.mixture is not None:
+            values["mixture"] = {str(locate(name)): w for name, w in config.mixture.items()}
+        elif config.dataset is not None and Path(config.dataset).expanduser().exists():
+            values["dataset"] = str(Path(config.dataset).expanduser().resolve())
+    return values
+
+
+def prepared_data(config: TrainConfig, *, resuming: bool) -> Path | dict[str, float]:
+    """What DataModule reads for `config`: a folder, or folders and their weights.
+
+    Text and data sets are prepared in OUT/data (a resumed run finds them there already).
+    """
     made_here = Path(config.out) / "data"
     if resuming and (made_here / "meta.json").is_file():
         return made_here
+    if config.dataset is not None:
+        return _prepared(config, made_here, (), f"data set {config.dataset}")
+    if config.mixture is not None:
+        return _prepared_mixture(config, config.mixture, made_here, resuming)
     path = locate(config.data)
-    if (path / "meta.json").is_file():
-        if not resuming:  # then the checkpoint tells whether the data are the same
-            _check_agreement(config, path)
+    if _holds_tokens(path):
+        _check_prepared(config, path, resuming)
         return path
-    if (path / "train.bin").exists():
-        return path
-    if (path / "log.csv").is_file() and (path / "config.yaml").is_file():
-        _refuse_run(path)
+    _refuse_run(path)
+    return _prepared(config, made_here, [path], str(path))
+
+
+def _prepared_mixture(
+    config: TrainConfig, mixture: dict[str, float], made_here: Path, resuming: bool
+) -> Path | dict[str, float]:
+    weights = {str(locate(name)): weight for name, weight in mixture.items()}
+    if len(weights) < len(mixture):
+        raise ConfigError("two names of the mixture are the same file; give it one weight")
+    ready = [name for name in weights if _holds_tokens(Path(name))]
+    if len(ready) == len(weights):
+        for name in ready:
+            _check_prepared(config, Path(name), resuming)
+        return weights
+    if ready:
+        text = next(name for name in weights if name not in ready)
+        raise DataError(
+            f"the mixture has prepared data ({ready[0]}) and text ({text}); prepare the text with "
+            f"the same tokenizer first: python -m gpt2fast.prepare {shlex.quote(text)} --tokenizer "
+            f"{shlex.quote(ready[0])}"
+        )
+    for name in weights:
+        _refuse_run(Path(name))
+    return _prepared(config, made_here, weights, f"{len(weights)} corpora")
+
+
+def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
     tokenizer = config.tokenizer or config.init_from or "char"
     if config.vocab_size is not None and tokenizer != "bpe":
         raise ConfigError(
             f"vocab_size is {config.vocab_size}, but the size of tokenizer {tokenizer!r} is given; "
             "set vocab_size to null, or --tokenizer bpe"
         )
-    from ..data import prepare_data
+    from ..data.encoding import available_cores
+    from ..data.prepare import OtherRunError, prepare_data
 
-    say(f"preparing {path} in {made_here}")
-    prepare_data(
-        [path],
-        made_here,
-        overwrite=True,
+    say(f"preparing {what} in {out}")
+    prepare = functools.partial(
+        prepare_data,
+        inputs,
+        out,
         tokenizer=tokenizer,
-        split=config.split or "position",
-        val_fraction=config.val_fraction or 0.1,
+        split=config.split,
+        val_fraction=config.val_fraction,
         vocab_size=config.vocab_size or 2048,
+        dataset=config.dataset,
+        dataset_config=config.dataset_config,
+        text_field=config.text_field,
+        records=config.records,
+        workers=available_cores(),
     )
-    return made_here
+    begun = (out / ".unfinished" / "run.json").exists()
+    try:
+        prepare(overwrite=not begun)
+    except OtherRunError:
+        prepare(overwrite=True)
+    return out
+
+
+def _is_there(path: Path) -> bool:
+    from ..data.tokens import is_pattern
+
+    return path.exists() or (is_pattern(path) and bool(glob(str(path))))
+
+
+def _holds_tokens(path: Path) -> bool:
+    """Prepared data, or token files in nanoGPT's or llm.c's format."""
+    if not path.is_dir():
+        return not path.exists() or path.suffix == ".bin"  # what is not there is a pattern
+    if (path / "meta.json").is_file() or (path / "train.bin").exists():
+        return True
+    return any(path.glob("*train*.bin")) and any(path.glob("*val*.bin"))
+
+
+def _check_prepared(config: TrainConfig, path: Path, resuming: bool) -> None:
+    # In a resumed run the checkpoint tells whether the data are the same.
+    if not resuming and (path / "meta.json").is_file():
+        _check_agreement(config, path)
 
 
 def _refuse_run(path: Path) -> None:
+    """Raise DataError if this is the folder of a training run."""
+    if not ((path / "log.csv").is_file() and (path / "config.yaml").is_file()):
+        return
     run = shlex.quote(str(path))
     raise DataError(
         f"{path} is the folder of a training run, not data; continue that run with --resume {run}, "

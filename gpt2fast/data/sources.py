@@ -1,0 +1,333 @@
+"""What text is read from: text files, JSON lines and parquet files, in blocks, from any place on.
+
+A place is one number: bytes in a file of text or JSON lines, rows in a table, and characters where
+records are the lines of one text. Reading never holds more than a block and a record.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ..errors import DataError
+from .text import END_OF_TEXT, Block, Cuts, Segment, last_cut, read_blocks, segments_of
+
+BLOCK_CHARACTERS = 1 << 20
+LONGEST_LINE = 1 << 28
+"""Bytes; a longer line of JSON is taken for a mistake."""
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
+PARQUET_SUFFIX = ".parquet"
+RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ROWS_AT_ONCE = 256
+_READ_BYTES = 1 << 20
+
+
+class Source(ABC):
+    """A text, or a part of one, that is read from the start or from the end of any block."""
+
+    name: str
+    """What meta.json calls it."""
+    identity: str
+    """By which an interrupted run is recognised."""
+    size: int
+    """Bytes to read, about; what progress is measured against."""
+    done: int = 0
+    """Bytes read so far of `size`, about."""
+    ends_document: bool = True
+    """Its end is the end of a document (which its last block does not say)."""
+
+    @abstractmethod
+    def signature(self) -> dict[str, Any]:
+        """What tells whether it is still the same, without reading all of it."""
+
+    @abstractmethod
+    def blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
+        """The text from the place `start` (0 or the `end` of a block) on."""
+
+
+class TextFile(Source):
+    """A file of UTF-8 text; see `text.read_blocks`."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = name or path.name
+        self.identity = str(path.resolve())
+        self.size = file_signature(path)["size"]
+
+    def signature(self) -> dict[str, Any]:
+        return file_signature(self.path)
+
+    def blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
+        for block in read_blocks(self.path, cuts, start):
+            if block.end > self.size:
+                raise changed_meanwhile(self.path)
+            self.done = block.end
+            yield block
+
+
+class Records(Source):
+    """Texts one after another: each a document, or each a line of one text.
+
+    lines: False ends every record with an `<|endoftext|>` and leaves blank records out. True joins
+        the records as they are; one that does not end with a newline gets one, so that an empty
+        record is an empty line.
+    """
+
+    def __init__(self, name: str, identity: str, field: str, lines: bool) -> None:
+        self.name, self.identity, self.field = name, identity, field
+        self.lines = self.ends_document = lines
+
+    @abstractmethod
+    def records(self, start: int) -> Iterator[tuple[str, int]]:
+        """The texts of the records from the place `start` on, each with the place after it."""
+
+    def blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
+        return self._line_blocks(cuts, start) if self.lines else self._document_blocks(start)
+
+    def _document_blocks(self, start: int) -> Iterator[Block]:
+        segments: list[Segment] = []
+        size = 0
+        end = start
+        for text, end in self.records(start):
+            if text and not text.isspace():
+                segments += _document(text)
+                size += len(text)
+            if size >= BLOCK_CHARACTERS:
+                yield Block(segments, end)
+                segments, size = [], 0
+        if end != start:
+            yield Block(segments, end)
+
+    def _line_blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
+        read, limit = 0, BLOCK_CHARACTERS
+        pending: list[str] = []
+        size, place = 0, start
+        for text, _ in self.records(0):
+            line = text if text.endswith("\n") else text + "\n"
+            read += len(line)
+            if read <= start:  # encoded before an interruption
+                continue
+            pending.append(line[max(0, start - (read - len(line))) :])
+            size += len(pending[-1])
+            if size < limit:
+                continue
+            joined = "".join(pending)
+            cut = last_cut(joined, cuts)
+            if cut:
+                place += cut
+                yield Block(segments_of(joined[:cut]), place)
+            pending, size = [joined[cut:]], len(joined) - cut
+            # Doubling keeps the work linear when a text has no boundary for a long way.
+            limit = max(BLOCK_CHARACTERS, 2 * size)
+        if size:
+            yield Block(segments_of("".join(pending)), place + size)
+
+
+class JsonLines(Records):
+    """A file with one JSON object a line, gzipped where its name ends in .gz."""
+
+    def __init__(self, path: Path, field: str, lines: bool) -> None:
+        super().__init__(path.name, str(path.resolve()), field, lines)
+        self.path = path
+        self.size = file_signature(path)["size"]
+
+    def signature(self) -> dict[str, Any]:
+        return file_signature(self.path)
+
+    def records(self, start: int) -> Iterator[tuple[str, int]]:
+        end = start
+        with open(self.path, "rb") as raw, self._unpacked(raw) as file:
+            try:
+                file.seek(start)
+                while line := file.readline(LONGEST_LINE):
+                    begin, end = end, end + len(line)
+                    self.done = min(raw.tell(), self.size)
+                    if line.strip():
+                        yield self._text(line, begin), end
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise DataError(
+                    f"{self.path} cannot be unpacked: {error}; it is cut short or damaged, fetch "
+                    "it again"
+                ) from None
+
+    def _unpacked(self, raw: BinaryIO) -> BinaryIO:
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if self.path.suffix == ".gz" else raw
+
+    def _text(self, line: bytes, begin: int) -> str:
+        try:
+            return _text_of_line(line, self.field, first=begin == 0)
+        except BadRecord as error:
+            number = self._line_number(begin)
+            raise DataError(f"{self.path}, line {number}: {error}") from None
+
+    def _line_number(self, begin: int) -> int:
+        """Of the line that begins at this byte."""
+        number = 1
+        with open(self.path, "rb") as raw, self._unpacked(raw) as file:
+            while begin and (piece := file.read(min(begin, 1 << 20))):
+                number += piece.count(b"\n")
+                begin -= len(piece)
+        return number
+
+
+class Table(Records):
+    """Rows of a table, of which one column is read."""
+
+    rows: int
+
+    @abstractmethod
+    def column(self, start: int) -> Iterator[Any]:
+        """The values of the column from the row `start` on."""
+
+    def records(self, start: int) -> Iterator[tuple[str, int]]:
+        for row, value in enumerate(self.column(start), start):
+            try:
+                text = text_of(value, self.field)
+            except BadRecord as error:
+                raise DataError(f"{self.identity}, row {row}: {error}") from None
+            self.done = self.size * (row + 1) // self.rows
+            yield text, row + 1
+
+
+class Parquet(Table):
+    """A column of a parquet file, read through pyarrow."""
+
+    def __init__(self, path: Path, field: str, lines: bool) -> None:
+        super().__init__(path.name, str(path.resolve()), field, lines)
+        self.path = path
+        self.size = file_signature(path)["size"]
+        with self._opened() as file:
+            schema = file.schema_arrow
+            if field not in schema.names:
+                raise DataError(f"{path}: {missing(field, schema.names)}")
+            self.rows = file.metadata.num_rows
+
+    def signature(self) -> dict[str, Any]:
+        return file_signature(self.path)
+
+    def column(self, start: int) -> Iterator[Any]:
+        with self._opened() as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                skipped = min(rows, max(0, start - first))
+                first += rows
+                if skipped == rows:
+                    continue
+                for batch in file.iter_batches(
+                    _ROWS_AT_ONCE, row_groups=[group], columns=[self.field]
+                ):
+                    yield from batch.column(0)[skipped:].to_pylist()
+                    skipped = max(0, skipped - len(batch))
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise DataError(
+                f"{self.path}: reading parquet needs pyarrow; "
+                'pip install "gpt2fast[datasets]" brings it'
+            ) from None
+        try:
+            # Otherwise it reads whole column chunks, and one of those can be all of the file.
+            with pyarrow.parquet.ParquetFile(
+                self.path, pre_buffer=False, buffer_size=_READ_BYTES
+            ) as file:
+                yield file
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.path} cannot be read: {one_line(error)}") from None
+
+
+class BadRecord(Exception):
+    """A record without usable text; says why."""
+
+
+def text_of(value: Any, field: str) -> str:
+    """`value` if it is text that can be encoded, else BadRecord."""
+    if not isinstance(value, str):
+        found = "null" if value is None else f"of type {type(value).__name__}"
+        raise BadRecord(f"{field!r} is {found}, not text; mend or leave out this record")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise BadRecord(
+            f"{field!r} holds half a surrogate pair, which is no character; mend or leave out this "
+            "record"
+        )
+    return value
+
+
+def missing(field: str, names: Iterable[str]) -> str:
+    """What to say where records have no field of that name."""
+    known = ", ".join(sorted(names)[:20])
+    return f"there is no {field!r}, only {known}; name the one that holds the text (--text-field)"
+
+
+def one_line(error: BaseException) -> str:
+    """The text of another library's exception, in one line of bearable length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def file_signature(path: Path) -> dict[str, Any]:
+    """What tells whether a file is still the same, without reading all of it."""
+    edge = 1 << 16
+    digest = hashlib.sha256()
+    try:
+        stat = path.stat()
+        with open(path, "rb") as file:
+            digest.update(file.read(edge))
+            file.seek(max(0, stat.st_size - edge))
+            digest.update(file.read(edge))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return {
+        "size": stat.st_size,
+        "modified_ns": stat.st_mtime_ns,
+        "sha256_of_ends": digest.hexdigest(),
+    }
+
+
+def changed_meanwhile(what: str | Path) -> DataError:
+    """The error for a text that is no longer what it was when reading began."""
+    return DataError(
+        f"{what} has changed while it was being read; start over with --overwrite (overwrite=True)"
+    )
+
+
+def _text_of_line(line: bytes, field: str, first: bool) -> str:
+    if len(line) >= LONGEST_LINE:
+        raise BadRecord(
+            f"longer than {LONGEST_LINE >> 20} MB; every record needs a line of its own "
+            "(`jq -c '.[]'` makes that of a JSON array)"
+        )
+    try:
+        record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at place {error.start}"
+        raise BadRecord(f"not UTF-8 ({found} of the line); mend or leave out this line") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"not JSON ({error}); each line must be an object with {field!r}") from None
+    if not isinstance(record, dict):
+        found = type(record).__name__
+        raise BadRecord(f"a JSON {found}, but each line must be an object with {field!r}")
+    if field not in record:
+        raise BadRecord(missing(field, record))
+    return text_of(record[field], field)
+
+
+def _document(text: str) -> list[Segment]:
+    """A record as a document that an `<|endoftext|>` ends; one that it holds itself counts, too."""
+    *ended, rest = text.split(END_OF_TEXT)
+    segments = [Segment(part, True, False) for part in ended]
+    if rest and not rest.isspace() or not segments:
+        segments.append(Segment(rest, True, False))
+    segments[-1] = segments[-1]._replace(ends_document=True)
+    return segments
