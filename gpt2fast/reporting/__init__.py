@@ -1,0 +1,1 @@
+"""Reports on finished and unfinished runs: reading them, curves, tables, one HTML file."""

@@ -1,0 +1,129 @@
+"""What the folder of a run says about it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ..errors import DataError
+from ..training.log import read_json_lines, read_rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its files tell it; losses in nats per token."""
+
+    name: str
+    folder: Path
+    rows: list[dict[str, Any]]
+    """Of the log, by step; None where a column has no value."""
+    settings: dict[str, Any]
+    """Of config.yaml; empty where that cannot be read."""
+    finished: bool
+    """Whether the finished model lies in the folder."""
+
+    def values(self, column: str) -> list[float]:
+        """The finite values of a column."""
+        return [row[column] for row in self.rows if is_number(row.get(column))]
+
+    def last(self, column: str) -> float | None:
+        """The last finite value of a column."""
+        values = self.values(column)
+        return values[-1] if values else None
+
+    def best_validation(self) -> tuple[float, int] | None:
+        """The lowest validation loss and its step."""
+        found = [
+            (row["val_loss"], row["step"]) for row in self.rows if is_number(row.get("val_loss"))
+        ]
+        return min(found, default=None)
+
+    def median(self, column: str) -> float | None:
+        """The median of a column's finite values."""
+        values = self.values(column)
+        return statistics.median(values) if values else None
+
+    def broken_rows(self) -> list[int]:
+        """The steps at which a loss or the gradient norm was not finite."""
+        watched = ("train_loss", "val_loss", "grad_norm")
+        return [
+            row["step"]
+            for row in self.rows
+            if any(row.get(name) is not None and not is_number(row[name]) for name in watched)
+        ]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether this is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs in these folders; one that is named twice is read once.
+
+    Raises:
+        DataError: a folder is missing or holds no run, or no run has logged anything yet.
+    """
+    unique = {Path(folder).resolve(): Path(folder) for folder in folders}
+    names = _names(list(unique))
+    runs = [_read(folder, name) for folder, name in zip(unique.values(), names, strict=True)]
+    if not any(run.rows for run in runs):
+        listed = ", ".join(str(run.folder) for run in runs)
+        raise DataError(f"no row has been logged yet in {listed}; wait for the first one")
+    return runs
+
+
+def _read(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {what}; name the folder of a run, which has a log.csv")
+    try:
+        if (folder / "log.csv").is_file():
+            rows = read_rows(folder / "log.csv")
+        elif (folder / "log.jsonl").is_file():
+            rows = read_json_lines(folder / "log.jsonl")
+        else:
+            inside = sorted(path.parent.name for path in folder.glob("*/log.csv"))
+            hint = f"; its folders {', '.join(inside[:5])} do" if inside else ""
+            raise DataError(
+                f"{folder} has neither log.csv nor log.jsonl{hint}; name the folder of a run"
+            )
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; the log cannot be read") from error
+    return Run(
+        name,
+        folder,
+        sorted(rows, key=lambda row: row["step"]),
+        _settings(folder / "config.yaml"),
+        (folder / "model.safetensors").is_file(),
+    )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A report is worth having without them."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    if not isinstance(settings, dict):
+        return {}
+    return {str(name): value for name, value in settings.items()}
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The last parts of each path, as many as tell it from the others."""
+    names = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        count = 1
+        while any(other.parts[-count:] == path.parts[-count:] for other in others):
+            count += 1
+        name = "/".join(path.parts[-count:]).replace("//", "/")
+        names.append(name.encode(errors="replace").decode())  # a name may be no Unicode
+    return names
