@@ -6,7 +6,10 @@ Settings come from a YAML file (--config: a shipped recipe or a path) and from f
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, Error
+from .files import atomic_write_text
 
 if TYPE_CHECKING:
     from .training.config import TrainConfig
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 _SECTIONS = {
     "data": "data",
     "init_from": "model",
+    "lora_rank": "fine-tuning",
     "max_steps": "optimisation",
     "eval_interval": "evaluation, log and checkpoints",
     "seed": "machine",
@@ -97,7 +102,8 @@ def _kind(hint: Any) -> tuple[type, str]:
         hint = next((option for option in get_args(hint) if option is not type(None)), hint)
     if get_origin(hint) is Literal:
         return Literal, "|".join(get_args(hint))
-    return hint, {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "[true|false]"}[hint]
+    shown = {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "[true|false]"}
+    return hint, "MAPPING" if get_origin(hint) is dict else shown[hint]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -122,14 +128,15 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--resume", nargs="?", const="")
     try:
-        chosen, flags = first.parse_known_args([_underscored(argument) for argument in argv])
+        given = _mixture_of([_underscored(argument) for argument in argv])
+        chosen, flags = first.parse_known_args(given)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
     parser = _parser()
     arguments = []
     for name in chosen.config:
         arguments += ["--config", str(recipe_path(name))]
-    arguments += flags + _other_length_off(flags)
+    arguments += flags + _others_off(flags)
 
     def settings(arguments: list[str]) -> TrainConfig:
         try:
@@ -150,12 +157,46 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     return settings(arguments), checkpoint
 
 
-def _other_length_off(flags: list[str]) -> list[str]:
-    """--max-epochs replaces a recipe's max_steps, and the other way round."""
-    given = {flag.partition("=")[0] for flag in flags} & {"--max_steps", "--max_epochs"}
-    if len(given) != 1:
-        return []
-    return ["--max_epochs" if given == {"--max_steps"} else "--max_steps", "null"]
+def _others_off(flags: list[str]) -> list[str]:
+    """--max-epochs replaces a recipe's max_steps, --data its dataset, and so on."""
+    from .training.config import DATA_SOURCES, LENGTHS
+
+    given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
+    off: list[str] = []
+    for choices in (LENGTHS, DATA_SOURCES):
+        if len(given & set(choices)) == 1:
+            off += [name for name in choices if name not in given]
+    if given & set(DATA_SOURCES) and "dataset_config" not in given:
+        off.append("dataset_config")
+    return [part for name in off for part in (f"--{name}", "null")]
+
+
+def _mixture_of(arguments: list[str]) -> list[str]:
+    """`--data a.txt=0.7 b.txt=0.3` as `--mixture {"a.txt": 0.7, "b.txt": 0.3}`."""
+    from .data.inputs import parse_weights
+    from .errors import DataError
+
+    place = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == "--data"), None)
+    if place is None:
+        return arguments
+    _, joined, first = arguments[place].partition("=")
+    named = [first] if joined else []
+    end = place + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        named.append(arguments[end])
+        end += 1
+    try:
+        found = parse_weights(named)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    if isinstance(found, dict):
+        return [*arguments[:place], "--mixture", json.dumps(found), *arguments[end:]]
+    if len(named) > 1:
+        raise ConfigError(
+            f"--data has {len(named)} values without weights; write {named[0]}=0.5 "
+            f"{named[1]}=0.5, say, or put the files in one folder"
+        )
+    return arguments
 
 
 def _underscored(argument: str) -> str:
@@ -164,6 +205,19 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _tell(error: Error) -> None:
+    """Report a failure; one of several processes says which it is, and tells torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    print(f"error: [process {os.environ['RANK']}] {error}", file=sys.stderr)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        atomic_write_text(
+            report, json.dumps({"message": str(error), "timestamp": int(time.time())})
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,16 +231,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from .training import Interrupted, train
         from .training.allocator import keep_freed_memory
+        from .training.distributed import FailedElsewhere, is_main_process
 
         keep_freed_memory()
         try:
             train(config, resume)
         except Interrupted as stop:
-            print(stop, file=sys.stderr)
+            if is_main_process():
+                print(stop, file=sys.stderr)
             return 128 + stop.signum
+        except FailedElsewhere:
+            return 1
         return 0
     except Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

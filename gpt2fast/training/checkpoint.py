@@ -1,11 +1,12 @@
 """Checkpoints: a loadable model folder and what it takes to continue the run bit for bit.
 
     checkpoints/step-00001000/    config.json, model.safetensors, tokenizer files,
-                                  training_state.pt (optimizer, random states, position)
+                                  training_state.pt (settings, random states, position),
+                                  optimizer/ (torch.distributed.checkpoint's, each process's part)
     checkpoints/best/             likewise, the one with the lowest validation loss
 
 A folder is written beside its place and renamed into it, so a name in checkpoints/ is always a
-whole checkpoint.
+whole checkpoint. Any number of processes can read what any other number has written.
 """
 
 from __future__ import annotations
@@ -15,40 +16,69 @@ import pickle
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, Error, WeightsError
 from ..files import sync_directory
+from .shards import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from ..model import GPT2
     from ..tokenizer import Tokenizer
+    from .distributed import Group
 
 STATE_FILE = "training_state.pt"
+OPTIMIZER = "optimizer"
 BEST = "best"
-_FORMAT = 1
+_FORMAT = 2
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 def save_checkpoint(
-    directory: Path, model: GPT2, tokenizer: Tokenizer | None, state: dict[str, Any]
+    directory: Path,
+    save_whole: Callable[[Path], None],
+    state: dict[str, Any],
+    optimizer: dict[str, Tensor],
+    group: Group,
 ) -> None:
-    """Write a whole checkpoint as `directory`, replacing one of that name."""
+    """Write a whole checkpoint as `directory`, replacing one of that name.
+
+    Args:
+        directory: its place.
+        save_whole: writes what can be used without the run, into the folder it is given.
+        state: plain values; the main process's count.
+        optimizer: each process's part of the optimizer's state; shards as DTensors.
+        group: the processes of the run, all of which call this.
+    """
     temporary = directory.with_name(f".{directory.name}.new")
-    aside = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_model(model, temporary, tokenizer)
-        _save_state({"format": _FORMAT, **state}, temporary / STATE_FILE)
-        for path in temporary.iterdir():
-            _fsync(path)
-    except BaseException:
+
+    def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_whole(temporary)
+        _save_state({"format": _FORMAT, **state}, temporary / STATE_FILE)
+
+    try:
+        group.on_main(begin)
+        save_tensors(optimizer, temporary / OPTIMIZER, group)
+        group.on_main(lambda: _put_in_place(temporary, directory))
+    except BaseException:
+        if group.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put_in_place(temporary: Path, directory: Path) -> None:
+    aside = directory.with_name(f".{directory.name}.old")
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            _fsync(path)
+    sync_directory(temporary / OPTIMIZER)
     sync_directory(temporary)
     if directory.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -77,11 +107,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_state(directory: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """The training state in a checkpoint folder; tensors on the CPU. Runs no code from the file.
-
-    With `mapped` the tensors stay in the file until they are read.
-    """
+def load_state(directory: Path) -> dict[str, Any]:
+    """The state in a checkpoint folder, but the optimizer's. Runs no code from the file."""
     path = directory / STATE_FILE
     if not path.is_file():
         raise ConfigError(
@@ -89,7 +116,7 @@ def load_state(directory: Path, *, mapped: bool = False) -> dict[str, Any]:
             f"a new run from these weights, use --init-from {directory}"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError):
         # Torch's own words advise to load the file in a way that runs code from it.
         raise ConfigError(
@@ -100,6 +127,11 @@ def load_state(directory: Path, *, mapped: bool = False) -> dict[str, Any]:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ConfigError(f"{path} has format {found!r}; this version reads format {_FORMAT}")
     return state
+
+
+def load_optimizer(directory: Path, optimizer: dict[str, Tensor], group: Group) -> None:
+    """Read this process's part of the optimizer's state into the tensors that hold it."""
+    load_tensors(optimizer, directory / OPTIMIZER, group)
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -130,7 +162,7 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 def best_step(checkpoints: Path) -> int | None:
     """Step of the checkpoint with the best validation loss; None if there is none to read."""
     try:
-        return load_state(checkpoints / BEST, mapped=True)["position"]["step"]
+        return load_state(checkpoints / BEST)["position"]["step"]
     except (Error, KeyError):
         return None
 

@@ -19,8 +19,24 @@ class TrainConfig:
     """Settings of a training run. A bad value raises ConfigError when the object is made."""
 
     data: str | None = None
-    """Prepared folder (from gpt2fast.prepare), text file, or folder of text files. Text is
-    prepared into OUT/data first. A name that is not found here is looked for in $GPT2FAST_DATA."""
+    """Prepared folder (from gpt2fast.prepare), text, .jsonl or .parquet file, folder of such files,
+    or token files (.bin). Text is prepared into OUT/data first. A name that is not found here is
+    looked for in $GPT2FAST_DATA. Several with weights, a.txt=0.7 b.jsonl=0.3, are a mixture."""
+    mixture: dict[str, float] | None = None
+    """Several of these with weights, {a.txt: 0.7, b.jsonl: 0.3}, instead of data: each batch has
+    windows of each in that proportion."""
+    dataset: str | None = None
+    """Hugging Face data set (hub name or folder) instead of data (needs gpt2fast[datasets])."""
+    dataset_config: str | None = None
+    """Configuration of the data set, such as wikitext-2-raw-v1."""
+    text_field: str = "text"
+    """Field or column of a record that holds its text."""
+    records: Literal["documents", "lines"] | None = None
+    """A record is a document that an end token follows, or a line of one text (default: documents;
+    lines for wikitext)."""
+    sampling: Literal["random", "epoch"] = "random"
+    """Windows begin anywhere, drawn by chance, or epoch by epoch: every window once, without
+    overlap, before one comes again."""
     out: str = "out"
     """Folder of the run: log.csv, checkpoints/, and at the end the model itself."""
     tokenizer: str | None = None
@@ -29,7 +45,8 @@ class TrainConfig:
     vocab_size: int | None = None
     """For text and tokenizer bpe: size of the vocabulary to train (default 2048)."""
     split: Literal["position", "documents"] | None = None
-    """For text: hold out the end of the text, or whole documents (default position)."""
+    """For text: hold out the end of the text, or whole documents (default: the data set's own
+    validation split, else position)."""
     val_fraction: float | None = None
     """For text: share that is held out for validation, in (0, 1) (default 0.1)."""
 
@@ -46,18 +63,48 @@ class TrainConfig:
     dropout: float = 0.0
     """Dropout after embeddings, attention and each residual branch, in [0, 1)."""
 
+    lora_rank: int | None = None
+    """With init_from: train low-rank adapters of this rank and freeze everything else (LoRA; 8 is
+    usual). OUT gets the merged model, OUT/adapter the adapters in PEFT's format."""
+    lora_alpha: float = 8.0
+    """What the adapters add is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout of what goes into the adapters, in [0, 1)."""
+    lora_targets: str = "c_attn"
+    """Projections that get one, separated by commas: c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, or
+    patterns such as h.[0-5].*"""
+    freeze: str | None = None
+    """Leave these parameters as they are: names or patterns, separated by commas, such as
+    wte,wpe,h.[0-5]"""
+
     max_steps: int | None = None
-    """Optimizer steps to train for (this or max_epochs; default 5000)."""
+    """Optimizer steps to train for (this, max_epochs or max_tokens; default 5000)."""
     max_epochs: float | None = None
-    """Length in epochs (train tokens / tokens of a step) instead of max_steps."""
+    """Length in passes over the training tokens, instead of max_steps."""
+    max_tokens: int | None = None
+    """Length in training tokens, instead of max_steps."""
+    max_hours: float | None = None
+    """Stop cleanly after this much time, validations and resumptions counted."""
+    target_loss: float | None = None
+    """Stop cleanly once the validation loss (nats per token) is as low as this."""
+    early_stopping: int | None = None
+    """Stop cleanly after this many validations in a row without a new lowest loss."""
     batch_size: int = 32
     """Windows in one forward pass."""
     grad_accumulation: int = 1
     """Forward passes whose gradients are averaged into one step."""
+    batch_warmup_steps: int = 0
+    """Steps over which the forward passes of a step grow from 1 to grad_accumulation."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices inside the blocks, AdamW for everything else."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float | None = None
-    """Learning rate at the end of the cosine (default lr / 10)."""
+    """Learning rate at the end of the schedule (default lr / 10; constant has none)."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up; wsd stays at the peak and goes down at the end."""
+    decay_share: float = 0.2
+    """With wsd: share of the run in which the rate goes down, in (0, 1]."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     beta1: float = 0.9
@@ -66,15 +113,33 @@ class TrainConfig:
     """AdamW's decay of the squared-gradient average, in [0, 1)."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings (biases and layer norms have none)."""
+    momentum: float = 0.95
+    """Muon's decay of the gradient average, in [0, 1)."""
     grad_clip: float | None = 1.0
     """Largest gradient norm; null: no clipping."""
+    checkpoint_activations: bool = False
+    """Keep no activations inside the blocks and compute them again when they are needed: less
+    memory, a third more work."""
 
     eval_interval: int = 250
     """Steps between validations (there is one at the start and one at the end as well)."""
     eval_batches: int | None = None
     """Validation batches; null: the whole validation split."""
     log_interval: int = 10
-    """Steps between rows of log.csv."""
+    """Steps between rows of log.csv and log.jsonl."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard as well, into OUT/tensorboard (needs gpt2fast[logs])."""
+    wandb: str | None = None
+    """Send the log to this Weights & Biases project as well (needs the package wandb)."""
+    log_histograms: bool = False
+    """Show TensorBoard or Weights & Biases the distribution of every weight and gradient, at each
+    validation."""
+    sample_interval: int | None = None
+    """Steps between samples of text, kept in OUT/samples.jsonl; null: none."""
+    sample_prompt: str | None = None
+    """What the samples continue (default: the end-of-text token, or a new line)."""
+    sample_tokens: int = 200
+    """Length of a sample, in tokens."""
     checkpoint_interval: int = 1000
     """Steps between checkpoints (there is one at the end as well)."""
     keep_checkpoints: int = 2
@@ -84,14 +149,20 @@ class TrainConfig:
     """Seed of initial weights, data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision (autocast over float32 weights)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16, float16: mixed precision (autocast over float32 weights and moments); float16 with
+    a loss scale that follows its overflows."""
+    parallel: Literal["ddp", "zero", "fsdp"] = "ddp"
+    """Under torchrun: every process holds everything (ddp), shares of the optimizer's state (zero),
+    or shares of the weights and gradients, too (fsdp)."""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the finished model's weights; checkpoints hold float32."""
     backend: Literal["auto", "native", "triton", "torch", "reference"] = "auto"
     """Implementation of the ops; auto: the fastest that is there."""
     compile: bool = False
     """Compile the model with torch.compile (needs a C++ compiler; the first step takes longer)."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """What torch.compile aims at; reduce-overhead: CUDA graphs of forward and backward pass."""
     threads: int | None = None
     """CPU threads (default: torch's choice). Runs repeat exactly only with the same number."""
 
@@ -101,10 +172,10 @@ class TrainConfig:
         for name in _POSITIVE_INTEGERS:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("dropout", "beta1", "beta2"):
+        for name in ("dropout", "lora_dropout", "beta1", "beta2", "momentum"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "in [0, 1)")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "batch_warmup_steps", "weight_decay"):
             value = getattr(self, name)
             _require(value >= 0, name, value, "0 or more")
         if self.val_fraction is not None:
@@ -123,14 +194,28 @@ class TrainConfig:
             _require(
                 self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0; null switches it off"
             )
-        if self.max_epochs is not None:
-            _require(self.max_epochs > 0, "max_epochs", self.max_epochs, "above 0")
+        for name in ("max_epochs", "max_hours", "target_loss"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "above 0")
+        _require(0 < self.decay_share <= 1, "decay_share", self.decay_share, "in (0, 1]")
+        lengths = [name for name in LENGTHS if getattr(self, name) is not None]
+        for name in lengths[1:]:
+            first = lengths[0]
             _require(
-                self.max_steps is None,
-                "max_epochs",
-                self.max_epochs,
-                f"given without max_steps (now {self.max_steps}); set one of the two to null",
+                False,
+                name,
+                getattr(self, name),
+                f"given without {first} (now {getattr(self, first)}); set one of the two to null",
             )
+        for name in ("wandb", "sample_prompt"):
+            _require(getattr(self, name) != "", name, "", "some text; null leaves it out")
+        _require(
+            not self.log_histograms or self.tensorboard or self.wandb is not None,
+            "log_histograms",
+            self.log_histograms,
+            "false, or shown somewhere: add --tensorboard or --wandb PROJECT",
+        )
+        self._check_data()
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1")
         _require(self.out != "", "out", self.out, "the name of a folder")
         if self.init_from is not None:
@@ -151,6 +236,67 @@ class TrainConfig:
                 width,
                 f"a multiple of n_head ({heads}); {max(1, round(width / heads)) * heads} is",
             )
+        self._check_fine_tuning()
+
+    def _check_fine_tuning(self) -> None:
+        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0; 8 is usual")
+        for name in ("lora_targets", "freeze"):
+            value = getattr(self, name)
+            _require(value is None or value.strip(" ,") != "", name, value, "names or patterns")
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+                default = type(self).__dataclass_fields__[name].default
+                _require(
+                    getattr(self, name) == default,
+                    name,
+                    getattr(self, name),
+                    f"{default!r} without lora_rank: add --lora-rank 8, or leave it out",
+                )
+            return
+        rank = self.lora_rank
+        _require(
+            self.init_from is not None,
+            "lora_rank",
+            rank,
+            "null without init_from: adapters change a model that has been trained; name one "
+            "with --init-from",
+        )
+        _require(
+            self.freeze is None,
+            "freeze",
+            self.freeze,
+            f"null with lora_rank={rank}, which freezes everything but the adapters; "
+            "--lora-targets says where they are",
+        )
+        _require(
+            self.optimizer == "adamw",
+            "optimizer",
+            self.optimizer,
+            f"adamw with lora_rank={rank}: Muon is for whole matrices",
+        )
+        _require(
+            self.parallel != "fsdp",
+            "parallel",
+            self.parallel,
+            f"ddp or zero with lora_rank={rank}: adapters are too small to be worth sharding",
+        )
+
+    def _check_data(self) -> None:
+        named = [name for name in DATA_SOURCES if getattr(self, name) is not None]
+        for name in named[1:]:
+            value = getattr(self, name)
+            _require(False, name, value, f"null beside {named[0]}; drop one of the two")
+        if self.dataset_config is not None:
+            limit = "null without dataset, whose configuration it is"
+            _require(self.dataset is not None, "dataset_config", self.dataset_config, limit)
+        if self.mixture is None:
+            return
+        limit = "names with weights above 0, such as {a.txt: 0.7, b.jsonl: 0.3}"
+        _require(bool(self.mixture), "mixture", self.mixture, limit)
+        for name, weight in self.mixture.items():
+            fine = type(name) is str and name and type(weight) in (int, float)
+            _require(bool(fine) and 0 < weight < math.inf, "mixture", self.mixture, limit)
+        object.__setattr__(self, "mixture", {n: float(w) for n, w in self.mixture.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as plain values for YAML or a checkpoint."""
@@ -172,28 +318,50 @@ class TrainConfig:
         """Learning rate at the end of the schedule."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
+    def passes(self, step: int) -> int:
+        """Forward passes, of all processes together, in optimizer step `step`, counted from 0."""
+        if step >= self.batch_warmup_steps:
+            return self.grad_accumulation
+        return 1 + (self.grad_accumulation - 1) * step // self.batch_warmup_steps
+
     def steps(self, train_tokens: int) -> int:
         """Length of the run in optimizer steps, for a training split of that many tokens."""
-        if self.max_epochs is None:
+        if self.max_epochs is None and self.max_tokens is None:
             return 5000 if self.max_steps is None else self.max_steps
-        tokens_per_step = self.batch_size * self.block_size * self.grad_accumulation
-        return max(1, math.ceil(self.max_epochs * train_tokens / tokens_per_step))
+        wanted = self.max_tokens or math.ceil((self.max_epochs or 0) * train_tokens)
+        passes = math.ceil(wanted / (self.batch_size * self.block_size))
+        for step in range(self.batch_warmup_steps):
+            if passes <= 0:
+                return max(1, step)
+            passes -= self.passes(step)
+        return max(1, self.batch_warmup_steps + math.ceil(passes / self.grad_accumulation))
 
 
 DEFAULT_SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384}
 
+DATA_SOURCES = ("data", "mixture", "dataset")
+"""Settings of which one says what to train on."""
+
+LENGTHS = ("max_steps", "max_epochs", "max_tokens")
+"""Settings of which one says how long a run is."""
+
 _POSITIVE_INTEGERS = (
     "vocab_size",
+    "lora_rank",
     "n_layer",
     "n_head",
     "n_embd",
     "block_size",
     "max_steps",
+    "max_tokens",
+    "early_stopping",
     "batch_size",
     "grad_accumulation",
     "eval_interval",
     "eval_batches",
     "log_interval",
+    "sample_interval",
+    "sample_tokens",
     "checkpoint_interval",
     "keep_checkpoints",
     "threads",
@@ -232,7 +400,9 @@ def _checked_type(name: str, value: Any, hint: Any) -> Any:
     if kind is float and type(value) in (int, float):
         _require(math.isfinite(value), name, value, "a finite number")
         return float(value)
+    kind = get_origin(kind) or kind
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    words[dict] = "names with numbers"
     or_null = " or null" if type(None) in options else ""
     _require(type(value) is kind, name, value, words[kind] + or_null)
     return value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
+import os
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import GPT2Config
 from ..data import DataModule
 from ..data.meta import DataMeta
-from ..errors import ConfigError, Error
+from ..errors import ConfigError
 from ..files import atomic_write_text
-from ..lock import only_process
+from ..lora import merge
 from ..model import GPT2
 from ..ops.backend import backend
-from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
-from .config import DEFAULT_SHAPE, TrainConfig
+from . import memory
+from .config import TrainConfig
+from .diagnosis import ALL_FINITE, broken_weights, first_not_finite
+from .distributed import Group
+from .finetuning import (
+    adapter_state,
+    describe_training,
+    prepare_model,
+    restore_adapters,
+    save_adapter_beside,
+)
+from .folder import (
+    TrainingError,
+    failures_explained,
+    how_to_save_memory,
+    own_folder,
+    require_no_run,
+    standing,
+)
 from .interrupt import Interrupted, SignalWatch
-from .log import RunLog
-from .optimizer import AdamW
-from .progress import format_row, format_val, open_display
+from .optimizer import Optimizers
+from .precision import LossScale, autocast
+from .progress import format_val
+from .reporter import Reporter
 from .schedule import learning_rate
-from .source import locate, prepared_data
+from .source import located, prepared_data
+from .start import starting_model, starting_tokenizer
 
-
-class TrainingError(Error):
-    """The run cannot go on: the loss is no longer finite, the disk or the memory is full, …"""
+_SAME_ON_RESUMING = (
+    *("n_layer", "n_head", "n_embd", "block_size", "init_from", "optimizer"),
+    *("sampling", "lora_rank", "lora_alpha", "lora_targets", "freeze"),
+)
 
 
 @dataclass
@@ -61,6 +80,8 @@ class Position:
     """Lowest validation loss so far, nats per token."""
     best_step: int = -1
     """Step at which it was reached."""
+    without_best: int = 0
+    """Validations since then."""
     elapsed: float = 0.0
     """Seconds of training, over all resumptions."""
 
@@ -79,199 +100,142 @@ class TrainResult:
     best_step: int
 
 
-def train(config: TrainConfig, resume: str | Path | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    resume: str | Path | None = None,
+    on_validation: Callable[[int, float], None] | None = None,
+) -> TrainResult:
     """Run `config`, from the start or from the checkpoint (or run folder) `resume`.
 
     Writes config.yaml, log.csv and checkpoints/ into `config.out`, and at the end the model and
-    its tokenizer, ready for `GPT2.from_pretrained(config.out)`.
+    its tokenizer, ready for `GPT2.from_pretrained(config.out)`. Under torchrun, or in an open
+    process group, the processes share every step; the main one writes.
+
+    Args:
+        config: the settings.
+        resume: where to go on. Processes that torchrun has started again go on by themselves.
+        on_validation: called with step and validation loss after every validation, in the main
+            process; what it raises ends the run and is raised here.
 
     Raises ConfigError or DataError before the first step for a mistake in settings or data,
     TrainingError when the loss stops being finite, memory runs out or a file cannot be written,
     and Interrupted after SIGINT or SIGTERM, when a checkpoint has been saved.
     """
-    checkpoint = None if resume is None else ckpt.find_checkpoint(Path(resume))
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        with _failures_explained(config), _own_folder(Path(config.out)), backend(config.backend):
-            run = _Run(config, checkpoint)
-            try:
-                with SignalWatch() as signals:
-                    return run.finish(signals)
-            finally:
-                run.close()
+        with ExitStack() as stack:
+            stack.enter_context(failures_explained(config))
+            group = Group(config.device)
+            stack.callback(group.close)
+            group.on_main(lambda: stack.enter_context(own_folder(Path(config.out))) and None)
+            stack.enter_context(backend(config.backend))
+            run = _Run(config, _checkpoint(config, resume, group), group, on_validation)
+            stack.callback(run.close)
+            with SignalWatch() as signals:
+                return run.finish(signals)
     finally:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def _own_folder(out: Path) -> Iterator[None]:
-    """Make the run folder and keep a second run out of it; an empty one goes when it fails."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out is {str(out)!r}, which is a file; name a folder with --out")
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    busy = ConfigError(
-        f"another process is training in {out}; wait for it, or name another folder with --out"
-    )
-    try:
-        with only_process(out / ".lock", busy):
-            yield
-    except BaseException:
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
+def _checkpoint(config: TrainConfig, resume: str | Path | None, group: Group) -> Path | None:
+    """The checkpoint to go on from, if any, in a folder that is ready for the run."""
+    out = Path(config.out)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
+    def find() -> Path | None:
+        ckpt.clean_up(out / "checkpoints")
+        if restarted and ckpt.newest_checkpoint(out / "checkpoints"):
+            return ckpt.find_checkpoint(out)
+        if resume is not None:
+            return ckpt.find_checkpoint(Path(resume))
+        require_no_run(out)
+        return None
 
-@contextmanager
-def _failures_explained(config: TrainConfig) -> Iterator[None]:
-    """Turn what the disk and the memory raise into one line that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        reason = f"{where}{error.strerror or error}"
-        raise TrainingError(
-            f"cannot train in {config.out}: {reason}; {_standing(Path(config.out))}. Make room, "
-            "or name another folder with --out"
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"out of memory; {_standing(Path(config.out))}. Lower --batch-size (now "
-            f"{config.batch_size}; --grad-accumulation keeps the tokens of a step), --block-size "
-            f"(now {config.block_size}), or train a smaller model"
-        ) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "can't allocate memory" in text  # torch on a CPU
-        or "bad_alloc" in text
-    )
-
-
-def _standing(out: Path) -> str:
-    newest = ckpt.newest_checkpoint(out / "checkpoints")
-    if newest is None:
-        return "no checkpoint was made"
-    return f"the last checkpoint stands: {newest} (--resume {shlex.quote(str(out))})"
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device is 'cuda', but torch {torch.__version__} finds no CUDA device; use "
-            "--device cpu or auto"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return group.on_main(find)
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, resume: Path | None) -> None:
-        self.config = config
-        self.device = _device(config.device)
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume: Path | None,
+        group: Group,
+        on_validation: Callable[[int, float], None] | None,
+    ) -> None:
+        self.config, self.group, self.on_validation = config, group, on_validation
+        self.device = group.device
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
-        if resume is None:
-            _require_no_run(self.out)
-        ckpt.clean_up(self.checkpoints)
+        group.share_of(config.passes(0), config.batch_size)
         state = None if resume is None else ckpt.load_state(resume)
 
         self.data = DataModule(
-            prepared_data(config, resuming=resume is not None),
+            group.on_main(lambda: prepared_data(config, resuming=resume is not None)),
             config.block_size,
             config.batch_size,
             seed=config.seed,
+            sampling=config.sampling,
         )
         self.meta = self.data.meta
-        self.tokenizer = self._tokenizer(resume)
+        self.batches = self.data.train_dataloader()
+        self.tokenizer = starting_tokenizer(config, self.data, resume)
         self.steps = config.steps(self.meta.train_tokens)
 
         torch.manual_seed(config.seed)
-        self.model = self._build_model(resume).to(self.device)
-        self.data.check_model(self.model.config)
+        model = starting_model(config, self.data, resume)
+        self.data.check_model(model.config)
+        model = prepare_model(config, model)
+        if state is not None:
+            restore_adapters(model, state["adapters"])
+        self.model = model.to(self.device)
+        self.model.gradient_checkpointing = config.checkpoint_activations
         self.model.train()
-        self.forward = torch.compile(self.model) if config.compile else self.model
-        self.optimizer = AdamW(
-            self.model,
+        self.wrapped = group.wrapped(self.model, config.parallel)
+        self.forward = self._compiled()
+        self.optimizers = Optimizers(
+            self.model.named_parameters(),
             beta1=config.beta1,
             beta2=config.beta2,
             weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            muon=config.optimizer == "muon",
+            sharded=config.parallel == "zero" and group.size > 1,
         )
+        self.scale = LossScale(config.dtype == "float16")
         self.position = Position()
+        if group.rank:  # dropout must not be alike in all processes
+            torch.manual_seed(config.seed + group.rank)
         if state is not None:
             assert resume is not None
             self._take_over(state, resume)
         self.started = time.perf_counter() - self.position.elapsed
         self.row_started, self.row_tokens = time.perf_counter(), self.position.tokens
         self.val: tuple[float, float | None] | None = None
-
-        replaced = [] if state is None else ckpt.set_aside(self.checkpoints, self.position.step)
-        self._write_config()
-        self.log = RunLog(self.out / "log.csv", None if resume is None else self.position.step)
-        self.display = open_display(self.steps, self.position.step)
-        self._introduce(resume)
-        if replaced:
-            names = ", ".join(path.name for path in replaced)
-            self.display.message(
-                f"set aside the checkpoints of later steps, as {names} in {self.checkpoints}"
-            )
+        self.reporter = Reporter(config, self.tokenizer, self.steps, silent=not group.is_main)
+        self.measured = resume is not None
+        group.on_main(lambda: self._open_folder(resume))
 
     def close(self) -> None:
-        self.display.close()
-        self.log.close()
+        self.reporter.close()
 
     # -- setting up --------------------------------------------------------------------------
 
-    def _tokenizer(self, resume: Path | None) -> Tokenizer | None:
-        """That of the data; the model that is trained on must have the same, if it has one."""
-        if self.config.init_from is None or resume is not None:
-            return self.data.tokenizer
-        tokenizer = Tokenizer.from_pretrained(self.config.init_from)
-        self.data.check_tokenizer(tokenizer)
-        return tokenizer
-
-    def _build_model(self, resume: Path | None) -> GPT2:
-        config = self.config
-        if resume is not None:
-            model = GPT2.from_pretrained(resume, dtype=torch.float32)
-            return _with_dropout(model, config.dropout)
-        if config.init_from is not None:
-            model = GPT2.from_pretrained(config.init_from, dtype=torch.float32)
-            return _with_dropout(model, config.dropout)
-        vocab_size = self.meta.vocab_size or config.vocab_size
-        if vocab_size is None:
-            raise ConfigError(
-                f"{self.data.directory} does not say how many tokens its vocabulary has; give "
-                "--vocab-size (50257 for GPT-2's)"
-            )
-        return GPT2(
-            GPT2Config(
-                vocab_size=vocab_size,
-                n_positions=config.block_size,
-                bos_token_id=self.meta.eos_token_id,
-                eos_token_id=self.meta.eos_token_id,
-                dropout=config.dropout,
-                n_layer=config.n_layer or DEFAULT_SHAPE["n_layer"],
-                n_head=config.n_head or DEFAULT_SHAPE["n_head"],
-                n_embd=config.n_embd or DEFAULT_SHAPE["n_embd"],
-            )
-        )
+    def _compiled(self) -> Any:
+        if not self.config.compile:
+            return self.wrapped
+        mode = self.config.compile_mode
+        return torch.compile(self.wrapped, mode=None if mode == "default" else mode)
 
     def _take_over(self, state: dict[str, Any], resume: Path) -> None:
         before = TrainConfig.from_dict(state["config"], source=str(resume / ckpt.STATE_FILE))
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "init_from"):
+        for name in _SAME_ON_RESUMING:
             self._require_same(name, getattr(before, name), getattr(self.config, name), resume)
         for name, value in state["data"].items():
             self._require_same(f"the data's {name}", value, _identity(self.meta).get(name), resume)
-        self.optimizer.load_state_dict(state["optimizer"])
+        ckpt.load_optimizer(resume, self.optimizers.tensors(), self.group)
+        self.optimizers.resume_after(state["updates"])
+        self.scale.load_state_dict(state["scale"])
         self.position = Position(**state["position"])
         if self.position.step > self.steps:
             raise ConfigError(
@@ -281,7 +245,10 @@ class _Run:
         if ckpt.best_step(self.checkpoints) != self.position.best_step:
             # The best one so far has been overwritten since, or is in another folder.
             self.position.best_val_loss, self.position.best_step = math.inf, -1
-        ckpt.restore_random_states(state["random"])
+        if len(state["random"]) == self.group.size:
+            ckpt.restore_random_states(state["random"][self.group.rank])
+        else:  # as many streams as processes: new ones, which differ from those before
+            torch.manual_seed(self.config.seed + self.group.rank + (self.position.step << 20))
 
     def _require_same(self, name: str, saved: Any, asked: Any, resume: Path) -> None:
         if saved != asked:
@@ -290,93 +257,181 @@ class _Run:
                 f"resume with the old value, or start a new run with another --out"
             )
 
+    def _open_folder(self, resume: Path | None) -> None:
+        replaced = [] if resume is None else ckpt.set_aside(self.checkpoints, self.position.step)
+        self._write_config()
+        self.reporter.open(
+            self.model,
+            self.device,
+            self.group.size,
+            None if resume is None else self.position.step,
+            self.position.elapsed,
+        )
+        self._introduce(resume)
+        if replaced:
+            names = ", ".join(path.name for path in replaced)
+            self.reporter.message(
+                f"set aside the checkpoints of later steps, as {names} in {self.checkpoints}"
+            )
+
     def _write_config(self) -> None:
         import yaml
 
-        values = self.config.to_dict()
         # A resumed run must find the data from any folder.
-        with suppress(Error):
-            values["data"] = str(locate(self.config.data))
+        values = {**self.config.to_dict(), **located(self.config)}
         atomic_write_text(self.out / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def _introduce(self, resume: Path | None) -> None:
-        shape, meta = self.model.config, self.meta
-        self.display.message(
+        config, shape, meta = self.config, self.model.config, self.meta
+        self.reporter.message(
             f"model: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
             f"{shape.vocab_size} tokens in the vocabulary, {shape.parameter_count:,} parameters; "
-            f"{self.config.dtype} on {self.device}"
+            f"{config.dtype} on {self.device}"
         )
-        self.display.message(
+        if partly := describe_training(self.model):
+            self.reporter.message(partly)
+        tokens = config.passes(self.steps) * config.batch_size * config.block_size
+        self.reporter.message(
             f"data: {meta.train_tokens:,} tokens to train on, {meta.val_tokens:,} held out; "
-            f"{self.tokens_per_step:,} tokens a step, {self.steps:,} steps"
+            f"{tokens:,} tokens a step, {self.steps:,} steps"
         )
+        if self.group.size > 1:
+            self.reporter.message(f"{self.group.size} processes, {config.parallel}")
+        self._predict_memory()
+        if self.reporter.yardstick is not None:
+            self.reporter.message(f"utilisation is held against {self.reporter.yardstick}")
         if resume is not None:
-            self.display.message(f"resumed from {resume} at step {self.position.step}")
+            self.reporter.message(f"resumed from {resume} at step {self.position.step}")
+
+    def _predict_memory(self) -> None:
+        config = self.config
+        rows = range(config.batch_size)[self._share(0)[1]]
+        need = memory.predict(
+            self.model.config,
+            len(rows) * config.block_size,
+            dtype=config.dtype,
+            trained=sum(p.numel() for p in self.optimizers.params),
+            muon=config.optimizer == "muon",
+            checkpoint_activations=config.checkpoint_activations,
+            parallel=config.parallel,
+            processes=self.group.size,
+        )
+        weights = sum(param.nbytes for param in self.model.parameters())
+        before = max(memory.held(self.device) - weights, 0)
+        there = memory.available(self.device)
+        self.reporter.message(
+            f"memory: about {memory.gib(before + need.total)} predicted ({memory.gib(need.state)} "
+            f"weights, gradients and optimizer, {memory.gib(need.activations)} activations, "
+            f"{memory.gib(before)} taken already)"
+            + ("" if there is None else f"; {memory.gib(there)} available")
+        )
+        if there is not None and need.total - weights > there:
+            self.reporter.message(f"warning: that may not fit. {how_to_save_memory(config)}")
+
+    def _measure_memory(self) -> None:
+        most = self.group.max(float(memory.peak(self.device)))[0]
+        self.reporter.message(f"memory: {memory.gib(int(most))} measured in the first step")
 
     # -- running -----------------------------------------------------------------------------
 
-    @property
-    def tokens_per_step(self) -> int:
-        config = self.config
-        return config.batch_size * config.block_size * config.grad_accumulation
-
     def finish(self, signals: SignalWatch) -> TrainResult:
-        """Train to the last step and leave the model in the run folder."""
-        batches = self._batches()
+        """Train to the end and leave the model in the run folder."""
         position, config = self.position, self.config
         saved = position.step if position.step else -1
         while True:
-            step, last = position.step, position.step == self.steps
-            if (step % config.eval_interval == 0 or last) and position.evaluated != step:
+            step = position.step
+            signum, elapsed = self.group.max(
+                float(signals.received or 0), time.perf_counter() - self.started
+            )
+            ended = self._ended(elapsed)
+            if (step % config.eval_interval == 0 or ended) and position.evaluated != step:
                 self._evaluate()
+                ended = ended or self._good_enough()
             due = step > 0 and step % config.log_interval == 0
-            if (due or last or position.evaluated == step) and position.logged != step:
+            if (due or ended or position.evaluated == step) and position.logged != step:
                 self._write_row()
-            if step > 0 and (step % config.checkpoint_interval == 0 or last) and saved != step:
-                self._save(ckpt.step_directory(self.checkpoints, step))
-                ckpt.drop_old(self.checkpoints, config.keep_checkpoints)
+            if config.sample_interval and step % config.sample_interval == 0 and step:
+                self._sample()
+            if step > 0 and (step % config.checkpoint_interval == 0 or ended) and saved != step:
+                self._save_step()
                 saved = step
-            if last:
-                break
-            if signals.received is not None:
-                self._stop(signals.received, saved)
-            self._step(batches)
-        return self._deliver()
+            if ended:
+                return self._deliver(ended)
+            if signum:
+                self._stop(int(signum), saved)
+            self._step()
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.data.train_dataloader(start_step=self.position.batches))
+    def _ended(self, elapsed: float) -> str | None:
+        """Why the run is over, if it is."""
+        position, config = self.position, self.config
+        if position.step >= self.steps:
+            return "done"
+        if position.step and config.max_hours is not None and elapsed >= config.max_hours * 3600:
+            return f"stopped after {config.max_hours:g} hours (--max-hours)"
+        return None
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"
-        )
+    def _good_enough(self) -> str | None:
+        position, config = self.position, self.config
+        if not position.step or self.val is None:
+            return None
+        if config.target_loss is not None and self.val[0] <= config.target_loss:
+            return f"stopped at a validation loss of {self.val[0]:.4f} (--target-loss)"
+        if config.early_stopping is not None and position.without_best >= config.early_stopping:
+            return (
+                f"stopped after {position.without_best} validations without a new lowest loss "
+                "(--early-stopping)"
+            )
+        return None
+
+    def _share(self, step: int) -> tuple[list[int], slice]:
+        return self.group.share_of(self.config.passes(step), self.config.batch_size)
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = (x.to(self.device, non_blocking=True) for x in batch)
-        with self._autocast():
+        with autocast(self.device, self.config.dtype):
             return self.forward(inputs, targets=targets).loss
 
-    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _step(self) -> None:
         config, position = self.config, self.position
+        passes = config.passes(position.step)
+        mine, rows = self._share(position.step)
         rate = self._rate(position.step)
-        self.optimizer.zero_grad()
+        self.optimizers.zero_grad()
         total = torch.zeros((), device=self.device)
-        for _ in range(config.grad_accumulation):
-            loss = self._loss(next(batches))
-            # Every batch has as many targets, so the mean of the means is the exact mean.
-            (loss / config.grad_accumulation).backward()
-            total += loss.detach() / config.grad_accumulation
-        limit = math.inf if config.grad_clip is None else config.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        train_loss, position.grad_norm = torch.stack([total, norm.float()]).tolist()
+        for number in mine:
+            batch = self.batches[position.batches + number]
+            batch = batch[0][rows], batch[1][rows]
+            with self.group.reaching(), self.group.accumulating(self.wrapped, number == mine[-1]):
+                loss = self._loss(batch)
+                # Every batch has as many targets, so the mean of the means is the exact mean.
+                self.scale.scaled(loss / len(mine)).backward()
+            total += loss.detach() / len(mine)
+        norm = self._clip()
+        summed, position.grad_norm = torch.stack([total, norm.float()]).tolist()
+        train_loss = self.group.sum(summed)[0] / self.group.size
         if not (math.isfinite(train_loss) and math.isfinite(position.grad_norm)):
-            self._fail(train_loss, rate)
-        self.optimizer.step(rate)
+            if not math.isfinite(train_loss) or not self.scale.overflowed():
+                self._fail("loss", train_loss, batch)
+        else:
+            with self.group.reaching():
+                self.optimizers.step(rate)
+            self.scale.succeeded()
         position.step += 1
-        position.batches += config.grad_accumulation
-        position.tokens += self.tokens_per_step
+        position.batches += passes
+        position.tokens += passes * config.batch_size * config.block_size
         position.loss_sum += train_loss
-        self.display.step(position.step, train_loss, self._speed())
+        self.reporter.step(position.step, train_loss, self._speed())
+        if not self.measured:
+            self.measured = True
+            self._measure_memory()
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients to `grad_clip`; returns their norm before."""
+        limit = math.inf if self.config.grad_clip is None else self.config.grad_clip
+        self.scale.unscale([p.grad for p in self.optimizers.params if p.grad is not None])
+        with self.group.reaching():
+            norm = torch.nn.utils.clip_grad_norm_(self.optimizers.params, limit)
+            return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _rate(self, step: int) -> float:
         config = self.config
@@ -386,6 +441,8 @@ class _Run:
             min_lr=config.final_lr,
             warmup_steps=config.warmup_steps,
             steps=self.steps,
+            schedule=config.schedule,
+            decay_share=config.decay_share,
         )
 
     def _speed(self) -> float:
@@ -393,10 +450,19 @@ class _Run:
         seconds = time.perf_counter() - self.row_started
         return (self.position.tokens - self.row_tokens) / max(seconds, 1e-9)
 
-    def _fail(self, loss: float, rate: float) -> None:
+    def _fail(self, what: str, loss: float, batch: tuple[Tensor, Tensor] | None = None) -> None:
+        """Say which number broke in the step on `batch`, or after the last one."""
+        step = self.position.step + (batch is not None)
+        # Where the processes share the forward pass, one of them cannot repeat it by itself.
+        again = None
+        if batch is not None and self.group.size == 1:
+            failed = batch
+            again = lambda: self._loss(failed)  # noqa: E731
+        where = min(self.group.gathered(first_not_finite(self.model, again)), key=ALL_FINITE.__eq__)
         raise TrainingError(
-            f"at step {self.position.step + 1} the loss is {loss} and the gradient norm "
-            f"{self.position.grad_norm} (learning rate {rate:.3g}); {_standing(self.out)}. "
+            f"at step {step} the {what} is {loss} and the gradient norm "
+            f"{self.position.grad_norm} (learning rate {self._rate(max(step - 1, 0)):.3g}): "
+            f"{where}; {standing(self.out)}. "
             "Lower --lr, lengthen --warmup-steps, or set --grad-clip 1.0"
         )
 
@@ -407,23 +473,39 @@ class _Run:
         """Mean loss over the validation split, or its first `eval_batches` batches."""
         began = time.perf_counter()
         self.model.eval()
+        batches, group = self.data.val_dataloader(), self.group
+        count = min(len(batches), self.config.eval_batches or len(batches))
         total, tokens = 0.0, 0
-        for i, batch in enumerate(self.data.val_dataloader()):
-            if i == self.config.eval_batches:
-                break
-            count = int((batch[1] != -100).sum())
-            total += self._loss(batch).item() * count
-            tokens += count
+        for first in range(0, count, group.size):
+            # All go through the model as often: they may have to meet there.
+            number = first + group.rank
+            batch = batches[min(number, count - 1)]
+            with group.reaching():
+                loss = self._loss(batch).item()
+            if number < count:
+                targets = int((batch[1] != -100).sum())
+                total += loss * targets
+                tokens += targets
+        total, summed = group.sum(total, tokens)
         self.model.train()
-        position, loss = self.position, total / tokens
+        position, loss = self.position, total / summed
+        if not math.isfinite(loss):
+            self._fail("validation loss", loss)
         characters_per_token = self.meta.characters_per_token("val")
         self.val = loss, loss / characters_per_token if characters_per_token else None
         position.evaluated = position.step
+        position.without_best += position.step > 0
         self.row_started += time.perf_counter() - began
         if position.step > 0 and loss < position.best_val_loss:
             position.best_val_loss, position.best_step = loss, position.step
+            position.without_best = 0
             self._write_row()
             self._save(self.checkpoints / ckpt.BEST)
+        if position.step:
+            self.reporter.histograms(position.step, self.model)
+        if self.on_validation is not None:
+            report, val_loss = self.on_validation, loss
+            group.on_main(lambda: report(position.step, val_loss))
 
     def _write_row(self) -> None:
         position = self.position
@@ -432,6 +514,9 @@ class _Run:
         row: dict[str, Any] = {"step": position.step, "tokens": position.tokens}
         if position.evaluated == position.step and self.val is not None:
             row["val_loss"], row["val_loss_per_char"] = self.val
+        row["epoch"] = position.tokens / self.meta.train_tokens
+        if self.scale.enabled:
+            row["loss_scale"] = self.scale.value
         if steps:
             row["train_loss"] = position.loss_sum / steps
             row["lr"] = self._rate(position.step - 1)
@@ -441,23 +526,63 @@ class _Run:
         row["elapsed_seconds"] = position.elapsed
         position.logged, position.loss_sum = position.step, 0.0
         self.row_started, self.row_tokens = now, position.tokens
-        self.log.write(row)
-        self.display.message(format_row(row, self.steps))
+        self.reporter.row(row, self.device)
 
     # -- saving ------------------------------------------------------------------------------
+
+    def _sample(self) -> None:
+        began = time.perf_counter()
+        weights = self.group.whole_state(self.model)
+        self.group.on_main(
+            lambda: self.reporter.sample(self.position.step, self._whole_model(weights))
+        )
+        self.row_started += time.perf_counter() - began
+
+    def _save_step(self) -> None:
+        self._save(ckpt.step_directory(self.checkpoints, self.position.step))
+        self.group.on_main(lambda: ckpt.drop_old(self.checkpoints, self.config.keep_checkpoints))
 
     def _save(self, directory: Path) -> None:
         began = time.perf_counter()
         self.position.elapsed = began - self.started
+        self._refuse_broken_weights()
         state = {
             "config": self.config.to_dict(),
             "data": _identity(self.meta),
             "position": dataclasses.asdict(self.position),
-            "optimizer": self.optimizer.state_dict(),
-            "random": ckpt.random_states(),
+            "updates": self.optimizers.updates,
+            "scale": self.scale.state_dict(),
+            "adapters": adapter_state(self.model),
+            "random": self.group.gathered(ckpt.random_states()),
         }
-        ckpt.save_checkpoint(directory, self.model, self.tokenizer, state)
+        weights = self.group.whole_state(self.model)
+
+        def save_whole(folder: Path) -> None:
+            ckpt.save_model(self._whole_model(weights), folder, self.tokenizer)
+            save_adapter_beside(self.model, folder, self.config)
+
+        ckpt.save_checkpoint(
+            directory,
+            save_whole,
+            state,
+            self.optimizers.tensors(),
+            self.group,
+        )
         self.row_started += time.perf_counter() - began
+
+    def _refuse_broken_weights(self) -> None:
+        """The last step may have left weights that no later one can mend; those before stand."""
+        broken = self.group.max(float(broken_weights(self.model) is not None))[0]
+        if broken:
+            self._fail("loss", math.nan)
+
+    def _whole_model(self, weights: dict[str, Tensor]) -> GPT2:
+        """The model itself, or where its weights are shards, one that holds them all."""
+        if self.group.size == 1 or self.config.parallel != "fsdp":
+            return self.model
+        whole = GPT2(self.model.config, device="meta")
+        whole.load_state_dict(weights, assign=True)
+        return whole
 
     def _stop(self, signum: int, saved: int) -> None:
         step = self.position.step
@@ -465,34 +590,41 @@ class _Run:
             raise Interrupted(signum, "stopped before the first step; nothing to resume")
         directory = ckpt.step_directory(self.checkpoints, step)
         if saved != step:
-            self._save(directory)
-            ckpt.drop_old(self.checkpoints, self.config.keep_checkpoints)
+            self._save_step()
         raise Interrupted(
             signum,
             f"stopped at step {step}; checkpoint in {directory}. Continue with:\n"
             f"  python -m gpt2fast.train --resume {shlex.quote(str(self.out))}",
         )
 
-    def _deliver(self) -> TrainResult:
+    def _deliver(self, ended: str) -> TrainResult:
         self.model.eval()
-        finished = copy.deepcopy(self.model).to(getattr(torch, self.config.save_dtype))
-        ckpt.save_model(finished, self.out, self.tokenizer)
+        weights = self.group.whole_state(self.model)
+
+        def save() -> None:
+            whole = merge(self._whole_model(weights))
+            ckpt.save_model(
+                whole.to(getattr(torch, self.config.save_dtype)), self.out, self.tokenizer
+            )
+            save_adapter_beside(self.model, self.out, self.config)
+
+        self.group.on_main(save)
         position = self.position
         if self.val is None:
             self._evaluate()
         assert self.val is not None
         loss, per_char = self.val
-        self.display.message(
-            f"done: {position.step} steps, {position.tokens:,} tokens, {position.elapsed:,.0f} s; "
-            f"validation loss in nats per token {format_val(loss, per_char)}"
+        self.reporter.message(
+            f"{ended}: {position.step} steps, {position.tokens:,} tokens, {position.elapsed:,.0f} "
+            f"s; validation loss in nats per token {format_val(loss, per_char)}"
         )
         if position.best_step not in (-1, position.step):
-            self.display.message(
+            self.reporter.message(
                 f"the best validation loss was {position.best_val_loss:.4f}, at step "
                 f"{position.best_step}: {self.checkpoints / ckpt.BEST}"
             )
         model = shlex.quote(str(self.out))
-        self.display.message(f"try it:\n  python -m gpt2fast.generate --model {model}")
+        self.reporter.message(f"try it:\n  python -m gpt2fast.generate --model {model}")
         return TrainResult(
             out=self.out,
             steps=position.step,
@@ -504,29 +636,7 @@ class _Run:
         )
 
 
-def _require_no_run(out: Path) -> None:
-    standing = ckpt.newest_checkpoint(out / "checkpoints")
-    if standing or (out / "model.safetensors").exists():
-        found = standing or out / "model.safetensors"
-        raise ConfigError(
-            f"out is {str(out)!r}, which already holds a run ({found}): continue it with "
-            f"--resume {shlex.quote(str(out))}, name another --out, or delete the folder"
-        )
-
-
 def _identity(meta: DataMeta) -> dict[str, Any]:
     """What tells one prepared data set from another."""
     names = ("tokenizer_fingerprint", "vocab_size", "train_tokens", "val_tokens")
     return {name: getattr(meta, name) for name in names}
-
-
-def _with_dropout(model: GPT2, dropout: float) -> GPT2:
-    """The same weights in a model whose three dropout rates are `dropout`.
-
-    The weights are copied: loaded ones may lie in a mapped file, and where a tensor lies in memory
-    may change the order in which kernels add.
-    """
-    changed = GPT2(dataclasses.replace(model.config, dropout=dropout), device="meta")
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    changed.load_state_dict(weights, assign=True)
-    return changed

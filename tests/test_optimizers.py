@@ -1,0 +1,141 @@
+"""Optimizers, learning rates and batch sizes over a run, against torch's own and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpt2fast import GPT2, GPT2Config
+from gpt2fast.training import TrainConfig
+from gpt2fast.training.optimizer import AdamW, Optimizers
+from gpt2fast.training.schedule import learning_rate
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 31, "n_positions": 12}
+
+
+def model(seed: int = 0) -> GPT2:
+    torch.manual_seed(seed)
+    return GPT2(GPT2Config(**SHAPE, dropout=0.0, bos_token_id=None, eos_token_id=None))
+
+
+def give_gradients(*models: GPT2, seed: int) -> None:
+    """The same made-up gradients to every model."""
+    generator = torch.Generator().manual_seed(seed)
+    for params in zip(*(m.parameters() for m in models), strict=True):
+        grad = torch.randn(params[0].shape, generator=generator)
+        for param in params:
+            param.grad = grad.clone()
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    ours, theirs = model(), model()
+    settings = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+    optimizers = Optimizers(ours.named_parameters(), **settings, momentum=0.9, muon=True)
+    named = dict(theirs.named_parameters())
+    hidden = [n for n, p in named.items() if n.startswith("h.") and p.dim() == 2]
+    assert len(hidden) == 4 * SHAPE["n_layer"]
+    rest = [n for n in named if n not in hidden]
+    reference = [
+        torch.optim.Muon(
+            [named[n] for n in hidden], lr=1e-2, momentum=0.9, weight_decay=0.1,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            [
+                {"params": [named[n] for n in rest if named[n].dim() == 2], "weight_decay": 0.1},
+                {"params": [named[n] for n in rest if named[n].dim() < 2], "weight_decay": 0.0},
+            ],
+            lr=1e-2,
+            betas=(0.9, 0.95),
+        ),
+    ]  # fmt: skip
+    for step in range(3):
+        give_gradients(ours, theirs, seed=step)
+        optimizers.step(1e-2)
+        for optimizer in reference:
+            optimizer.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_state_goes_on_where_it_was(muon):
+    settings = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "muon": muon}
+    straight, resumed = model(), model()
+    first = Optimizers(straight.named_parameters(), **settings)
+    for step in range(2):
+        give_gradients(straight, seed=step)
+        first.step(1e-2)
+    resumed.load_state_dict(straight.state_dict())
+    second = Optimizers(resumed.named_parameters(), **settings)
+    saved = first.tensors()
+    assert len(saved) == (2 * 28 - 8 if muon else 2 * 28)
+    for name, tensor in second.tensors().items():
+        assert not tensor.any()
+        tensor.copy_(saved[name])
+    second.resume_after(first.updates)
+    give_gradients(straight, resumed, seed=9)
+    first.step(1e-3)
+    second.step(1e-3)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_without_gradients_are_left_alone():
+    frozen = model()
+    frozen.wte.weight.requires_grad_(False)
+    before = frozen.wte.weight.clone()
+    optimizers = Optimizers(frozen.named_parameters(), beta1=0.9, beta2=0.95, weight_decay=0.5)
+    give_gradients(frozen, seed=0)
+    optimizers.step(0.1)
+    assert torch.equal(frozen.wte.weight, before)
+    assert not any("wte" in name for name in optimizers.tensors())
+
+
+def test_adamw_is_an_optimizer_of_torch():
+    ours = model()
+    optimizer = AdamW(ours.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    give_gradients(ours, seed=0)
+    optimizer.step()
+    schedule.step()
+    other = model()
+    again = AdamW(other.parameters(), lr=1.0)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["lr"] == 5e-3 and again.param_groups[0]["step"] == 1
+
+
+def rate(step: int, schedule: str, **changes: float) -> float:
+    values = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, "steps": 110, **changes}
+    return learning_rate(step, schedule=schedule, **values)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_schedules_warm_up_alike(schedule):
+    assert [rate(s, schedule) for s in (0, 9)] == [pytest.approx(1 / 11), pytest.approx(10 / 11)]
+
+
+def test_schedules_have_their_shapes():
+    assert rate(60, "linear") == pytest.approx(0.55)
+    assert rate(60, "cosine") == pytest.approx(0.55)
+    assert rate(35, "cosine") > rate(35, "linear") == pytest.approx(0.775)
+    assert rate(109, "constant") == rate(10, "constant") == 1.0
+    assert rate(87, "wsd") == 1.0 and rate(88, "wsd") == 1.0
+    assert rate(99, "wsd") == pytest.approx(0.55) and rate(110, "wsd") == pytest.approx(0.1)
+    assert rate(60, "wsd", decay_share=1.0) == pytest.approx(rate(60, "linear"))
+
+
+def test_the_batch_grows_to_its_size():
+    config = TrainConfig(grad_accumulation=8, batch_warmup_steps=4)
+    assert [config.passes(step) for step in range(6)] == [1, 2, 4, 6, 8, 8]
+
+
+@pytest.mark.parametrize("warmup", [0, 4, 7])
+def test_a_length_in_tokens_is_reached_and_not_by_a_step_too_many(warmup):
+    config = TrainConfig(
+        grad_accumulation=8, batch_warmup_steps=warmup, batch_size=2, block_size=16,
+        max_tokens=5_000,
+    )  # fmt: skip
+    steps = config.steps(train_tokens=10**9)
+    tokens = [32 * config.passes(step) for step in range(steps)]
+    assert sum(tokens) >= 5_000 > sum(tokens[:-1])
