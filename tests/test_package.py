@@ -35,6 +35,11 @@ LAZY = (
     "safetensors",
     "yaml",
     "tensorboard",
+    "matplotlib",
+    "wandb",
+    "optuna",
+    "datasets",
+    "pyarrow",
     "triton",
     "torch._dynamo",
 )

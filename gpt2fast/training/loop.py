@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,15 @@ import torch
 from torch import Tensor
 
 from ..data import DataModule
-from ..data.meta import DataMeta
 from ..errors import ConfigError
 from ..files import atomic_write_text
-from ..lora import merge
-from ..model import GPT2
 from ..ops.backend import backend
 from . import checkpoint as ckpt
 from . import memory
 from .config import TrainConfig
 from .diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from .distributed import Group
-from .finetuning import (
-    adapter_state,
-    describe_training,
-    prepare_model,
-    restore_adapters,
-    save_adapter_beside,
-)
+from .finetuning import describe_training, prepare_model, restore_adapters
 from .folder import (
     TrainingError,
     failures_explained,
@@ -44,60 +33,22 @@ from .folder import (
     standing,
 )
 from .interrupt import Interrupted, SignalWatch
+from .limits import good_enough, out_of_time
 from .optimizer import Optimizers
+from .position import Position, TrainResult
 from .precision import LossScale, autocast
 from .progress import format_val
 from .reporter import Reporter
+from .saving import Saver, data_identity
 from .schedule import learning_rate
 from .source import located, prepared_data
 from .start import starting_model, starting_tokenizer
+from .validation import mean_loss
 
 _SAME_ON_RESUMING = (
     *("n_layer", "n_head", "n_embd", "block_size", "init_from", "optimizer"),
     *("sampling", "lora_rank", "lora_alpha", "lora_targets", "freeze"),
 )
-
-
-@dataclass
-class Position:
-    """How far a run is; saved in every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    batches: int = 0
-    """Batches drawn from the training data."""
-    tokens: int = 0
-    """Tokens trained on."""
-    evaluated: int = -1
-    """Step of the last validation."""
-    logged: int = -1
-    """Step of the last row of log.csv."""
-    loss_sum: float = 0.0
-    """Sum of the training losses of the steps since that row."""
-    grad_norm: float = math.nan
-    """Gradient norm of the last step, before clipping."""
-    best_val_loss: float = math.inf
-    """Lowest validation loss so far, nats per token."""
-    best_step: int = -1
-    """Step at which it was reached."""
-    without_best: int = 0
-    """Validations since then."""
-    elapsed: float = 0.0
-    """Seconds of training, over all resumptions."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run reports; losses in nats."""
-
-    out: Path
-    steps: int
-    tokens: int
-    val_loss: float
-    val_loss_per_char: float | None
-    """None where the data do not say how many characters they hold."""
-    best_val_loss: float
-    best_step: int
 
 
 def train(
@@ -213,6 +164,7 @@ class _Run:
         self.row_started, self.row_tokens = time.perf_counter(), self.position.tokens
         self.val: tuple[float, float | None] | None = None
         self.reporter = Reporter(config, self.tokenizer, self.steps, silent=not group.is_main)
+        self.saver = Saver(config, self.meta, self.tokenizer, group)
         self.measured = resume is not None
         group.on_main(lambda: self._open_folder(resume))
 
@@ -232,7 +184,9 @@ class _Run:
         for name in _SAME_ON_RESUMING:
             self._require_same(name, getattr(before, name), getattr(self.config, name), resume)
         for name, value in state["data"].items():
-            self._require_same(f"the data's {name}", value, _identity(self.meta).get(name), resume)
+            self._require_same(
+                f"the data's {name}", value, data_identity(self.meta).get(name), resume
+            )
         ckpt.load_optimizer(resume, self.optimizers.tensors(), self.group)
         self.optimizers.resume_after(state["updates"])
         self.scale.load_state_dict(state["scale"])
@@ -343,10 +297,11 @@ class _Run:
             signum, elapsed = self.group.max(
                 float(signals.received or 0), time.perf_counter() - self.started
             )
-            ended = self._ended(elapsed)
+            ended = out_of_time(config, position, self.steps, elapsed)
             if (step % config.eval_interval == 0 or ended) and position.evaluated != step:
                 self._evaluate()
-                ended = ended or self._good_enough()
+                assert self.val is not None
+                ended = ended or good_enough(config, position, self.val[0])
             due = step > 0 and step % config.log_interval == 0
             if (due or ended or position.evaluated == step) and position.logged != step:
                 self._write_row()
@@ -360,28 +315,6 @@ class _Run:
             if signum:
                 self._stop(int(signum), saved)
             self._step()
-
-    def _ended(self, elapsed: float) -> str | None:
-        """Why the run is over, if it is."""
-        position, config = self.position, self.config
-        if position.step >= self.steps:
-            return "done"
-        if position.step and config.max_hours is not None and elapsed >= config.max_hours * 3600:
-            return f"stopped after {config.max_hours:g} hours (--max-hours)"
-        return None
-
-    def _good_enough(self) -> str | None:
-        position, config = self.position, self.config
-        if not position.step or self.val is None:
-            return None
-        if config.target_loss is not None and self.val[0] <= config.target_loss:
-            return f"stopped at a validation loss of {self.val[0]:.4f} (--target-loss)"
-        if config.early_stopping is not None and position.without_best >= config.early_stopping:
-            return (
-                f"stopped after {position.without_best} validations without a new lowest loss "
-                "(--early-stopping)"
-            )
-        return None
 
     def _share(self, step: int) -> tuple[list[int], slice]:
         return self.group.share_of(self.config.passes(step), self.config.batch_size)
@@ -473,22 +406,11 @@ class _Run:
         """Mean loss over the validation split, or its first `eval_batches` batches."""
         began = time.perf_counter()
         self.model.eval()
-        batches, group = self.data.val_dataloader(), self.group
-        count = min(len(batches), self.config.eval_batches or len(batches))
-        total, tokens = 0.0, 0
-        for first in range(0, count, group.size):
-            # All go through the model as often: they may have to meet there.
-            number = first + group.rank
-            batch = batches[min(number, count - 1)]
-            with group.reaching():
-                loss = self._loss(batch).item()
-            if number < count:
-                targets = int((batch[1] != -100).sum())
-                total += loss * targets
-                tokens += targets
-        total, summed = group.sum(total, tokens)
+        loss = mean_loss(
+            self._loss, self.data.val_dataloader(), self.config.eval_batches, self.group
+        )
         self.model.train()
-        position, loss = self.position, total / summed
+        position = self.position
         if not math.isfinite(loss):
             self._fail("validation loss", loss)
         characters_per_token = self.meta.characters_per_token("val")
@@ -505,7 +427,7 @@ class _Run:
             self.reporter.histograms(position.step, self.model)
         if self.on_validation is not None:
             report, val_loss = self.on_validation, loss
-            group.on_main(lambda: report(position.step, val_loss))
+            self.group.on_main(lambda: report(position.step, val_loss))
 
     def _write_row(self) -> None:
         position = self.position
@@ -534,7 +456,7 @@ class _Run:
         began = time.perf_counter()
         weights = self.group.whole_state(self.model)
         self.group.on_main(
-            lambda: self.reporter.sample(self.position.step, self._whole_model(weights))
+            lambda: self.reporter.sample(self.position.step, self.saver.whole(self.model, weights))
         )
         self.row_started += time.perf_counter() - began
 
@@ -545,44 +467,11 @@ class _Run:
     def _save(self, directory: Path) -> None:
         began = time.perf_counter()
         self.position.elapsed = began - self.started
-        self._refuse_broken_weights()
-        state = {
-            "config": self.config.to_dict(),
-            "data": _identity(self.meta),
-            "position": dataclasses.asdict(self.position),
-            "updates": self.optimizers.updates,
-            "scale": self.scale.state_dict(),
-            "adapters": adapter_state(self.model),
-            "random": self.group.gathered(ckpt.random_states()),
-        }
-        weights = self.group.whole_state(self.model)
-
-        def save_whole(folder: Path) -> None:
-            ckpt.save_model(self._whole_model(weights), folder, self.tokenizer)
-            save_adapter_beside(self.model, folder, self.config)
-
-        ckpt.save_checkpoint(
-            directory,
-            save_whole,
-            state,
-            self.optimizers.tensors(),
-            self.group,
-        )
-        self.row_started += time.perf_counter() - began
-
-    def _refuse_broken_weights(self) -> None:
-        """The last step may have left weights that no later one can mend; those before stand."""
-        broken = self.group.max(float(broken_weights(self.model) is not None))[0]
-        if broken:
+        # The last step may have left weights that no later one can mend; those before stand.
+        if self.group.max(float(broken_weights(self.model) is not None))[0]:
             self._fail("loss", math.nan)
-
-    def _whole_model(self, weights: dict[str, Tensor]) -> GPT2:
-        """The model itself, or where its weights are shards, one that holds them all."""
-        if self.group.size == 1 or self.config.parallel != "fsdp":
-            return self.model
-        whole = GPT2(self.model.config, device="meta")
-        whole.load_state_dict(weights, assign=True)
-        return whole
+        self.saver.save(directory, self.model, self.optimizers, self.position, self.scale)
+        self.row_started += time.perf_counter() - began
 
     def _stop(self, signum: int, saved: int) -> None:
         step = self.position.step
@@ -599,16 +488,7 @@ class _Run:
 
     def _deliver(self, ended: str) -> TrainResult:
         self.model.eval()
-        weights = self.group.whole_state(self.model)
-
-        def save() -> None:
-            whole = merge(self._whole_model(weights))
-            ckpt.save_model(
-                whole.to(getattr(torch, self.config.save_dtype)), self.out, self.tokenizer
-            )
-            save_adapter_beside(self.model, self.out, self.config)
-
-        self.group.on_main(save)
+        self.saver.deliver(self.model)
         position = self.position
         if self.val is None:
             self._evaluate()
@@ -634,9 +514,3 @@ class _Run:
             best_val_loss=position.best_val_loss,
             best_step=position.best_step,
         )
-
-
-def _identity(meta: DataMeta) -> dict[str, Any]:
-    """What tells one prepared data set from another."""
-    names = ("tokenizer_fingerprint", "vocab_size", "train_tokens", "val_tokens")
-    return {name: getattr(meta, name) for name in names}

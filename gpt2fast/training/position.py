@@ -1,0 +1,49 @@
+"""How far a run is, and what it reports at its end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Position:
+    """How far a run is; saved in every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    batches: int = 0
+    """Batches drawn from the training data."""
+    tokens: int = 0
+    """Tokens trained on."""
+    evaluated: int = -1
+    """Step of the last validation."""
+    logged: int = -1
+    """Step of the last row of log.csv."""
+    loss_sum: float = 0.0
+    """Sum of the training losses of the steps since that row."""
+    grad_norm: float = math.nan
+    """Gradient norm of the last step, before clipping."""
+    best_val_loss: float = math.inf
+    """Lowest validation loss so far, nats per token."""
+    best_step: int = -1
+    """Step at which it was reached."""
+    without_best: int = 0
+    """Validations since then."""
+    elapsed: float = 0.0
+    """Seconds of training, over all resumptions."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reports; losses in nats."""
+
+    out: Path
+    steps: int
+    tokens: int
+    val_loss: float
+    val_loss_per_char: float | None
+    """None where the data do not say how many characters they hold."""
+    best_val_loss: float
+    best_step: int
