@@ -114,6 +114,13 @@ def refuses_tensors(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def refuses_int8(cache: Tensor) -> str | None:
+    """Why the CPU kernels of single ops cannot use this cache, or None."""
+    if cache.dtype == torch.int8:
+        return "the native kernels that use int8 caches are those of packed models"
+    return None
+
+
 def fingerprint(tensors: Sequence[Tensor]) -> int:
     """A number that changes when the contents of CPU tensors do; it takes one pass over them."""
     return torch.ops.gpt2fast_native.fingerprint([x.detach().contiguous() for x in tensors])
