@@ -6,6 +6,9 @@ _COMMANDS = """\
 python -m gpt2fast.generate   continue a text
 python -m gpt2fast.prepare    turn text into tokens for training
 python -m gpt2fast.train      train, fine-tune, resume
+python -m gpt2fast.report     compare runs, in one HTML file
+python -m gpt2fast.evaluate   perplexity of a text, and the tasks of GPT-2's paper
+python -m gpt2fast.tune       search for good settings
 python -m gpt2fast.doctor     which implementation of each op runs here, and why
 python -m gpt2fast.benchmark  how fast it runs here, and how much of the memory's speed that is
 

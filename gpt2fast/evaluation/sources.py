@@ -1,0 +1,152 @@
+"""Where examples come from: a file that is named, $GPT2FAST_DATA, the Hugging Face hub."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import DataError
+from .task import Hub, Task
+
+_OPENERS: dict[str, Any] = {
+    ".bz2": bz2.open,
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+}
+
+
+def load(task: Task[Any], given: str | os.PathLike[str] | None = None) -> tuple[str, list[Any]]:
+    """Find and read a task's examples.
+
+    Args:
+        task: whose examples.
+        given: the file that holds them. None looks for the task's files in $GPT2FAST_DATA, then
+            on the hub.
+
+    Returns:
+        Where they were found, and the examples.
+
+    Raises:
+        DataError: they are nowhere, or broken.
+    """
+    if given is not None:
+        path = Path(given)
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no file"
+            raise DataError(f"{path} is {kind}: name the file with the data of task {task.name}")
+        place, examples = str(path), task.read(path)
+    else:
+        local = _local(task)
+        if local is not None:
+            place, examples = str(local), task.read(local)
+        elif task.hub is not None:
+            place, examples = _named(task.hub), task.from_rows(_rows_of_hub(task))
+        else:
+            raise DataError(f"task {task.name} needs its data: {_ways_out(task)}")
+    if not examples:
+        raise DataError(f"{place} holds no examples for task {task.name}")
+    return place, examples
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, decompressed if its name ends in .bz2, .gz, .xz or .zip."""
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                if len(names) != 1:
+                    raise DataError(f"{path} holds {len(names)} files; unpack it and name one")
+                return archive.read(names[0])
+        opener: Callable[..., IO[bytes]] = _OPENERS.get(path.suffix, open)
+        with opener(path, "rb") as file:
+            return file.read()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, decompressed likewise. Ends of lines stay as they are."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: at byte {error.start}, {error.reason}; convert it first"
+        ) from None
+
+
+def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The objects of a JSONL file."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: {line[:60]!r} is not a JSON object")
+        yield row
+
+
+def field(row: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A field of a row. Raises DataError where it is missing or of another type."""
+    value = row.get(name)
+    if not isinstance(value, kind):
+        found = f"{value!r:.60}" if name in row else f"only {', '.join(map(str, row))}"
+        raise DataError(f"an example needs {name!r} ({kind.__name__}), and has {found}")
+    return value
+
+
+def _local(task: Task[Any]) -> Path | None:
+    folder = os.environ.get("GPT2FAST_DATA")
+    if not folder:
+        return None
+    found = (Path(folder) / name for name in task.files)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _rows_of_hub(task: Task[Any]) -> Any:
+    assert task.hub is not None
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"the data of task {task.name} are not here, and reading {_named(task.hub)} from the "
+            f'hub needs an extra: pip install "gpt2fast[datasets]"; or {_ways_out(task)}'
+        ) from error
+    hub = task.hub
+    # Without a network it tells of each of its attempts.
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return load_dataset(hub.path, hub.config, split=hub.split)
+    except Exception as error:  # no network, no such data set, a full disk, a broken cache, ...
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"the data of task {task.name} are not here, and {_named(hub)} cannot be had from the "
+            f"hub ({type(error).__name__}: {reason}): {_ways_out(task)}"
+        ) from error
+    finally:
+        log.setLevel(level)
+
+
+def _ways_out(task: Task[Any]) -> str:
+    ways = ["give the file with --data FILE"]
+    if task.files:
+        ways.append(f"put {' or '.join(task.files)} into the folder $GPT2FAST_DATA")
+    return ", or ".join(ways) + (f" ({task.advice})" if task.advice else "")
+
+
+def _named(hub: Hub) -> str:
+    config = "" if hub.config is None else f", {hub.config}"
+    return f"data set {hub.path} ({hub.split}{config})"

@@ -1,0 +1,84 @@
+"""Results as a table for people and as an object for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .published import SIZES
+from .run import Result
+from .task import Metric
+
+
+def as_table(results: Sequence[Result], size: int | None) -> str:
+    """Lines with a metric each; for a published model beside its paper's figures.
+
+    Args:
+        results: of tasks.
+        size: which of the published models it is; `published_size` tells.
+    """
+    header = ["task", "metric", "value", "±"]
+    if size is not None:
+        header.append(f"GPT-2 paper, {list(SIZES.values())[size]}")
+    rows = [header]
+    for result in results:
+        for name, metric in result.metrics.items():
+            row = [
+                result.task.name,
+                name,
+                _shown(name, metric.value),
+                "" if metric.stderr is None else _shown(name, metric.stderr),
+            ]
+            if size is not None:
+                known = result.task.published.get(name)
+                row.append("" if known is None else _shown(name, known[size]))
+            rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    for result in results:
+        lines.append(
+            f"{result.task.name}: {result.examples:,} example{'s' * (result.examples != 1)} from "
+            f"{result.data}, {result.seconds:.1f} s"
+        )
+    if size is not None:
+        lines += [
+            f"{result.task.name} and the paper: {result.task.difference}"
+            for result in results
+            if result.task.difference
+        ]
+    return "\n".join(lines)
+
+
+def as_object(results: Sequence[Result], size: int | None) -> dict[str, Any]:
+    """The same by task, for JSON; accuracies are fractions."""
+    return {
+        result.task.name: {
+            "data": result.data,
+            "examples": result.examples,
+            "seconds": result.seconds,
+            "metrics": {
+                name: _metric(result, name, metric, size) for name, metric in result.metrics.items()
+            },
+        }
+        for result in results
+    }
+
+
+def _metric(result: Result, name: str, metric: Metric, size: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"value": metric.value, "stderr": metric.stderr}
+    if size is not None and name in result.task.published:
+        found["paper"] = result.task.published[name][size]
+    return found
+
+
+def _shown(name: str, value: float) -> str:
+    if name.startswith("acc"):
+        return f"{100 * value:.2f} %"
+    return f"{value:.4f}" if value < 1e6 else f"{value:.4g}"

@@ -1,0 +1,253 @@
+"""What a task is: examples from a file or the hub, questions to a model, scores."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from ..errors import ArgumentError, DataError
+from .likelihood import Request, Scorer
+from .windows import rolling_windows
+
+ExampleT = TypeVar("ExampleT")
+
+
+class Metric(NamedTuple):
+    """One score."""
+
+    value: float
+    stderr: float | None = None
+    """Standard error, where there is one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all tasks of an evaluation share."""
+
+    limit: int | None = None
+    """Only the first so many examples; documents of WikiText, windows of other texts."""
+    context: int | None = None
+    """Of texts: tokens that the model reads at most; None means its `n_positions`."""
+    stride: int | None = None
+    """Of texts: tokens that each window predicts; None means `context`."""
+    first_token: bool | None = None
+    """Of texts: begin with the end-of-text token, so that the first token is predicted as well.
+    None: where the tokenizer has that token, and the task does not say otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "context", "stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} is {value}; it must be at least 1")
+
+
+class Hub(NamedTuple):
+    """A data set on the Hugging Face hub."""
+
+    path: str
+    config: str | None
+    split: str
+
+
+class Task(ABC, Generic[ExampleT]):
+    """A task: where its examples are, and how a model is scored on them."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    """One line for --help."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Names under which the data may lie in $GPT2FAST_DATA."""
+    hub: ClassVar[Hub | None] = None
+    advice: ClassVar[str] = ""
+    """Where else the data can be had."""
+    published: ClassVar[Mapping[str, tuple[float, float, float, float]]] = {}
+    """By metric: what Radford et al. (2019, table 3) report for 117M, 345M, 762M and 1542M."""
+    difference: ClassVar[str] = ""
+    """Why our figures differ from those."""
+
+    @abstractmethod
+    def read(self, path: Path) -> list[ExampleT]:
+        """The examples of a file. Raises DataError."""
+
+    def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[ExampleT]:
+        """The examples of the data set on the hub, from its rows."""
+        raise DataError(f"task {self.name} reads files only: give it one with --data")
+
+    @abstractmethod
+    def evaluate(
+        self, examples: Sequence[ExampleT], scorer: Scorer, settings: Settings
+    ) -> tuple[int, dict[str, Metric]]:
+        """Score a model.
+
+        Args:
+            examples: what `read` gave.
+            scorer: the model, with its tokenizer.
+            settings: limit, context, stride, first_token.
+
+        Returns:
+            How many examples were scored, and the metrics by name.
+        """
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A context and the endings to choose from."""
+
+    context: str
+    endings: Sequence[str]
+    """With what separates them from the context, usually a space."""
+    gold: int
+    """Index of the right one."""
+
+
+class ChoiceTask(Task[Choice]):
+    """The likeliest of several endings is the model's answer.
+
+    - acc: share of examples whose right ending has the largest log-likelihood.
+    - acc_norm: the same of log-likelihood divided by the ending's length in characters, the
+      space before it not counted.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("acc", "acc_norm")
+
+    def evaluate(
+        self, examples: Sequence[Choice], scorer: Scorer, settings: Settings
+    ) -> tuple[int, dict[str, Metric]]:
+        """As `Task.evaluate`."""
+        examples = examples[: settings.limit]
+        answers = scorer.score([self._request(example, scorer) for example in examples])
+        hits: dict[str, list[float]] = {"acc": [], "acc_norm": []}
+        for example, likelihoods in zip(examples, answers, strict=True):
+            totals = [likelihood.total for likelihood in likelihoods]
+            sizes = [max(1, len(ending.removeprefix(" "))) for ending in example.endings]
+            means = [total / size for total, size in zip(totals, sizes, strict=True)]
+            hits["acc"].append(float(totals.index(max(totals)) == example.gold))
+            hits["acc_norm"].append(float(means.index(max(means)) == example.gold))
+        return len(examples), {name: mean(hits[name]) for name in self.metrics}
+
+    def _request(self, example: Choice, scorer: Scorer) -> Request:
+        pairs = [scorer.encode(example.context, ending) for ending in example.endings]
+        return Request(pairs[0][0], [ending for _, ending in pairs])
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and what its likelihood is divided by."""
+
+    text: str
+    """What the model reads."""
+    units: Mapping[str, int]
+    """Counts by name; of the original where the text was changed for the model."""
+
+
+class TextTask(Task[Document]):
+    """How well a model predicts running text, every document from its own beginning.
+
+    With L the sum of log-probabilities of all tokens predicted, in nats, T their number, and U the
+    number of units of the texts:
+
+    - token_perplexity: exp(-L / T)
+    - a perplexity per unit: exp(-L / U)
+    - bits per unit: -L / (U ln 2)
+
+    `metrics` says which of them, as a mapping from a metric's name to its unit.
+    """
+
+    metrics: ClassVar[Mapping[str, str]]
+    first_token: ClassVar[bool] = True
+    """Begin with the end-of-text token unless the settings say otherwise."""
+
+    def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
+        """What --limit leaves: the first `count` of `documents`; `cut` shortens a text."""
+        return documents[:count]
+
+    def evaluate(
+        self, examples: Sequence[Document], scorer: Scorer, settings: Settings
+    ) -> tuple[int, dict[str, Metric]]:
+        """As `Task.evaluate`."""
+        context, stride, first = self._windows(scorer, settings)
+        encode, decode = scorer.tokenizer.encode, scorer.tokenizer.decode
+        if settings.limit is not None:
+            most = context + (settings.limit - 1) * stride
+            examples = self.shorten(
+                examples, settings.limit, lambda text: decode(encode(text)[:most])
+            )
+        windows = [
+            window
+            for document in examples
+            for window in rolling_windows(encode(document.text), context, stride, first)
+        ]
+        if not windows:
+            raise DataError("the text is too short: there is no token to predict")
+        found = [likelihood for (likelihood,) in scorer.score(windows)]
+        total = math.fsum(likelihood.total for likelihood in found)
+        counts = {"token": sum(len(likelihood.logprobs) for likelihood in found)}
+        for document in examples:
+            for unit, count in document.units.items():
+                counts[unit] = counts.get(unit, 0) + count
+        return len(examples), {
+            name: Metric(_per_unit(total, counts[unit], bits=name.startswith("bits")))
+            for name, unit in self.metrics.items()
+        }
+
+    def _windows(self, scorer: Scorer, settings: Settings) -> tuple[int, int, int | None]:
+        most = scorer.model.config.n_positions
+        context = most if settings.context is None else settings.context
+        if context > most:
+            raise ArgumentError(
+                f"context is {context}, and this model reads at most {most} tokens (n_positions)"
+            )
+        stride = context if settings.stride is None else settings.stride
+        if stride > context:
+            raise ArgumentError(
+                f"stride is {stride}, more than the {context} tokens of a window: some tokens "
+                "would never be predicted"
+            )
+        end = scorer.tokenizer.eos_token_id
+        wanted = settings.first_token
+        if wanted and end is None:
+            raise ArgumentError(
+                "this tokenizer has no end-of-text token to begin with: skip the first token"
+            )
+        if wanted is None:
+            wanted = self.first_token and end is not None
+        if not wanted and context < 2:
+            raise ArgumentError("context is 1, which leaves no token to predict: take 2 or more")
+        return context, stride, end if wanted else None
+
+
+Cut = Callable[[str], str]
+"""A text cut to the tokens that --limit allows."""
+
+
+def mean(values: Sequence[float]) -> Metric:
+    """The mean, with its standard error: sample standard deviation / sqrt(n)."""
+    count = len(values)
+    average = math.fsum(values) / count
+    if count < 2:
+        return Metric(average)
+    variance = math.fsum((value - average) ** 2 for value in values) / (count - 1)
+    return Metric(average, math.sqrt(variance / count))
+
+
+def perplexity(likelihoods: Sequence[float]) -> Metric:
+    """exp(-mean) of log-likelihoods; its standard error is the mean's times it (delta method)."""
+    average = mean(likelihoods)
+    value = _exp(-average.value)
+    return Metric(value, None if average.stderr is None else value * average.stderr)
+
+
+def _per_unit(total: float, count: int, bits: bool) -> float:
+    loss = -total / count if count else math.nan
+    return loss / math.log(2) if bits else _exp(loss)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
