@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: setup check format test kernels bench gpu-check constraints
+.PHONY: setup check format test docs kernels bench gpu-check constraints
 
 setup: .venv/ready  ## an environment to develop in
 
@@ -23,6 +23,9 @@ format: .venv/ready  ## rewrite the source in the house's format
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest -q tests
 
+docs: .venv/ready  ## the API reference, in build/docs
+	$(BIN)/python docs/reference.py
+
 kernels:  ## the C++ kernels and their own tests; SANITIZE=address,undefined or thread watches them
 	cmake -S . -B build-kernels -DGPT2FAST_SANITIZE=$(SANITIZE)
 	cmake --build build-kernels --parallel
@@ -35,6 +38,6 @@ gpu-check:  ## all that can be checked on a GPU, with what is installed there (O
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
 constraints:  ## resolve constraints.txt again, for every Python and platform (needs uv)
-	printf 'torch==2.13.0\nnumpy<2.4\n' | uv pip compile pyproject.toml --extra dev --universal \
+	printf 'torch==2.13.0\nnumpy<2.4\n' | uv pip compile pyproject.toml --extra dev --extra cuda --universal \
 	    --python-version 3.10 --no-annotate --custom-compile-command "make constraints" \
 	    --constraints - --output-file constraints.txt
