@@ -1,0 +1,1 @@
+"""Tuning: which settings of a training run are searched, the study that searches, its report."""

@@ -1,0 +1,186 @@
+"""The study in its database: opening it, recognising it, giving lost trials back to it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, Error
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+HEARTBEAT_SECONDS = 20
+"""A worker says this often that its trial goes on."""
+GRACE_SECONDS = 120
+"""A trial of which nothing was heard for so long is lost."""
+_MOST_LOST = 3
+"""A trial that takes its worker down is not tried for ever."""
+
+
+class StudyError(Error):
+    """The storage of a study fails, or the study cannot go on."""
+
+
+def require_optuna() -> None:
+    """Raise ConfigError if what tuning needs is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            f'tuning needs {error.name}, which is not installed: pip install "gpt2fast[tune]"'
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def open_study(url: str, name: str, sampler: Any, pruner: Any) -> Study:
+    """The study `name` in the database `url`, made if it is not there.
+
+    Raises ConfigError for a URL that is none, a driver that is not installed, a place that cannot
+    be opened.
+    """
+    import optuna
+    from sqlalchemy import exc
+    from sqlalchemy.engine import make_url
+
+    try:
+        parsed = make_url(url)
+        shown = parsed.render_as_string(hide_password=True)
+        connect = {"timeout": 60} if parsed.get_backend_name() == "sqlite" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": connect},
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                heartbeat_stale_trial_callback=_after_loss,
+            )
+    except (exc.ArgumentError, ValueError):
+        raise ConfigError(
+            "--storage is no database URL; write sqlite:///study.db, or "
+            "postgresql+psycopg2://user:password@host/database"
+        ) from None
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None)
+        raise ConfigError(
+            f"--storage {shown} needs a driver that is not installed"
+            + (f": pip install {missing}" if missing else "")
+        ) from None
+    except exc.SQLAlchemyError as error:
+        raise ConfigError(f"--storage {shown} cannot be opened: {one_line(error)}") from None
+    return optuna.create_study(
+        study_name=name, storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True
+    )
+
+
+def require_same(kept: dict[str, Any], asked: dict[str, Any], where: str) -> None:
+    """Raise ConfigError if a study that was begun as `kept` is asked to go on as `asked`."""
+    for part, now in asked.items():
+        before = kept.get(part)
+        if before is None or before == now:
+            continue
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        first = names[0]
+        more = f" (and {', '.join(names[1:])})" if names[1:] else ""
+        raise ConfigError(
+            f"{where} was begun with another {part}: {first} was {before.get(first)!r} and is "
+            f"{now.get(first)!r} now{more}. Give back the old value, or begin a new study with "
+            "another --out (and --study-name, where the storage is shared)"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without line breaks, at most 300 characters."""
+    text = " ".join(str(getattr(error, "orig", None) or error).split())
+    text = text or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+@contextmanager
+def storage_failures_explained() -> Iterator[None]:
+    """Turn what the database raises into one line."""
+    import optuna
+    from sqlalchemy import exc
+
+    try:
+        yield
+    except (exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise StudyError(
+            f"the study's storage failed: {one_line(error.__cause__ or error)}. Give the same "
+            "command again when it is back"
+        ) from error
+
+
+# -- trials that nobody runs any more ---------------------------------------------------------
+
+
+def sign(trial: Trial) -> None:
+    """Write into `trial` which process runs it."""
+    trial.set_user_attr("machine", _machine())
+    trial.set_user_attr("process", os.getpid())
+
+
+def counted(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The finished trials, without those that were made again."""
+    again = {trial.user_attrs.get("repeats") for trial in trials}
+    return [t for t in trials if t.state.is_finished() and t.number not in again]
+
+
+def make_again(study: Study, trial: FrozenTrial, *, lost: bool) -> None:
+    """Queue another trial with the values of `trial`, which has ended without a result."""
+    times = trial.user_attrs.get("lost", 0) + lost
+    if times < _MOST_LOST:
+        study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number, "lost": times})
+
+
+def recover_lost_trials(study: Study) -> None:
+    """End the trials whose process, on this machine, is no more, and queue them again.
+
+    Optuna does the same for other machines, by heartbeat.
+    """
+    import optuna
+
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        if _is_lost(trial):
+            with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                make_again(study, trial, lost=True)
+
+
+def _after_loss(study: Study, trial: FrozenTrial) -> None:
+    make_again(study, trial, lost=True)
+
+
+def _is_lost(trial: FrozenTrial) -> bool:
+    machine, process = trial.user_attrs.get("machine"), trial.user_attrs.get("process")
+    if machine is None or process is None:  # killed before it could sign
+        begun = trial.datetime_start
+        return begun is not None and (datetime.now() - begun).total_seconds() > GRACE_SECONDS
+    if machine != _machine() or os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _machine() -> str:
+    """This machine since its last start; a container counts as one of its own."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
