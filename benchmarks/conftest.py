@@ -95,6 +95,20 @@ def versus(
 
 
 @pytest.fixture
+def record_pair(
+    request: pytest.FixtureRequest,
+) -> Callable[[str, list[float], list[float]], None]:
+    """Call `record_pair(name, ours, theirs)` with the seconds of runs that were taken in turns."""
+
+    def record(name: str, ours: list[float], theirs: list[float]) -> None:
+        ratio = statistics.median(peer / mine for peer, mine in zip(theirs, ours, strict=True))
+        pair = Pair(name, statistics.median(ours), statistics.median(theirs), ratio)
+        request.config.stash[_PAIRS].append(pair)
+
+    return record
+
+
+@pytest.fixture
 def against_floor(
     benchmark: Any, request: pytest.FixtureRequest
 ) -> Iterator[Callable[[Callable[[], Any], int], None]]:

@@ -156,6 +156,7 @@ def samples(device: str) -> dict[str, Callable[[], object]]:
         "residual_layer_norm": lambda: ops.residual_layer_norm(x, x, bias, bias),
         "bias_gelu": lambda: ops.bias_gelu(x, bias),
         "gelu_mlp": lambda: ops.gelu_mlp(x, weight, bias, weight, bias),
+        "projection": lambda: ops.projection(x, weight, bias),
         "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, weight, ids[0]),
         "sample": lambda: ops.sample(x[:1], ids, None),
         "embedding": lambda: ops.embedding(ids, ids[0], weight, weight),

@@ -69,7 +69,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(x, self.weight.t(), self.bias)
+        return ops.projection(x, self.weight, self.bias)
 
 
 class ResidualLayerNorm(nn.Module):
@@ -252,6 +252,7 @@ class Block(nn.Module):
         Args:
             x: (B, T, width), what the block before has added.
             residual: (B, T, width), the stream it is added to; None before the first block.
+            attention_mask, cache: as for `CausalSelfAttention`.
 
         Returns:
             What this block's MLP adds, and the stream it is added to.
@@ -277,12 +278,15 @@ class LinearCrossEntropy(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Scalar loss in nats.
+        """The loss of hidden states.
 
         Args:
             hidden: (..., C).
             weight: (V, C), the output projection.
             targets: (...) int64.
+
+        Returns:
+            Scalar, in nats.
         """
         return ops.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), self.ignore_index

@@ -29,6 +29,8 @@ TRAINING_OPS = {
     "gelu_mlp",
     "gelu_mlp_backward",
     "linear_cross_entropy",
+    "projection",
+    "projection_backward",
     "fused_adamw",
 }
 

@@ -63,14 +63,4 @@ inline void cross_entropy(const CrossEntropy& args, int64_t begin, int64_t end) 
     });
 }
 
-inline void accumulate(const Accumulate& args, int64_t begin, int64_t end) {
-    with_type(args.dtype, [&](auto* type) {
-        const auto* x = static_cast<const std::remove_pointer_t<decltype(type)>*>(args.x) + begin;
-        float* sum = args.sum + begin;
-        for_columns(end - begin, [&](int64_t j, auto step, auto) {
-            store(load(sum + j, step) + load(x + j, step), sum + j, step);
-        });
-    });
-}
-
 }  // namespace gpt2fast::GPT2FAST_ISA

@@ -11,6 +11,7 @@
 #include "layer_norm.h"
 #include "mlp.h"
 #include "optimizer.h"
+#include "product.h"
 #include "sampling.h"
 
 #define GPT2FAST_NAME_(isa) #isa
@@ -25,14 +26,16 @@ const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {
     GPT2FAST_NAME(GPT2FAST_ISA),
     GPT2FAST_ISA::bias_gelu,
     GPT2FAST_ISA::bias_gelu_backward,
-    GPT2FAST_ISA::sum_rows,
     GPT2FAST_ISA::add_blocks,
+    GPT2FAST_ISA::product_pays,
+    GPT2FAST_ISA::product_plan,
+    GPT2FAST_ISA::product_pack,
+    GPT2FAST_ISA::product,
     GPT2FAST_ISA::layer_norm,
     GPT2FAST_ISA::layer_norm_backward,
     GPT2FAST_ISA::attention,
     GPT2FAST_ISA::attention_backward,
     GPT2FAST_ISA::cross_entropy,
-    GPT2FAST_ISA::accumulate,
     GPT2FAST_ISA::adamw,
     GPT2FAST_ISA::embedding,
     GPT2FAST_ISA::embedding_backward,

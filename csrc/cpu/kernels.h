@@ -6,9 +6,43 @@
 
 #include <cstdint>
 
+#include "step.h"
 #include "types.h"
 
 namespace gpt2fast {
+
+// A matrix as a product takes it: lines (rows of the left matrix, columns of the right one) of
+// inputs, over which is summed. One of the two strides is 1; they count elements.
+struct View {
+    const void* data;
+    int64_t line_stride, input_stride;
+    DType dtype;
+};
+
+// How a product is cut up. Only who computes what depends on it, not what is computed.
+struct ProductPlan {
+    int64_t tiles;          // items of product_pack
+    int64_t parts, groups;  // of rows, of columns: items of product are their pairs
+    int64_t workspace;      // bytes that `packed` needs
+};
+
+// out (rows, columns) = before + a b + bias, over some of the inputs: with more of them than
+// `product_inputs` it is cut, and `before` is what the earlier ones gave.
+struct Product {
+    View a, b;
+    void* out;
+    int64_t out_stride;
+    DType out_dtype;
+    const float* before;  // (rows, columns), or null; may be out
+    int64_t before_stride;
+    const float* bias;   // (columns), or null
+    float* column_sums;  // (columns), or null: the sum of b over the inputs
+    bool add_to_sums;    // rather than write them
+    int64_t rows, columns, inputs;
+    Format format;  // what is multiplied: float32, or bfloat16 of either dtype
+    ProductPlan plan;
+    float* packed;
+};
 
 // out[i, j] = gelu(x[i, j] + bias[j]); rows i of x are x_stride elements apart, of out `columns`.
 struct BiasGelu {
@@ -39,16 +73,6 @@ struct BiasGeluBackward {
     Blocks blocks;
     int64_t columns;
     int64_t grad_stride, x_stride;
-    DType dtype;
-};
-
-// Sums of x over each block of rows.
-struct SumRows {
-    const void* x;
-    float* sums;  // (blocks, columns)
-    Blocks blocks;
-    int64_t columns;
-    int64_t stride;
     DType dtype;
 };
 
@@ -130,13 +154,6 @@ struct CrossEntropy {
     int64_t ignore_index;
     float factor;
     bool differentiate;
-    DType dtype;
-};
-
-// sum += x, element by element.
-struct Accumulate {
-    float* sum;
-    const void* x;
     DType dtype;
 };
 
@@ -244,14 +261,17 @@ struct Kernels {
     const char* name;
     void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
     void (*bias_gelu_backward)(const BiasGeluBackward&, int64_t begin, int64_t end);
-    void (*sum_rows)(const SumRows&, int64_t begin, int64_t end);
     void (*add_blocks)(const AddBlocks&, int64_t begin, int64_t end);
+    // Whether a product of float32 (of bfloat16, if narrow) here is faster than torch's own.
+    bool (*product_pays)(bool narrow);
+    ProductPlan (*product_plan)(const Product&, int threads);
+    void (*product_pack)(const Product&, int64_t begin, int64_t end);
+    void (*product)(const Product&, int64_t begin, int64_t end);
     void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end);
     void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end);
     void (*attention)(const Attention&, int64_t begin, int64_t end);
     void (*attention_backward)(const AttentionBackward&, int64_t begin, int64_t end);
     void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end);
-    void (*accumulate)(const Accumulate&, int64_t begin, int64_t end);
     void (*adamw)(const AdamW&, int64_t begin, int64_t end);
     void (*embedding)(const Embedding&, int64_t begin, int64_t end);
     void (*embedding_backward)(const EmbeddingBackward&, int64_t begin, int64_t end);

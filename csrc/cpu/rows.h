@@ -69,27 +69,6 @@ void with_type(DType dtype, Body body) {
     }
 }
 
-template <typename T>
-void sum_rows_of(const SumRows& args, int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-        float* sums = args.sums + block * args.columns;
-        std::memset(sums, 0, size_t(args.columns) * sizeof(float));
-        for (int64_t row = args.blocks.begin(block); row < args.blocks.begin(block + 1); ++row) {
-            const T* x = static_cast<const T*>(args.x) + row * args.stride;
-            for_columns(args.columns, [&](int64_t j, auto step, auto) {
-                store(load(sums + j, step) + load(x + j, step), sums + j, step);
-            });
-        }
-    }
-}
-
-// One row of sums for each block of rows.
-inline void sum_rows(const SumRows& args, int64_t begin, int64_t end) {
-    with_type(args.dtype, [&](auto* type) {
-        sum_rows_of<std::remove_pointer_t<decltype(type)>>(args, begin, end);
-    });
-}
-
 // The blocks' sums added up, in their order, for columns [begin, end).
 inline void add_blocks(const AddBlocks& args, int64_t begin, int64_t end) {
     with_type(args.dtype, [&](auto* type) {

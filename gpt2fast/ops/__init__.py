@@ -8,6 +8,7 @@ from .embedding import embedding
 from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu, gelu_mlp
 from .optimizer import fused_adamw
+from .projection import projection
 from .sampling import sample
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "linear_cross_entropy",
     "packed_next",
     "packed_step",
+    "projection",
     "release_rows",
     "reorder_cache",
     "residual_layer_norm",

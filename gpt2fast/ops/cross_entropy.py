@@ -23,6 +23,7 @@ from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 from .cuda import by_device, cuda, unsuitable
 from .native import native, refuses_tensors
+from .product import product, reads_wider_weights
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
 
@@ -55,7 +56,10 @@ def linear_cross_entropy(
             f"targets must be ({hidden.shape[0]},), one per row of hidden, "
             f"not {tuple(targets.shape)}"
         )
-    hidden, weight = autocast(hidden, weight)
+    if reads_wider_weights(hidden):
+        (hidden,) = autocast(hidden)
+    else:
+        hidden, weight = autocast(hidden, weight)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     return _forward.call(hidden, weight, targets, ignore_index, *wanted)[0]
 
@@ -68,15 +72,16 @@ def _reference(
     hidden_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = (hidden @ weight.t()).to(statistics_dtype(hidden.dtype))
+    narrow = weight.to(hidden.dtype)
+    logits = (hidden @ narrow.t()).to(statistics_dtype(hidden.dtype))
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index)
     grad_logits = _grad_logits(logits, logits.logsumexp(-1), targets, ignore_index)
     count = _count(targets, ignore_index).clamp(min=1)
     grad_logits = (grad_logits / count).to(hidden.dtype)
     return (
         loss,
-        grad_logits @ weight if hidden_grad else hidden.new_empty(0),
-        grad_logits.t() @ hidden if weight_grad else weight.new_empty(0),
+        grad_logits @ narrow if hidden_grad else hidden.new_empty(0),
+        (grad_logits.t() @ hidden).to(weight.dtype) if weight_grad else weight.new_empty(0),
     )
 
 
@@ -91,6 +96,13 @@ def _grad_logits(logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int
     rows = torch.arange(len(targets), device=targets.device)
     grad[rows, targets.where(counted, 0)] -= 1.0
     return grad.mul_(counted[:, None])
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """Rows of logits held at once: chunks of nearly equal size."""
+    most = max(64, _CHUNK_BYTES // max(1, len(weight) * hidden.element_size()))
+    chunks = max(1, -(-len(hidden) // most))
+    return max(1, -(-len(hidden) // chunks))
 
 
 def _chunked(
@@ -115,9 +127,7 @@ def _chunked(
     grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
     if weight_grad and not len(hidden):
         grad_weight.zero_()
-    most = max(64, _CHUNK_BYTES // max(1, len(weight) * hidden.element_size()))
-    chunks = max(1, -(-len(hidden) // most))
-    step = max(1, -(-len(hidden) // chunks))  # chunks of nearly equal size
+    step = _chunk_rows(hidden, weight)
     logits = hidden.new_empty((step, -(-len(weight) // alignment) * alignment))[:, : len(weight)]
     # Several chunks add up in at least float32.
     total = grad_weight
@@ -142,6 +152,34 @@ def _chunked(
     return losses, grad_hidden, total.to(weight.dtype)
 
 
+def _chunked_products(
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_chunked` for a CPU: the weight may be wider than `hidden`, sums are float32 throughout."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    grad_hidden = hidden.new_empty(hidden.shape if hidden_grad else 0)
+    grad_weight = weight.new_empty(weight.shape if weight_grad else 0, dtype=torch.float32)
+    if weight_grad and not len(hidden):
+        grad_weight.zero_()
+    step = _chunk_rows(hidden, weight)
+    logits = hidden.new_empty((step, len(weight)))
+    for start in range(0, len(hidden), step):
+        rows = slice(start, start + step)
+        chunk = logits[: len(hidden[rows])]
+        product(hidden[rows], weight.t(), hidden.dtype, out=chunk)
+        grad_logits = turn(chunk, targets[rows], losses[rows])
+        if hidden_grad:
+            product(grad_logits, weight, hidden.dtype, out=grad_hidden[rows])
+        if weight_grad:
+            product(grad_logits.t(), hidden[rows], hidden.dtype, out=grad_weight, add=start > 0)
+    return losses, grad_hidden, grad_weight.to(weight.dtype)
+
+
 def _torch(
     hidden: Tensor,
     weight: Tensor,
@@ -151,6 +189,7 @@ def _torch(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = _count(targets, ignore_index)
+    narrow = weight.to(hidden.dtype)
 
     def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
         wide = logits.to(losses.dtype)
@@ -165,9 +204,9 @@ def _torch(
         )
 
     losses, grad_hidden, grad_weight = _chunked(
-        turn, Tensor.add_, hidden, weight, targets, hidden_grad, weight_grad
+        turn, Tensor.add_, hidden, narrow, targets, hidden_grad, weight_grad
     )
-    return losses.sum() / count, grad_hidden, grad_weight
+    return losses.sum() / count, grad_hidden, grad_weight.to(weight.dtype)
 
 
 def _native(
@@ -191,9 +230,8 @@ def _native(
         )
         return logits
 
-    add = torch.ops.gpt2fast_native.accumulate
-    losses, grad_hidden, grad_weight = _chunked(
-        turn, add, hidden, weight, targets, hidden_grad, weight_grad
+    losses, grad_hidden, grad_weight = _chunked_products(
+        turn, hidden, weight, targets, hidden_grad, weight_grad
     )
     return losses.sum() / count, grad_hidden, grad_weight
 
@@ -236,7 +274,7 @@ def _cuda_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object
 def _native_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
     if targets.dtype != torch.int64:
         return "the native kernels take int64 targets"
-    return refuses_tensors(hidden, weight)
+    return refuses_tensors(hidden) or refuses_tensors(weight)
 
 
 def _triton_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:

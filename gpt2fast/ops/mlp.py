@@ -24,6 +24,7 @@ from .backend import Op, autocast, statistics_dtype
 from .cuda import by_device, cublaslt, cuda, kernels, unsuitable
 from .cuda import mlp as cuda_mlp
 from .native import native, refuses_tensors, rows
+from .product import product, reads_wider_weights, refuses_mixture, weight_gradient
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
 
@@ -66,7 +67,9 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
             f"b_fc {tuple(b_fc.shape)}, w_proj {tuple(w_proj.shape)}, "
             f"b_proj {tuple(b_proj.shape)}; weights are (in, out)"
         )
-    tensors = autocast(x, w_fc, b_fc, w_proj, b_proj)
+    tensors = [x, w_fc, b_fc, w_proj, b_proj]
+    rounded = 1 if reads_wider_weights(x) else len(tensors)
+    tensors[:rounded] = autocast(*tensors[:rounded])
     keep = "nothing"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         keep = "sum" if cublaslt.is_wanted(tensors[0]) else "product"
@@ -154,6 +157,7 @@ def _bias_of(b_fc: Tensor, kept: str) -> Tensor:
 def _gelu_mlp_forward(
     x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
 ) -> tuple[Tensor, Tensor]:
+    w_fc, b_fc, w_proj, b_proj = (weight.to(x.dtype) for weight in (w_fc, b_fc, w_proj, b_proj))
     inner, bias = _inner(x, w_fc, b_fc, keep)
     out = torch.addmm(b_proj, bias_gelu(inner, bias), w_proj)
     return out.view(*x.shape[:-1], -1), _kept(inner, keep)
@@ -168,18 +172,50 @@ def _gelu_mlp_backward(
     w_proj: Tensor,
     kept: str = "product",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = rows(grad)
-    bias = _bias_of(b_fc, kept)
+    grad, dtype = rows(grad), x.dtype
+    bias = _bias_of(b_fc, kept).to(dtype)
     activated = bias_gelu(inner, bias)
-    grad_w_proj = activated.t() @ grad
-    grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.t(), inner, bias)
-    grad_w_fc = rows(x).t() @ grad_inner
-    grad_x = (grad_inner @ w_fc.t()).view(x.shape)
-    grad_b_proj = grad.sum(0, dtype=statistics_dtype(grad.dtype)).to(grad.dtype)
-    return grad_x, grad_w_fc, grad_b_fc, grad_w_proj, grad_b_proj
+    grad_w_proj = (activated.t() @ grad).to(w_proj.dtype)
+    grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.to(dtype).t(), inner, bias)
+    grad_w_fc = (rows(x).t() @ grad_inner).to(w_fc.dtype)
+    grad_x = (grad_inner @ w_fc.to(dtype).t()).view(x.shape)
+    grad_b_proj = grad.sum(0, dtype=statistics_dtype(dtype)).to(w_proj.dtype)
+    return grad_x, grad_w_fc, grad_b_fc.to(b_fc.dtype), grad_w_proj, grad_b_proj
 
 
-# The matrix products are torch's: oneDNN, MKL and cuBLAS run them at the processor's rate.
+def _gelu_mlp_forward_cpu(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
+) -> tuple[Tensor, Tensor]:
+    inner = product(rows(x), w_fc, x.dtype, bias=b_fc if keep == "sum" else None)
+    bias = _bias_of(b_fc, keep).to(x.dtype).contiguous()
+    activated = kernels(x).bias_gelu(inner, bias)
+    out = product(activated, w_proj, x.dtype, bias=b_proj)
+    return out.view(*x.shape[:-1], -1), _kept(inner, keep)
+
+
+def _gelu_mlp_backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor,
+    w_proj: Tensor,
+    kept: str = "product",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, dtype = rows(grad), x.dtype
+    grad_inner = product(grad, w_proj.t(), dtype)
+    activated = torch.empty_like(grad_inner)
+    bias = _bias_of(b_fc, kept).to(dtype).contiguous()
+    grad_b_fc = kernels(x).bias_gelu_backward(grad_inner, inner, bias, grad_inner, activated)
+    grad_b_proj = grad.new_empty(grad.shape[1], dtype=torch.float32)
+    grad_w_proj = weight_gradient(activated, grad, w_proj, grad_b_proj)
+    del activated
+    grad_w_fc = weight_gradient(rows(x), grad_inner, w_fc)
+    grad_x = product(grad_inner, w_fc.t(), dtype).view(x.shape)
+    return grad_x, grad_w_fc, grad_b_fc.to(b_fc.dtype), grad_w_proj, grad_b_proj.to(w_proj.dtype)
+
+
+# On a GPU the matrix products are cuBLAS's.
 
 
 def _gelu_mlp_forward_native(
@@ -247,7 +283,7 @@ _gelu_mlp_gradient = Op(
     "(Tensor grad, Tensor x, Tensor inner, Tensor w_fc, Tensor b_fc, Tensor w_proj, "
     'str kept="product") -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
     native=by_device(
-        cpu=native(_gelu_mlp_backward_native, _refuses),
+        cpu=native(_gelu_mlp_backward_cpu, refuses_mixture),
         cuda=cuda(_gelu_mlp_backward_cuda, _cuda_refuses),
     ),
     triton=triton("mlp", "gelu_mlp_backward", _triton_refuses_mixture),
@@ -259,7 +295,7 @@ _gelu_mlp = Op(
     '(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor b_proj, str keep="product") '
     "-> (Tensor out, Tensor inner)",
     native=by_device(
-        cpu=native(_gelu_mlp_forward_native, _refuses),
+        cpu=native(_gelu_mlp_forward_cpu, refuses_mixture),
         cuda=cuda(_gelu_mlp_forward_cuda, _cuda_refuses),
     ),
     triton=triton("mlp", "gelu_mlp", _triton_refuses_mixture),
@@ -284,7 +320,15 @@ def _gelu_mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Tensor | None, ...]:
-    return *_gelu_mlp_gradient.call(grad, *ctx.saved_tensors, ctx.kept), None
+    if any(ctx.needs_input_grad[1:5]):
+        return *_gelu_mlp_gradient.call(grad, *ctx.saved_tensors, ctx.kept), None
+    # The weights are frozen: half of the products would be for nobody.
+    x, inner, w_fc, b_fc, w_proj = ctx.saved_tensors
+    grad_inner = product(rows(grad), w_proj.t(), x.dtype)
+    bias = _bias_of(b_fc, ctx.kept).to(x.dtype)
+    grad_inner, _ = _bias_gelu_backward.call(grad_inner, inner, bias)
+    grad_x = product(grad_inner, w_fc.t(), x.dtype).view(x.shape)
+    return grad_x, None, None, None, None, None
 
 
 _bias_gelu.register_autograd(_bias_gelu_differentiate, _bias_gelu_setup)
@@ -314,5 +358,5 @@ def _(grad, x, inner, w_fc, b_fc, w_proj, kept="product"):  # type: ignore[no-un
         w_fc.new_empty(w_fc.shape),
         b_fc.new_empty(b_fc.shape),
         w_proj.new_empty(w_proj.shape),
-        grad.new_empty((grad.shape[-1],)),
+        w_proj.new_empty((grad.shape[-1],)),
     )

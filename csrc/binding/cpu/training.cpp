@@ -45,16 +45,6 @@ Tensor bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor grad_x,
     return added_blocks(sums, 0, columns, bias);
 }
 
-Tensor sum_rows(Tensor x) {
-    const Blocks blocks = blocks_of(x.size(0));
-    const Tensor sums = floats(x, {blocks.count, x.size(1)});
-    const SumRows args{x.const_data_ptr(), floats_of(sums), blocks,
-                                 x.size(1),          x.stride(0),     dtype_of(x)};
-    parallel(blocks.count, x.size(1) * (x.size(0) / blocks.count + 1),
-             [&](int64_t begin, int64_t end) { kernels().sum_rows(args, begin, end); });
-    return added_blocks(sums, 0, x.size(1), x);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> residual,
                                                       Tensor weight, Tensor bias, double eps) {
     const int64_t rows = x.size(0), columns = x.size(1);
@@ -187,13 +177,6 @@ void cross_entropy(Tensor logits, Tensor targets, Tensor losses, int64_t ignore_
              [&](int64_t begin, int64_t end) { kernels().cross_entropy(args, begin, end); });
 }
 
-// sum (float32) += x, both contiguous.
-void accumulate(Tensor sum, Tensor x) {
-    const Accumulate args{floats_of(sum), x.const_data_ptr(), dtype_of(x)};
-    parallel(x.numel(), 1,
-             [&](int64_t begin, int64_t end) { kernels().accumulate(args, begin, end); });
-}
-
 void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
            std::vector<Tensor> exp_avg_sqs, int64_t step, double lr, double beta1, double beta2,
            double eps, double weight_decay) {
@@ -275,7 +258,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
     m.def(
         "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, "
         "Tensor(b!)? activated) -> Tensor");
-    m.def("sum_rows(Tensor x) -> Tensor");
     m.def(
         "layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -291,7 +273,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
     m.def(
         "cross_entropy(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, int ignore_index, "
         "float factor, bool differentiate) -> ()");
-    m.def("accumulate(Tensor(a!) sum, Tensor x) -> ()");
     m.def(
         "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
         "Tensor(c!)[] exp_avg_sqs, int step, float lr, float beta1, float beta2, float eps, "
@@ -303,13 +284,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) {
     m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
     m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
-    m.impl("sum_rows", TORCH_BOX(&sum_rows));
     m.impl("layer_norm", TORCH_BOX(&layer_norm));
     m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
     m.impl("attention", TORCH_BOX(&attention));
     m.impl("attention_backward", TORCH_BOX(&attention_backward));
     m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-    m.impl("accumulate", TORCH_BOX(&accumulate));
     m.impl("adamw", TORCH_BOX(&adamw));
     m.impl("embedding", TORCH_BOX(&embedding));
     m.impl("embedding_backward", TORCH_BOX(&embedding_backward));

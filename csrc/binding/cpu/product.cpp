@@ -1,0 +1,154 @@
+// Products of training: cut to what the kernels take at once, and spread over torch's threads.
+#include "tensors.h"
+
+#include <memory>
+#include <mutex>
+
+namespace gpt2fast::binding {
+namespace {
+
+// Words of the inputs that are summed in one go: a panel of so many is a fraction of a core's own
+// cache. Sums in bfloat16 cannot be continued, so those have more room.
+constexpr int64_t most_words = 1024, most_narrow_words = 1536;
+// Words of packed rows: they are to stay in the shared cache while the panels pass.
+constexpr int64_t most_packed = int64_t(2) << 20;
+
+// Memory for packed rows, kept for the next product: fresh pages would cost more than packing.
+class Workspace {
+public:
+    explicit Workspace(int64_t bytes) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            std::swap(memory_, kept_);
+            std::swap(size_, kept_size_);
+        }
+        if (size_ < bytes) {
+            memory_.reset();
+            memory_.reset(new uint8_t[size_t(bytes)]);
+            size_ = bytes;
+        }
+    }
+    ~Workspace() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (size_ > kept_size_) {
+            std::swap(memory_, kept_);
+            std::swap(size_, kept_size_);
+        }
+    }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+
+    float* aligned() const {
+        const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+        return reinterpret_cast<float*>((at + 63) / 64 * 64);
+    }
+
+private:
+    static std::mutex mutex_;
+    static std::unique_ptr<uint8_t[]> kept_;
+    static int64_t kept_size_;
+
+    std::unique_ptr<uint8_t[]> memory_;
+    int64_t size_ = 0;
+};
+
+std::mutex Workspace::mutex_;
+std::unique_ptr<uint8_t[]> Workspace::kept_;
+int64_t Workspace::kept_size_ = 0;
+
+int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// A matrix whose lines are its rows (of the left factor) or its columns (of the right one).
+View lines_of(const Tensor& x, int line, int input) {
+    STD_TORCH_CHECK(x.dim() == 2 && (x.stride(0) == 1 || x.stride(1) == 1),
+                    "gpt2fast: a product reads matrices of contiguous rows or columns");
+    return {x.const_data_ptr(), x.stride(line), x.stride(input), dtype_of(x)};
+}
+
+View from(View view, int64_t line, int64_t input) {
+    const int64_t elements = line * view.line_stride + input * view.input_stride;
+    view.data = static_cast<const uint8_t*>(view.data) + elements * bytes_of(view.dtype);
+    return view;
+}
+
+// Whether the kernels here multiply float32, or bfloat16 if `narrow`, faster than torch's do.
+bool multiplies(bool narrow) { return kernels().product_pays(narrow); }
+
+void multiply(Product args) {
+    args.plan = kernels().product_plan(args, int(torch::stable::get_num_threads()));
+    const Workspace workspace(args.plan.workspace);
+    args.packed = workspace.aligned();
+    parallel(args.plan.tiles, args.inputs * 16,
+             [&](int64_t begin, int64_t end) { kernels().product_pack(args, begin, end); });
+    // An item is worth a thread.
+    parallel(args.plan.parts * args.plan.groups, args.inputs * args.rows,
+             [&](int64_t begin, int64_t end) { kernels().product(args, begin, end); });
+}
+
+// out = (out if add else 0) + a b + bias, multiplied in bfloat16 if `narrow`; the sums of b's
+// columns go to column_sums. Rows of out are contiguous; bias and column_sums are float32.
+void product(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add, bool narrow,
+             std::optional<Tensor> column_sums) {
+    const int64_t rows = a.size(0), inputs = a.size(1), columns = b.size(1);
+    const bool wide = dtype_of(out) == DType::float32;
+    STD_TORCH_CHECK(b.size(0) == inputs && out.size(0) == rows && out.size(1) == columns &&
+                        (columns == 1 || out.stride(1) == 1),
+                    "gpt2fast: the sizes of a product do not fit");
+    STD_TORCH_CHECK(wide || !add, "gpt2fast: a sum in bfloat16 is not continued");
+    STD_TORCH_CHECK(narrow || (dtype_of(a) == DType::float32 && dtype_of(b) == DType::float32),
+                    "gpt2fast: bfloat16 is multiplied as such");
+    const View whole_a = lines_of(a, 0, 1), whole_b = lines_of(b, 1, 0);
+    const int64_t per_word = narrow ? 2 : 1;
+    const int64_t most = per_word * (wide ? most_words : most_narrow_words);
+    const int64_t blocks = std::max<int64_t>(1, (inputs + most - 1) / most);
+    std::optional<Tensor> sums;  // of all blocks but the last, where out cannot hold them
+    if (blocks > 1 && !wide) sums = floats(out, {rows, columns});
+    const Tensor& continued = sums ? *sums : out;
+
+    Product args{};
+    args.columns = columns;
+    args.format = narrow ? Format::bfloat16 : Format::float32;
+    args.before_stride = continued.stride(0);
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = inputs * block / blocks / per_word * per_word;
+        const bool last = block == blocks - 1;
+        args.inputs = (last ? inputs : inputs * (block + 1) / blocks / per_word * per_word) - first;
+        args.b = from(whole_b, 0, first);
+        args.bias = last && bias ? floats_of(*bias) : nullptr;
+        args.add_to_sums = block > 0;
+        const Tensor& to = last ? out : continued;
+        args.out_stride = to.stride(0);
+        args.out_dtype = dtype_of(to);
+        // Many rows pass in turns.
+        const int64_t fit = std::max<int64_t>(256, most_packed * per_word / args.inputs);
+        const int64_t turns = (rows + fit - 1) / fit;
+        for (int64_t turn = 0; turn < turns; ++turn) {
+            const int64_t row = rows * turn / turns;
+            args.rows = rows * (turn + 1) / turns - row;
+            args.a = from(whole_a, row, first);
+            args.out = static_cast<uint8_t*>(to.mutable_data_ptr()) +
+                       row * args.out_stride * bytes_of(args.out_dtype);
+            args.before =
+                block > 0 || add ? floats_of(continued) + row * args.before_stride : nullptr;
+            args.column_sums = turn == 0 && column_sums ? floats_of(*column_sums) : nullptr;
+            multiply(args);
+        }
+    }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
+    m.def("multiplies(bool narrow) -> bool");
+    m.def(
+        "product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add, bool narrow, "
+        "Tensor(b!)? column_sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CompositeExplicitAutograd, m) {
+    m.impl("multiplies", TORCH_BOX(&multiplies));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) { m.impl("product", TORCH_BOX(&product)); }
+
+}  // namespace gpt2fast::binding

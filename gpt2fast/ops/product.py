@@ -1,0 +1,139 @@
+"""Matrix products of the CPU ops: our kernels where they are the faster ones, else torch's.
+
+Ours read float32 weights where bfloat16 is multiplied, rounding them on the way, and keep sums in
+float32. Which are the faster ones was measured (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import requested_backend
+from .cuda import takes
+from .native import DTYPES, unavailable
+
+_LEAST_SIDE = 512
+"""Of all three sizes of a product, for ours to be the faster one."""
+
+
+@cache
+def _multiplied_here(narrow: bool) -> bool:
+    """Whether our kernels for this processor are measured to beat torch's."""
+    return unavailable() is None and torch.ops.gpt2fast_native.multiplies(narrow)
+
+
+def _is_faster(rows: int, inputs: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether ours is the faster product of (rows, inputs) and (inputs, columns)."""
+    smallest = min(rows, inputs, columns)
+    return smallest >= _LEAST_SIDE and _multiplied_here(dtype == torch.bfloat16)
+
+
+def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> bool:
+    read = DTYPES if dtype == torch.bfloat16 else (torch.float32,)
+    written = (torch.float32,) if add or dtype == torch.float32 else DTYPES
+    return (
+        dtype in DTYPES
+        and a.dtype in read
+        and b.dtype in read
+        and out.dtype in written
+        and a.device.type == "cpu"
+        and unavailable() is None
+        and _is_faster(a.shape[0], a.shape[1], b.shape[1], dtype)
+    )
+
+
+def reads_wider_weights(x: Tensor) -> bool:
+    """Whether ops that take activations x round wider weights themselves, as they read them.
+
+    On a GPU cuBLAS reads what autocast has rounded, and kept.
+    """
+    return x.device.type == "cpu" and requested_backend() != "triton" and not takes(x)
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    *,
+    out_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
+    column_sums: Tensor | None = None,
+) -> Tensor:
+    """`a @ b + bias` in a dtype of its own.
+
+    Args:
+        a: (M, K).
+        b: (K, N).
+        dtype: in which is multiplied; sums are float32 at least.
+        out_dtype: of the result; None means `dtype`.
+        bias: (N,).
+        out: (M, N), rows contiguous: the result's place.
+        add: to what stands in `out`.
+        column_sums: (N,) float32; receives the sum of b's rows.
+
+    Returns:
+        (M, N).
+    """
+    if out is None:
+        out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype or dtype)
+    if _ours(a, b, out, dtype, add):
+        torch.ops.gpt2fast_native.product(
+            _readable(a),
+            _readable(b),
+            None if bias is None else bias.float().contiguous(),
+            out,
+            add,
+            dtype == torch.bfloat16,
+            column_sums,
+        )
+        return out
+    if column_sums is not None:
+        torch.sum(b, 0, dtype=column_sums.dtype, out=column_sums)
+    a, b = a.to(dtype), b.to(dtype)
+    if add:
+        return out.addmm_(a, b) if out.dtype == dtype else out.add_(a @ b)
+    if bias is not None:
+        return out.copy_(torch.addmm(bias.to(dtype), a, b))
+    return torch.mm(a, b, out=out) if out.dtype == dtype else out.copy_(a @ b)
+
+
+def weight_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, column_sums: Tensor | None = None
+) -> Tensor:
+    """`x.T @ grad` (in, out), in the dtype and the layout of a weight that is (in, out).
+
+    Args:
+        x: (M, in).
+        grad: (M, out), in the dtype in which is multiplied.
+        weight: what the gradient belongs to.
+        column_sums: (out,) float32; receives the sum of grad's rows: the bias's gradient.
+    """
+    if weight.stride(0) == 1 and weight.stride(1) != 1:  # a transposed view of (out, in)
+        if column_sums is not None:
+            torch.sum(grad, 0, dtype=column_sums.dtype, out=column_sums)
+        return product(grad.t(), x, grad.dtype, out_dtype=weight.dtype).t()
+    return product(x.t(), grad, grad.dtype, out_dtype=weight.dtype, column_sums=column_sums)
+
+
+def refuses_mixture(*arguments: Any) -> str | None:
+    """Why native ops that compute in their first tensor's dtype cannot read these, or None."""
+    for tensor in arguments:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type != "cpu":
+            return f"the native kernels run on the CPU, and a tensor is on {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"the native kernels take float32 and bfloat16, not {tensor.dtype}"
+        if not tensor.numel():
+            return "the native kernels need at least one element"
+    return None
