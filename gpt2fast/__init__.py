@@ -39,12 +39,14 @@ _HOMES = {
     "backend": "ops.backend",
 }
 
+_ROOMS = ("data", "evaluation", "lora", "nn", "ops", "quantization", "training", "tuning")
+
 
 def __getattr__(name: str) -> Any:
     # Loaded when first used: a command line then answers --help at once, and can be interrupted
     # in the seconds that importing torch takes.
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    if name in ("data", "nn", "ops", "training"):
+    if name in _ROOMS:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -100,7 +100,12 @@ class KVCache:
         return 2 * layers * heads * head_bytes
 
     def layer(self, index: int, counts: Tensor | None = None) -> LayerCache:
-        """The views that layer `index` writes to and reads from."""
+        """The views that layer `index` writes to and reads from.
+
+        Args:
+            index: of the layer.
+            counts: (B,) how many of the new tokens each row stores; None means all of them.
+        """
         empty = self._longest == 0
         scales = [None if x is None else x[index] for x in (self.k_scales, self.v_scales)]
         return LayerCache(self.k[index], self.v[index], self.lengths, counts, empty, *scales)

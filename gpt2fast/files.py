@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +41,13 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace the content of `path` by `text` (UTF-8) atomically."""
     with atomic_write(path, "w") as file:
         file.write(text)
+
+
+def remove_unfinished(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Remove what killed processes have left of files called `names`, which nobody writes now."""
+    for name in names:
+        for path in Path(directory).glob(f".{name}.????????"):
+            path.unlink(missing_ok=True)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

@@ -45,6 +45,11 @@ class GPT2Output:
     With labels or targets the logits are computed when they are first read: who wants the loss
     alone never pays for a (B, T, vocab) tensor. They are what the forward pass would have given,
     under its gradient mode and autocast; changing the weights in between is an error.
+
+    Args:
+        loss: scalar, or None.
+        hidden: (B, T, width) hidden states.
+        projection: (vocab, width), which makes logits of them.
     """
 
     def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
@@ -62,7 +67,7 @@ class GPT2Output:
 
     @classmethod
     def computed(cls, loss: Tensor | None, logits: Tensor) -> GPT2Output:
-        """An output whose logits are there already."""
+        """An output with this `loss` whose `logits`, (B, T, vocab), are there already."""
         output = cls.__new__(cls)
         output.loss, output._logits = loss, logits
         return output
@@ -344,7 +349,7 @@ class GPT2(nn.Module):
         return logits
 
     def decode_weights(self) -> list[Tensor]:
-        """The weights in the order of `ops.decode_step`, adapters merged."""
+        """The weights as `ops.decode_step` takes them, adapters merged."""
         if is_adapted(self):
             return without_adapters(self).decode_weights()
         layers = [weight for block in self.blocks for weight in _layer_weights(block)]

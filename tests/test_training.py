@@ -100,10 +100,7 @@ CLOCK_AND_MACHINE = ("tokens_per_second", "elapsed_seconds", "utilisation", "mem
 
 def outcome(out: Path) -> dict[str, object]:
     """What a run did, without what the clock says."""
-    log = [
-        {k: v for k, v in row.items() if k not in CLOCK_AND_MACHINE}
-        for row in rows(out)
-    ]
+    log = [{k: v for k, v in row.items() if k not in CLOCK_AND_MACHINE} for row in rows(out)]
     return {
         "weights": digest(out / "model.safetensors"),
         "log": log,
@@ -636,7 +633,7 @@ def test_interrupted_evaluation_is_made_up_for_on_resuming(config, monkeypatch):
 
     def interrupted(self):
         if self.position.step == 2:
-            self._stop(signal.SIGINT, saved=-1)
+            self._stop(signal.SIGINT)
         real(self)
 
     monkeypatch.setattr(loop._Run, "_evaluate", interrupted)

@@ -29,13 +29,17 @@ class TokenDataset(Dataset[Batch]):
     Item i is the window that starts at token i: (input_ids, targets), each (block_size,) int64,
     targets one token further on. There are `tokens - block_size` items.
 
-    path: a directory of prepared data or of shards, a .bin file, or a pattern such as
-        `fineweb_train_*.bin` (shards are read as one sequence, in the order of their names).
-        Files are raw little-endian tokens, as nanoGPT's, or have llm.c's header.
-    split: which files of the directory, "train" or "val"; for a file, what to say of it.
-    dtype: of raw files without a meta.json beside them: "uint16" (the default) or "uint32".
-    Raises DataError if a file is missing, cut short, or damaged, if shards differ in dtype, or if
-    all together are shorter than block_size + 1 tokens.
+    Args:
+        path: a directory of prepared data or of shards, a .bin file, or a pattern such as
+            `fineweb_train_*.bin` (shards are read as one sequence, in the order of their names).
+            Files are raw little-endian tokens, as nanoGPT's, or have llm.c's header.
+        block_size: tokens in a window.
+        split: which files of the directory, "train" or "val"; for a file, what to say of it.
+        dtype: of raw files without a meta.json beside them: "uint16" (the default) or "uint32".
+
+    Raises:
+        DataError: a file is missing, cut short, or damaged, shards differ in dtype, or all
+            together are shorter than block_size + 1 tokens.
     """
 
     tokens: Tokens
@@ -62,7 +66,7 @@ class TokenDataset(Dataset[Batch]):
 
     @classmethod
     def of(cls, tokens: Tokens, block_size: int) -> TokenDataset:
-        """Windows over tokens that are open already."""
+        """Windows of `block_size` over `tokens` that are open already."""
         dataset = cls.__new__(cls)
         dataset._take(tokens, block_size)
         return dataset

@@ -24,22 +24,24 @@ if TYPE_CHECKING:
 class DataModule:
     """Training and validation batches of prepared data, of token shards, or of a mixture of them.
 
-    data_dir: a directory that `gpt2fast.prepare` wrote; or a directory, file or pattern of token
-        files (see `TokenDataset`): nanoGPT's `train.bin` and `val.bin`, or llm.c's shards with
-        "train" and "val" in their names. Such files are read as `dtype` where they have no header,
-        with a warning; a `meta.pkl` is not opened, since a pickle can run code.
-        A mapping of several of them to weights is a mixture: each batch holds windows of each in
-        that proportion.
-    block_size, batch_size: T and B of the (B, T) batches.
-    seed: chooses the training windows.
-    dtype: "uint16" or "uint32", for raw token files without meta.json.
-    sampling: "random": each window may begin anywhere, as nanoGPT draws them; "epoch": every window
-        once before one comes again (see `order.EpochOrder`).
+    Args:
+        data_dir: a directory that `gpt2fast.prepare` wrote; or a directory, file or pattern of
+            token files (see `TokenDataset`): nanoGPT's `train.bin` and `val.bin`, or llm.c's shards
+            with "train" and "val" in their names. Such files are read as `dtype` where they have no
+            header, with a warning; a `meta.pkl` is not opened, since a pickle can run code.
+            A mapping of several of them to weights is a mixture: each batch holds windows of each
+            in that proportion.
+        block_size, batch_size: T and B of the (B, T) batches.
+        seed: chooses the training windows.
+        dtype: "uint16" or "uint32", for raw token files without meta.json.
+        sampling: "random": each window may begin anywhere, as nanoGPT draws them; "epoch": every
+            window once before one comes again (see `order.EpochOrder`).
 
-    Everything is checked here, before a first step: a missing, empty or cut file, a split shorter
-    than block_size + 1, token ids beyond the vocabulary, tokenizer files that are not those the
-    data were made with, corpora of different tokenizers, weights that are none. Each is a DataError
-    that says what to do.
+    Raises:
+        DataError: before a first step, and saying what to do: a missing, empty or cut file, a split
+            shorter than block_size + 1, token ids beyond the vocabulary, tokenizer files that are
+            not those the data were made with, corpora of different tokenizers, weights that are
+            none.
     """
 
     meta: DataMeta

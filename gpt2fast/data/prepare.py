@@ -201,7 +201,8 @@ def _working_directory(out_dir: Path, overwrite: bool) -> Iterator[Path]:
             yield work
         except BaseException as error:
             if not run.exists() or (isinstance(error, Error) and not interrupted):
-                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _remove(work)
                 with contextlib.suppress(OSError):
                     for path in made:
                         path.rmdir()
@@ -218,11 +219,18 @@ def _check_vacant(out_dir: Path) -> None:
 
 
 def _clear(work: Path) -> None:
+    # First of all: without it nothing that a kill leaves here is continued.
+    (work / "run.json").unlink(missing_ok=True)
     for item in work.iterdir():
         if item.is_dir():
             shutil.rmtree(item)
         elif item.name != _LOCK:
             item.unlink()
+
+
+def _remove(work: Path) -> None:
+    _clear(work)
+    shutil.rmtree(work)
 
 
 class _Run:
@@ -491,19 +499,26 @@ class _Run:
     def _publish(self, out_dir: Path) -> None:
         meta = read_meta(self.work / "meta.json")
         replaced = self.work / "replaced.json"
+        made = [
+            (path, name)
+            for name in meta.files
+            for path in (self.work / name, self.work / "tokenizer" / name)
+            if path.exists() and name != "meta.json"
+        ]
+        if not made and (out_dir / "meta.json").exists():  # stopped after the last line but one
+            _remove(self.work)
+            return
         if (out_dir / "meta.json").exists():
             os.replace(out_dir / "meta.json", replaced)
         if replaced.exists():
             for name in _files_of(replaced):
                 (out_dir / name).unlink(missing_ok=True)
             replaced.unlink()
-        for name in meta.files:
-            for path in (self.work / name, self.work / "tokenizer" / name):
-                if path.exists() and name != "meta.json":
-                    os.replace(path, out_dir / name)
+        for path, name in made:
+            os.replace(path, out_dir / name)
         sync_directory(out_dir)
         atomic_write_text(out_dir / "meta.json", meta.to_json())
-        shutil.rmtree(self.work)
+        _remove(self.work)
 
 
 def _write(

@@ -31,7 +31,15 @@ _PREFIX = "quantization."
 def to_tensors(
     quantized: QuantizedWeights, config: GPT2Config
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The matrices as named tensors, and what to write into the file's metadata."""
+    """What a file of quantised weights holds.
+
+    Args:
+        quantized: the matrices.
+        config: shape of the model that they belong to.
+
+    Returns:
+        For each matrix its integers `NAME.q` and their `NAME.scales`, and the file's metadata.
+    """
     tensors: dict[str, Tensor] = {}
     for name, matrix in quantized.matrices.items():
         tensors[f"{name}.q"] = _halves(matrix.q) if matrix.bits == 4 else matrix.q

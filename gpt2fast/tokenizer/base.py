@@ -18,6 +18,11 @@ class Tokenizer(ABC):
 
     `BPETokenizer` is GPT-2's byte-level BPE, `CharTokenizer` has a token per character.
     `Tokenizer.from_pretrained` finds out which of them a model's files describe.
+
+    Args:
+        tokens: the bytes that each id stands for, those of `added_tokens` included.
+        added_tokens: tokens that are matched whole in a text.
+        eos_token_id: id of the token that ends a document, or None.
     """
 
     eos_token_id: int | None
@@ -35,7 +40,6 @@ class Tokenizer(ABC):
         added_tokens: Iterable[AddedToken],
         eos_token_id: int | None,
     ) -> None:
-        # tokens: the bytes that each id stands for, added tokens included
         self._tokens = tokens
         self.vocab_size = max(tokens) + 1
         self.added_tokens = tuple(sorted(added_tokens, key=lambda token: token.id))
@@ -53,6 +57,11 @@ class Tokenizer(ABC):
 
         Understands `tokenizer.json`, `vocab.json` with `merges.txt`, OpenAI's `encoder.json` with
         `vocab.bpe`, and the `vocab.json` that `CharTokenizer.save_pretrained` writes.
+
+        Args:
+            name_or_path: as for `GPT2.from_pretrained`.
+            revision: branch, tag or commit of a model on the hub.
+            local_files_only: use huggingface_hub's cache alone.
 
         Raises:
             TokenizerError: a file is missing or broken, or it describes another kind of tokenizer;
@@ -130,6 +139,9 @@ class StreamDecoder:
     """Turns tokens into text as they come, and never emits half a character.
 
     All that `push` and `flush` return, joined, equals `Tokenizer.decode` of all the ids.
+
+    Args:
+        tokenizer: whose ids they are.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -5,8 +5,9 @@
                                   optimizer/ (torch.distributed.checkpoint's, each process's part)
     checkpoints/best/             likewise, the one with the lowest validation loss
 
-A folder is written beside its place and renamed into it, so a name in checkpoints/ is always a
-whole checkpoint. Any number of processes can read what any other number has written.
+A folder is written beside its place and renamed into it, and renamed before it is deleted, so a
+name in checkpoints/ is always a whole checkpoint. Any number of processes can read what any other
+number has written.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def save_checkpoint(
 
 
 def _put_in_place(temporary: Path, directory: Path) -> None:
-    aside = directory.with_name(f".{directory.name}.old")
+    aside = _aside(directory)
     for path in temporary.rglob("*"):
         if path.is_file():
             _fsync(path)
@@ -86,6 +87,11 @@ def _put_in_place(temporary: Path, directory: Path) -> None:
     temporary.rename(directory)
     sync_directory(directory.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(directory: Path) -> Path:
+    """Where a checkpoint is while another one takes its place."""
+    return directory.with_name(f".{directory.name}.old")
 
 
 def save_model(model: GPT2, directory: Path, tokenizer: Tokenizer | None) -> None:
@@ -156,7 +162,9 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     if found := step_checkpoints(checkpoints):
         return found[-1]
     best = checkpoints / BEST
-    return best if (best / STATE_FILE).is_file() else None
+    # A run that was killed while it replaced the best one: `clean_up` brings it back.
+    there = any((path / STATE_FILE).is_file() for path in (best, _aside(best)))
+    return best if there else None
 
 
 def best_step(checkpoints: Path) -> int | None:
@@ -193,7 +201,7 @@ def find_checkpoint(path: Path) -> Path:
 def drop_old(checkpoints: Path, keep: int) -> None:
     """Delete step checkpoints except the newest `keep`."""
     for path in step_checkpoints(checkpoints)[:-keep]:
-        shutil.rmtree(path)
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.gone")))
 
 
 def clean_up(checkpoints: Path) -> None:
@@ -206,8 +214,9 @@ def clean_up(checkpoints: Path) -> None:
             shutil.rmtree(aside)
         else:
             aside.rename(place)
-    for unfinished in checkpoints.glob(".*.new"):
-        shutil.rmtree(unfinished)
+    for pattern in (".*.new", ".*.gone"):
+        for unfinished in checkpoints.glob(pattern):
+            shutil.rmtree(unfinished)
 
 
 def random_states() -> dict[str, Any]:

@@ -304,7 +304,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> TrainConfig:
-        """The inverse of `to_dict`. Unknown names raise ConfigError naming `source`."""
+        """The settings out of `values`, what `to_dict` gave; unknown ones raise ConfigError naming
+        `source`."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(map(str, set(values) - known))
         if unknown:

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -85,6 +86,9 @@ class Group:
 
     def close(self) -> None:
         if self._opened:
+            # Gloo's threads need the interpreter to let go of the last tensors; its destructor
+            # waits for them and does not give it to them (torch 2.13 hangs for ever).
+            time.sleep(0.2)
             dist.destroy_process_group()
             self._opened = False
 

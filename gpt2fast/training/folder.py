@@ -10,9 +10,16 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, Error
+from ..files import remove_unfinished
 from ..lock import only_process
 from . import checkpoint as ckpt
 from .config import TrainConfig
+
+_FILES = (
+    *("config.yaml", "log.csv", "log.jsonl", "samples.jsonl"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+)
 
 
 class TrainingError(Error):
@@ -31,6 +38,7 @@ def own_folder(out: Path) -> Iterator[None]:
     )
     try:
         with only_process(out / ".lock", busy):
+            remove_unfinished(out, _FILES)
             yield
     except BaseException:
         with suppress(OSError):

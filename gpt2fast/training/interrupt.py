@@ -9,7 +9,12 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A run stopped on a signal after saving a checkpoint."""
+    """A run stopped on a signal after saving a checkpoint.
+
+    Args:
+        signum: number of the signal.
+        message: what was saved, and how to go on.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

@@ -15,12 +15,12 @@ def out_of_time(config: TrainConfig, position: Position, steps: int, elapsed: fl
     return None
 
 
-def good_enough(config: TrainConfig, position: Position, val_loss: float) -> str | None:
-    """Why a run ends after a validation, if it does."""
-    if not position.step:
+def good_enough(config: TrainConfig, position: Position) -> str | None:
+    """Why a run ends after the validation of this step, if it does."""
+    if not position.step or position.evaluated != position.step:
         return None
-    if config.target_loss is not None and val_loss <= config.target_loss:
-        return f"stopped at a validation loss of {val_loss:.4f} (--target-loss)"
+    if config.target_loss is not None and position.val_loss <= config.target_loss:
+        return f"stopped at a validation loss of {position.val_loss:.4f} (--target-loss)"
     if config.early_stopping is not None and position.without_best >= config.early_stopping:
         return (
             f"stopped after {position.without_best} validations without a new lowest loss "

@@ -139,6 +139,7 @@ class Logs:
     ) -> None:
         # seconds_per_token: what a token would take at the peak
         self._csv, self._json, self._sinks = csv_log, json_log, sinks
+        self._csv_kept = {row["step"] for row in csv_log.kept}
         self._seconds_per_token = seconds_per_token
         self._samples_path, self._resume_step = samples, resume_step
         self._samples: JSONLines | None = None
@@ -148,16 +149,21 @@ class Logs:
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write a row, on disk when this returns: keys of `COLUMNS`; absent and None are the same.
 
+        One that the run had written before it was resumed at that very step is not written again.
+
         Returns:
             The row as it was written, with its `utilisation`.
         """
         speed = row.get("tokens_per_second")
         if row.get("utilisation") is None and speed is not None and self._seconds_per_token:
             row = {**row, "utilisation": speed * self._seconds_per_token}
-        self._csv.write(row)
-        self._json.write({name: row.get(name) for name in COLUMNS})
-        for sink in self._sinks:
-            sink.row(row)
+        step = row["step"]
+        if step not in self._csv_kept:
+            self._csv.write(row)
+        if step not in self._json.kept:
+            self._json.write({name: row.get(name) for name in COLUMNS})
+            for sink in self._sinks:
+                sink.row(row)
         return row
 
     def text(self, step: int, prompt: str, text: str) -> None:

@@ -155,6 +155,8 @@ class _Run:
         )
         self.scale = LossScale(config.dtype == "float16")
         self.position = Position()
+        self.saved = -1
+        """Step of the last checkpoint that has its name from its step."""
         if group.rank:  # dropout must not be alike in all processes
             torch.manual_seed(config.seed + group.rank)
         if state is not None:
@@ -162,7 +164,6 @@ class _Run:
             self._take_over(state, resume)
         self.started = time.perf_counter() - self.position.elapsed
         self.row_started, self.row_tokens = time.perf_counter(), self.position.tokens
-        self.val: tuple[float, float | None] | None = None
         self.reporter = Reporter(config, self.tokenizer, self.steps, silent=not group.is_main)
         self.saver = Saver(config, self.meta, self.tokenizer, group)
         self.measured = resume is not None
@@ -191,6 +192,8 @@ class _Run:
         self.optimizers.resume_after(state["updates"])
         self.scale.load_state_dict(state["scale"])
         self.position = Position(**state["position"])
+        if resume.resolve() == ckpt.step_directory(self.checkpoints, self.position.step).resolve():
+            self.saved = self.position.step
         if self.position.step > self.steps:
             raise ConfigError(
                 f"{resume} is at step {self.position.step}, past the end of this run "
@@ -213,6 +216,7 @@ class _Run:
 
     def _open_folder(self, resume: Path | None) -> None:
         replaced = [] if resume is None else ckpt.set_aside(self.checkpoints, self.position.step)
+        ckpt.drop_old(self.checkpoints, self.config.keep_checkpoints)
         self._write_config()
         self.reporter.open(
             self.model,
@@ -291,29 +295,31 @@ class _Run:
     def finish(self, signals: SignalWatch) -> TrainResult:
         """Train to the end and leave the model in the run folder."""
         position, config = self.position, self.config
-        saved = position.step if position.step else -1
         while True:
             step = position.step
             signum, elapsed = self.group.max(
                 float(signals.received or 0), time.perf_counter() - self.started
             )
             ended = out_of_time(config, position, self.steps, elapsed)
+            if signum and not ended:  # what is due at this step is made up for on resuming
+                self._stop(int(signum))
             if (step % config.eval_interval == 0 or ended) and position.evaluated != step:
                 self._evaluate()
-                assert self.val is not None
-                ended = ended or good_enough(config, position, self.val[0])
+            # Not only right after a validation: the run may have been killed before it could end.
+            ended = ended or good_enough(config, position)
             due = step > 0 and step % config.log_interval == 0
             if (due or ended or position.evaluated == step) and position.logged != step:
                 self._write_row()
             if config.sample_interval and step % config.sample_interval == 0 and step:
                 self._sample()
-            if step > 0 and (step % config.checkpoint_interval == 0 or ended) and saved != step:
+            if (
+                step > 0
+                and (step % config.checkpoint_interval == 0 or ended)
+                and self.saved != step
+            ):
                 self._save_step()
-                saved = step
             if ended:
                 return self._deliver(ended)
-            if signum:
-                self._stop(int(signum), saved)
             self._step()
 
     def _share(self, step: int) -> tuple[list[int], slice]:
@@ -413,9 +419,7 @@ class _Run:
         position = self.position
         if not math.isfinite(loss):
             self._fail("validation loss", loss)
-        characters_per_token = self.meta.characters_per_token("val")
-        self.val = loss, loss / characters_per_token if characters_per_token else None
-        position.evaluated = position.step
+        position.evaluated, position.val_loss = position.step, loss
         position.without_best += position.step > 0
         self.row_started += time.perf_counter() - began
         if position.step > 0 and loss < position.best_val_loss:
@@ -429,13 +433,17 @@ class _Run:
             report, val_loss = self.on_validation, loss
             self.group.on_main(lambda: report(position.step, val_loss))
 
+    def _val_per_char(self) -> float | None:
+        characters_per_token = self.meta.characters_per_token("val")
+        return self.position.val_loss / characters_per_token if characters_per_token else None
+
     def _write_row(self) -> None:
         position = self.position
         now = time.perf_counter()
         steps = position.step - max(position.logged, 0)
         row: dict[str, Any] = {"step": position.step, "tokens": position.tokens}
-        if position.evaluated == position.step and self.val is not None:
-            row["val_loss"], row["val_loss_per_char"] = self.val
+        if position.evaluated == position.step:
+            row["val_loss"], row["val_loss_per_char"] = position.val_loss, self._val_per_char()
         row["epoch"] = position.tokens / self.meta.train_tokens
         if self.scale.enabled:
             row["loss_scale"] = self.scale.value
@@ -462,6 +470,7 @@ class _Run:
 
     def _save_step(self) -> None:
         self._save(ckpt.step_directory(self.checkpoints, self.position.step))
+        self.saved = self.position.step
         self.group.on_main(lambda: ckpt.drop_old(self.checkpoints, self.config.keep_checkpoints))
 
     def _save(self, directory: Path) -> None:
@@ -473,12 +482,12 @@ class _Run:
         self.saver.save(directory, self.model, self.optimizers, self.position, self.scale)
         self.row_started += time.perf_counter() - began
 
-    def _stop(self, signum: int, saved: int) -> None:
+    def _stop(self, signum: int) -> None:
         step = self.position.step
         if step == 0:
             raise Interrupted(signum, "stopped before the first step; nothing to resume")
         directory = ckpt.step_directory(self.checkpoints, step)
-        if saved != step:
+        if self.saved != step:
             self._save_step()
         raise Interrupted(
             signum,
@@ -490,10 +499,7 @@ class _Run:
         self.model.eval()
         self.saver.deliver(self.model)
         position = self.position
-        if self.val is None:
-            self._evaluate()
-        assert self.val is not None
-        loss, per_char = self.val
+        loss, per_char = position.val_loss, self._val_per_char()
         self.reporter.message(
             f"{ended}: {position.step} steps, {position.tokens:,} tokens, {position.elapsed:,.0f} "
             f"s; validation loss in nats per token {format_val(loss, per_char)}"

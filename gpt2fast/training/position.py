@@ -19,6 +19,8 @@ class Position:
     """Tokens trained on."""
     evaluated: int = -1
     """Step of the last validation."""
+    val_loss: float = math.nan
+    """Its loss, nats per token."""
     logged: int = -1
     """Step of the last row of log.csv."""
     loss_sum: float = 0.0

@@ -62,8 +62,10 @@ class LossScale:
 
     def succeeded(self) -> None:
         """Take note of a step that was made."""
+        if not self.enabled:
+            return
         self.good_steps += 1
-        if self.enabled and self.good_steps >= self.growth_interval:
+        if self.good_steps >= self.growth_interval:
             self.value = min(self.value * 2, 2.0**24)
             self.good_steps = 0
 
