@@ -8,32 +8,25 @@ hub), and a `book.txt`. What differs from a reader's session is listed in `ADDED
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import io
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import gpt2fast
+from documentation import ROOT, Fence, fences, run
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.tokenizer import BPETokenizer
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ADDED = {
     # A run of minutes or hours becomes one of two steps, a resumed one gets one step more.
     "gpt2fast.train": "--max-steps 2 --batch-size 2 --block-size 16 --eval-batches 1 --threads 1",
     "gpt2fast.train --resume": "--max-steps 3 --threads 1",
+    "gpt2fast.tune": "--trials 1 --max-steps 2 --batch-size 2 --block-size 16 --eval-batches 1",
     "gpt2fast.generate": "--max-new-tokens 8",
 }
 """Flags that a command gets at its end, by its beginning."""
@@ -61,29 +54,8 @@ ELSEWHERE = {
 INSTALLED = r"python3 -m venv (\S+) && \1/bin/pip install -q -c constraints\.txt .* && \1/bin/"
 
 
-@dataclass(frozen=True)
-class Fence:
-    """A fenced block of README.md."""
-
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"line{self.line}-{self.language}"
-
-
-FENCES = [
-    Fence(README.count("\n", 0, found.start()) + 1, found[1], found[2])
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-]
-COMMANDS = [
-    line
-    for fence in FENCES
-    if fence.language == "sh"
-    for line in fence.text.splitlines()
-    if line.strip()
-]
+FENCES = fences(ROOT / "README.md")
+COMMANDS = [command for fence in FENCES if fence.language == "sh" for command in fence.commands]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +85,7 @@ def in_readers_folder(reader: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
-    assert README.count("```") == 2 * len(FENCES), "a fence is not closed, or indented"
+    assert FENCES
     for fence in FENCES:
         assert fence.language in ("sh", "python", "text"), (
             f"README.md, line {fence.line}: blocks are sh (run), python (run) or text (a sample)"
@@ -126,15 +98,14 @@ def test_no_exception_outlives_its_command():
 
 @pytest.mark.parametrize("fence", [f for f in FENCES if f.language == "sh"], ids=str)
 def test_commands_run(fence: Fence, in_readers_folder: None):
-    for line in filter(str.strip, fence.text.splitlines()):
+    for line in fence.commands:
         if line not in ELSEWHERE:
-            run(REPLACED.get(line, line))
+            run(REPLACED.get(line, line), ADDED)
 
 
 @pytest.mark.parametrize("fence", [f for f in FENCES if f.language == "python"], ids=str)
 def test_snippets_run(fence: Fence, in_readers_folder: None):
-    code = "\n" * fence.line + fence.text
-    exec(compile(code, str(ROOT / "README.md"), "exec"), {"__name__": "__main__"})
+    fence.execute()
 
 
 def test_the_sample_is_what_the_first_command_prints_at_the_beginning():
@@ -157,7 +128,7 @@ def test_the_two_commands_install_what_the_constraints_hold():
 
 def test_the_first_command_writes(in_readers_folder: None):
     arguments = COMMANDS[0].partition("-m gpt2fast.generate ")[2]
-    written = run(f"python -m gpt2fast.generate {arguments}")
+    written = run(f"python -m gpt2fast.generate {arguments}", ADDED)
     assert written.startswith(shlex.split(arguments)[0])
 
 
@@ -166,42 +137,3 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if not target.startswith("https://"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
-def run(line: str) -> str:
-    """Run one command line; returns its standard output."""
-    words = shlex.split(line)
-    if words[:2] == ["python", "-m"]:
-        added = max((start for start in ADDED if line[10:].startswith(start)), key=len, default="")
-        words += shlex.split(ADDED.get(added, ""))
-        if not {"|", ">", "<", "&&"} & set(words):
-            return in_this_process(words[2], words[3:])
-    return in_a_shell(line)
-
-
-def in_this_process(module: str, arguments: list[str]) -> str:
-    """`python -m module arguments`, without the seconds that importing torch again takes."""
-    written = io.StringIO()
-    with contextlib.redirect_stdout(written):
-        code = importlib.import_module(module).main(arguments)
-    assert code == 0, f"{module} {shlex.join(arguments)} ended with {code}"
-    return written.getvalue()
-
-
-def in_a_shell(line: str) -> str:
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("no bash")
-    # `python` is this one, and it finds this tree.
-    line = re.sub(r"\bpython\b", shlex.quote(sys.executable), line)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [bash, "-euo", "pipefail", "-c", line],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, f"{line} ended with {done.returncode}"
-    return done.stdout
