@@ -90,10 +90,16 @@ def _parser() -> Any:
             type=hints[field.name] if kind is str else Any,
             default=field.default,
             metavar=shown,
-            help=texts[field.name],
+            help=texts[field.name] + _default_shown(field.default, texts[field.name]),
             **alone,
         )
     return parser
+
+
+def _default_shown(default: Any, text: str) -> str:
+    if default is None or default is False or "default" in text:
+        return ""
+    return f" (default {default})"
 
 
 def _kind(hint: Any) -> tuple[type, str]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ALL_FINITE = "weights, activations and gradients are finite by themselves"
+ALL_FINITE = (
+    "every weight, activation and gradient is finite, but their squares add up to more than a float"
+)
 
 
 def broken_weights(model: nn.Module) -> str | None:

@@ -88,7 +88,7 @@ class Group:
         if self._opened:
             # Gloo's threads need the interpreter to let go of the last tensors; its destructor
             # waits for them and does not give it to them (torch 2.13 hangs for ever).
-            time.sleep(0.2)
+            time.sleep(0.5)
             dist.destroy_process_group()
             self._opened = False
 

@@ -171,6 +171,8 @@ class _Run:
 
     def close(self) -> None:
         self.reporter.close()
+        # What wraps the model holds the processes' group, which must not outlive `Group.close`.
+        del self.forward, self.wrapped
 
     # -- setting up --------------------------------------------------------------------------
 
@@ -398,11 +400,13 @@ class _Run:
             failed = batch
             again = lambda: self._loss(failed)  # noqa: E731
         where = min(self.group.gathered(first_not_finite(self.model, again)), key=ALL_FINITE.__eq__)
+        limit = self.config.grad_clip
+        clip = "1.0" if limit is None else f"below {limit:g}"
         raise TrainingError(
             f"at step {step} the {what} is {loss} and the gradient norm "
             f"{self.position.grad_norm} (learning rate {self._rate(max(step - 1, 0)):.3g}): "
             f"{where}; {standing(self.out)}. "
-            "Lower --lr, lengthen --warmup-steps, or set --grad-clip 1.0"
+            f"Lower --lr, lengthen --warmup-steps, or set --grad-clip {clip}"
         )
 
     # -- evaluating and reporting ------------------------------------------------------------
@@ -510,7 +514,8 @@ class _Run:
                 f"{position.best_step}: {self.checkpoints / ckpt.BEST}"
             )
         model = shlex.quote(str(self.out))
-        self.reporter.message(f"try it:\n  python -m gpt2fast.generate --model {model}")
+        tokenizer = "" if self.tokenizer is not None else " --tokenizer NAME"
+        self.reporter.message(f"try it:\n  python -m gpt2fast.generate --model {model}{tokenizer}")
         return TrainResult(
             out=self.out,
             steps=position.step,
