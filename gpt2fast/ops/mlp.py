@@ -218,7 +218,7 @@ def _gelu_mlp_backward_cpu(
 # On a GPU the matrix products are cuBLAS's.
 
 
-def _gelu_mlp_forward_native(
+def _gelu_mlp_forward_cublas(
     x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
 ) -> tuple[Tensor, Tensor]:
     inner, bias = _inner(x, w_fc, b_fc, keep)
@@ -227,7 +227,7 @@ def _gelu_mlp_forward_native(
     return out.view(*x.shape[:-1], -1), _kept(inner, keep)
 
 
-def _gelu_mlp_backward_native(
+def _gelu_mlp_backward_cublas(
     grad: Tensor,
     x: Tensor,
     inner: Tensor,
@@ -249,11 +249,11 @@ def _gelu_mlp_backward_native(
 
 
 def _gelu_mlp_forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return cuda_mlp.gelu_mlp(*arguments) or _gelu_mlp_forward_native(*arguments)
+    return cuda_mlp.gelu_mlp(*arguments) or _gelu_mlp_forward_cublas(*arguments)
 
 
 def _gelu_mlp_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cuda_mlp.gelu_mlp_backward(*arguments) or _gelu_mlp_backward_native(*arguments)
+    return cuda_mlp.gelu_mlp_backward(*arguments) or _gelu_mlp_backward_cublas(*arguments)
 
 
 _bias_gelu_backward = Op(
