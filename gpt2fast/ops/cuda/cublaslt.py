@@ -37,12 +37,15 @@ def is_wanted(x: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _by_default() -> bool:
     named = os.environ.get("GPT2FAST_CUBLASLT", "").lower()
     if named:
         return named not in ("0", "off", "no", "false")
     return _suits_the_gpus()
+
+
+# What `torch.compiler.assume_constant_result` sets; that would import the compiler, 1 s, to set it.
+_by_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
