@@ -18,6 +18,8 @@ from .native import DTYPES, unavailable
 
 _LEAST_SIDE = 512
 """Of all three sizes of a product, for ours to be the faster one."""
+_LEAST_SIDE_FLOAT32 = 256
+"""The same of float32, where the rows of the first matrix lie in one piece."""
 
 
 @cache
@@ -26,10 +28,11 @@ def _multiplied_here(narrow: bool) -> bool:
     return unavailable() is None and torch.ops.gpt2fast_native.multiplies(narrow)
 
 
-def _is_faster(rows: int, inputs: int, columns: int, dtype: torch.dtype) -> bool:
+def _is_faster(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Whether ours is the faster product of (rows, inputs) and (inputs, columns)."""
-    smallest = min(rows, inputs, columns)
-    return smallest >= _LEAST_SIDE and _multiplied_here(dtype == torch.bfloat16)
+    in_rows = dtype == torch.float32 and a.stride(1) == 1
+    least = _LEAST_SIDE_FLOAT32 if in_rows else _LEAST_SIDE
+    return min(*a.shape, b.shape[1]) >= least and _multiplied_here(dtype == torch.bfloat16)
 
 
 def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> bool:
@@ -42,7 +45,7 @@ def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> b
         and out.dtype in written
         and a.device.type == "cpu"
         and unavailable() is None
-        and _is_faster(a.shape[0], a.shape[1], b.shape[1], dtype)
+        and _is_faster(a, b, dtype)
     )
 
 
