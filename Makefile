@@ -21,7 +21,7 @@ format: .venv/ready  ## rewrite the source in the house's format
 	$(BIN)/ruff format
 
 test: .venv/ready  ## the test suite
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
 docs: .venv/ready  ## the API reference, in build/docs
 	$(BIN)/python docs/reference.py

@@ -41,7 +41,9 @@ ELSEWHERE = {
     "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt . && .venv/bin/python -m "
     'gpt2fast.generate "Once upon a time"': ".ci/run runs it",
     'python3 -m venv .venv-test && .venv-test/bin/pip install -q -c constraints.txt -e ".[test]" '
-    "&& .venv-test/bin/python -m pytest -q tests": ".ci/run runs it; this is a part of it",
+    "&& .venv-test/bin/python -m pytest -q -n auto --dist loadfile tests": (
+        ".ci/run runs it; this is a part of it"
+    ),
     "make setup check test": "installs; .ci/run does the same, step by step",
     "cmake -S . -B build && cmake --build build --parallel && ctest --test-dir build": (
         ".ci/run runs it, with sanitizers as well"
