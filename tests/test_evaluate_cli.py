@@ -37,6 +37,8 @@ def test_a_table_and_json(text: Path, tmp_path: Path, capsys) -> None:
     metrics = scores["tasks"]["perplexity"]["metrics"]
     assert f"{metrics['token_perplexity']['value']:.4f}" in shown.out
     assert scores["tasks"]["lambada"]["examples"] == 2
+    used = scores["tasks"]["perplexity"]["settings"]
+    assert used == {"context": 256, "stride": 256, "first_token": True}
 
 
 def test_json_alone_on_standard_output(text: Path, capsys) -> None:

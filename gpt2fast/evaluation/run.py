@@ -44,6 +44,8 @@ class Result:
     metrics: dict[str, Metric]
     seconds: float
     """For scoring; reading the examples does not count."""
+    settings: dict[str, Any]
+    """That the task heeds beside `limit`; what was not given has its default."""
 
 
 def evaluate(
@@ -83,7 +85,9 @@ def evaluate(
         scorer = Scorer(model, tokenizer, batch_size=batch_size, progress=report)
         start = time.perf_counter()
         count, metrics = task.evaluate(examples, scorer, settings)
-        results.append(Result(task, place, count, metrics, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        used = task.settings_used(scorer, settings)
+        results.append(Result(task, place, count, metrics, seconds, used))
     return results
 
 

@@ -63,6 +63,7 @@ def as_object(results: Sequence[Result], size: int | None) -> dict[str, Any]:
             "data": result.data,
             "examples": result.examples,
             "seconds": result.seconds,
+            "settings": result.settings,
             "metrics": {
                 name: _metric(result, name, metric, size) for name, metric in result.metrics.items()
             },

@@ -92,6 +92,10 @@ class Task(ABC, Generic[ExampleT]):
             How many examples were scored, and the metrics by name.
         """
 
+    def settings_used(self, scorer: Scorer, settings: Settings) -> dict[str, Any]:
+        """Of the settings those that this task heeds, with what stood for None."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -193,6 +197,11 @@ class TextTask(Task[Document]):
             name: Metric(_per_unit(total, counts[unit], bits=name.startswith("bits")))
             for name, unit in self.metrics.items()
         }
+
+    def settings_used(self, scorer: Scorer, settings: Settings) -> dict[str, Any]:
+        """As `Task.settings_used`."""
+        context, stride, first = self._windows(scorer, settings)
+        return {"context": context, "stride": stride, "first_token": first is not None}
 
     def _windows(self, scorer: Scorer, settings: Settings) -> tuple[int, int, int | None]:
         most = scorer.model.config.n_positions
