@@ -3,14 +3,62 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import textwrap
+from collections.abc import Iterable
 from typing import NoReturn
+
+_UNKNOWN = "unrecognized arguments: "
+
+
+class ParagraphFormatter(argparse.HelpFormatter):
+    """Paragraphs of the help are filled to the terminal's width; indented lines stay lines.
+
+    A long indented line goes on below, further in; a command stays in one piece, to be copied.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for line in _paragraphs(text):
+            inner = indent + " " * (len(line) - len(line.lstrip()))
+            if line.lstrip().startswith("python -m ") or not line:
+                filled.append(indent + line)
+            elif line[0].isspace():
+                filled += textwrap.wrap(
+                    line.lstrip(), width, initial_indent=inner, subsequent_indent=inner + "    "
+                )
+            else:
+                filled += textwrap.wrap(
+                    line, width, initial_indent=indent, subsequent_indent=indent
+                )
+        return "\n".join(filled)
+
+
+def _paragraphs(text: str) -> list[str]:
+    found: list[str] = []
+    for line in text.strip("\n").splitlines():
+        inside = line and not line[0].isspace()
+        if inside and found and found[-1] and not found[-1][0].isspace():
+            found[-1] += " " + line
+        else:
+            found.append(line)
+    return found
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Reports a mistake in one line and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith(_UNKNOWN):
+            given = message.removeprefix(_UNKNOWN).split()[0]
+            message += did_you_mean(given.partition("=")[0], self._option_string_actions)
         self.exit(2, f"error: {message} (--help lists all options)\n")
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """What to append to a message about an unknown name: the most similar of the known ones."""
+    similar = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def usable_device(name: str) -> str:

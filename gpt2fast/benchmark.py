@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from . import __version__
-from .arguments import OneLineParser
+from .arguments import OneLineParser, ParagraphFormatter
 from .config import PRESETS, GPT2Config
 from .decoding import StopCriteria, Timing, decode
 from .errors import Error
@@ -73,15 +73,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m gpt2fast.benchmark",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ParagraphFormatter,
     )
     parser.add_argument("--model", help="bundled model, path, or name on the hub")
     parser.add_argument(
-        "--preset", default="gpt2", choices=PRESETS, help="shape without --model (%(default)s)"
-    )
+        "--preset", default="gpt2", choices=PRESETS, metavar="NAME",
+        help=f"shape without --model: {', '.join(PRESETS)} (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="formats to try (all)"
-    )
+        "--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, metavar="FORMAT",
+        help=f"{', '.join(WEIGHTS)} (all)",
+    )  # fmt: skip
     parser.add_argument("--prompt-tokens", type=_count, help="length of each prompt (128)")
     parser.add_argument("--new-tokens", type=_count, help="tokens to add to each prompt (128)")
     parser.add_argument("--batch", type=_count, default=1, help="prompts at a time (%(default)s)")

@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     parser = OneLineParser(prog="python -m gpt2fast.doctor", description=__doc__)
     parser.add_argument(
-        "--backend", default="auto", choices=("auto", *ORDER), help="force one for every op"
-    )
+        "--backend", default="auto", choices=("auto", *ORDER), metavar="NAME",
+        help=f"force one for every op: {', '.join(ORDER)}",
+    )  # fmt: skip
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import OneLineParser, usable_device
-from .output import say
+from .arguments import OneLineParser, ParagraphFormatter, usable_device
+from .output import note, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ def _load(args: argparse.Namespace) -> tuple[Generator, str]:
         dtype=args.dtype,
         adapter=args.adapter,
         quantize=args.quantize,
-        notify=lambda message: _note(f"note: {message}"),
+        notify=note,
     )
     return generator, name
 
@@ -123,9 +123,6 @@ def _about(args: argparse.Namespace, generator: Generator, name: str) -> dict[st
         "weights": getattr(model, "format", str(model.dtype).removeprefix("torch.")),
         "device": str(model.device),
         "limit": args.limit,
-        "context": args.context,
-        "stride": args.stride,
-        "first_token": args.first_token,
     }
 
 
@@ -220,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m gpt2fast.evaluate",
         description=_DESCRIPTION,
         epilog=_EPILOG + listed,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ParagraphFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import OneLineParser, usable_device
+from .arguments import OneLineParser, ParagraphFormatter, usable_device
+from .output import note
 
 if TYPE_CHECKING:
     from .decoding import Timing
@@ -147,7 +148,7 @@ def _load(args: argparse.Namespace) -> Generator:
         quantize=args.quantize,
         pack=True,
         window=args.window,
-        notify=lambda message: _say(f"note: {message}"),
+        notify=note,
     )
 
 
@@ -176,7 +177,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         without_effect = [name for name in _DRAWS_ONLY if name in given]
         if without_effect:
             flags = ", ".join("--" + name.replace("_", "-") for name in without_effect)
-            _say(f"note: {flags}: no effect without sampling")
+            note(f"{flags}: no effect without sampling")
     return {
         **asdict(DEFAULTS),
         **{name: getattr(args, name) for name in given},
@@ -362,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m gpt2fast.generate",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ParagraphFormatter,
         allow_abbrev=False,
     )
     # What is not given stays out of the namespace, so that `Generator` has the say.

@@ -1,4 +1,4 @@
-"""Lines on standard output that may be lost without harm to the work they report on."""
+"""Lines that may be lost without harm to the work they report on."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def say(text: str) -> None:
         # What is still buffered would fail again when Python ends.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def note(text: str) -> None:
+    """Print a line about the work on standard error."""
+    with suppress(OSError):
+        print(f"note: {text}", file=sys.stderr, flush=True)

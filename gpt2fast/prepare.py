@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import OneLineParser
+from .arguments import OneLineParser, ParagraphFormatter
 from .data.inputs import parse_weights
 from .errors import Error
 from .output import say
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m gpt2fast.prepare",
         description="Turn text into train.bin, val.bin, a tokenizer and meta.json for training.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ParagraphFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

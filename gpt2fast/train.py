@@ -16,7 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, Error
+from .arguments import ParagraphFormatter, did_you_mean
+from .errors import ArgumentError, ConfigError, Error
 from .files import atomic_write_text
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _parser() -> Any:
 
     parser = ArgumentParser(
         prog="python -m gpt2fast.train",
-        usage="%(prog)s [--config NAME|PATH] [--SETTING VALUE ...] [--resume [PATH]]",
+        usage="%(prog)s [--config NAME] [--SETTING VALUE ...] [--resume]",
         description=__doc__,
         exit_on_error=False,
         allow_abbrev=False,
@@ -112,7 +113,7 @@ def _kind(hint: Any) -> tuple[type, str]:
     return hint, "MAPPING" if get_origin(hint) is dict else shown[hint]
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(ParagraphFormatter):
     """Flags with hyphens, as they are usually typed; defaults where there are any."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -125,7 +126,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
 
     What counts more comes later: the settings of the run that is resumed, the recipe, flags.
     """
-    from jsonargparse import ArgumentError
+    import jsonargparse
 
     from .training.checkpoint import find_checkpoint
     from .training.config import TrainConfig
@@ -138,6 +139,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
         chosen, flags = first.parse_known_args(given)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
+    _check_names(flags)
     parser = _parser()
     arguments = []
     for name in chosen.config:
@@ -147,7 +149,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     def settings(arguments: list[str]) -> TrainConfig:
         try:
             values = parser.parse_args(arguments).as_dict()
-        except (ArgumentError, UnicodeDecodeError) as error:
+        except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
             files = "".join(f" (in {item})" for item in arguments if item.endswith(".yaml"))
             raise ConfigError(" ".join(str(error).split()) + files) from None
         if values["resume"] is not None:
@@ -161,6 +163,18 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     if (run / "config.yaml").is_file():
         arguments = ["--config", str(run / "config.yaml"), "--out", str(run), *arguments]
     return settings(arguments), checkpoint
+
+
+def _check_names(flags: list[str]) -> None:
+    from .training.config import TrainConfig
+
+    known = ["--" + field.name for field in fields(TrainConfig)]
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and name.partition(".")[0] not in (*known, "--help"):
+            shown = [option.replace("_", "-") for option in (name, *known)]
+            hint = did_you_mean(shown[0], shown[1:])
+            raise ConfigError(f"there is no option {shown[0]}{hint} (--help lists all options)")
 
 
 def _others_off(flags: list[str]) -> list[str]:
@@ -251,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Error as error:
         _tell(error)
-        return 1
+        return 2 if isinstance(error, (ArgumentError, ConfigError)) else 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

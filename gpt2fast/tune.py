@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import OneLineParser
+from .arguments import OneLineParser, ParagraphFormatter
 from .errors import ConfigError, Error
 from .output import say
 
@@ -42,13 +42,12 @@ def parser() -> argparse.ArgumentParser:
 
     parser = OneLineParser(
         prog="python -m gpt2fast.tune",
-        usage="%(prog)s --space NAME|PATH [--config NAME|PATH] [--out DIR] [option ...] "
-        "[--SETTING VALUE ...]",
+        usage="%(prog)s --space NAME [option ...] [--SETTING VALUE]",
         description="Look for the settings of a training run with the lowest validation loss. "
         "Every option that is not listed here is one of gpt2fast.train (--config, --data, "
         "--max-steps, …), for all trials.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=ParagraphFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

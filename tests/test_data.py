@@ -27,7 +27,7 @@ from gpt2fast.config import GPT2Config
 from gpt2fast.data import DataModule, TokenDataset, prepare_data
 from gpt2fast.data.split import hold_out
 from gpt2fast.data.text import END_OF_TEXT, Cuts, read_blocks
-from gpt2fast.errors import DataError, Error, TokenizerError
+from gpt2fast.errors import ConfigError, DataError, Error, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -895,7 +895,7 @@ def test_a_model_that_cannot_take_the_data_is_refused(prepared):
     data.check_model(GPT2Config(vocab_size=304, n_positions=64))  # padded
     with pytest.raises(DataError, match="vocabulary of 300 tokens, the model's vocab_size is 299"):
         data.check_model(GPT2Config(vocab_size=299))
-    with pytest.raises(DataError, match="block_size 8 is more than the model's n_positions 7"):
+    with pytest.raises(ConfigError, match="block_size 8 is more than the model's n_positions 7"):
         data.check_model(GPT2Config(vocab_size=300, n_positions=7))
 
 

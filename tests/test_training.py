@@ -208,6 +208,26 @@ def test_data_is_found_in_the_shared_folder(text, tmp_path, monkeypatch, capsys)
     assert command.main(arguments) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data": None}, "--data"),
+        ({"freeze": "attn"}, "'attn' matches no parameter"),
+        ({"init_from": "MODEL", "block_size": 99}, "block_size 99 is more than the model's"),
+    ],
+)
+def test_wrong_settings_found_late_are_usage_errors_too(text, tmp_path, capsys, changes, told):
+    if "init_from" in changes:
+        model = train(TrainConfig(**{**TINY, "data": str(text), "out": str(tmp_path / "first")}))
+        sizes = dict.fromkeys(("n_layer", "n_head", "n_embd"))
+        changes = {**changes, **sizes, "init_from": str(model.out)}
+        capsys.readouterr()
+    values = {**TINY, "data": text, "out": tmp_path / "run", **changes}
+    assert command.main(flags(values)) == 2
+    message = capsys.readouterr().err
+    assert told in message and message.count("\n") == 1
+
+
 def test_missing_recipe_text_says_where_it_is_had(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GPT2FAST_DATA", raising=False)
@@ -398,7 +418,7 @@ def test_max_epochs_replaces_the_steps_of_a_recipe():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--max-stepz", "3"], "--max_stepz"),
+        (["--max-stepz", "3"], "no option --max-stepz; did you mean --max-steps?"),
         (["--lr", "fast"], "lr is 'fast'"),
         (["--lr"], "--lr"),
         (["stray"], "stray"),
@@ -880,7 +900,7 @@ def test_a_reader_that_goes_does_not_end_the_run(config, redirection):
 
 
 def test_a_file_as_run_folder_is_refused(config, text, capsys):
-    assert command.main(settings_of(config, out=str(text))) == 1
+    assert command.main(settings_of(config, out=str(text))) == 2
     message = capsys.readouterr().err
     assert message == f"error: out is {str(text)!r}, which is a file; name a folder with --out\n"
 

@@ -392,7 +392,7 @@ def test_another_study_is_refused(arguments, optuna, tmp_path, text, capsys):
         (["--resume"], 2, "same command"),
         (["--sampler", "grid"], 2, "--sampler"),
         (["--data", "nowhere.txt"], 1, "'nowhere.txt' was not found"),
-        (["--max-stepps", "3"], 2, "max_stepps"),
+        (["--max-stepps", "3"], 2, "did you mean --max-steps?"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments, capsys, change, code, words):

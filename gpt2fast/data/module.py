@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, TokenizerError
+from ..errors import ConfigError, DataError, TokenizerError
 from .dataset import SAMPLINGS, SPLITS, OrderedBatches, TokenDataset, TrainingBatches
 from .inputs import checked_weight
 from .meta import DataMeta, read_meta
@@ -28,7 +28,7 @@ class DataModule:
         data_dir: a directory that `gpt2fast.prepare` wrote; or a directory, file or pattern of
             token files (see `TokenDataset`): nanoGPT's `train.bin` and `val.bin`, or llm.c's shards
             with "train" and "val" in their names. Such files are read as `dtype` where they have no
-            header, with a warning; a `meta.pkl` is not opened, since a pickle can run code.
+            header; a `meta.pkl` is not opened, since a pickle can run code.
             A mapping of several of them to weights is a mixture: each batch holds windows of each
             in that proportion.
         block_size, batch_size: T and B of the (B, T) batches.
@@ -36,6 +36,7 @@ class DataModule:
         dtype: "uint16" or "uint32", for raw token files without meta.json.
         sampling: "random": each window may begin anywhere, as nanoGPT draws them; "epoch": every
             window once before one comes again (see `order.EpochOrder`).
+        notify: gets what is assumed of files without meta.json, in a line.
 
     Raises:
         DataError: before a first step, and saying what to do: a missing, empty or cut file, a split
@@ -57,6 +58,7 @@ class DataModule:
         seed: int = 0,
         dtype: str | None = None,
         sampling: str = "random",
+        notify: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.block_size = block_size
         self.batch_size = batch_size
@@ -69,7 +71,7 @@ class DataModule:
         weights = data_dir if isinstance(data_dir, Mapping) else {str(data_dir): 1.0}
         if not weights:
             raise DataError("the mixture is empty; name a corpus and its weight")
-        folders = [_Folder(Path(path), block_size, dtype) for path in weights]
+        folders = [_Folder(Path(path), block_size, dtype, notify) for path in weights]
         self.directory = Path(" and ".join(str(folder.path) for folder in folders))
         self.corpora = [
             corpus
@@ -107,9 +109,14 @@ class DataModule:
         return OrderedBatches([corpus.val for corpus in self.corpora], self.batch_size)
 
     def check_model(self, config: GPT2Config) -> None:
-        """Raise DataError if a model of this configuration cannot take these batches."""
+        """Raise if a model of this configuration cannot take these batches.
+
+        Raises:
+            ConfigError: block_size is too large for it.
+            DataError: the data have tokens that it does not know.
+        """
         if self.block_size > config.n_positions:
-            raise DataError(
+            raise ConfigError(
                 f"block_size {self.block_size} is more than the model's n_positions "
                 f"{config.n_positions}; choose a smaller block size"
             )
@@ -158,7 +165,9 @@ class Corpus:
 class _Folder:
     """Prepared data, or token files: what one entry of a mixture names."""
 
-    def __init__(self, path: Path, block_size: int, dtype: str | None) -> None:
+    def __init__(
+        self, path: Path, block_size: int, dtype: str | None, notify: Callable[[str], None]
+    ) -> None:
         self.path = path
         self.block_size = block_size
         if not path.is_dir() and not is_pattern(path) and path.suffix != ".bin":
@@ -186,6 +195,10 @@ class _Folder:
             self.tokenizer = self._load_tokenizer()
         else:
             self.meta = self._assumed_meta()
+            notify(
+                f"{path} has no meta.json: its files are read as llm.c's or nanoGPT's, "
+                f"{self.meta.dtype} tokens of an unknown tokenizer (a meta.pkl is not opened)"
+            )
 
     def corpora(self, weight: float) -> list[Corpus]:
         """What it holds; the weights add up to `weight`."""
@@ -240,11 +253,6 @@ class _Folder:
                 f"{train.path} holds {train.dtype} tokens and {val.path} {val.dtype} tokens; both "
                 "splits must have one type"
             )
-        warnings.warn(
-            f"{self.path} has no meta.json: its files are read as llm.c's or nanoGPT's, "
-            f"{train.dtype} tokens of an unknown tokenizer (a meta.pkl is not opened)",
-            stacklevel=4,
-        )
         unknown: dict[str, Any] = dict.fromkeys(
             (
                 "vocab_size",

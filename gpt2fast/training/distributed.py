@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Error
+from ..output import note
 
 if TYPE_CHECKING:
     from ..model import GPT2
@@ -83,6 +84,11 @@ class Group:
     def is_main(self) -> bool:
         """Whether this process writes the files and speaks to the user."""
         return self.rank == 0
+
+    def notify(self, message: str) -> None:
+        """Tell the user something, once for all processes."""
+        if self.is_main:
+            note(message)
 
     def close(self) -> None:
         if self._opened:

@@ -127,6 +127,7 @@ class _Run:
             config.batch_size,
             seed=config.seed,
             sampling=config.sampling,
+            notify=group.notify,
         )
         self.meta = self.data.meta
         self.batches = self.data.train_dataloader()
