@@ -302,13 +302,19 @@ _forward = Op(
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     _, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(grad_hidden, grad_weight)
+    # The gradients would get zeros of their size as gradients.
+    ctx.set_materialize_grads(False)
     ctx.wanted = inputs[-2:]
     ctx.save_for_backward(grad_hidden, grad_weight)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
+    # Where the graph is not kept, nobody asks again for what was saved: it needs no second copy.
+    # What is traced keeps its values.
+    kept = torch._C._autograd._get_current_graph_task_keep_graph() or type(grad) is not Tensor
+    multiply = Tensor.mul if kept else Tensor.mul_
     gradients = (
-        gradient * grad if wanted else None
+        multiply(gradient, grad) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
     return (*gradients, None, None, None, None)

@@ -50,6 +50,21 @@ def test_chunks_do_not_change_the_result(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(name):
+    targets = targets_for(17, 11)
+    with backend(name):
+        hidden, weight = (random(rows, 16).float().requires_grad_() for rows in (17, 11))
+        loss = ops.linear_cross_entropy(hidden, weight, targets)
+        passes = [
+            torch.autograd.grad(factor * loss, (hidden, weight), retain_graph=factor < 5)
+            for factor in (1, 3, 5)
+        ]
+    for factor, gradients in zip((1, 3, 5), passes, strict=True):
+        for gradient, first in zip(gradients, passes[0], strict=True):
+            torch.testing.assert_close(gradient, factor * first)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reads_strided_and_unaligned_views(name, layout):
     targets = targets_for(17, 11)
