@@ -99,6 +99,11 @@ class ResidualLayerNorm(nn.Module):
         return ops.residual_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
+def _check_probability(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ArgumentError(f"dropout={dropout} is not a probability in [0, 1)")
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each position to itself and those before it.
 
@@ -122,6 +127,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         if width % heads:
             raise ArgumentError(f"width={width} is not a multiple of heads={heads}")
+        _check_probability(dropout)
         self.heads = heads
         self.dropout = dropout
         self.scale = (width // heads) ** -0.5 if scale is None else scale
@@ -224,6 +230,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        _check_probability(dropout)
         self.dropout = dropout
         self.ln_1 = ResidualLayerNorm(width, eps, **factory)
         self.attn = CausalSelfAttention(width, heads, attention_dropout, scale, **factory)

@@ -91,6 +91,11 @@ def test_sizes_that_do_not_fit_are_named():
         CausalSelfAttention(30, 4)
     with pytest.raises(ValueError, match="'swish'"):
         GELUMLP(16, activation="swish")
+    for dropout in (-0.1, 1.0, 2.0, float("nan")):
+        with pytest.raises(ValueError, match=f"dropout={dropout} is not a probability"):
+            Block(16, 4, dropout=dropout)
+        with pytest.raises(ValueError, match=f"dropout={dropout} is not a probability"):
+            CausalSelfAttention(16, 4, dropout)
 
 
 def test_state_dicts_carry_gpt2s_names():
