@@ -162,6 +162,11 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     run = checkpoint.parent.parent
     if (run / "config.yaml").is_file():
         arguments = ["--config", str(run / "config.yaml"), "--out", str(run), *arguments]
+    elif not chosen.config:
+        raise ConfigError(
+            f"{run / 'config.yaml'}, which holds the settings of the run, is missing; name a file "
+            "or recipe that has them: --config NAME"
+        )
     return settings(arguments), checkpoint
 
 

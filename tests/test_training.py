@@ -713,6 +713,15 @@ def test_finished_run_loads_as_a_model_with_its_tokenizer(trained, text):
     assert torch.equal(final.wte.weight, model.wte.weight)
 
 
+def test_a_run_without_its_settings_says_what_to_name(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained, tmp_path / "copy"))
+    (run / "config.yaml").unlink()
+    assert command.main(["--resume", str(run), "--max-steps", "9"]) == 2
+    assert "config.yaml" in (message := capsys.readouterr().err) and "--config" in message
+    _, resume = command.parse(["--resume", str(run), "--config", str(trained / "config.yaml")])
+    assert resume == run / "checkpoints" / "step-00000003"
+
+
 def test_run_is_not_overwritten(trained):
     config, _ = command.parse(["--config", str(trained / "config.yaml")])
     with pytest.raises(ConfigError, match="already holds a run.*--resume.*--out"):
