@@ -25,9 +25,10 @@ from gpt2fast.errors import ConfigError, DataError, Error, WeightsError
 from gpt2fast.model import GPT2
 from gpt2fast.tokenizer import CharTokenizer, Tokenizer
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, checkpoint, loop, train
+from gpt2fast.training.columns import COLUMNS
 from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
-from gpt2fast.training.log import COLUMNS, RunLog
+from gpt2fast.training.log import RunLog
 from gpt2fast.training.optimizer import Optimizers
 from gpt2fast.training.schedule import learning_rate
 from gpt2fast.training.shards import save_tensors

@@ -81,7 +81,7 @@ class Reporter:
             self._display.step(step, loss, tokens_per_second)
 
     def row(self, row: dict[str, Any], device: torch.device) -> None:
-        """Log and show a row; see `log.COLUMNS`."""
+        """Log and show a row; see `columns.COLUMNS`."""
         if self._logs is None or self._display is None:
             return
         row = self._logs.row({**row, "memory_gib": memory.peak(device) / 2**30})

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from .columns import SCALARS
 from .config import TrainConfig
 from .histogram import parameter_histograms
-from .log import SCALARS
 
 
 class TensorBoardLog:

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..files import atomic_write_text
+from .columns import SCALARS
 from .config import TrainConfig
 from .histogram import parameter_histograms
-from .log import SCALARS
 
 ID_FILE = "wandb-id.txt"
 """In the run folder: what a resumed run goes on under."""

@@ -1,0 +1,35 @@
+"""The columns of a run's logs."""
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "train_loss",
+    "val_loss",
+    "val_loss_per_char",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "elapsed_seconds",
+    "epoch",
+    "utilisation",
+    "memory_gib",
+    "loss_scale",
+)
+"""Losses in nats; grad_norm before clipping; epoch: passes over the training tokens; utilisation: a
+share of 1, see flops.py; memory_gib: the most that was held so far, in GiB."""
+
+SCALARS = {
+    "train_loss": "loss/train",
+    "val_loss": "loss/validation",
+    "val_loss_per_char": "loss/validation_per_character",
+    "lr": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "loss_scale": "loss_scale",
+    "tokens_per_second": "machine/tokens_per_second",
+    "utilisation": "machine/utilisation",
+    "memory_gib": "machine/memory_gib",
+    "tokens": "progress/tokens",
+    "epoch": "progress/epoch",
+    "elapsed_seconds": "progress/elapsed_seconds",
+}
+"""What the columns are called in TensorBoard and Weights & Biases."""
