@@ -23,7 +23,7 @@ from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..files import atomic_write_text
 from ..lock import only_process
-from ..output import say
+from ..output import note, say
 from ..training import Interrupted, TrainConfig, TrainResult, train
 from ..training.source import located, prepared_data
 from .search import make_pruner, make_sampler
@@ -150,7 +150,9 @@ class _Tuning:
         config = dataclasses.replace(self.base, out=str(self.out))
         there = (self.out / "data" / "meta.json").is_file()
         data = prepared_data(config, resuming=there)
-        module = DataModule(data, config.block_size, config.batch_size, seed=config.seed)
+        module = DataModule(
+            data, config.block_size, config.batch_size, seed=config.seed, notify=note
+        )
         tokens = module.meta.train_tokens
         identity = {
             name: getattr(module.meta, name)
