@@ -93,7 +93,15 @@ class Task(ABC, Generic[ExampleT]):
         """
 
     def settings_used(self, scorer: Scorer, settings: Settings) -> dict[str, Any]:
-        """Of the settings those that this task heeds, with what stood for None."""
+        """Of the settings those that this task heeds beside `limit`.
+
+        Args:
+            scorer: the model, with its tokenizer.
+            settings: limit, context, stride, first_token.
+
+        Returns:
+            Values by name, defaults in place of None.
+        """
         return {}
 
 
