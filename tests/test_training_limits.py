@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.training import TrainConfig, TrainingError, checkpoint, loop, memory, train
+from gpt2fast.training import (
+    TrainConfig,
+    TrainingError,
+    checkpoint,
+    interrupt,
+    loop,
+    memory,
+    train,
+)
 from gpt2fast.training.diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from gpt2fast.training.log import read_rows
 from gpt2fast.training.precision import LossScale
@@ -214,3 +223,16 @@ def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, capsys):
     monkeypatch.setattr(memory, "available", lambda device: 1000)
     train(changed(config, max_steps=1))
     assert "warning: that may not fit. Lower --batch-size (now 4" in capsys.readouterr().out
+
+
+def test_a_second_signal_is_the_same_wish_for_a_second(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
+    with interrupt.SignalWatch() as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        now += 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

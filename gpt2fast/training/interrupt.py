@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
+
+_SAME_WISH = 1.0
+"""Seconds."""
 
 
 class Interrupted(Exception):
@@ -24,13 +28,14 @@ class Interrupted(Exception):
 class SignalWatch:
     """Context manager; `.received` is the signal that came, or None.
 
-    The first signal only sets `.received`; the handlers that were there before are then back, so
-    a second one acts at once. Outside the main thread, where Python allows no handlers, it
-    watches nothing.
+    The first signal only sets `.received`. One within a second is the same wish (torchrun passes on
+    a Ctrl-C that the terminal has sent to all); a later one acts at once, as it would without this.
+    Outside the main thread, where Python allows no handlers, it watches nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
@@ -43,8 +48,12 @@ class SignalWatch:
         self._restore()
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        self._restore()
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signum, now
+        elif now - self._received_at > _SAME_WISH:
+            self._restore()
+            signal.raise_signal(signum)
 
     def _restore(self) -> None:
         while self._previous:
