@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
@@ -190,6 +192,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--stride {args.stride} is more than --context {args.context}: some tokens would "
             "never be predicted"
         )
+    if args.json not in (None, "-"):
+        target = Path(args.json)
+        if target.is_dir():
+            parser.error(f"--json {args.json}: that is a folder; name a file")
+        if not os.access(target.parent, os.W_OK):
+            parser.error(f"--json {args.json}: nothing can be written in {target.parent}")
     files: dict[str, str] = {}
     for given in args.data:
         task, equals, file = given.partition("=")

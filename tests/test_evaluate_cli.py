@@ -55,6 +55,8 @@ def test_json_alone_on_standard_output(text: Path, capsys) -> None:
         (["--task", "lambada", "--data", "hellaswag=x.txt"], "no --task hellaswag"),
         (["--task", "lambada", "--data", "a", "--data", "b"], "given twice"),
         (["--task", "lambada", "--limit", "0"], "not 1 or more"),
+        (["--task", "lambada", "--json", "."], "is a folder"),
+        (["--task", "lambada", "--json", "nowhere/x.json"], "nothing can be written in nowhere"),
         (["--task", "perplexity", "--stride", "9", "--context", "8"], "--stride 9"),
         ([], "--task"),
     ],
