@@ -18,7 +18,7 @@ import torch
 from ..config import GPT2Config
 
 
-def flops_per_token(config: GPT2Config, block_size: int) -> int:
+def flops_per_token(config: GPT2Config, block_size: int, trained: int | None = None) -> int:
     """FLOPs of a training step (forward and backward pass) for each token.
 
     `6 N + 12 L H Q T` with L layers, H heads of size Q and T = `block_size`. N counts the
@@ -26,12 +26,20 @@ def flops_per_token(config: GPT2Config, block_size: int) -> int:
     the token embeddings where they are not the output projection as well. (nanoGPT counts the
     same.) The second term is attention to T tokens, as in the paper; that a causal model needs
     half of them only is not taken off.
+
+    Args:
+        config: of the model.
+        block_size: T.
+        trained: parameters that get gradients; None means all. The others spare 2 each. What
+            adapters multiply is not counted.
     """
     looked_up = config.n_positions * config.n_embd
     if not config.tie_word_embeddings:
         looked_up += config.vocab_size * config.n_embd
     attention = 12 * config.n_layer * config.n_head * config.head_dim * block_size
-    return 6 * (config.parameter_count - looked_up) + attention
+    multiplied = config.parameter_count - looked_up
+    trained = multiplied if trained is None else min(trained, multiplied)
+    return 4 * multiplied + 2 * trained + attention
 
 
 @dataclass(frozen=True)

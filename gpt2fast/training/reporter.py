@@ -52,13 +52,14 @@ class Reporter:
             return
         config = self.config
         peak = flops.peak(device, autocast_dtype(config.dtype))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         # Processes of one machine share what its CPU was measured at.
         devices = processes if device.type == "cuda" else 1
         self._logs = open_logs(
             config,
             Path(config.out),
             resume_step,
-            flops.flops_per_token(model.config, config.block_size),
+            flops.flops_per_token(model.config, config.block_size, trained),
             None if peak is None else peak.flops * devices,
         )
         self._display = open_display(self.steps, resume_step or 0, elapsed, config.max_hours)
