@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(stop, file=sys.stderr)
             return 128 + stop.signum
         _tell(study, settings)
-        return 0
+        return _code(study, settings)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -178,6 +178,22 @@ def _tell(study: object, settings: Settings) -> None:
     best = settings.out / BEST_FILE
     if best.is_file():
         say(f"train with the best settings:\n  python -m gpt2fast.train --config {best}")
+
+
+def _code(study: object, settings: Settings) -> int:
+    """1 where every trial failed."""
+    from optuna import Study
+    from optuna.trial import TrialState
+
+    assert isinstance(study, Study)
+    states = {trial.state for trial in study.get_trials(deepcopy=False)}
+    if TrialState.FAIL not in states or states & {TrialState.COMPLETE, TrialState.PRUNED}:
+        return 0
+    print(
+        f"error: every trial failed; {settings.out / 'trials'} has an output.log of each",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _hyphens(argument: str) -> str:

@@ -714,6 +714,21 @@ def test_finished_run_loads_as_a_model_with_its_tokenizer(trained, text):
     assert torch.equal(final.wte.weight, model.wte.weight)
 
 
+def test_a_run_is_not_resumed_on_another_text(config, tmp_path, capsys):
+    text, other = (write_text(tmp_path / f"{seed}.txt", seed=seed) for seed in (1, 2))
+    config = changed(config, data=str(text))
+    train(config)
+    for flag in (f"--data={other}", "--data=nowhere.txt", "--val-fraction=0.3"):
+        assert command.main(["--resume", config.out, "--max-steps=99", flag]) == 2
+        name, _, value = flag[2:].partition("=")
+        message = capsys.readouterr().err
+        assert f"{name.replace('-', '_')} was" in message and value in message
+    assert str(other) not in (Path(config.out) / "config.yaml").read_text()
+    text.unlink()  # what was prepared of it is enough
+    steps = str(config.max_steps + 1)
+    assert command.main(["--resume", config.out, "--max-steps", steps]) == 0
+
+
 def test_a_run_without_its_settings_says_what_to_name(trained, tmp_path, capsys):
     run = Path(shutil.copytree(trained, tmp_path / "copy"))
     (run / "config.yaml").unlink()

@@ -380,6 +380,25 @@ def test_another_study_is_refused(arguments, optuna, tmp_path, text, capsys):
     assert "is of another study" in capsys.readouterr().err
 
 
+def test_a_study_keeps_to_the_text_that_it_prepared(arguments, tmp_path, capsys):
+    text, other = (write_text(tmp_path / f"{seed}.txt", seed=seed) for seed in (1, 2))
+    assert command.main([*arguments, "--data", str(text), "--trials", "1"]) == 0
+    for data in (str(other), "nowhere.txt"):
+        assert command.main([*arguments, "--data", data, "--trials", "2"]) == 2
+        assert f"another source: data was {str(text)!r}" in capsys.readouterr().err
+
+
+def test_a_refused_study_leaves_no_database(arguments, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    out = tmp_path / "fresh"
+    asked = [*arguments, "--data", str(tmp_path / "empty.txt"), "--out", str(out)]
+    assert command.main(asked) == 1
+    assert not (out / "study.db").exists()
+    (out / "log.csv").write_text("step\n")
+    assert command.main(asked) == 2
+    assert "folder of a training run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [

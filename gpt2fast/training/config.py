@@ -343,6 +343,12 @@ DEFAULT_SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384}
 DATA_SOURCES = ("data", "mixture", "dataset")
 """Settings of which one says what to train on."""
 
+DATA_SETTINGS = (
+    *(*DATA_SOURCES, "dataset_config", "text_field", "records"),
+    *("tokenizer", "vocab_size", "split", "val_fraction"),
+)
+"""What the data are."""
+
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 """Settings of which one says how long a run is."""
 

@@ -20,7 +20,7 @@ from ..files import atomic_write_text
 from ..ops.backend import backend
 from . import checkpoint as ckpt
 from . import memory
-from .config import TrainConfig
+from .config import LENGTHS, TrainConfig
 from .diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from .distributed import Group
 from .finetuning import describe_training, prepare_model, restore_adapters
@@ -41,7 +41,7 @@ from .progress import format_val
 from .reporter import Reporter
 from .saving import Saver, data_identity
 from .schedule import learning_rate
-from .source import located, prepared_data
+from .source import located, prepared_data, source_of
 from .start import starting_model, starting_tokenizer
 from .validation import mean_loss
 
@@ -187,6 +187,10 @@ class _Run:
         before = TrainConfig.from_dict(state["config"], source=str(resume / ckpt.STATE_FILE))
         for name in _SAME_ON_RESUMING:
             self._require_same(name, getattr(before, name), getattr(self.config, name), resume)
+        if self.data.directory == self.out / "data":  # made of what the settings named
+            asked = source_of(self.config)
+            for name, value in source_of(before).items():
+                self._require_same(name, value, asked[name], resume)
         for name, value in state["data"].items():
             self._require_same(
                 f"the data's {name}", value, data_identity(self.meta).get(name), resume
@@ -200,7 +204,7 @@ class _Run:
         if self.position.step > self.steps:
             raise ConfigError(
                 f"{resume} is at step {self.position.step}, past the end of this run "
-                f"({self.steps} steps); raise --max-steps to train on"
+                f"({self.steps} steps); raise {self._length()} to train on"
             )
         if ckpt.best_step(self.checkpoints) != self.position.best_step:
             # The best one so far has been overwritten since, or is in another folder.
@@ -209,6 +213,10 @@ class _Run:
             ckpt.restore_random_states(state["random"][self.group.rank])
         else:  # as many streams as processes: new ones, which differ from those before
             torch.manual_seed(self.config.seed + self.group.rank + (self.position.step << 20))
+
+    def _length(self) -> str:
+        given = next(name for name in LENGTHS if getattr(self.config, name) is not None)
+        return "--" + given.replace("_", "-")
 
     def _require_same(self, name: str, saved: Any, asked: Any, resume: Path) -> None:
         if saved != asked:

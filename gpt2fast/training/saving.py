@@ -20,6 +20,7 @@ from .finetuning import adapter_state, save_adapter_beside
 from .optimizer import Optimizers
 from .position import Position
 from .precision import LossScale
+from .source import located
 
 
 class Saver:
@@ -40,7 +41,7 @@ class Saver:
     ) -> None:
         """Write a checkpoint of this moment as `directory`."""
         state = {
-            "config": self.config.to_dict(),
+            "config": {**self.config.to_dict(), **located(self.config)},
             "data": data_identity(self.meta),
             "position": dataclasses.asdict(position),
             "updates": optimizers.updates,

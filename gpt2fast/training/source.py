@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, Error
 from ..output import say
-from .config import TrainConfig
+from .config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from ..data import DataMeta
@@ -56,6 +56,11 @@ def located(config: TrainConfig) -> dict[str, Any]:
         elif config.dataset is not None and Path(config.dataset).expanduser().exists():
             values["dataset"] = str(Path(config.dataset).expanduser().resolve())
     return values
+
+
+def source_of(config: TrainConfig) -> dict[str, Any]:
+    """The settings that say which text is prepared in OUT/data, and how; whole paths."""
+    return {**{name: getattr(config, name) for name in DATA_SETTINGS}, **located(config)}
 
 
 def prepared_data(config: TrainConfig, *, resuming: bool) -> Path | dict[str, float]:

@@ -20,16 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
-from ..training.config import TrainConfig
+from ..training.config import DATA_SETTINGS, TrainConfig
 
 Kind = Literal["float", "int", "categorical"]
 Value = None | bool | int | float | str
 
-DATA = (
-    *("data", "mixture", "dataset", "dataset_config", "text_field", "records"),
-    *("tokenizer", "vocab_size", "split", "val_fraction"),
-)
-"""What the data are. All trials share them, and their losses are compared."""
 MACHINE = ("device", "backend", "compile", "compile_mode", "threads", "parallel")
 """How the machine does the work."""
 REPORTING = (
@@ -40,7 +35,7 @@ REPORTING = (
 """What is measured and kept on the way."""
 
 _REFUSED = {
-    **dict.fromkeys(DATA, "all trials train on the same data, prepared once"),
+    **dict.fromkeys(DATA_SETTINGS, "all trials train on the same data, prepared once"),
     **dict.fromkeys(MACHINE, "it says how the machine works, not what is learned"),
     **dict.fromkeys(REPORTING, "it says what is measured or kept, not what is learned"),
 }

@@ -25,9 +25,10 @@ from ..files import atomic_write_text
 from ..lock import only_process
 from ..output import note, say
 from ..training import Interrupted, TrainConfig, TrainResult, train
-from ..training.source import located, prepared_data
+from ..training.config import DATA_SETTINGS
+from ..training.source import located, prepared_data, source_of
 from .search import make_pruner, make_sampler
-from .space import DATA, MACHINE, REPORTING, Space
+from .space import MACHINE, REPORTING, Space
 from .storage import (
     StudyError,
     counted,
@@ -112,6 +113,10 @@ class _Tuning:
         possible = self.space.possible(self.base)
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out is {str(self.out)!r}, which is a file; name a folder")
+        if (self.out / "log.csv").exists():
+            raise ConfigError(
+                f"--out is {str(self.out)!r}, the folder of a training run; name one of its own"
+            )
         self.trials.mkdir(parents=True, exist_ok=True)
         with self._turn():
             self._prepare(possible)
@@ -133,10 +138,18 @@ class _Tuning:
         import yaml
 
         settings = self.settings
-        asked = {"space": self.space.to_dict(), "config": _compared(self.base)}
+        asked: dict[str, Any] = {"space": self.space.to_dict(), "config": _compared(self.base)}
         file = self.out / STUDY_FILE
         kept = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        require_same(kept, asked, f"the study in {self.out}")
+        config = dataclasses.replace(self.base, out=str(self.out))
+        there = (self.out / "data" / "meta.json").is_file()
+        # Of text that is prepared here only its result is known to the other workers.
+        made = {"source": source_of(config)} if there else {}
+        require_same(kept, {**asked, **made}, f"the study in {self.out}")
+        data = prepared_data(config, resuming=there)
+        module = DataModule(
+            data, config.block_size, config.batch_size, seed=config.seed, notify=note
+        )
         url = settings.storage or _sqlite(self.out / "study.db")
         study = open_study(url, settings.name, None, None)
         begun = study.user_attrs
@@ -147,12 +160,6 @@ class _Tuning:
                 f"{strangers} is of another study, and study {settings.name!r} has no trial yet; "
                 "name another --out, or delete that folder"
             )
-        config = dataclasses.replace(self.base, out=str(self.out))
-        there = (self.out / "data" / "meta.json").is_file()
-        data = prepared_data(config, resuming=there)
-        module = DataModule(
-            data, config.block_size, config.batch_size, seed=config.seed, notify=note
-        )
         tokens = module.meta.train_tokens
         identity = {
             name: getattr(module.meta, name)
@@ -163,6 +170,7 @@ class _Tuning:
         for part, values in asked.items():
             if part not in begun:
                 study.set_user_attr(part, values)
+        asked["source"] = source_of(config)
         atomic_write_text(file, yaml.safe_dump(asked, sort_keys=False))
 
         none: dict[str, Any] = dict.fromkeys(("data", "mixture", "dataset", "dataset_config"))
@@ -351,7 +359,7 @@ def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
 
 def _compared(base: TrainConfig) -> dict[str, Any]:
     """What all workers of a study must agree on, the data aside."""
-    left_out = {*DATA, *MACHINE, *REPORTING} - {"eval_interval", "eval_batches"}
+    left_out = {*DATA_SETTINGS, *MACHINE, *REPORTING} - {"eval_interval", "eval_batches"}
     return {name: value for name, value in base.to_dict().items() if name not in left_out}
 
 
