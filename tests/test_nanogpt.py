@@ -92,8 +92,11 @@ def test_loss_curve_is_nanogpts(recipe, steps, nanogpt, data_dir, tmp_path, monk
     theirs.eval()
     batches = data.val_dataloader()
     with torch.no_grad():
-        measured = [theirs(*batches[i])[1].item() for i in range(40)]
-    val = sum(measured) / 40
+        measured = [
+            (theirs(inputs, targets)[1].item(), targets.numel())
+            for inputs, targets in map(batches.__getitem__, range(min(40, len(batches))))
+        ]
+    val = sum(loss * count for loss, count in measured) / sum(count for _, count in measured)
     print(f"{recipe}: {steps} steps, training losses at most {apart:.5f} apart, validation "
           f"{rows[-1]['val_loss']:.4f} and {val:.4f}")  # fmt: skip
     assert apart < 0.02
