@@ -197,6 +197,10 @@ class Group:
         """
         if self.size == 1:
             return model
+        with self.reaching():  # both compare and send weights
+            return self._wrapped(model, parallel)
+
+    def _wrapped(self, model: GPT2, parallel: str) -> nn.Module:
         if parallel != "fsdp":
             ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(
