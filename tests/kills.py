@@ -13,6 +13,7 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -292,7 +293,7 @@ class Forks:
         if stop is not None and stop.change is None:
             time.sleep(stop.seconds)
             os.kill(pids[stop.rank], getattr(signal, f"SIG{stop.kind}"))
-        codes = [self._wait(pid) for pid in pids]
+        codes = self._wait(pids)
         (out.parent / "ballast").unlink(missing_ok=True)
         ended = []
         for code, pipe in zip(codes, pipes, strict=True):
@@ -342,16 +343,30 @@ class Forks:
             sys.stderr.flush()
             os._exit(code)
 
-    def _wait(self, pid: int, seconds: float = 120) -> int:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
+    def _wait(self, pids: list[int], seconds: float = 120) -> list[int]:
+        """Exit codes. As torchrun does, ends those that a lost process has left waiting for it."""
+        codes: dict[int, int] = {}
+        begun, asked = time.monotonic(), math.inf
+        while len(codes) < len(pids):
+            for pid in set(pids) - set(codes):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            now = time.monotonic()
+            if any(codes.values()):
+                asked = min(asked, now + 10)
+            late = now > asked
+            for pid in set(pids) - set(codes):
+                if now - begun > seconds:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    raise TimeoutError(f"process {pid} did not end within {seconds:.0f} s")
+                if late:
+                    os.kill(pid, signal.SIGTERM)
+            if late:
+                asked = now + 10
             time.sleep(0.005)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        raise TimeoutError(f"process {pid} did not end within {seconds:.0f} s")
+        return [codes[pid] for pid in pids]
 
 
 def flags(settings: dict[str, object]) -> list[str]:
