@@ -18,7 +18,7 @@ if sys.platform != "linux":
 import kills
 from gpt2fast import train as command
 from gpt2fast.files import remove_unfinished
-from gpt2fast.training import Interrupted, checkpoint, loop, train
+from gpt2fast.training import Interrupted, checkpoint, interrupt, loop, train
 from kills import RECIPES, Stop, Trial, outcome
 from test_training import TINY, changed, config, prepared, rows, text  # noqa: F401
 
@@ -183,6 +183,7 @@ def test_a_signal_in_the_middle_of_a_validation(config, monkeypatch, tmp_path): 
 
 def test_a_second_interruption_acts_at_once(config, monkeypatch):  # noqa: F811
     """Ctrl-C while the first one's checkpoint is written: nothing half is left."""
+    monkeypatch.setattr(interrupt, "_SAME_WISH", 0.0)
     real = checkpoint._put_in_place
 
     def again(*args):
