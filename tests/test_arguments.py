@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 
 import pytest
 
@@ -17,8 +15,6 @@ MODULES = re.findall(r"^python -m (gpt2fast\.\w+)", _COMMANDS, re.MULTILINE)
 @pytest.mark.parametrize("module", MODULES)
 def test_help_fits_a_terminal(module, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
-    assert shutil.get_terminal_size().columns == 80
     main = pytest.importorskip(module).main
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

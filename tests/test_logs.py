@@ -448,6 +448,15 @@ def test_flops_per_token_of_gpt2_are_nanogpts():
     assert flops.flops_per_token(GPT2Config(), 1024) == 6 * 123_653_376 + 12 * 12 * 12 * 64 * 1024
 
 
+def test_frozen_weights_spare_the_products_of_their_gradients():
+    attention = 12 * 12 * 12 * 64 * 1024
+    for trained in (0, 1000):
+        found = flops.flops_per_token(GPT2Config(), 1024, trained)
+        assert found == 4 * 123_653_376 + 2 * trained + attention
+    everything = GPT2Config().parameter_count
+    assert flops.flops_per_token(GPT2Config(), 1024, everything) == 6 * 123_653_376 + attention
+
+
 def test_flops_per_token_are_the_matrix_products_of_a_step():
     """Counted by torch in transformers' model; biases and layer norms are in N and no products."""
     transformers = pytest.importorskip("transformers")

@@ -388,6 +388,17 @@ def test_a_study_keeps_to_the_text_that_it_prepared(arguments, tmp_path, capsys)
         assert f"another source: data was {str(text)!r}" in capsys.readouterr().err
 
 
+def test_a_study_whose_trials_all_failed_is_a_failure(arguments, optuna, capsys):
+    settings, study = command.settings_of(arguments), optuna.create_study()
+    states = optuna.trial.TrialState
+    assert command._code(study, settings) == 0
+    study.add_trial(optuna.trial.create_trial(state=states.FAIL))
+    assert command._code(study, settings) == 1
+    assert "every trial failed" in capsys.readouterr().err
+    study.add_trial(optuna.trial.create_trial(state=states.COMPLETE, value=1.0))
+    assert command._code(study, settings) == 0
+
+
 def test_a_refused_study_leaves_no_database(arguments, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     out = tmp_path / "fresh"
