@@ -136,10 +136,12 @@ class Ahead:
             uniforms[rows] = self._numbers.take(count)
         chosen, done = steps.run(count, uniforms), None
         if chosen.is_cuda:
-            host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            # On the CPU whatever the default device is, which pinned memory would fail on.
+            host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
+            stream = torch.cuda.current_stream(chosen.device)
             chosen = host.copy_(chosen, non_blocking=True)
             done = torch.cuda.Event()
-            done.record()
+            done.record(stream)
         self._under_way.append(_Block(list(self._rows), chosen, done))
 
     def _smaller(self, before: Steps) -> Steps:
