@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from gpt2fast import doctor, ops
@@ -35,6 +37,16 @@ def test_kernels_that_are_not_there_are_explained(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "none: nobody compiled them" in printed
     assert "native: nobody compiled them" in printed
+
+
+def test_an_op_that_is_left_to_torch_on_a_device_is_listed(monkeypatch, capsys):
+    module = importlib.import_module("gpt2fast.ops.projection")
+    monkeypatch.setattr(module, "reads_wider_weights", lambda x: False)  # as on a GPU
+    assert doctor.main(["--device", "cpu"]) == 0
+    rows = {
+        line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line
+    }
+    assert rows["projection"] == "torch" and set(ops.__all__) <= set(rows)
 
 
 def test_a_forced_backend_is_shown(capsys):
