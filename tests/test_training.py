@@ -21,6 +21,7 @@ import torch
 
 from gpt2fast import train as command
 from gpt2fast.data import DataModule, prepare_data
+from gpt2fast.data.dataset import TrainingBatches
 from gpt2fast.errors import ConfigError, DataError, Error, WeightsError
 from gpt2fast.model import GPT2
 from gpt2fast.tokenizer import CharTokenizer, Tokenizer
@@ -504,6 +505,54 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(config, mon
         weights.append(GPT2.from_pretrained(out).state_dict())
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=1e-5)
+
+
+def recorded_windows(monkeypatch):
+    """The windows that are drawn from now on, in order, and each with its batch's size."""
+    drawn = []
+    original = TrainingBatches.__getitem__
+
+    def watched(self, step):
+        batch = original(self, step)
+        drawn.extend(batch[0].tolist())
+        return batch
+
+    monkeypatch.setattr(TrainingBatches, "__getitem__", watched)
+    return drawn
+
+
+@pytest.mark.parametrize("sampling", ["random", "epoch"])
+def test_smaller_batches_with_more_accumulation_are_the_same_run(config, monkeypatch, sampling):
+    drawn = recorded_windows(monkeypatch)
+    windows, weights, losses = [], [], []
+    for parts in (1, 2, 4):
+        drawn.clear()
+        out = f"{config.out}-{parts}"
+        asked = changed(
+            config, max_steps=3, batch_size=16 // parts, grad_accumulation=parts, out=out,
+            sampling=sampling, dropout=0.0, log_interval=1,
+        )  # fmt: skip
+        train(asked)
+        windows.append(list(drawn))
+        weights.append(GPT2.from_pretrained(out).state_dict())
+        losses.append([float(row["train_loss"]) for row in rows(out) if row["train_loss"]])
+    assert windows[0] == windows[1] == windows[2] and len(windows[0]) == 48
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    for name, expected in weights[0].items():
+        for found in weights[1:]:
+            torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_that_is_resumed_with_smaller_batches_goes_on_with_its_windows(config, monkeypatch):
+    drawn = recorded_windows(monkeypatch)
+    whole = changed(config, max_steps=4, batch_size=8, checkpoint_interval=2, sampling="random")
+    train(whole)
+    expected = list(drawn)
+    drawn.clear()
+    smaller = changed(whole, batch_size=2, grad_accumulation=4)
+    train(smaller, resume=Path(config.out) / "checkpoints" / "step-00000002")
+    assert drawn == expected[16:]
 
 
 def test_validation_loss_is_the_mean_over_the_whole_split(config, trained):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from .meta import ITEM_SIZE, read_meta
-from .order import EpochOrder, Turns
+from .order import ORDERS, EpochOrder, RandomOrder, Turns
 from .tokens import Tokens, is_pattern, open_tokens
 
 Batch = tuple[Tensor, Tensor]
@@ -101,9 +101,13 @@ class TokenDataset(Dataset[Batch]):
 class TrainingBatches:
     """An endless sequence of batches; batch s depends on the seed and s alone.
 
+    The windows of the run have numbers, and batch s of B holds windows s * B … (s + 1) * B - 1:
+    several small batches are the same windows as a large one.
+
     datasets: the corpora; `weights` of their windows, one for each.
     sampling: "random" draws each window anywhere, as nanoGPT does; "epoch" takes every window of
         a corpus once before one comes again (see `order.EpochOrder`).
+    order: of random windows, see `order.ORDERS`; with 1 they depend on the size of batches.
     """
 
     def __init__(
@@ -114,34 +118,37 @@ class TrainingBatches:
         seed: int,
         sampling: str = "random",
         start_step: int = 0,
+        order: int = ORDERS[-1],
     ) -> None:
         self.datasets = datasets
         self.batch_size = batch_size
         self.seed = seed
         self.start_step = start_step
         self._turns = Turns(weights)
-        self._orders = None
-        if sampling == "epoch":
-            self._orders = [
-                EpochOrder(dataset.tokens.count, dataset.block_size, f"{seed}:{corpus}")
-                for corpus, dataset in enumerate(datasets)
-            ]
+        self._by_batch = sampling == "random" and order == 1
+        self._orders: list[EpochOrder | RandomOrder] = []
+        for corpus, dataset in enumerate(datasets):
+            name = f"{seed}:{corpus}"
+            self._orders.append(
+                EpochOrder(dataset.tokens.count, dataset.block_size, name)
+                if sampling == "epoch"
+                else RandomOrder(len(dataset), name)
+            )
 
     def __getitem__(self, step: int) -> Batch:
         first = step * self.batch_size
         turns = [self._turns[first + row] for row in range(self.batch_size)]
-        key = hashlib.sha256(f"{self.seed}:{step}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        generator = self._generator(step) if self._by_batch else None
         places, inputs, targets = [], [], []
         for corpus, dataset in enumerate(self.datasets):
             rows = [row for row, (owner, _) in enumerate(turns) if owner == corpus]
             if not rows:
                 continue
-            if self._orders is None:
+            if generator is not None:
                 starts = torch.randint(len(dataset), (len(rows),), generator=generator)
             else:
-                order = self._orders[corpus]
-                starts = torch.tensor([order[turns[row][1]] for row in rows])
+                numbers = [turns[row][1] for row in rows]
+                starts = torch.tensor(self._orders[corpus].starts(numbers))
             batch = dataset.windows(starts)
             if len(rows) == self.batch_size:
                 return batch
@@ -150,6 +157,10 @@ class TrainingBatches:
             targets.append(batch[1])
         back = torch.tensor(places).argsort()
         return torch.cat(inputs)[back], torch.cat(targets)[back]
+
+    def _generator(self, step: int) -> torch.Generator:
+        key = hashlib.sha256(f"{self.seed}:{step}".encode()).digest()[:8]
+        return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
 
     def __iter__(self) -> Iterator[Batch]:
         step = self.start_step

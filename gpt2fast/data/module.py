@@ -14,6 +14,7 @@ from ..errors import ConfigError, DataError, TokenizerError
 from .dataset import SAMPLINGS, SPLITS, OrderedBatches, TokenDataset, TrainingBatches
 from .inputs import checked_weight
 from .meta import DataMeta, read_meta
+from .order import ORDERS
 from .tokens import TokenRange, is_pattern
 
 if TYPE_CHECKING:
@@ -85,10 +86,12 @@ class DataModule:
         if self.meta.vocab_size is not None:
             self._check_ids(self.meta.vocab_size, "the vocabulary of the data")
 
-    def train_dataloader(self, start_step: int = 0) -> TrainingBatches:
+    def train_dataloader(self, start_step: int = 0, order: int = ORDERS[-1]) -> TrainingBatches:
         """Endless (B, T) batches of training windows, from a step on; `[s]` gives batch s.
 
         Batch s depends on `seed` and s alone: a run continued at step s sees what it would have.
+        Half the batch size gives the same windows in twice as many batches; not so with `order` 1,
+        that of runs begun by older versions.
         """
         return TrainingBatches(
             [corpus.train for corpus in self.corpora],
@@ -97,6 +100,7 @@ class DataModule:
             self.seed,
             self.sampling,
             start_step,
+            order,
         )
 
     def val_dataloader(self) -> OrderedBatches:

@@ -11,6 +11,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+
+ORDERS = (1, 2)
+"""Versions of the order of random windows: 1 draws a batch at a time, from the seed and the batch's
+number, so that it depends on the size of batches; 2 draws window by window. Checkpoints say which
+theirs is, those that do not have 1."""
 _ROUNDS = 6
 _WEIGHT_BITS = 53
 
@@ -44,6 +50,25 @@ class Permutation:
                 return index
 
 
+class RandomOrder:
+    """Starts of windows drawn independently: number i is a function of the seed and i alone.
+
+    SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014),
+    whose state after i steps is known at once.
+    """
+
+    def __init__(self, windows: int, seed: str) -> None:
+        self._windows = np.uint64(windows)
+        self._key = np.uint64(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
+
+    def starts(self, indices: Sequence[int]) -> list[int]:
+        """Starts of the windows number `indices` of the run."""
+        mixed = np.array(indices, np.uint64) * np.uint64(0x9E3779B97F4A7C15) + self._key
+        mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        return ((mixed ^ mixed >> np.uint64(31)) % self._windows).tolist()
+
+
 class EpochOrder:
     """Starts of windows such that an epoch takes every window exactly once.
 
@@ -70,6 +95,10 @@ class EpochOrder:
         first = ends[turn - 1] if turn else 0
         order = Permutation(ends[turn] - first, f"{self.seed}:{cycle}:{turn}")
         return offsets[turn] + order[place - first] * self.block_size
+
+    def starts(self, indices: Sequence[int]) -> list[int]:
+        """Starts of the windows number `indices` of the run."""
+        return [self[index] for index in indices]
 
     def _offsets(self, cycle: int) -> tuple[list[int], list[int]]:
         """Offset of each epoch of the cycle, and the number of windows up to its end."""

@@ -198,7 +198,11 @@ class _Run:
         ckpt.load_optimizer(resume, self.optimizers.tensors(), self.group)
         self.optimizers.resume_after(state["updates"])
         self.scale.load_state_dict(state["scale"])
-        self.position = Position(**state["position"])
+        self.position = Position.of(state["position"])
+        if self.position.order > 1:  # the windows go on where they were, whatever the batches
+            windows = self.position.batches * before.batch_size
+            self.position.batches = math.ceil(windows / self.config.batch_size)
+        self.batches = self.data.train_dataloader(order=self.position.order)
         if resume.resolve() == ckpt.step_directory(self.checkpoints, self.position.step).resolve():
             self.saved = self.position.step
         if self.position.step > self.steps:

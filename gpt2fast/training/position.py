@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..data.order import ORDERS
 
 
 @dataclass
@@ -35,6 +38,13 @@ class Position:
     """Validations since then."""
     elapsed: float = 0.0
     """Seconds of training, over all resumptions."""
+    order: int = ORDERS[-1]
+    """Of random windows, see `data.order.ORDERS`."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Position:
+        """That of a checkpoint; what older versions did not save is as it was with them."""
+        return cls(**{"order": 1, **saved})
 
 
 @dataclass(frozen=True)
