@@ -98,12 +98,12 @@ class _Search:
         self.length = 0
         shape = (prompts, beams, options.max_new_tokens)
         self.running = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.running_scores = torch.zeros(prompts, beams, device=device)
+        self.running_scores = torch.zeros(prompts, beams, dtype=torch.float32, device=device)
         # All beams begin alike: only the first may be extended in the first step.
         self.running_scores[:, 1:] = _NEVER
         self.finished = self.running.clone()
         self.finished_lengths = torch.zeros(prompts, beams, dtype=torch.int64, device=device)
-        self.finished_scores = torch.full((prompts, beams), _NEVER, device=device)
+        self.finished_scores = torch.full_like(self.running_scores, _NEVER)
         self.is_finished = torch.zeros(prompts, beams, dtype=torch.bool, device=device)
         # Set by each step: whether a running beam may still get better than a finished one.
         self.improvable = torch.ones(prompts, dtype=torch.bool, device=device)

@@ -73,8 +73,8 @@ class KVCache:
         self.v_scales: Tensor | None = None
         """(L, B, T_max, H) factors of int8 values."""
         if dtype == torch.int8:
-            self.k_scales = torch.zeros(shape[:-1], device=device)
-            self.v_scales = torch.zeros(shape[:-1], device=device)
+            self.k_scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
+            self.v_scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) entries stored in each row."""
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)

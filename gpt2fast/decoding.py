@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ops
 from .errors import GenerationError
 from .graphs import Ahead, is_worthwhile
-from .sampling import Numbers, SamplingOptions, draw_seed
+from .sampling import Draw, Draws, Numbers, SamplingOptions
 
 if TYPE_CHECKING:
     from .model import GPT2
@@ -278,18 +278,18 @@ def decode(
     slides: bool = False,
     logprobs: bool = False,
     vocab_size: int | None = None,
-    first_sample: int = 0,
+    draws: Sequence[Draw] | None = None,
     timing: Timing | None = None,
 ) -> Iterator[Step]:
     """Continue every prompt `options.num_return_sequences` times, greedily or by sampling.
 
-    What a continuation holds depends on its own prompt and its number among the prompt's samples
-    alone; rows that have ended leave the batch.
+    What a continuation holds depends on its own prompt and its draw alone; rows that have ended
+    leave the batch.
 
     Args:
         limits: most new tokens for each prompt, at least one.
         vocab_size: take only tokens below this id; None allows all.
-        first_sample: number of the first continuation of each prompt among the prompt's samples.
+        draws: of the first continuation of each prompt; those of `Draws` if not given.
         timing: filled in as decoding goes on.
     """
     timing = Timing() if timing is None else timing
@@ -298,8 +298,10 @@ def decode(
     continuations: list[list[int]] = [[] for _ in rows]
     numbers: Numbers | None = None
     if options.samples:
-        seed = draw_seed() if options.seed is None else options.seed
-        numbers = Numbers(seed, [first_sample + row % copies for row in rows], model.device)
+        if draws is None:
+            hand_out = Draws()
+            draws = [hand_out.take(prompt, options.seed, copies) for prompt in prompts]
+        numbers = Numbers([draws[row // copies].after(row % copies) for row in rows], model.device)
     choice = {**options.processors(), "vocab_size": vocab_size}
     ahead: Ahead | None = None
 

@@ -60,8 +60,9 @@ def generate(
 
     Greedy and beam output equal transformers' token for token. A masked token does not exist: it
     has no position, and neither `repetition_penalty` nor `no_repeat_ngram_size` sees it. So each
-    row of a batch gives what it gives alone. Sampling draws for row i of a prompt from the seed
-    and i alone.
+    row of a batch gives what it gives alone. Sampling draws for sample i of a prompt from the seed
+    and i alone; rows with equal prompts are further samples of it. Without a seed, each row of
+    `input_ids` has one of its own.
 
     Args:
         model: switched to evaluation mode meanwhile.
@@ -217,6 +218,8 @@ def check_vocabulary(model: GPT2, tokens: Sequence[int], name: str) -> None:
 
 
 def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value  # as_tensor would move it to torch's default device
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:

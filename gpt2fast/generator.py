@@ -18,7 +18,7 @@ from .generation import FROM_CONFIG, EosTokenId, check_length, check_vocabulary,
 from .lora import load_adapter, merge
 from .model import GPT2
 from .packed import PackedGPT2
-from .sampling import SamplingOptions, draw_seed
+from .sampling import Draw, Draws, SamplingOptions
 from .tokenizer import Tokenizer
 
 WINDOWS = ("error", "slide", "stop")
@@ -95,6 +95,8 @@ class Generator:
         self.window = window
         self._notify = notify
         self._has_slid = False
+        # Tokens that were added to the tokenizer alone cannot be chosen.
+        self._allowed = min(tokenizer.vocab_size, model.config.vocab_size)
         self._compare_vocabularies()
 
     @classmethod
@@ -273,8 +275,18 @@ class Generator:
                 "num_return_sequences=1, or call the generator for all of the text at once"
             )
         tokens = self._encode(prompt, request, "the prompt")
-        steps = self._steps([tokens], request, logprobs=False, timing=timing)
-        return TextStream(prompt, len(tokens), steps, self.tokenizer, request)
+        draws = None
+        if request.options.samples:
+            draws = [Draws().take(tokens, request.options.seed, 1)]
+        steps = self._steps([tokens], request, logprobs=False, timing=timing, draws=draws)
+        return TextStream(
+            prompt,
+            len(tokens),
+            steps,
+            self.tokenizer,
+            request,
+            None if draws is None else draws[0].seed,
+        )
 
     def _continue(
         self,
@@ -297,6 +309,10 @@ class Generator:
             for number, text in enumerate(texts, start=1)
         ]
         copies, beams = request.options.num_return_sequences, request.options.num_beams
+        draws: list[Draw] | None = None
+        if request.options.samples:
+            hand_out = Draws()
+            draws = [hand_out.take(tokens, request.options.seed, copies) for tokens in encoded]
         samples_at_once = copies if beams > 1 else min(copies, _BATCH_ROWS)
         texts_at_once = max(1, _BATCH_ROWS // max(samples_at_once, beams))
         for first in range(0, len(texts), texts_at_once):
@@ -307,15 +323,18 @@ class Generator:
                     request, options=replace(request.options, num_return_sequences=count)
                 )
                 yield from self._complete(
-                    texts[chunk], encoded[chunk], part, logprobs, timing, first_sample=sample
+                    texts[chunk],
+                    encoded[chunk],
+                    part,
+                    logprobs,
+                    timing,
+                    None if draws is None else [draw.after(sample) for draw in draws[chunk]],
                 )
 
     def _request(self, eos_token_id: EosTokenId, stop: Any, options: dict[str, Any]) -> _Request:
         if "num_beams" in options and options["num_beams"] != 1:
             options = {"do_sample": False, **options}
         chosen = replace(DEFAULTS, **options)
-        if chosen.samples and chosen.seed is None:
-            chosen = replace(chosen, seed=draw_seed())
         ends = end_tokens(self.model, eos_token_id)
         own_end = self.tokenizer.eos_token_id
         if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
@@ -354,7 +373,7 @@ class Generator:
         request: _Request,
         logprobs: bool,
         timing: Timing | None,
-        first_sample: int,
+        draws: Sequence[Draw] | None,
     ) -> list[Generation]:
         options = request.options
         copies = options.num_return_sequences
@@ -366,7 +385,7 @@ class Generator:
                 prompts,
                 options,
                 request.criteria,
-                vocab_size=self.tokenizer.vocab_size,
+                vocab_size=self._allowed,
                 timing=timing,
             )
             for row, tokens in enumerate(beams):
@@ -377,7 +396,7 @@ class Generator:
                     scores[row] = self._score(prompts[row // copies], tokens)
         else:
             for step in self._steps(
-                prompts, request, logprobs=logprobs, timing=timing, first_sample=first_sample
+                prompts, request, logprobs=logprobs, timing=timing, draws=draws
             ):
                 for place, row in enumerate(step.rows):
                     found[row].push(step.tokens[place], step.reasons[place])
@@ -390,7 +409,7 @@ class Generator:
                 tokens=continuation.tokens,
                 prompt_tokens=len(prompts[row // copies]),
                 finish_reason=continuation.reason or "length",
-                seed=options.seed if options.samples else None,
+                seed=None if draws is None else draws[row // copies].seed,
                 logprobs=scores[row] if logprobs else None,
             )
             for row, continuation in enumerate(found)
@@ -403,7 +422,7 @@ class Generator:
         *,
         logprobs: bool,
         timing: Timing | None,
-        first_sample: int = 0,
+        draws: Sequence[Draw] | None,
     ) -> Iterator[Step]:
         new, room = request.options.max_new_tokens, self.model.config.n_positions
         if new == 0:
@@ -421,8 +440,8 @@ class Generator:
                 request.criteria,
                 slides=self.window == "slide",
                 logprobs=logprobs,
-                vocab_size=self.tokenizer.vocab_size,
-                first_sample=first_sample,
+                vocab_size=self._allowed,
+                draws=draws,
                 timing=timing,
             ),
             start=1,
@@ -479,10 +498,11 @@ class TextStream(Iterator[str]):
         steps: Iterator[Step],
         tokenizer: Tokenizer,
         request: _Request,
+        seed: int | None,
     ):
         self.prompt = prompt
         self.prompt_tokens = prompt_tokens
-        self.seed = request.options.seed if request.options.samples else None
+        self.seed = seed
         self._steps = steps
         self._continuation = _Continuation(tokenizer, request)
 

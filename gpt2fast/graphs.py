@@ -131,7 +131,9 @@ class Ahead:
         uniforms = None
         if self._numbers is not None:
             # Rows that nobody looks at have to choose something, too.
-            uniforms = torch.zeros(steps.rows, count, device=steps.tokens.device)
+            uniforms = torch.zeros(
+                steps.rows, count, dtype=torch.float32, device=steps.tokens.device
+            )
             rows = torch.tensor(self._rows, device=steps.tokens.device)
             uniforms[rows] = self._numbers.take(count)
         chosen, done = steps.run(count, uniforms), None
@@ -218,7 +220,7 @@ class Steps:
         """(B,) the newest token of each row, not in the cache yet."""
         # What a step adds to lengths and positions: 1, of padding 0.
         self._growth = torch.zeros_like(self.tokens)
-        self._uniform = torch.zeros(rows, device=device) if samples else None
+        self._uniform = torch.zeros(rows, dtype=torch.float32, device=device) if samples else None
         self._history = self.tokens.new_empty((rows, 0))
         self._stream: torch.cuda.Stream | None = None
         self._weights: list[Tensor] = _weights(model)

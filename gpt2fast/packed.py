@@ -145,11 +145,11 @@ class PackedGPT2(nn.Module):
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if targets is not None:
-            kept = torch.arange(time)
+            kept = torch.arange(time, device="cpu")
         elif isinstance(logits_to_keep, Tensor):
-            kept = torch.arange(time)[logits_to_keep]
+            kept = torch.arange(time, device="cpu")[logits_to_keep]
         else:
-            kept = torch.arange(time)[-logits_to_keep if logits_to_keep else 0 :]
+            kept = torch.arange(time, device="cpu")[-logits_to_keep if logits_to_keep else 0 :]
         mask = None if attention_mask is None else attention_mask.bool()
         if mask is not None and is_known_full(mask):
             mask = None
@@ -157,7 +157,7 @@ class PackedGPT2(nn.Module):
         if cache is None:
             cache = self.new_cache(batch, time, torch.float32)
         check_cache(self.config, cache, batch)
-        steps = torch.arange(time)
+        steps = torch.arange(time, device="cpu")
         positions = steps if fresh else cache.positions[:, None] + steps
         if position_ids is not None:
             positions = position_ids
@@ -165,7 +165,7 @@ class PackedGPT2(nn.Module):
         positions = positions.expand(batch, time)
         counts = None if mask is None else mask.sum(1)
         cache.reserve(time, counts)
-        real = torch.ones(batch, time, dtype=torch.bool) if mask is None else mask
+        real = torch.ones(batch, time, dtype=torch.bool, device="cpu") if mask is None else mask
         # Where each kept position's token stands among the real ones.
         order = real.flatten().cumsum(0).view(batch, time)[:, kept] - 1
         shown = real[:, kept]
@@ -204,12 +204,12 @@ class PackedGPT2(nn.Module):
         flat = torch.cat([row[len(row) - n :] for row, n in zip(tokens, counts, strict=True)])
         check_tokens(config, flat)
         positions = torch.cat(
-            [torch.arange(at, at + n) for at, n in zip(offsets, counts, strict=True)]
+            [torch.arange(at, at + n, device="cpu") for at, n in zip(offsets, counts, strict=True)]
         )
         check_positions(config, positions[:, None])
-        each = None if min(counts) == longest else torch.tensor(counts)
+        each = None if min(counts) == longest else torch.tensor(counts, device="cpu")
         cache.reserve(longest, each)
-        ends = torch.tensor(counts).cumsum(0)
+        ends = torch.tensor(counts, device="cpu").cumsum(0)
         logits = self._run(flat, positions, counts, cache, ends - 1)
         cache.advance(longest, each, positions[ends - 1] + 1)
         return logits
@@ -233,7 +233,7 @@ class PackedGPT2(nn.Module):
         check_positions(self.config, positions[:, None])
         check_cache(self.config, cache, len(tokens))
         cache.reserve(1)
-        numbers = torch.arange(len(tokens) + 1)
+        numbers = torch.arange(len(tokens) + 1, device="cpu")
         logits = ops.packed_step(
             self.weights,
             cache.k,
@@ -324,11 +324,11 @@ class PackedGPT2(nn.Module):
         found = []
         outputs, order = outputs.sort()
         for pieces in _blocks(counts):
-            rows = torch.tensor([row for row, _, _, _ in pieces])
-            sizes = torch.tensor([end - begin for _, begin, end, _ in pieces])
+            rows = torch.tensor([row for row, _, _, _ in pieces], device="cpu")
+            sizes = torch.tensor([end - begin for _, begin, end, _ in pieces], device="cpu")
             first = pieces[0][3]
             last = first + int(sizes.sum())
-            done = torch.tensor([begin for _, begin, _, _ in pieces])
+            done = torch.tensor([begin for _, begin, _, _ in pieces], device="cpu")
             wanted = outputs[(outputs >= first) & (outputs < last)] - first
             logits = ops.packed_step(
                 self.weights,
@@ -345,7 +345,7 @@ class PackedGPT2(nn.Module):
             )
             found.append(logits)
         if not found:  # every token is masked
-            return torch.empty(0, self.config.vocab_size)
+            return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device="cpu")
         return torch.cat(found)[order.argsort()]
 
 

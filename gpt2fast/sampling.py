@@ -56,7 +56,7 @@ class SamplingOptions:
     num_return_sequences: int = 1
     """Continuations for each prompt."""
     seed: int | None = None
-    """What the draws depend on; None takes one from torch's global generator."""
+    """What the draws depend on; None takes one from torch's global generator for each prompt."""
 
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, low=0)
@@ -126,21 +126,58 @@ class SamplingOptions:
         }
 
 
-def uniforms(seed: int, samples: range) -> Iterator[Tensor]:
-    """The random numbers of these continuations of one prompt, on the CPU.
+@dataclass(frozen=True)
+class Draw:
+    """Where the random numbers of a continuation come from."""
 
-    The number of sample i at step t depends on `seed`, i and t only: more samples or more steps
-    change none of the others, and every prompt of a batch gets the same ones as alone.
+    seed: int
+    sample: int
+    """Its number among the samples that this seed gives of its prompt."""
+
+    def after(self, samples: int) -> Draw:
+        """The one of the sample so many later."""
+        return Draw(self.seed, self.sample + samples)
+
+
+class Draws:
+    """Hands every prompt of a call the draw of its first continuation.
+
+    With a seed, a prompt that came before goes on with the samples that follow, so that rows are
+    drawn independently and a prompt's first row is what the prompt gives alone. Without one, every
+    prompt gets a seed of its own from torch's global generator.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def take(self, prompt: Sequence[int], seed: int | None, samples: int) -> Draw:
+        """The draw of the first of the next `samples` continuations of `prompt`."""
+        if seed is None:
+            return Draw(draw_seed(), 0)
+        key = (seed, tuple(prompt))
+        first = self._taken.get(key, 0)
+        self._taken[key] = first + samples
+        return Draw(seed, first)
+
+
+def uniforms(draws: Sequence[Draw]) -> Iterator[Tensor]:
+    """The random numbers of these continuations, on the CPU.
+
+    The number of a draw at step t depends on its seed, its sample and t only: more samples or more
+    steps change none of the others, and every prompt of a batch gets the same ones as alone.
 
     Returns:
-        Without end, blocks (samples, steps) float32 in [0, 1), each for the next steps.
+        Without end, blocks (draws, steps) float32 in [0, 1), each for the next steps.
     """
     # torch's CPU generator reads 32 bits of its seed; hashing spreads all of ours over them.
-    seeds = [random.Random(f"{seed}/{index}").getrandbits(32) for index in samples]
-    generators = [torch.Generator().manual_seed(mixed) for mixed in seeds]
+    seeds = [random.Random(f"{draw.seed}/{draw.sample}").getrandbits(32) for draw in draws]
+    generators = [torch.Generator("cpu").manual_seed(mixed) for mixed in seeds]
     while True:
         yield torch.stack(
-            [torch.rand(_BLOCK, generator=generator, device="cpu") for generator in generators]
+            [
+                torch.rand(_BLOCK, generator=generator, dtype=torch.float32, device="cpu")
+                for generator in generators
+            ]
         )
 
 
@@ -148,17 +185,17 @@ class Numbers:
     """The random numbers of the continuations that still run, step after step.
 
     Args:
-        seed: of `uniforms`.
-        samples: the number of each row's continuation among its prompt's.
+        draws: of each row.
         device: where the numbers are wanted.
     """
 
-    def __init__(self, seed: int, samples: Sequence[int], device: torch.device):
-        first = min(samples)
-        self._blocks = uniforms(seed, range(first, max(samples) + 1))
-        self._rows = torch.tensor([sample - first for sample in samples], device="cpu")
+    def __init__(self, draws: Sequence[Draw], device: torch.device):
+        # Rows of different prompts may share a draw.
+        places = {draw: place for place, draw in enumerate(dict.fromkeys(draws))}
+        self._blocks = uniforms(list(places))
+        self._rows = torch.tensor([places[draw] for draw in draws], device="cpu")
         self._device = device
-        self._left = torch.empty(len(samples), 0, device=device)
+        self._left = torch.empty(len(draws), 0, dtype=torch.float32, device=device)
 
     def take(self, count: int) -> Tensor:
         """(rows, count) float32: the numbers of each row's next steps."""
@@ -176,7 +213,7 @@ class Numbers:
 
 def draw_seed() -> int:
     """A fresh seed from torch's global generator, so that `torch.manual_seed` fixes it."""
-    return int(torch.randint(2**31, ()))
+    return int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))
 
 
 def _or(value: float | None, neutral: float) -> float:

@@ -11,6 +11,7 @@ from gpt2fast import GPT2, Error, GPT2Config
 from gpt2fast.decoding import Context, Timing
 from gpt2fast.errors import GenerationError
 from gpt2fast.generator import Generation, Generator
+from gpt2fast.sampling import Draw, uniforms
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
 
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.9, "seed": 5}
@@ -219,6 +220,78 @@ def test_samples_follow_the_models_distribution(model):
     common = expected > 5
     chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
     assert chi_square < common.sum() + 5 * (2 * common.sum()) ** 0.5
+
+
+EQUAL_ROWS = {"do_sample": True, "max_new_tokens": 8, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_equal_rows_are_the_samples_of_their_prompt(model, packed):
+    decoder = model.pack() if packed and model.can_be_packed() else model
+    prompt, other = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])
+    samples = decoder.generate(prompt, num_return_sequences=4, seed=3, **EQUAL_ROWS)
+    assert len(samples.unique(dim=0)) == 4
+    rows = decoder.generate(prompt.expand(4, -1), seed=3, **EQUAL_ROWS)
+    assert torch.equal(rows, samples)
+    # With company, several samples each, and padding, which makes equal rows look unlike.
+    batch = torch.cat([prompt, other, prompt])
+    company = decoder.generate(batch, num_return_sequences=2, seed=3, **EQUAL_ROWS)
+    assert torch.equal(company[[0, 1, 4, 5]], samples)
+    padded = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0], [0, 4, 5, 6]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1]])
+    drawn = decoder.generate(padded, mask, seed=3, **EQUAL_ROWS)
+    assert torch.equal(drawn[:2, 4:], samples[:2, 3:])
+    assert torch.equal(drawn[2, 4:], company[2, 3:])
+
+
+def test_rows_without_a_seed_are_drawn_independently(model):
+    # Every token is as likely as every other after any prompt.
+    uniform = small_model()
+    with torch.no_grad():
+        uniform.wte.weight.zero_()
+    torch.manual_seed(2)
+    alone = uniform.generate(torch.tensor([[1, 2]]), **EQUAL_ROWS)
+    for rows in (torch.tensor([[1, 2]]).expand(5, -1), torch.arange(1, 11).view(5, 2)):
+        torch.manual_seed(2)
+        drawn = uniform.generate(rows, **EQUAL_ROWS)
+        assert len(drawn[:, 2:].unique(dim=0)) == 5
+        assert torch.equal(drawn[:1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_no_draw_and_no_beam(model, dtype):
+    packed = model.quantize("int8", calibration=None) if model.can_be_packed() else model
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def everything():
+        return [
+            decoder.generate(prompt, max_new_tokens=12, **options)
+            for decoder in (model, packed)
+            for options in (SAMPLING, {**SAMPLING, **PENALTIES}, BEAMS)
+        ]
+
+    expected = everything()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = everything()
+        uniform = next(uniforms([Draw(1, sample) for sample in range(400)]))
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    # 102,400 draws out of 500 equally likely tokens leave none out; with the 8 or 11 bits of a half
+    # type's numbers they would.
+    assert len((uniform.double() * 500).long().unique()) == 500
+
+
+def test_torchs_default_device_changes_no_draw(model):
+    prompt = torch.tensor([[1, 2, 3]])
+    expected = model.generate(prompt, **SAMPLING)
+    with torch.device("meta"):
+        found = model.generate(prompt, **SAMPLING)
+        unseeded = model.generate(prompt, do_sample=True)
+    assert torch.equal(found, expected)
+    assert unseeded.device.type == "cpu"
 
 
 def test_temperature_zero_is_greedy(model):
@@ -471,7 +544,27 @@ def test_many_prompts_give_what_each_gives_alone(generator):
     results = generator(prompts, max_new_tokens=12, seed=3)
     assert [result.prompt for result in results] == prompts
     for number in (0, 16, 31, 32, 33, 69):
-        assert results[number] == generator(prompts[number], max_new_tokens=12, seed=3)
+        # The prompts come around again and again: each time it is the next sample.
+        samples = generator(prompts[number], max_new_tokens=12, seed=3, num_return_sequences=5)
+        assert results[number] == samples[number // 17]
+
+
+def test_equal_prompts_have_unequal_texts(generator):
+    options = {"max_new_tokens": 12, "eos_token_id": None}
+    samples = generator("The cat", seed=3, num_return_sequences=70, **options)
+    assert len({tuple(sample.tokens) for sample in samples}) == 70
+    # More than are computed at once, with another prompt among them.
+    prompts = ["The cat"] * 40 + ["The dog"] + ["The cat"] * 30
+    results = generator(prompts, seed=3, **options)
+    assert results[:40] + results[41:] == samples
+    assert results[40] == generator("The dog", seed=3, **options)
+    pairs = generator(["The cat"] * 35, seed=3, num_return_sequences=2, **options)
+    assert [one for pair in pairs for one in pair] == samples
+    unseeded = generator(["The cat"] * 40, **options)
+    assert len({tuple(result.tokens) for result in unseeded}) == 40
+    # Each can be had again from the seed that it names.
+    for result in unseeded[::13]:
+        assert generator("The cat", seed=result.seed, **options) == result
 
 
 @pytest.mark.parametrize(

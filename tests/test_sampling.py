@@ -12,7 +12,7 @@ from gpt2fast import ops
 from gpt2fast.errors import GenerationError
 from gpt2fast.ops import sampling as processors
 from gpt2fast.ops.native import unavailable
-from gpt2fast.sampling import SamplingOptions, uniforms
+from gpt2fast.sampling import Draw, SamplingOptions, uniforms
 
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -398,7 +398,7 @@ def test_native_checks_what_it_is_given():
 def test_random_numbers_depend_on_seed_sample_and_step_only():
     def numbers_of(seed, samples, steps=600):
         found = torch.empty(len(samples), 0)
-        blocks = uniforms(seed, samples)
+        blocks = uniforms([Draw(seed, sample) for sample in samples])
         while found.shape[1] < steps:
             found = torch.cat([found, next(blocks)], dim=1)
         return found[:, :steps]
