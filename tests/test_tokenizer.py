@@ -24,6 +24,7 @@ from gpt2fast.tokenizer import (
     Tokenizer,
 )
 from gpt2fast.tokenizer.merges import BYTE_TO_CHAR
+from gpt2fast.tokenizer.streams import PIECE, short_words
 
 TRAINING_TEXT = (
     "It was the best of times, it was the worst of times; I'd say it's 1859,\n"
@@ -708,3 +709,52 @@ def test_a_character_vocabulary_is_readable_and_survives_saving(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.json").unlink()
     assert Tokenizer.from_pretrained(tmp_path).fingerprint() == tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("vocab_size", [300, 700])
+def test_training_on_ordinary_text_finds_the_merges_of_the_tokenizers_library(vocab_size):
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import models, pre_tokenizers, trainers
+
+    # Words of just the longest length that is looked at whole are among them.
+    text = TRAINING_TEXT.replace(END_OF_TEXT, " ") + 3 * (" " + "ab" * 256 + " " + "=" * 512 + "\n")
+    theirs = HFTokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=sorted(BYTE_TO_CHAR.values()),
+    )
+    theirs.train_from_iterator([text], trainer)
+    ours = BPETokenizer.train([text], vocab_size)
+    vocab = theirs.get_vocab()
+    assert (
+        ours.fingerprint()
+        == BPETokenizer(
+            vocab | {END_OF_TEXT: len(vocab)},
+            [" ".join(merge) for merge in json.loads(theirs.to_str())["model"]["merges"]],
+            [AddedToken(END_OF_TEXT, id=len(vocab))],
+        ).fingerprint()
+    )
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "字", "7", "?", " ", "\n", "a?", "a b ", "é1 "]),
+                  st.sampled_from([1, 2, 255, 256, 257, 511, 512, 513, 1024, 1500])),
+        max_size=6,
+    )
+)  # fmt: skip
+def test_training_sees_no_long_word_and_all_of_the_text(runs):
+    from tokenizers import pre_tokenizers
+
+    text = "".join(part * (count // len(part)) for part, count in runs)
+    pieces = list(short_words([text]))
+    assert "".join(pieces) == text
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    if text:
+        found = [end - begin for piece in pieces for _, (begin, end) in words(piece)]
+        assert max(found) <= PIECE + 1  # and a space before it
+        if max(end - begin for _, (begin, end) in words(text)) < PIECE:
+            assert pieces == [text]

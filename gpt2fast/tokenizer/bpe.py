@@ -13,7 +13,7 @@ from ..errors import TokenizerError
 from .added_tokens import END_OF_TEXT, WHITESPACE, AddedToken
 from .base import Tokenizer
 from .merges import BYTE_TO_CHAR, merge_ranks, token_bytes
-from .streams import ordinary_text
+from .streams import ordinary_text, short_words
 
 # GPT-2's pattern in the form that does not backtrack, which matches the same (OpenAI's r50k_base).
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -83,7 +83,8 @@ class BPETokenizer(Tokenizer):
 
         The texts are one stream: how it is cut into pieces makes no difference. `<|endoftext|>` in
         it separates documents, and is the last id. A small text may not have enough repeated pairs
-        for `vocab_size`; the vocabulary is then smaller.
+        for `vocab_size`; the vocabulary is then smaller. Of a word of more than 512 characters (a
+        genome, base64, a line of ====) pieces of 512 are looked at; other texts have no such words.
 
         Raises:
             TokenizerError: vocab_size has no room for the 256 bytes and `<|endoftext|>`.
@@ -104,7 +105,7 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
             initial_alphabet=sorted(BYTE_TO_CHAR.values()),
         )
-        trained.train_from_iterator(ordinary_text(texts), trainer)
+        trained.train_from_iterator(short_words(ordinary_text(texts)), trainer)
         model = json.loads(trained.to_str())["model"]
         vocab = model["vocab"]
         end_of_text = AddedToken(END_OF_TEXT, id=len(vocab))
