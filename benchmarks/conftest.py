@@ -8,6 +8,7 @@ picture.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import statistics
@@ -42,7 +43,33 @@ _PAIRS = pytest.StashKey[list[Pair]]()
 _ROWS = pytest.StashKey[list[contest.Row]]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+_MISSING = 'pytest-benchmark is missing; install it with pip install -e ".[bench]"'
+_OPTIONS = [
+    "only",
+    "skip",
+    "disable",
+    "enable",
+    "disable-gc",
+    "json",
+    "save",
+    "autosave",
+    "compare",
+    "columns",
+    "sort",
+]
+
+
+class _Refuse(argparse.Action):
+    """What an option of pytest-benchmark does where that is not there."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        raise pytest.UsageError(f"{self.option_strings[0]}: {_MISSING}")
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("benchmark"):
+        for name in _OPTIONS:
+            parser.addoption(f"--benchmark-{name}", action=_Refuse, nargs="?")
     parser.addoption(
         "--table", type=Path, metavar="FILE.json", help="keep the comparisons, also as .md and .png"
     )
@@ -54,6 +81,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_PAIRS] = []
     config.stash[_ROWS] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What compares by pytest-benchmark's clock cannot do without it; `compete` can."""
+    if config.pluginmanager.hasplugin("benchmark"):
+        return
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "benchmark" in fixtures and "compete" not in fixtures:
+            raise pytest.UsageError(f"{item.nodeid}: {_MISSING}")
 
 
 @pytest.fixture

@@ -44,6 +44,37 @@ def test_links_lead_somewhere():
         assert (NOTEBOOK.parent / target).exists(), target
 
 
+def first_cell() -> str:
+    return "".join(CODE[0]["source"])
+
+
+def test_without_any_text_the_first_cell_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GPT2FAST_DATA", raising=False)
+    with pytest.raises(SystemExit, match="There is no text here: set TEXT"):
+        exec(first_cell(), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_cell_takes_a_text_or_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GPT2FAST_DATA", raising=False)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "simulator.md").write_text("documentation")
+    (tmp_path / "mine.txt").write_text("a text of mine")
+    for assignment, text in (("TEXT = None", "documentation"), ('TEXT = "mine.txt"', "a text")):
+        exec(first_cell().replace("TEXT = None", assignment), {})
+        assert text in capsys.readouterr().out
+    monkeypatch.setenv("GPT2FAST_DATA", str(tmp_path))
+    (tmp_path / "tinyshakespeare.txt").write_text("First Citizen:")
+    exec(first_cell(), {})
+    assert (tmp_path / "first_model" / "book.txt").read_text() == "First Citizen:"
+
+
 @pytest.mark.slow
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     matplotlib = pytest.importorskip("matplotlib", reason="needs gpt2fast[logs]")
