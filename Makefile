@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: setup check format test docs kernels bench gpu-check constraints
+.PHONY: setup check format test test-fast docs kernels bench gpu-check constraints
 
 setup: .venv/ready  ## an environment to develop in
 
@@ -22,6 +22,9 @@ format: .venv/ready  ## rewrite the source in the house's format
 
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadfile tests
+
+test-fast: .venv/ready  ## the quick part of it, in two minutes
+	GPT2FAST_TEST_FAST=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests
 
 docs: .venv/ready  ## the API reference, in build/docs
 	$(BIN)/python docs/reference.py

@@ -9,12 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
+import rotation
+
 # The tests' tensors are small: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_CLOCK = rotation.Clock()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return rotation.header(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rotation.select(config, items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if item.config.pluginmanager.hasplugin("timeout"):
+        _CLOCK.set_limit(item)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,145 @@
+"""Which tests run: a part of the many combinations a day, all of them when asked; and how long.
+
+    GPT2FAST_TEST_DAY=20780    the part of that day, as the header of a run names it
+    GPT2FAST_TEST_ALL=1        every combination; so does any -m of one's own, or a test named by ::
+    GPT2FAST_TEST_FAST=1       what `make test-fast` runs: fewer combinations, and no long tests
+
+A part goes by a test's name and the day alone: after as many days as there are parts every
+combination has run, and a failure is repeated with its day.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+
+import pytest
+import torch
+
+# Tests with many combinations, and into how many parts they are cut. What is one test in each of
+# several backends and dtypes is cut, too: neighbouring combinations find most of each other's bugs.
+PARTS = {
+    "test_embedding.py::test_matches_torch": 3,
+    "test_cross_entropy.py::test_matches_torch_at_odd_shapes": 3,
+    "test_cross_entropy.py::test_never_holds_all_logits": 2,
+    "test_attention.py::test_matches_torch_at_odd_shapes": 3,
+    "test_attention.py::test_matches_torch_on_a_long_sequence": 3,
+    "test_attention.py::test_against_a_cache_equals_attention_over_the_whole_sequence": 3,
+    "test_layer_norm.py::test_matches_torch_at_odd_shapes": 2,
+    "test_mlp.py::test_gelu_mlp_matches_torch_at_odd_shapes": 2,
+    "test_cache.py::test_appending_to_views": 2,
+    "test_triton_decode.py::test_a_step_matches_the_reference": 2,
+    "test_triton_compiles.py::test_every_kernel_compiles": 2,
+    "test_training.py::test_flag_changes_the_outcome": 2,
+    "test_distributed.py::test_a_run_goes_on_with_another_number_of_processes": 3,
+    "test_distributed.py::test_two_processes_train_as_one": 3,
+    "test_quantization.py::test_the_bundled_model_passes_the_gate": 2,
+    "test_model.py::test_the_four_real_sizes_build_and_match": 2,
+}
+# What test-fast leaves out: processes that start others, compilers, whole models.
+LONG = (
+    "test_distributed.py", "test_kills.py", "test_triton_compiles.py", "test_readme.py",
+    "test_build.py", "test_native_training.py", "test_bundled_model.py", "test_cuda_build.py",
+    "test_planted_bugs.py", "test_tuning.py", "simulator/", "passes_opcheck", "pass_opcheck",
+    "test_killed", "test_flag_changes", "test_a_reader_that_goes", "bundled_model_passes",
+    "four_real_sizes", "on_a_long_sequence", "never_holds_all_logits", "large_vocabulary",
+)  # fmt: skip
+FAST_PARTS = 4
+"""Into how many parts test-fast cuts the ops' tests."""
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def day() -> int:
+    """Days since 1970, or the day that GPT2FAST_TEST_DAY names."""
+    named = os.environ.get("GPT2FAST_TEST_DAY")
+    return int(named) if named else int(time.time()) // 86400
+
+
+def takes_all(config: pytest.Config) -> bool:
+    """Whether every combination was asked for."""
+    return (
+        _is_set("GPT2FAST_TEST_ALL")
+        or config.option.markexpr not in ("", "not slow")
+        or any("::" in argument for argument in config.args)
+    )
+
+
+def runs_today(name: str, today: int, fast: bool = False) -> bool:
+    """Whether a test is in the part of that day.
+
+    Args:
+        name: its node id.
+        today: what `day` gives.
+        fast: whether it is to be left out if it is long.
+    """
+    parts = next((count for test, count in PARTS.items() if test in name), 1)
+    if fast:
+        if any(test in name for test in LONG):
+            return False
+        if "/ops/" in name and "[" in name:
+            parts = max(parts, FAST_PARTS)
+    return (zlib.crc32(name.encode()) + today) % parts == 0
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave those of `items` out that are another day's."""
+    fast = _is_set("GPT2FAST_TEST_FAST")
+    if not fast and takes_all(config):
+        return
+    today = day()
+    kept = [item for item in items if runs_today(item.nodeid, today, fast)]
+    if len(kept) < len(items):
+        chosen = {id(item) for item in kept}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+        items[:] = kept
+
+
+def header(config: pytest.Config) -> str:
+    """What a run's header says of it."""
+    if takes_all(config) and not _is_set("GPT2FAST_TEST_FAST"):
+        return "combinations: all"
+    return f"combinations: the part of GPT2FAST_TEST_DAY={day()} (GPT2FAST_TEST_ALL=1 runs all)"
+
+
+QUIET = 0.05
+"""Seconds that `_work` takes on a quiet core of some years ago."""
+LIMIT = 300.0
+"""Seconds that a test may take on such a core; a hang is a failure."""
+
+
+def _work() -> float:
+    begin = time.perf_counter()
+    total, matrix = 0, torch.ones(64, 64)
+    for i in range(300_000):
+        total += i & 7
+        if i % 1000 == 0:
+            matrix @ matrix
+    return time.perf_counter() - begin
+
+
+class Clock:
+    """How much slower than a quiet core this machine is now, measured once a minute."""
+
+    def __init__(self) -> None:
+        self._measured = -60.0
+        self._slowness = 1.0
+
+    def slowness(self) -> float:
+        """At least 1; the load counts as well, since a test's processes share what there is."""
+        if time.monotonic() - self._measured >= 60.0:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+            load = os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else 1.0
+            self._slowness = max(1.0, _work() / QUIET, load)
+            self._measured = time.monotonic()
+        return self._slowness
+
+    def set_limit(self, item: pytest.Item) -> None:
+        """Give a test its own limit, or the usual one, as many times longer."""
+        marker = item.get_closest_marker("timeout")
+        seconds = LIMIT if marker is None else marker.args[0] if marker.args else LIMIT
+        if seconds:
+            item.add_marker(pytest.mark.timeout(seconds * self.slowness()), append=False)
