@@ -115,6 +115,25 @@ def test_the_page_holds_curves_and_tables_and_fetches_nothing(two, tmp_path, cap
     assert "best validation" in shown and str(tmp_path / "page.html") in shown
 
 
+def test_no_label_is_cut_off_at_the_edge_of_its_chart(two, tmp_path):
+    page_of(two, tmp_path)
+    source = (tmp_path / "page.html").read_text()
+    charts = re.findall(
+        r'<svg[^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*aria-label.*?</svg>', source, re.S
+    )
+    drawn = re.findall(r"<svg[^>]*aria-label.*?</svg>", source, re.S)
+    assert len(charts) == len(drawn) == 15
+    for (width, height), chart in zip(charts, drawn, strict=True):
+        labels = re.findall(
+            r'<text [^>]*?font-size: ([\d.]+)px[^>]*? x="([\d.]+)" y="([\d.]+)"', chart
+        )
+        assert labels
+        for size, x, y in labels:
+            assert 0 < float(x) < float(width)
+            # Letters reach up to their size above the line that they stand on, and a third below.
+            assert 0.7 * float(size) < float(y) < float(height) - 0.3 * float(size)
+
+
 def test_names_in_the_page_are_unique_and_refer_to_something(two, tmp_path):
     page = page_of(two, tmp_path)
     names = [a["id"] for _, a in page.elements if "id" in a]

@@ -66,7 +66,7 @@ def points(run: Run, metric: str, axis: str) -> tuple[list[float], list[float]]:
 def svg(runs: Sequence[Run], metric: str, axis: str) -> str:
     """One chart as an <svg> element for a page that says which colour is which run."""
     with _matplotlib() as figure_of:
-        figure = figure_of(figsize=(6.4, 3.4))
+        figure = figure_of(figsize=(6.4, 3.4), layout="constrained")
         _draw(figure.add_subplot(), runs, metric, axis)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
