@@ -19,5 +19,10 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Print a line about the work on standard error."""
+    complain(f"note: {text}")
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, unless the terminal has been closed."""
     with suppress(OSError):
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from .arguments import ParagraphFormatter, did_you_mean
 from .errors import ArgumentError, ConfigError, Error
 from .files import atomic_write_text
+from .output import complain
 
 if TYPE_CHECKING:
     from .training.config import TrainConfig
@@ -235,9 +236,9 @@ def _underscored(argument: str) -> str:
 def _tell(error: Error) -> None:
     """Report a failure; one of several processes says which it is, and tells torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return
-    print(f"error: [process {os.environ['RANK']}] {error}", file=sys.stderr)
+    complain(f"error: [process {os.environ['RANK']}] {error}")
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         atomic_write_text(
@@ -263,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(config, resume)
         except Interrupted as stop:
             if is_main_process():
-                print(stop, file=sys.stderr)
+                complain(str(stop))
             return 128 + stop.signum
         except FailedElsewhere:
             return 1
@@ -272,10 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(error)
         return 2 if isinstance(error, (ArgumentError, ConfigError)) else 1
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        complain("stopped")
         return 130
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import OneLineParser, ParagraphFormatter
 from .errors import ConfigError, Error
-from .output import say
+from .output import complain, say
 
 if TYPE_CHECKING:
     from .tuning.study import Settings
@@ -139,18 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             study = tune(settings)
         except Stopped as stop:
-            print(stop, file=sys.stderr)
+            complain(str(stop))
             return 128 + stop.signum
         _tell(study, settings)
         return _code(study, settings)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except (Error, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
+        complain("stopped; the same command goes on where it was")
         return 130
 
 

@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import pty
 import random
+import select
 import shlex
 import shutil
 import signal
@@ -29,6 +31,7 @@ from gpt2fast.training import Interrupted, TrainConfig, TrainingError, checkpoin
 from gpt2fast.training.columns import COLUMNS
 from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
+from gpt2fast.training.interrupt import SignalWatch
 from gpt2fast.training.log import RunLog
 from gpt2fast.training.optimizer import Optimizers
 from gpt2fast.training.schedule import learning_rate
@@ -679,7 +682,10 @@ def test_resuming_at_any_step_equals_the_straight_run(config, tmp_path, at, monk
     assert outcome(Path(config.out)) == outcome(Path(straight.out))
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_signal_saves_a_checkpoint_and_says_how_to_go_on(config, signum, code):
     out = Path(config.out)
     process = start(settings_of(config, max_steps=100_000, checkpoint_interval=5, log_interval=500))
@@ -695,6 +701,42 @@ def test_signal_saves_a_checkpoint_and_says_how_to_go_on(config, signum, code):
     config, resume = command.parse(["--resume", str(out), "--max-steps", str(step + 2)])
     assert resume == stopped
     assert train(config, resume).steps == step + 2
+
+
+def test_a_closed_terminal_saves_a_checkpoint(config):
+    """The terminal takes no more lines by then, and nobody is left to read an error."""
+    out = Path(config.out)
+    arguments = settings_of(config, max_steps=100_000, checkpoint_interval=5, log_interval=500)
+    root = str(Path(__file__).parent.parent)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["PYTHONPATH"] = root
+        os.execv(sys.executable, [sys.executable, "-m", "gpt2fast.train", *arguments])
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "step-00000005").exists():
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 1 << 16)
+        assert time.monotonic() < deadline
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 128 + signal.SIGHUP
+    stopped = checkpoint.find_checkpoint(out)
+    step = checkpoint.load_state(stopped)["position"]["step"]
+    config, resume = command.parse(["--resume", str(out), "--max-steps", str(step + 1)])
+    assert train(config, resume).steps == step + 1
+
+
+def test_a_run_under_nohup_goes_on_when_the_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalWatch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert watch.received is None
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert watch.received == signal.SIGUSR2
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_interrupted_evaluation_is_made_up_for_on_resuming(config, monkeypatch):

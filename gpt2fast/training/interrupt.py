@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, not in the middle of one."""
+"""Signals that ask a process to end stop a run between two steps, not in the middle of one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import Any
 
 _SAME_WISH = 1.0
 """Seconds."""
+# Ctrl-C; kill and service managers; a terminal that was closed; SLURM's --signal and the like; a
+# limit of processor time. Windows has the first two.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""Signals that save a checkpoint and end the run."""
 
 
 class Interrupted(Exception):
@@ -30,7 +35,8 @@ class SignalWatch:
 
     The first signal only sets `.received`. One within a second is the same wish (torchrun passes on
     a Ctrl-C that the terminal has sent to all); a later one acts at once, as it would without this.
-    Outside the main thread, where Python allows no handlers, it watches nothing.
+    A SIGHUP that is ignored, as under nohup, stays ignored. Outside the main thread, where Python
+    allows no handlers, it watches nothing.
     """
 
     def __init__(self) -> None:
@@ -40,8 +46,10 @@ class SignalWatch:
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._receive)
+            for signum in STOPPING:
+                ignored = signal.getsignal(signum) == signal.SIG_IGN
+                if not ignored or signum in (signal.SIGINT, signal.SIGTERM):
+                    self._previous[signum] = signal.signal(signum, self._receive)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

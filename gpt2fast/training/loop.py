@@ -70,7 +70,7 @@ def train(
 
     Raises ConfigError or DataError before the first step for a mistake in settings or data,
     TrainingError when the loss stops being finite, memory runs out or a file cannot be written,
-    and Interrupted after SIGINT or SIGTERM, when a checkpoint has been saved.
+    and Interrupted after a signal of `interrupt.STOPPING`, when a checkpoint has been saved.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)

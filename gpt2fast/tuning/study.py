@@ -95,7 +95,7 @@ def tune(settings: Settings, train: Train = train) -> Study:
     Raises:
         ConfigError: settings, space, storage or folder are wrong, or another study's.
         StudyError: the storage fails, or one trial after the other.
-        Stopped: SIGINT or SIGTERM; the trial that ran is queued again.
+        Stopped: a signal of `interrupt.STOPPING`; the trial that ran is queued again.
     """
     require_optuna()
     with storage_failures_explained():
