@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .openmp import spin_briefly_if_busy
+
 if TYPE_CHECKING:
     from .cache import KVCache
     from .config import PRESETS, GPT2Config
@@ -38,6 +40,8 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "backend": "ops.backend",
 }
+
+spin_briefly_if_busy()
 
 _ROOMS = ("data", "evaluation", "lora", "nn", "ops", "quantization", "training", "tuning")
 

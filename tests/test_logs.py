@@ -26,6 +26,7 @@ from gpt2fast.training import TrainConfig, flops, train
 from gpt2fast.training.columns import COLUMNS
 from gpt2fast.training.histogram import BINS, histogram
 from gpt2fast.training.log import RunLog, check_logs, open_logs, read_rows
+from gpt2fast.training.reporter import Reporter
 from gpt2fast.training.text_samples import prompt_for, sample_text
 
 
@@ -131,6 +132,29 @@ def test_utilisation_is_filled_in(config, tmp_path):
     assert "utilisation" not in logs.row(make_row(10, tokens_per_second=None))
     logs.close()
     assert csv_rows(tmp_path)[0]["utilisation"] == "0.25"
+
+
+def test_a_share_above_the_peak_is_left_out(config, tmp_path):
+    logs = open_logs(config, tmp_path, None, flops_per_token=2e9, peak_flops=0.5e12)
+    assert logs.is_above_peak(make_row(10))  # twice what the machine can do
+    assert "utilisation" not in logs.row(make_row(10))
+    logs.hold_against(4e12)
+    assert not logs.is_above_peak(make_row(20))
+    assert logs.row(make_row(20))["utilisation"] == pytest.approx(0.25)
+    logs.close()
+    assert [row["utilisation"] for row in csv_rows(tmp_path)] == ["", "0.25"]
+
+
+def test_a_peak_that_the_run_is_above_is_measured_again(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, out=str(tmp_path))
+    peaks = iter([flops.Peak(1.0, "a busy moment"), flops.Peak(1e18, "a quiet one")])
+    monkeypatch.setattr(flops, "peak", lambda device, dtype: next(peaks))
+    reporter, device = Reporter(config, None, 10, silent=False), torch.device("cpu")
+    reporter.open(GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8)), device, 1, None, 0.0)
+    reporter.row(make_row(5), device)
+    reporter.close()
+    (row,) = json_rows(tmp_path / "log.jsonl")
+    assert 0 < row["utilisation"] < 1
 
 
 def test_every_log_is_closed_even_if_one_fails(config, tmp_path, monkeypatch):

@@ -70,7 +70,6 @@ def open_logs(
         ConfigError: a package is missing, or Weights & Biases refuses to start.
     """
     check_logs(config)
-    share = flops_per_token / peak_flops if flops_per_token and peak_flops else None
     with ExitStack() as opened:  # what is open already is closed if the next cannot be
         csv_log = RunLog(out / "log.csv", resume_step)
         opened.callback(csv_log.close)
@@ -87,7 +86,8 @@ def open_logs(
 
             sinks.append(WandbLog(out, config, resume_step))
             opened.callback(sinks[-1].close)
-        logs = Logs(csv_log, json_log, sinks, out / "samples.jsonl", resume_step, share)
+        logs = Logs(csv_log, json_log, sinks, out / "samples.jsonl", resume_step, flops_per_token)
+        logs.hold_against(peak_flops)
         opened.pop_all()
     return logs
 
@@ -102,12 +102,12 @@ class Logs:
         sinks: list[Sink],
         samples: Path,
         resume_step: int | None,
-        seconds_per_token: float | None,
+        flops_per_token: float | None,
     ) -> None:
-        # seconds_per_token: what a token would take at the peak
         self._csv, self._json, self._sinks = csv_log, json_log, sinks
         self._csv_kept = {row["step"] for row in csv_log.kept}
-        self._seconds_per_token = seconds_per_token
+        self._flops_per_token = flops_per_token
+        self._seconds_per_token: float | None = None  # what one would take at the peak
         self._samples_path, self._resume_step = samples, resume_step
         self._samples: JSONLines | None = None
         if samples.exists():
@@ -119,11 +119,11 @@ class Logs:
         One that the run had written before it was resumed at that very step is not written again.
 
         Returns:
-            The row as it was written, with its `utilisation`.
+            The row as it was written, with its `utilisation`; one above 1 says that the peak is
+            wrong, and is left out.
         """
-        speed = row.get("tokens_per_second")
-        if row.get("utilisation") is None and speed is not None and self._seconds_per_token:
-            row = {**row, "utilisation": speed * self._seconds_per_token}
+        if row.get("utilisation") is None and (share := self._share(row)) and share <= 1:
+            row = {**row, "utilisation": share}
         step = row["step"]
         if step not in self._csv_kept:
             self._csv.write(row)
@@ -132,6 +132,19 @@ class Logs:
             for sink in self._sinks:
                 sink.row(row)
         return row
+
+    def hold_against(self, peak_flops: float | None) -> None:
+        """Take `utilisation` as a share of this peak, FLOP/s, from now on."""
+        known = self._flops_per_token and peak_flops
+        self._seconds_per_token = self._flops_per_token / peak_flops if known else None  # type: ignore[operator]
+
+    def is_above_peak(self, row: dict[str, Any]) -> bool:
+        """Whether a row is faster than the peak, which has to be wrong then."""
+        return (self._share(row) or 0) > 1
+
+    def _share(self, row: dict[str, Any]) -> float | None:
+        speed, seconds = row.get("tokens_per_second"), self._seconds_per_token
+        return None if speed is None or seconds is None else speed * seconds
 
     def text(self, step: int, prompt: str, text: str) -> None:
         """Keep a sample of text, the continuation of `prompt`, in samples.jsonl too.

@@ -11,6 +11,7 @@ from ..model import GPT2
 from ..tokenizer import Tokenizer
 from . import flops, memory
 from .config import TrainConfig
+from .contention import Contention
 from .log import Logs, check_logs, open_logs
 from .precision import autocast_dtype
 from .progress import Display, open_display
@@ -42,6 +43,9 @@ class Reporter:
             self._prompt = prompt_for(tokenizer, config.sample_prompt)
         self._display: Display | None = None
         self._logs: Logs | None = None
+        self._peak: flops.Peak | None = None
+        self._devices = 1
+        self._contention: Contention | None = None
 
     def open(
         self, model: GPT2, device: torch.device, processes: int, resume_step: int | None,
@@ -64,6 +68,8 @@ class Reporter:
         )
         self._display = open_display(self.steps, resume_step or 0, elapsed, config.max_hours)
         self.yardstick = None if peak is None else peak.source
+        self._peak, self._devices = peak, devices
+        self._contention = Contention() if device.type == "cpu" else None
 
     def close(self) -> None:
         if self._display is not None:
@@ -85,8 +91,21 @@ class Reporter:
         """Log and show a row; see `columns.COLUMNS`."""
         if self._logs is None or self._display is None:
             return
+        if self._logs.is_above_peak(row):
+            self._replace_peak(device)
         row = self._logs.row({**row, "memory_gib": memory.peak(device) / 2**30})
         self._display.row(row)
+        if self._contention is not None and (warning := self._contention.warning()):
+            self.message(warning)
+
+    def _replace_peak(self, device: torch.device) -> None:
+        """Measure a peak anew that the run is above: other work had held up its measurement."""
+        assert self._logs is not None
+        again = flops.peak(device, autocast_dtype(self.config.dtype))
+        if device.type == "cpu" and again is not None and self._peak is not None:
+            self._peak = max(self._peak, again, key=lambda peak: peak.flops)
+            self._logs.hold_against(self._peak.flops * self._devices)
+            self.message(f"utilisation is held against {self._peak.source} from here on")
 
     def histograms(self, step: int, model: torch.nn.Module) -> None:
         """Show how weights and gradients are distributed, if that is wanted."""

@@ -1,0 +1,40 @@
+"""How long torch's threads spin before they sleep, where they wait for each other.
+
+GNU OpenMP, which torch's builds for Linux bring along, lets a thread that has finished its part
+spin for milliseconds. That gains some percent on an idle machine; on a busy one it spins away the
+time that the other thread needs, and a training step takes many times as long with two threads as
+with one. The limit is read from the environment when torch is loaded, and never again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""What GNU OpenMP reads; whoever has set one of them has decided."""
+SPINS = "1000"
+"""Some ten microseconds."""
+
+
+def spin_briefly_if_busy() -> None:
+    """Let the threads of a torch that is not loaded yet sleep soon, if the machine is busy now."""
+    if "torch" not in sys.modules and not spins_briefly() and is_busy():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def spins_briefly() -> bool:
+    """Whether somebody has said how long threads spin."""
+    return any(name in os.environ for name in VARIABLES)
+
+
+def is_busy() -> bool:
+    """Whether others want all processors, now and over the last minute."""
+    try:
+        average, _, _, runnable, _ = Path("/proc/loadavg").read_text().split()
+        others = int(runnable.partition("/")[0]) - 1
+    except (OSError, ValueError):  # not Linux
+        return False
+    processors = os.cpu_count() or 1
+    return float(average) > processors and others >= processors

@@ -1,0 +1,44 @@
+"""Notices that other programs take the processors that a run on the CPU counts on."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ..openmp import is_busy, spins_briefly
+
+ENOUGH = 0.5
+"""Share of its threads' time, below which a run on a busy machine is held up."""
+SHORTEST = 2.0
+"""Seconds; over less, a share says little."""
+
+
+class Contention:
+    """What a run on the CPU gets of its threads' time."""
+
+    def __init__(self) -> None:
+        self._seen = time.monotonic(), time.process_time()
+        self._said = False
+
+    def warning(self) -> str | None:
+        """Once, after a stretch in which others had the processors: what to do. Else None."""
+        (wall, used), now = self._seen, (time.monotonic(), time.process_time())
+        if self._said or now[0] - wall < SHORTEST:
+            return None
+        self._seen = now
+        threads = torch.get_num_threads()
+        got = (now[1] - used) / (now[0] - wall)
+        if got >= ENOUGH * threads or not is_busy():
+            return None
+        self._said = True
+        advice = (
+            "set threads to 1, or wait for the others"
+            if threads == 1 or spins_briefly()
+            else "its threads spin while they wait for each other, which makes that worse: stop "
+            "the run and resume it, and they sleep"
+        )
+        return (
+            f"warning: this machine is busy, the run gets {got:.1f} of its {threads} threads; "
+            f"{advice}"
+        )
