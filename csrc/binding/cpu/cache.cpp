@@ -11,8 +11,7 @@ namespace {
 
 // A (batch, time, heads, head size) tensor whose last dimension is contiguous.
 Heads heads_of(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 4 && (x.size(3) == 1 || x.stride(3) == 1), "gpt2fast: ", name,
-                    " must have four dimensions, the last contiguous");
+    check_rows(x, name, {-1, -1, -1, -1});
     return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -28,17 +27,17 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
     args.head_dim = q.size(3);
     args.entries = k_cache.size(1);
     for (const Tensor* cache : {&k_cache, &v_cache}) {
-        STD_TORCH_CHECK(cache->size(0) == args.batch && cache->size(1) == args.entries &&
+        GPT2FAST_CHECK(cache->size(0) == args.batch && cache->size(1) == args.entries &&
                             cache->size(2) == args.heads && cache->size(3) == args.head_dim &&
                             cache->scalar_type() == k_cache.scalar_type(),
-                        "gpt2fast: caches must be (", args.batch, ", entries, ", args.heads, ", ",
+                        "caches must be (", args.batch, ", entries, ", args.heads, ", ",
                         args.head_dim, ") and of one dtype");
     }
     std::vector<int64_t> copy;
     args.lengths = checked(lengths, "lengths", args.batch, 0, args.entries, copy);
     args.scale = float(scale);
-    args.dtype = dtype_of(q);
-    args.cache_dtype = dtype_of(k_cache);
+    args.dtype = float_dtype_of(q);
+    args.cache_dtype = float_dtype_of(k_cache);
     Tensor out = torch::stable::new_empty(q, q.sizes());
     args.out = out.mutable_data_ptr();
     int64_t longest = 0;
@@ -55,12 +54,17 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
 void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths,
                      std::optional<Tensor> counts) {
     AppendToCache args{};
+    for (const auto& [each, name] : {std::pair(&k, "k"), std::pair(&v, "v"),
+                                     std::pair(&k_cache, "k_cache"),
+                                     std::pair(&v_cache, "v_cache")}) {
+        check_rows(*each, name, {-1, -1, -1, -1});
+    }
     const int64_t batch = k.size(0), entries = k_cache.size(1);
     args.time = k.size(1);
     args.heads = k.size(2);
     args.head_dim = k.size(3);
-    args.dtype = dtype_of(k);
-    args.cache_dtype = dtype_of(k_cache);
+    args.dtype = float_dtype_of(k);
+    args.cache_dtype = float_dtype_of(k_cache);
     std::vector<int64_t> lengths_copy, counts_copy;
     args.lengths = checked(lengths, "lengths", batch, 0, entries, lengths_copy);
     if (counts) {
@@ -69,21 +73,20 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
     }
     for (int64_t row = 0; row < batch; ++row) {
         const int64_t count = args.counts ? std::min(args.counts[row], args.time) : args.time;
-        STD_TORCH_CHECK(args.lengths[row] + std::max<int64_t>(0, count) <= entries,
-                        "gpt2fast: row ", row, " holds ", args.lengths[row], " of at most ",
+        GPT2FAST_CHECK(args.lengths[row] + std::max<int64_t>(0, count) <= entries,
+                        "row ", row, " holds ", args.lengths[row], " of at most ",
                         entries, " entries; ", count, " more do not fit");
     }
     for (const auto& [from, cache] : {std::pair(&k, &k_cache), std::pair(&v, &v_cache)}) {
-        STD_TORCH_CHECK(from->size(0) == batch && from->size(1) == args.time &&
+        GPT2FAST_CHECK(from->size(0) == batch && from->size(1) == args.time &&
                             from->size(2) == args.heads && from->size(3) == args.head_dim &&
                             from->scalar_type() == k.scalar_type() && cache->size(0) == batch &&
                             cache->size(1) == entries && cache->size(2) == args.heads &&
                             cache->size(3) == args.head_dim &&
                             cache->scalar_type() == k_cache.scalar_type(),
-                        "gpt2fast: k and v must be alike, and so must the caches; of their sizes "
+                        "k and v must be alike, and so must the caches; of their sizes "
                         "only the second may differ");
         args.from = heads_of(*from, "k and v");
-        heads_of(*cache, "caches");
         args.cache = cache->mutable_data_ptr();
         args.row_stride = cache->stride(0);
         args.entry_stride = cache->stride(1);
@@ -94,14 +97,14 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
 }
 
 void reorder_cache(Tensor k_cache, Tensor v_cache, Tensor rows) {
-    STD_TORCH_CHECK(k_cache.size(0) == v_cache.size(0), "gpt2fast: caches must have as many rows");
+    check_rows(k_cache, "k_cache", {-1, -1, -1, -1});
+    check_rows(v_cache, "v_cache", {k_cache.size(0), -1, -1, -1});
     const int64_t all = k_cache.size(0), count = rows.numel();
-    STD_TORCH_CHECK(count <= all, "gpt2fast: ", count, " rows do not fit a cache of ", all);
+    GPT2FAST_CHECK(count <= all, count, " rows do not fit a cache of ", all);
     std::vector<int64_t> copy;
     const int64_t* from = checked(rows, "rows", count, 0, all - 1, copy);
     const std::vector<RowCopy> plan = row_copies(from, count, all);
     for (const Tensor* cache : {&k_cache, &v_cache}) {
-        heads_of(*cache, "caches");
         const int64_t size = int64_t(cache->element_size());
         ReorderCache args{};
         args.cache = static_cast<uint8_t*>(cache->mutable_data_ptr());
@@ -118,8 +121,8 @@ void reorder_cache(Tensor k_cache, Tensor v_cache, Tensor rows) {
 }
 
 void release_rows(Tensor lengths, Tensor rows) {
-    STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Long && lengths.dim() == 1,
-                    "gpt2fast: lengths must be an int64 vector");
+    check_sizes(lengths, "lengths", {-1});
+    check_integers(lengths, "lengths");
     std::vector<int64_t> copy;
     const int64_t* released =
         checked(rows, "rows", rows.numel(), 0, lengths.size(0) - 1, copy);

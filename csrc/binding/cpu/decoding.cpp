@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "../../cpu/step.h"
 
@@ -16,9 +17,83 @@ struct Free {
 // Memory aligned for the kernels, which they use until it goes.
 std::unique_ptr<void, Free> workspace_of(int64_t bytes, int64_t tokens) {
     std::unique_ptr<void, Free> memory(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
-    STD_TORCH_CHECK(memory != nullptr, "gpt2fast: no memory for a step of ", tokens, " tokens: ",
+    GPT2FAST_CHECK(memory != nullptr, "no memory for a step of ", tokens, " tokens: ",
                     bytes, " bytes");
     return memory;
+}
+
+// Offsets and sizes in the header of an arena, each held against its end.
+class ArenaBounds {
+public:
+    ArenaBounds(const PackedModel& model) : model_(model) {}
+
+    void check() const {
+        constexpr int64_t most = int64_t(1) << 40;  // products of two stay below 2^63 / 2^panel
+        for (const int64_t size : {model_.layers, model_.heads, model_.head_dim, model_.width,
+                                   model_.inner_width, model_.vocab, model_.positions}) {
+            require(size > 0 && size < (most >> 10));
+        }
+        require(model_.layers <= (model_.size - int64_t(sizeof model_)) / int64_t(sizeof(PackedLayer)));
+        require(model_.heads * model_.head_dim == model_.width);
+        require(uint64_t(model_.activation) <= uint64_t(Activation::tanh));
+        floats(model_.wpe, model_.positions * model_.width);
+        floats(model_.ln_f_weight, model_.width);
+        floats(model_.ln_f_bias, model_.width);
+        matrix(model_.embedding, model_.width, model_.vocab, false);
+        matrix(model_.projection, model_.width, model_.vocab, false);
+        for (int64_t i = 0; i < model_.layers; ++i) {
+            const PackedLayer& layer = model_.layer(i);
+            for (const int64_t at : {layer.ln_1_weight, layer.ln_1_bias, layer.ln_2_weight,
+                                     layer.ln_2_bias}) {
+                floats(at, model_.width);
+            }
+            matrix(layer.qkv, model_.width, 3 * model_.width, true);
+            matrix(layer.attention_out, model_.width, model_.width, true);
+            matrix(layer.inner, model_.width, model_.inner_width, true);
+            matrix(layer.mlp_out, model_.inner_width, model_.width, true);
+        }
+    }
+
+private:
+    static void require(bool holds) {
+        GPT2FAST_CHECK(holds, "these packed weights are damaged: their header contradicts itself");
+    }
+    void inside(int64_t at, int64_t bytes) const {
+        require(at >= 0 && bytes >= 0 && at <= model_.size && bytes <= model_.size - at);
+    }
+    void floats(int64_t at, int64_t count) const {
+        require(at % 64 == 0);
+        // Read in whole panels.
+        inside(at, 4 * ((count + panel_columns - 1) / panel_columns * panel_columns));
+    }
+    void matrix(const PackedMatrix& w, int64_t inputs, int64_t outputs, bool has_bias) const {
+        require(w.inputs == inputs && w.outputs == outputs && w.data % 64 == 0);
+        const bool quantized = w.format == Format::int8 || w.format == Format::int4;
+        require(quantized || w.format == Format::float32 || w.format == Format::bfloat16);
+        require(quantized ? w.group == 32 || w.group == 64 : w.group == 0);
+        const int64_t unit = quantized ? w.group : w.format == Format::bfloat16 ? 2 : 1;
+        require(w.padded_inputs == (inputs + unit - 1) / unit * unit);
+        const int64_t bits = w.format == Format::float32    ? 32
+                             : w.format == Format::bfloat16 ? 16
+                             : w.format == Format::int8     ? 8
+                                                            : 4;
+        const int64_t scales = quantized ? 2 * (w.padded_inputs / w.group) : 0;
+        require(w.panel_size == panel_columns * (w.padded_inputs * bits / 8 + scales));
+        require(w.panels() <= model_.size / w.panel_size);
+        inside(w.data, w.panels() * w.panel_size);
+        if (has_bias) floats(w.bias, outputs);
+    }
+
+    const PackedModel& model_;
+};
+
+// What every expanded tensor has, and what is written must not have.
+void check_no_overlap(const Tensor& x, const char* name) {
+    for (int64_t dim = 0; dim < x.dim(); ++dim) {
+        GPT2FAST_CHECK(x.size(dim) <= 1 || x.stride(dim) > 0, name,
+                       " is written in place, and several of its elements share one place in "
+                       "memory: it was expanded; clone it first");
+    }
 }
 
 CacheView view(const Tensor& cache, const std::optional<Tensor>& scales) {
@@ -33,10 +108,10 @@ CacheView view(const Tensor& cache, const std::optional<Tensor>& scales) {
     return out;
 }
 
-// A contiguous int64 tensor whose values lie in [low, high].
+// A contiguous int64 vector whose values lie in [low, high].
 const int64_t* integers(const Tensor& x, const char* name, int64_t size, int64_t low,
                         int64_t high) {
-    STD_TORCH_CHECK(x.is_contiguous(), "gpt2fast: ", name, " must be contiguous");
+    GPT2FAST_CHECK(x.is_contiguous(), name, " must be contiguous");
     std::vector<int64_t> copy;  // of a single element, which may have any stride
     checked(x, name, size, low, high, copy);
     return static_cast<const int64_t*>(x.const_data_ptr());
@@ -45,40 +120,53 @@ const int64_t* integers(const Tensor& x, const char* name, int64_t size, int64_t
 // The arguments of a step that do not depend on its tokens.
 StepArgs step_args(const Tensor& arena, const Tensor& k_cache, const Tensor& v_cache,
                    const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales) {
+    check_contiguous(arena, "the arena", {-1});
+    check_type(arena, "the arena", ScalarType::Byte, "uint8");
     const auto* model = static_cast<const PackedModel*>(arena.const_data_ptr());
-    STD_TORCH_CHECK(arena.numel() >= int64_t(sizeof *model) && model->magic == packed_magic &&
+    GPT2FAST_CHECK(reinterpret_cast<uintptr_t>(model) % 16 == 0,
+                   "packed weights must begin at an address that 16 divides; clone them");
+    GPT2FAST_CHECK(arena.numel() >= int64_t(sizeof *model) && model->magic == packed_magic &&
                         model->size == arena.numel(),
-                    "gpt2fast: these are not packed weights");
-    for (const Tensor* cache : {&k_cache, &v_cache}) {
-        check_on_cpu(*cache, "caches");
-        STD_TORCH_CHECK(cache->dim() == 5 && cache->size(0) == model->layers &&
+                    "these are not packed weights");
+    ArenaBounds(*model).check();
+    for (const auto& [cache, name] :
+         {std::pair(&k_cache, "k_cache"), std::pair(&v_cache, "v_cache")}) {
+        check_on_cpu(*cache, name);
+        check_stored(*cache, name);
+        check_no_overlap(*cache, name);
+        GPT2FAST_CHECK(cache->dim() == 5 && cache->size(0) == model->layers &&
                             cache->size(3) == model->heads && cache->size(4) == model->head_dim &&
                             cache->stride(4) == 1 && cache->stride(3) == model->head_dim,
-                        "gpt2fast: caches must be (", model->layers, ", rows, entries, ",
+                        "caches must be (", model->layers, ", rows, entries, ",
                         model->heads, ", ", model->head_dim, "), the last two contiguous");
-        STD_TORCH_CHECK(cache->size(1) == k_cache.size(1) && cache->size(2) == k_cache.size(2),
-                        "gpt2fast: both caches must have as many rows and entries");
+        GPT2FAST_CHECK(cache->size(1) == k_cache.size(1) && cache->size(2) == k_cache.size(2),
+                        "both caches must have as many rows and entries");
     }
     for (const auto* scales : {&k_scales, &v_scales}) {
         if (!*scales) continue;
         check_on_cpu(**scales, "scales");
-        STD_TORCH_CHECK((*scales)->scalar_type() == ScalarType::Float && (*scales)->dim() == 4 &&
+        check_stored(**scales, "scales");
+        check_no_overlap(**scales, "scales");
+        GPT2FAST_CHECK((*scales)->scalar_type() == ScalarType::Float && (*scales)->dim() == 4 &&
                             (*scales)->size(0) == model->layers &&
                             (*scales)->size(1) == k_cache.size(1) &&
                             (*scales)->size(2) == k_cache.size(2) &&
                             (*scales)->size(3) == model->heads && (*scales)->stride(3) == 1,
-                        "gpt2fast: scales must be float32 (", model->layers, ", ", k_cache.size(1),
+                        "scales must be float32 (", model->layers, ", ", k_cache.size(1),
                         ", ", k_cache.size(2), ", ", model->heads, "), the last contiguous");
     }
-    STD_TORCH_CHECK((dtype_of(k_cache) == DType::int8) == k_scales.has_value() &&
+    GPT2FAST_CHECK((dtype_of(k_cache) == DType::int8) == k_scales.has_value() &&
                         k_scales.has_value() == v_scales.has_value() &&
                         v_cache.scalar_type() == k_cache.scalar_type(),
-                    "gpt2fast: int8 caches, and only they, come with scales");
+                    "int8 caches, and only they, come with scales");
     StepArgs args{};
     args.model = model;
     args.k_cache = view(k_cache, k_scales);
     args.v_cache = view(v_cache, v_scales);
     args.cache_dtype = dtype_of(k_cache);
+    GPT2FAST_CHECK(args.cache_dtype != DType::bfloat16 || model->head_dim % 2 == 0,
+                   "bfloat16 entries are read in pairs, and the heads have size ",
+                   model->head_dim);
     return args;
 }
 
@@ -86,12 +174,12 @@ void check_room(const StepArgs& args, int64_t rows, int64_t entries) {
     std::vector<bool> taken(static_cast<size_t>(rows));
     for (int64_t i = 0; i < args.sequences; ++i) {
         const int64_t count = args.starts[i + 1] - args.starts[i];
-        STD_TORCH_CHECK(count > 0, "gpt2fast: starts must rise: sequence ", i, " has ", count,
+        GPT2FAST_CHECK(count > 0, "starts must rise: sequence ", i, " has ", count,
                         " tokens");
-        STD_TORCH_CHECK(args.lengths[i] + count <= entries, "gpt2fast: row ",
+        GPT2FAST_CHECK(args.lengths[i] + count <= entries, "row ",
                         args.rows[i], " holds ", args.lengths[i], " of at most ", entries,
                         " entries; ", count, " more do not fit");
-        STD_TORCH_CHECK(!taken[size_t(args.rows[i])], "gpt2fast: row ", args.rows[i],
+        GPT2FAST_CHECK(!taken[size_t(args.rows[i])], "row ", args.rows[i],
                         " is there twice");
         taken[size_t(args.rows[i])] = true;
     }
@@ -111,8 +199,8 @@ Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<T
     args.positions = integers(positions, "positions", args.tokens, 0, args.model->positions - 1);
     args.output_tokens =
         integers(output_tokens, "output_tokens", args.outputs, 0, args.tokens - 1);
-    STD_TORCH_CHECK(args.starts[0] == 0 && args.starts[args.sequences] == args.tokens,
-                    "gpt2fast: starts must lead from 0 to ", args.tokens);
+    GPT2FAST_CHECK(args.starts[0] == 0 && args.starts[args.sequences] == args.tokens,
+                    "starts must lead from 0 to ", args.tokens);
     check_room(args, k_cache.size(1), k_cache.size(2));
     Tensor logits =
         torch::stable::new_empty(arena, {args.outputs, args.model->vocab}, ScalarType::Float);
@@ -140,12 +228,20 @@ Sample sample_args(const Choice& choice, int64_t rows, const std::optional<Tenso
     Sample args{};
     if (uniform) {
         check_on_cpu(*uniform, "uniform");
-        STD_TORCH_CHECK(uniform->scalar_type() == ScalarType::Float && uniform->dim() == 1 &&
-                            uniform->size(0) == rows,
-                        "gpt2fast: uniform must be float32 (", rows, ",)");
+        check_sizes(*uniform, "uniform", {rows});
+        check_floats(*uniform, "uniform");
         args.uniform = static_cast<const float*>(uniform->const_data_ptr());
         args.uniform_stride = uniform->stride(0);
+        for (int64_t i = 0; i < rows; ++i) {
+            const float number = args.uniform[i * args.uniform_stride];
+            GPT2FAST_CHECK(number >= 0.0f && number < 1.0f, "uniform[", i, "] = ", number,
+                           " is not in [0, 1)");
+        }
     }
+    GPT2FAST_CHECK(choice.temperature > 0.0 && choice.min_p >= 0.0 &&
+                       choice.repetition_penalty > 0.0 && choice.top_p == choice.top_p,
+                   "temperature and repetition_penalty must be above 0, min_p at least 0, top_p a "
+                   "number");
     args.temperature = float(choice.temperature);
     args.top_k = choice.top_k;
     args.top_p = choice.top_p;
@@ -157,9 +253,8 @@ Sample sample_args(const Choice& choice, int64_t rows, const std::optional<Tenso
 
 void set_history(Sample& args, const Tensor& history, int64_t rows) {
     check_on_cpu(history, "history");
-    STD_TORCH_CHECK(history.scalar_type() == ScalarType::Long && history.dim() == 2 &&
-                        history.size(0) == rows,
-                    "gpt2fast: history must be int64 (", rows, ", tokens)");
+    check_sizes(history, "history", {rows, -1});
+    check_integers(history, "history");
     args.history = static_cast<const int64_t*>(history.const_data_ptr());
     args.history_length = history.size(1);
     args.history_stride = history.stride(0);
@@ -188,16 +283,15 @@ int64_t sample_bytes(const Sample& args) {
 Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, double temperature,
               int64_t top_k, double top_p, double min_p, double repetition_penalty,
               int64_t no_repeat_ngram_size) {
-    STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 &&
-                        (logits.size(1) == 1 || logits.stride(1) == 1),
-                    "gpt2fast: logits must be (rows, vocab), the last contiguous");
+    check_rows(logits, "logits", {-1, -1});
+    GPT2FAST_CHECK(logits.size(1) > 0, "logits have no token to choose");
     const int64_t rows = logits.size(0);
     const Choice choice{temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size};
     Sample args = sample_args(choice, rows, uniform);
     args.logits = logits.const_data_ptr();
     args.vocab = logits.size(1);
     args.logits_stride = logits.stride(0);
-    args.dtype = dtype_of(logits);
+    args.dtype = float_dtype_of(logits);
     if (choice.reads_history()) set_history(args, history, rows);
     Tensor out = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
     args.out = static_cast<int64_t*>(out.mutable_data_ptr());
@@ -227,9 +321,9 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
                                        int64_t no_repeat_ngram_size) {
     StepArgs args = step_args(arena, k_cache, v_cache, k_scales, v_scales);
     const int64_t rows = tokens.numel();
-    STD_TORCH_CHECK(k_cache.size(1) == rows, "gpt2fast: ", rows, " tokens for a cache of ",
+    GPT2FAST_CHECK(k_cache.size(1) == rows, rows, " tokens for a cache of ",
                     k_cache.size(1), " rows");
-    STD_TORCH_CHECK(allowed > 0 && allowed <= args.model->vocab, "gpt2fast: allowed = ", allowed,
+    GPT2FAST_CHECK(allowed > 0 && allowed <= args.model->vocab, "allowed = ", allowed,
                     " is not in 1 .. ", args.model->vocab);
     args.sequences = args.tokens = args.outputs = rows;
     std::vector<int64_t> numbers(size_t(rows) + 1);

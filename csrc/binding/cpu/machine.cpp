@@ -14,7 +14,8 @@ int64_t fingerprint(std::vector<Tensor> tensors) {
     constexpr int64_t chunk = 1 << 20;
     std::vector<std::pair<const uint8_t*, int64_t>> chunks;
     for (const Tensor& x : tensors) {
-        STD_TORCH_CHECK(x.is_contiguous(), "gpt2fast: fingerprint needs contiguous tensors");
+        check_stored(x, "a tensor");
+        GPT2FAST_CHECK(x.is_contiguous(), "fingerprint needs contiguous tensors");
         const auto* data = static_cast<const uint8_t*>(x.const_data_ptr());
         const int64_t bytes = x.numel() * int64_t(x.element_size());
         for (int64_t i = 0; i < bytes; i += chunk) {
@@ -37,7 +38,7 @@ std::string isa() { return kernels().name; }
 
 // Bytes per second, the median of `repeats` passes.
 double read_bandwidth(int64_t threads, int64_t bytes, int64_t repeats) {
-    STD_TORCH_CHECK(threads > 0 && bytes > 0 && repeats > 0, "gpt2fast: nothing to read");
+    GPT2FAST_CHECK(threads > 0 && bytes > 0 && repeats > 0, "nothing to read");
     return gpt2fast::read_bandwidth(int(threads), size_t(bytes), int(repeats))[repeats / 2];
 }
 

@@ -60,9 +60,10 @@ int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // A matrix whose lines are its rows (of the left factor) or its columns (of the right one).
 View lines_of(const Tensor& x, int line, int input) {
-    STD_TORCH_CHECK(x.dim() == 2 && (x.stride(0) == 1 || x.stride(1) == 1),
-                    "gpt2fast: a product reads matrices of contiguous rows or columns");
-    return {x.const_data_ptr(), x.stride(line), x.stride(input), dtype_of(x)};
+    check_sizes(x, "a factor", {-1, -1});
+    GPT2FAST_CHECK(x.stride(0) == 1 || x.stride(1) == 1,
+                   "a product reads matrices of contiguous rows or columns");
+    return {x.const_data_ptr(), x.stride(line), x.stride(input), float_dtype_of(x)};
 }
 
 View from(View view, int64_t line, int64_t input) {
@@ -89,15 +90,21 @@ void multiply(Product args) {
 // columns go to column_sums. Rows of out are contiguous; bias and column_sums are float32.
 void product(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add, bool narrow,
              std::optional<Tensor> column_sums) {
-    const int64_t rows = a.size(0), inputs = a.size(1), columns = b.size(1);
-    const bool wide = dtype_of(out) == DType::float32;
-    STD_TORCH_CHECK(b.size(0) == inputs && out.size(0) == rows && out.size(1) == columns &&
-                        (columns == 1 || out.stride(1) == 1),
-                    "gpt2fast: the sizes of a product do not fit");
-    STD_TORCH_CHECK(wide || !add, "gpt2fast: a sum in bfloat16 is not continued");
-    STD_TORCH_CHECK(narrow || (dtype_of(a) == DType::float32 && dtype_of(b) == DType::float32),
-                    "gpt2fast: bfloat16 is multiplied as such");
     const View whole_a = lines_of(a, 0, 1), whole_b = lines_of(b, 1, 0);
+    const int64_t rows = a.size(0), inputs = a.size(1), columns = b.size(1);
+    check_rows(out, "out", {rows, columns});
+    float_dtype_of(out);
+    if (bias) check_contiguous(*bias, "bias", {columns});
+    if (bias) check_floats(*bias, "bias");
+    if (column_sums) check_contiguous(*column_sums, "column_sums", {columns});
+    if (column_sums) check_floats(*column_sums, "column_sums");
+    GPT2FAST_CHECK(rows > 0 && inputs > 0 && columns > 0, "a product needs at least one element");
+    const bool wide = dtype_of(out) == DType::float32;
+    GPT2FAST_CHECK(b.size(0) == inputs, "the sizes of a product do not fit: ", inputs, " and ",
+                   b.size(0), " inputs");
+    GPT2FAST_CHECK(wide || !add, "a sum in bfloat16 is not continued");
+    GPT2FAST_CHECK(narrow || (dtype_of(a) == DType::float32 && dtype_of(b) == DType::float32),
+                    "bfloat16 is multiplied as such");
     const int64_t per_word = narrow ? 2 : 1;
     const int64_t most = per_word * (wide ? most_words : most_narrow_words);
     const int64_t blocks = std::max<int64_t>(1, (inputs + most - 1) / most);

@@ -18,23 +18,28 @@
 
 #include "../../cpu/kernels.h"
 #include "../../cpu/team.h"
+#include "../common/check.h"
 
 namespace gpt2fast::binding {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& x) {
     switch (x.scalar_type()) {
         case ScalarType::Float: return DType::float32;
         case ScalarType::BFloat16: return DType::bfloat16;
         case ScalarType::Char: return DType::int8;
-        default: STD_TORCH_CHECK(false, "gpt2fast: dtype that the CPU kernels do not know");
+        default: refuse("the CPU kernels take float32 and bfloat16, and caches in int8");
     }
 }
 
+// What most kernels compute with: float32 or bfloat16.
+inline DType float_dtype_of(const Tensor& x) {
+    const DType dtype = dtype_of(x);
+    GPT2FAST_CHECK(dtype != DType::int8, "the CPU kernels take float32 and bfloat16, not int8");
+    return dtype;
+}
+
 inline void check_on_cpu(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.is_cpu(), "gpt2fast: ", name, " must be on the CPU");
+    GPT2FAST_CHECK(x.is_cpu(), name, " must be on the CPU");
 }
 
 // Runs kernel(begin, end) over ranges of [0, items) on torch's own threads; `work` is the cost of
@@ -63,15 +68,15 @@ inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_
 inline const int64_t* checked(const Tensor& x, const char* name, int64_t size, int64_t low, int64_t high,
                        std::vector<int64_t>& copy) {
     check_on_cpu(x, name);
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 && x.size(0) == size,
-                    "gpt2fast: ", name, " must be an int64 vector of ", size, " elements");
+    check_sizes(x, name, {size});
+    check_integers(x, name);
     const auto* values = static_cast<const int64_t*>(x.const_data_ptr());
     const int64_t stride = x.stride(0);
     if (stride != 1) copy.resize(size_t(size));
     for (int64_t i = 0; i < size; ++i) {
         const int64_t value = values[i * stride];
-        STD_TORCH_CHECK(value >= low && value <= high, "gpt2fast: ", name, "[", i, "] = ", value,
-                        " is not in ", low, " .. ", high);
+        GPT2FAST_CHECK(value >= low && value <= high, name, "[", i, "] = ", value, " is not in ", low,
+                       " .. ", high);
         if (stride != 1) copy[size_t(i)] = value;
     }
     return stride == 1 ? values : copy.data();

@@ -2,13 +2,18 @@
 #include "tensors.h"
 
 #include <cmath>
+#include <utility>
 
 namespace gpt2fast::binding {
 namespace {
 
 Tensor bias_gelu(Tensor x, Tensor bias) {
-    Tensor out = torch::stable::new_empty(x, x.sizes());
+    check_rows(x, "x", {-1, -1});
+    float_dtype_of(x);
     const int64_t columns = x.size(1);
+    check_contiguous(bias, "bias", {columns});
+    check_same_type(bias, "bias", x, "x");
+    Tensor out = torch::stable::new_empty(x, x.sizes());
     const BiasGelu args{x.const_data_ptr(), bias.const_data_ptr(), out.mutable_data_ptr(),
                                   columns,            x.stride(0),           dtype_of(x)};
     parallel(x.size(0), columns,
@@ -33,7 +38,16 @@ Tensor added_blocks(const Tensor& sums, int64_t first, int64_t columns, const Te
 // Writes the gradient into `grad` and, where it is given, the activation into `activated`.
 Tensor bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor grad_x,
                           std::optional<Tensor> activated) {
+    check_rows(x, "x", {-1, -1});
+    float_dtype_of(x);
     const int64_t columns = x.size(1);
+    check_rows(grad, "grad", {x.size(0), columns});
+    check_contiguous(bias, "bias", {columns});
+    check_contiguous(grad_x, "grad_x", {x.size(0), columns});
+    if (activated) check_contiguous(*activated, "activated", {x.size(0), columns});
+    for (const Tensor* each : {&grad, &bias, &grad_x, activated ? &*activated : &grad}) {
+        check_same_type(*each, "every tensor", x, "x");
+    }
     const Blocks blocks = blocks_of(x.size(0));
     const Tensor sums = floats(x, {blocks.count, columns});
     const BiasGeluBackward args{
@@ -47,7 +61,13 @@ Tensor bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor grad_x,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> residual,
                                                       Tensor weight, Tensor bias, double eps) {
+    check_rows(x, "x", {-1, -1});
     const int64_t rows = x.size(0), columns = x.size(1);
+    if (residual) check_rows(*residual, "residual", {rows, columns});
+    check_contiguous(weight, "weight", {columns});
+    check_contiguous(bias, "bias", {columns});
+    check_same_type(bias, "bias", weight, "weight");
+    for (const Tensor* each : {&x, residual ? &*residual : &x, &weight}) float_dtype_of(*each);
     Tensor normed = torch::stable::new_empty(x, x.sizes());
     Tensor summed = residual ? torch::stable::new_empty(*residual, x.sizes())
                              : torch::stable::new_empty(x, {0});
@@ -76,7 +96,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad,
                                                        std::optional<Tensor> grad_summed,
                                                        Tensor summed, Tensor mean, Tensor rstd,
                                                        Tensor weight) {
+    check_rows(summed, "summed", {-1, -1});
     const int64_t rows = summed.size(0), columns = summed.size(1);
+    check_rows(grad, "grad_normed", {rows, columns});
+    if (grad_summed) {
+        check_rows(*grad_summed, "grad_summed", {rows, columns});
+        check_same_type(*grad_summed, "grad_summed", summed, "summed");
+    }
+    check_contiguous(weight, "weight", {columns});
+    for (const Tensor* each : {&grad, &summed, &weight}) float_dtype_of(*each);
+    for (const auto& [each, name] : {std::pair(&mean, "mean"), std::pair(&rstd, "rstd")}) {
+        check_stored(*each, name);
+        check_floats(*each, name);
+        GPT2FAST_CHECK(each->numel() == rows && each->is_contiguous(), name,
+                       " must hold a number for each of the ", rows, " rows, contiguous");
+    }
     const Blocks blocks = blocks_of(rows);
     Tensor grad_input = torch::stable::new_empty(summed, summed.sizes());
     const Tensor sums = floats(summed, {blocks.count, 2 * columns});
@@ -110,6 +144,8 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& lse, double scale,
                                    const std::optional<Tensor>& visible, double dropout,
                                    int64_t seed) {
+    check_mask(visible, q.size(0), q.size(1));
+    check_probability(dropout, "dropout_p");
     Attention args{};
     args.q = heads_of(q);
     args.k = heads_of(k);
@@ -127,8 +163,20 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
     return args;
 }
 
+// (batch, time, heads, head size), all alike, the last dimension contiguous.
+void check_heads(std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
+    const Tensor& q = *tensors.begin()->first;
+    check_rows(q, tensors.begin()->second, {-1, -1, -1, -1});
+    float_dtype_of(q);
+    for (const auto& [x, name] : tensors) {
+        check_rows(*x, name, {q.size(0), q.size(1), q.size(2), q.size(3)});
+        check_same_type(*x, name, q, tensors.begin()->second);
+    }
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
                                      std::optional<Tensor> visible, double dropout, int64_t seed) {
+    check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}});
     Tensor out = torch::stable::new_empty(q, q.sizes());
     Tensor lse = floats(q, {q.size(0), q.size(2), q.size(1)});
     Attention args = attention_args(q, k, v, lse, scale, visible, dropout, seed);
@@ -145,6 +193,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
                                                       Tensor out, Tensor lse, double scale,
                                                       std::optional<Tensor> visible,
                                                       double dropout, int64_t seed) {
+    check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}, {&grad, "grad"}, {&out, "out"}});
+    check_contiguous(lse, "lse", {q.size(0), q.size(2), q.size(1)});
+    check_floats(lse, "lse");
     Tensor grad_q = torch::stable::new_empty(q, q.sizes());
     Tensor grad_k = torch::stable::new_empty(k, k.sizes());
     Tensor grad_v = torch::stable::new_empty(v, v.sizes());
@@ -163,12 +214,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
 // Losses of rows of logits; with `differentiate` their gradients times `factor` take their place.
 void cross_entropy(Tensor logits, Tensor targets, Tensor losses, int64_t ignore_index,
                    double factor, bool differentiate) {
-    const auto* classes = static_cast<const int64_t*>(targets.const_data_ptr());
+    check_contiguous(logits, "logits", {-1, -1});
+    float_dtype_of(logits);
     const int64_t rows = logits.size(0), columns = logits.size(1);
+    check_contiguous(targets, "targets", {rows});
+    check_integers(targets, "targets");
+    check_contiguous(losses, "losses", {rows});
+    check_floats(losses, "losses");
+    const auto* classes = static_cast<const int64_t*>(targets.const_data_ptr());
     for (int64_t i = 0; i < rows; ++i) {
-        STD_TORCH_CHECK(classes[i] == ignore_index || (classes[i] >= 0 && classes[i] < columns),
-                        "gpt2fast: target ", classes[i], " is neither a class below ", columns,
-                        " nor ignore_index=", ignore_index);
+        GPT2FAST_CHECK(classes[i] == ignore_index || (classes[i] >= 0 && classes[i] < columns),
+                       "targets[", i, "] = ", classes[i], " is neither a class in 0 .. ",
+                       columns - 1, " nor ignore_index=", ignore_index);
     }
     const CrossEntropy args{logits.mutable_data_ptr(), classes,      floats_of(losses),
                                       columns,                   ignore_index, float(factor),
@@ -182,8 +239,18 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
            double eps, double weight_decay) {
     constexpr int64_t piece_size = 16384;
     std::vector<AdamWPiece> pieces;
+    GPT2FAST_CHECK(grads.size() == params.size() && exp_avgs.size() == params.size() &&
+                       exp_avg_sqs.size() == params.size(),
+                   "params, grads, exp_avgs and exp_avg_sqs must have equal lengths");
     for (size_t i = 0; i < params.size(); ++i) {
-        const DType dtype = dtype_of(params[i]);
+        const DType dtype = float_dtype_of(params[i]);
+        for (const Tensor* each : {&params[i], &grads[i], &exp_avgs[i], &exp_avg_sqs[i]}) {
+            check_stored(*each, "a parameter, gradient or moment");
+            check_same_type(*each, "gradients and moments", params[i], "their parameter");
+            GPT2FAST_CHECK(each->numel() == params[i].numel() && each->is_contiguous(),
+                           "a parameter, its gradient and its moments must have one size and be "
+                           "contiguous");
+        }
         const int64_t bytes = dtype == DType::float32 ? 4 : 2;
         for (int64_t at = 0; at < params[i].numel(); at += piece_size) {
             const auto place = [&](const Tensor& x) {
@@ -209,20 +276,29 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
 }
 
 // Checks that look-ups lie inside their table.
-const int64_t* rows_of_table(const Tensor& indices, int64_t rows) {
+const int64_t* rows_of_table(const Tensor& indices, const char* name, int64_t rows) {
+    check_stored(indices, name);
+    check_integers(indices, name);
+    GPT2FAST_CHECK(indices.is_contiguous(), name, " must be contiguous");
     const auto* values = static_cast<const int64_t*>(indices.const_data_ptr());
-    for (int64_t i = 0; i < indices.numel(); ++i) {
-        STD_TORCH_CHECK(values[i] >= 0 && values[i] < rows, "gpt2fast: index ", values[i],
-                        " is outside an embedding of ", rows, " rows");
+    const int64_t count = indices.numel();
+    for (int64_t i = 0; i < count; ++i) {
+        GPT2FAST_CHECK(values[i] >= 0 && values[i] < rows, name, "[", i, "] = ", values[i],
+                       " is not in 0 .. ", rows - 1);
     }
     return values;
 }
 
 // tokens and positions hold one int64 for each row of the result.
 Tensor embedding(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) {
+    check_contiguous(wte, "wte", {-1, -1});
+    check_contiguous(wpe, "wpe", {-1, wte.size(1)});
+    float_dtype_of(wte);
+    check_same_type(wpe, "wpe", wte, "wte");
+    GPT2FAST_CHECK(positions.numel() == tokens.numel(), "there must be a position for each token");
     Tensor out = torch::stable::new_empty(wte, {tokens.numel(), wte.size(1)});
-    const Embedding args{rows_of_table(tokens, wte.size(0)),
-                                   rows_of_table(positions, wpe.size(0)),
+    const Embedding args{rows_of_table(tokens, "tokens", wte.size(0)),
+                                   rows_of_table(positions, "positions", wpe.size(0)),
                                    wte.const_data_ptr(),
                                    wpe.const_data_ptr(),
                                    out.mutable_data_ptr(),
@@ -235,8 +311,11 @@ Tensor embedding(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) {
 
 // The gradient of a table of `rows` rows from that of its look-ups.
 Tensor embedding_backward(Tensor grad, Tensor indices, int64_t rows) {
-    const int64_t* values = rows_of_table(indices, rows);
+    GPT2FAST_CHECK(rows >= 0, "a table of ", rows, " rows");
+    const int64_t* values = rows_of_table(indices, "indices", rows);
     const int64_t count = indices.numel();
+    check_rows(grad, "grad", {count, -1});
+    float_dtype_of(grad);
     std::vector<int64_t> starts(size_t(rows) + 1), order(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) ++starts[size_t(values[i]) + 1];
     for (size_t row = 0; row < size_t(rows); ++row) starts[row + 1] += starts[row];

@@ -1,6 +1,8 @@
 // Causal attention over whole sequences.
 #include "../../launch/attention.h"
 
+#include <utility>
+
 #include "tensors.h"
 
 namespace gpt2fast::binding {
@@ -10,11 +12,30 @@ launch::AttentionHeads heads_of(const Tensor& x) {
     return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// q, k and v are (batch, time, heads, head_dim), their last dimension contiguous.
+// (batch, time, heads, head_dim), all alike, their last dimension contiguous.
+void check_heads(std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
+    const Tensor& q = *tensors.begin()->first;
+    check_rows(q, tensors.begin()->second, {-1, -1, -1, -1});
+    float_dtype_of(q);
+    for (const auto& [x, name] : tensors) {
+        check_rows(*x, name, {q.size(0), q.size(1), q.size(2), q.size(3)});
+        check_same_type(*x, name, q, "q");
+        check_device(*x, name, q, "q");
+    }
+}
+
 launch::Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                const std::optional<Tensor>& visible, double dropout_p,
                                const std::optional<Tensor>& seed) {
-    STD_TORCH_CHECK(dropout_p == 0.0 || seed.has_value(), "gpt2fast: dropout needs a seed");
+    check_probability(dropout_p, "dropout_p");
+    GPT2FAST_CHECK(dropout_p == 0.0 || seed.has_value(), "dropout needs a seed");
+    check_mask(visible, q.size(0), q.size(1));
+    if (visible.has_value()) check_device(*visible, "mask", q, "q");
+    if (seed.has_value()) {
+        check_sizes(*seed, "seed", {1});
+        check_integers(*seed, "seed");
+        check_device(*seed, "seed", q, "q");
+    }
     return {heads_of(q),
             heads_of(k),
             heads_of(v),
@@ -32,6 +53,7 @@ launch::Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
                                      std::optional<Tensor> visible, double dropout_p,
                                      std::optional<Tensor> seed) {
+    check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}});
     const OnDeviceOf on(q);
     Tensor out = torch::stable::new_empty(q, q.sizes());
     Tensor lse = floats(q, {q.size(0), q.size(2), q.size(1)});
@@ -46,6 +68,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
                                                       std::optional<Tensor> visible,
                                                       double dropout_p, std::optional<Tensor> seed,
                                                       bool deterministic) {
+    check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}, {&grad, "grad"}, {&out, "out"}});
+    check_contiguous(lse, "lse", {q.size(0), q.size(2), q.size(1)});
+    check_floats(lse, "lse");
+    check_device(lse, "lse", q, "q");
     const OnDeviceOf on(q);
     Tensor grad_q = torch::stable::new_empty(q, q.sizes());
     Tensor grad_k = torch::stable::new_empty(k, k.sizes());

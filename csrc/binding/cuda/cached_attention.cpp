@@ -10,10 +10,13 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
                             double scale, std::optional<Tensor> k_scales,
                             std::optional<Tensor> v_scales) {
     const OnDeviceOf on(q);
-    STD_TORCH_CHECK(same_sizes(k_cache, v_cache) && same_sizes(q, k_cache, 2) &&
+    check_heads(q, "q");
+    check_device(k_cache, "k_cache", q, "q");
+    check_device(v_cache, "v_cache", q, "q");
+    GPT2FAST_CHECK(same_sizes(k_cache, v_cache) && same_sizes(q, k_cache, 2) &&
                         q.size(0) == k_cache.size(0) &&
                         k_cache.scalar_type() == v_cache.scalar_type(),
-                    "gpt2fast: caches must be (", q.size(0), ", entries, ", q.size(2), ", ",
+                    "caches must be (", q.size(0), ", entries, ", q.size(2), ", ",
                     q.size(3), ") and of one dtype");
     launch::CachedAttention args{};
     args.q = heads_of(q, "q");
@@ -24,9 +27,9 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
     args.heads = q.size(2);
     args.head_dim = q.size(3);
     args.entries = k_cache.size(1);
-    args.lengths = integers_of(lengths, "lengths", args.batch);
+    args.lengths = integers_of(lengths, "lengths", args.batch, q);
     args.scale = float(scale);
-    args.dtype = dtype_of(q);
+    args.dtype = float_dtype_of(q);
     args.cache_dtype = dtype_of(k_cache);
     args.k_scales = const_scales_of(k_scales, k_cache, "k_scales");
     args.v_scales = const_scales_of(v_scales, v_cache, "v_scales");

@@ -8,8 +8,7 @@
 namespace gpt2fast::binding {
 
 inline void check_heads(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 4 && (x.size(3) == 1 || x.stride(3) == 1), "gpt2fast: ", name,
-                    " must have four dimensions, the last contiguous");
+    check_rows(x, name, {-1, -1, -1, -1});
 }
 
 // Of a (rows, entries, heads, head size) tensor.
@@ -27,13 +26,15 @@ inline launch::HeadsOf mutable_heads_of(const Tensor& x, const char* name) {
 inline launch::HeadsOf scales_of(const std::optional<Tensor>& x, const Tensor& cache,
                                  const char* name) {
     const bool wanted = cache.scalar_type() == ScalarType::Char;
-    STD_TORCH_CHECK(x.has_value() == wanted, "gpt2fast: ", name,
+    GPT2FAST_CHECK(x.has_value() == wanted, name,
                     wanted ? " are missing: the cache is int8" : " belong to int8 caches only");
     if (!wanted) return {};
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->dim() == cache.dim() - 1,
-                    "gpt2fast: ", name, " must be float32, one for each head's entry");
+    check_stored(*x, name);
+    check_device(*x, name, cache, "the cache");
+    GPT2FAST_CHECK(x->scalar_type() == ScalarType::Float && x->dim() == cache.dim() - 1,
+                    name, " must be float32, one for each head's entry");
     for (int64_t i = 0; i < x->dim(); ++i) {
-        STD_TORCH_CHECK(x->size(i) == cache.size(i), "gpt2fast: ", name, " must be a factor for ",
+        GPT2FAST_CHECK(x->size(i) == cache.size(i), name, " must be a factor for ",
                         "each head's entry of the cache");
     }
     const int64_t first = x->dim() - 3;  // behind the layers, if there are any
@@ -46,12 +47,12 @@ inline launch::ConstHeadsOf const_scales_of(const std::optional<Tensor>& x, cons
     return {scales.data, scales.row_stride, scales.entry_stride, scales.head_stride};
 }
 
-// Of an int64 vector of `count` elements, or of any number if that is negative.
-inline launch::IntegersOf integers_of(const Tensor& x, const char* name, int64_t count) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 &&
-                        (count < 0 || x.size(0) == count),
-                    "gpt2fast: ", name, " must be an int64 vector",
-                    count < 0 ? "" : ", an element for each row");
+// Of an int64 vector of `count` elements, or of any number if that is negative, where `like` is.
+inline launch::IntegersOf integers_of(const Tensor& x, const char* name, int64_t count,
+                                      const Tensor& like) {
+    check_sizes(x, name, {count});
+    check_integers(x, name);
+    check_device(x, name, like, "the others");
     return {static_cast<const int64_t*>(x.const_data_ptr()), x.stride(0)};
 }
 

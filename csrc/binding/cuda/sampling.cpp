@@ -10,28 +10,30 @@ Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, doub
               int64_t top_k, double top_p, double min_p, double repetition_penalty,
               int64_t no_repeat_ngram_size) {
     const OnDeviceOf on(logits);
-    STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 &&
-                        (logits.size(1) == 1 || logits.stride(1) == 1),
-                    "gpt2fast: logits must be (rows, vocab), the last contiguous");
+    check_rows(logits, "logits", {-1, -1});
+    GPT2FAST_CHECK(logits.size(1) > 0, "logits have no token to choose");
+    GPT2FAST_CHECK(temperature > 0.0 && min_p >= 0.0 && repetition_penalty > 0.0 && top_p == top_p,
+                   "temperature and repetition_penalty must be above 0, min_p at least 0, top_p a "
+                   "number");
     launch::Sample args{};
     args.logits = logits.const_data_ptr();
     args.logits_stride = logits.stride(0);
     args.rows = logits.size(0);
     args.vocab = logits.size(1);
-    args.dtype = dtype_of(logits);
+    args.dtype = float_dtype_of(logits);
     if (repetition_penalty != 1.0 || no_repeat_ngram_size > 0) {
-        STD_TORCH_CHECK(history.scalar_type() == ScalarType::Long && history.dim() == 2 &&
-                            history.size(0) == args.rows,
-                        "gpt2fast: history must be int64, a row for each of logits");
+        check_sizes(history, "history", {args.rows, -1});
+        check_integers(history, "history");
+        check_device(history, "history", logits, "logits");
         args.history = static_cast<const int64_t*>(history.const_data_ptr());
         args.history_length = history.size(1);
         args.history_stride = history.stride(0);
         args.history_step = history.stride(1);
     }
     if (uniform.has_value()) {
-        STD_TORCH_CHECK(uniform->scalar_type() == ScalarType::Float && uniform->dim() == 1 &&
-                            uniform->size(0) == args.rows,
-                        "gpt2fast: uniform must be float32, a number for each row");
+        check_sizes(*uniform, "uniform", {args.rows});
+        check_floats(*uniform, "uniform");
+        check_device(*uniform, "uniform", logits, "logits");
         args.uniform = static_cast<const float*>(uniform->const_data_ptr());
         args.uniform_stride = uniform->stride(0);
     }

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../../launch/launch.h"
+#include "../common/check.h"
 
 #ifdef GPT2FAST_SIMULATED
 #define GPT2FAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(gpt2fast_cuda, CPU, m)
@@ -30,8 +31,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace gpt2fast::binding {
 
 using launch::DType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& x) {
     switch (x.scalar_type()) {
@@ -39,8 +38,15 @@ inline DType dtype_of(const Tensor& x) {
         case ScalarType::Half: return DType::float16;
         case ScalarType::BFloat16: return DType::bfloat16;
         case ScalarType::Char: return DType::int8;
-        default: STD_TORCH_CHECK(false, "gpt2fast: dtype that the CUDA kernels do not know");
+        default: refuse("the CUDA kernels take float32, float16 and bfloat16, and caches in int8");
     }
+}
+
+// What most kernels compute with.
+inline DType float_dtype_of(const Tensor& x) {
+    const DType dtype = dtype_of(x);
+    GPT2FAST_CHECK(dtype != DType::int8, "the CUDA kernels take floating-point numbers, not int8");
+    return dtype;
 }
 
 // While one lives, a tensor's device is the current one; `stream` is that device's current stream.
@@ -50,8 +56,8 @@ public:
     explicit OnDeviceOf(const Tensor&) {}
 #else
     explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                        "gpt2fast: this torch was built without CUDA");
+        GPT2FAST_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                        "this torch was built without CUDA");
         TORCH_ERROR_CODE_CHECK(
             aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
         launch::use_device(x.get_device_index());

@@ -1,0 +1,135 @@
+// What every op here asks of its tensors before it touches their memory: a call that Python can make
+// ends in an error, not in a crash. What the op means by its arguments gpt2fast/ops checks.
+//
+// Refusals are exceptions of the standard library, so that their text shows neither a function nor
+// the path of the file that threw them, which are those of the machine that compiled it.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace gpt2fast::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+    std::ostringstream text;
+    text << "gpt2fast: ";
+    ((text << parts), ...);
+    throw std::runtime_error(text.str());
+}
+
+// What is refused is written out only then.
+#define GPT2FAST_CHECK(condition, ...)                             \
+    do {                                                           \
+        if (!(condition)) ::gpt2fast::binding::refuse(__VA_ARGS__); \
+    } while (false)
+
+inline std::string text_of(const int64_t* sizes, int64_t count) {
+    std::ostringstream text;
+    text << '(';
+    for (int64_t i = 0; i < count; ++i) text << (i > 0 ? ", " : "") << sizes[i];
+    text << (count == 1 ? ",)" : ")");
+    return text.str();
+}
+
+inline std::string sizes_of(const Tensor& x) {
+    const auto sizes = x.sizes();
+    return text_of(sizes.data(), int64_t(sizes.size()));
+}
+
+// The elements lie within the storage, which may have been resized since the tensor was made.
+inline void check_stored(const Tensor& x, const char* name) {
+    if (x.numel() == 0) return;
+    int64_t bytes = 0;
+    if (aoti_torch_get_storage_size(x.get(), &bytes) != AOTI_TORCH_SUCCESS) {
+        refuse(name, " has no storage");
+    }
+    int64_t last = x.storage_offset();
+    const auto sizes = x.sizes();
+    const auto strides = x.strides();
+    for (size_t i = 0; i < size_t(x.dim()); ++i) last += (sizes[i] - 1) * strides[i];
+    const int64_t wanted = (last + 1) * int64_t(x.element_size());
+    GPT2FAST_CHECK(wanted <= bytes, name, " ", sizes_of(x), " needs ", wanted,
+                   " bytes of storage, which holds ", bytes, ": it was resized");
+}
+
+// A tensor of these sizes, of which -1 may be any.
+inline void check_sizes(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
+    bool same = x.dim() == int64_t(sizes.size());
+    int64_t dim = 0;
+    for (const int64_t size : sizes) {
+        same = same && (size < 0 || x.size(dim) == size);
+        ++dim;
+    }
+    if (!same) {
+        std::string wanted = text_of(sizes.begin(), int64_t(sizes.size()));
+        for (size_t at; (at = wanted.find("-1")) != std::string::npos;) wanted.replace(at, 2, "*");
+        refuse(name, " must be ", wanted, ", not ", sizes_of(x));
+    }
+    check_stored(x, name);
+}
+
+// The same with its elements one after another in memory.
+inline void check_contiguous(const Tensor& x, const char* name,
+                             std::initializer_list<int64_t> sizes) {
+    check_sizes(x, name, sizes);
+    GPT2FAST_CHECK(x.is_contiguous(), name, " must be contiguous");
+}
+
+// The same with only the elements of the last dimension one after another.
+inline void check_rows(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
+    check_sizes(x, name, sizes);
+    const int64_t last = x.dim() - 1;
+    GPT2FAST_CHECK(x.size(last) <= 1 || x.stride(last) == 1, name,
+                   " must have a contiguous last dimension");
+}
+
+inline void check_type(const Tensor& x, const char* name, ScalarType type, const char* called) {
+    GPT2FAST_CHECK(x.scalar_type() == type, name, " must be ", called);
+}
+
+inline void check_floats(const Tensor& x, const char* name) {
+    check_type(x, name, ScalarType::Float, "float32");
+}
+
+inline void check_integers(const Tensor& x, const char* name) {
+    check_type(x, name, ScalarType::Long, "int64");
+}
+
+inline void check_same_type(const Tensor& x, const char* name, const Tensor& like,
+                            const char* other) {
+    GPT2FAST_CHECK(x.scalar_type() == like.scalar_type(), name, " must have the dtype of ", other);
+}
+
+// On the device of another tensor.
+inline void check_device(const Tensor& x, const char* name, const Tensor& like,
+                         const char* other) {
+    GPT2FAST_CHECK(x.is_cpu() == like.is_cpu() && x.is_cuda() == like.is_cuda() &&
+                       x.get_device_index() == like.get_device_index(),
+                   name, " must be on the device of ", other);
+}
+
+// (batch, time): which positions can be seen.
+inline void check_mask(const std::optional<Tensor>& x, int64_t batch, int64_t time) {
+    if (!x.has_value()) return;
+    check_contiguous(*x, "mask", {batch, time});
+    check_type(*x, "mask", ScalarType::Bool, "bool");
+}
+
+inline void check_probability(double p, const char* name) {
+    GPT2FAST_CHECK(p >= 0.0 && p < 1.0, name, "=", p, " is not in [0, 1)");
+}
+
+}  // namespace gpt2fast::binding
