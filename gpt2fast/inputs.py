@@ -29,7 +29,7 @@ def check_tokens(config: GPT2Config, tokens: Tensor) -> None:
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise GenerationError(f"token ids have dtype {tokens.dtype}; they are integers")
     if _is_readable(tokens) and tokens.numel():
-        low, high = (int(bound) for bound in tokens.aminmax())
+        low, high = (int(bound) for bound in _values(tokens).aminmax())
         if low < 0 or high >= config.vocab_size:
             raise GenerationError(
                 f"token id {low if low < 0 else high} is outside the vocabulary "
@@ -47,7 +47,7 @@ def check_positions(config: GPT2Config, positions: Tensor) -> None:
         )
     if not _is_readable(positions) or not positions.numel():
         return
-    low, high = (int(bound) for bound in positions.aminmax())
+    low, high = (int(bound) for bound in _values(positions).aminmax())
     if low < 0 or high >= limit:
         raise GenerationError(
             f"position {low if low < 0 else high} is outside this model's 0 .. {limit - 1} "
@@ -63,6 +63,7 @@ def check_wanted(config: GPT2Config, name: str, wanted: Tensor, input_ids: Tenso
             f"{tuple(input_ids.shape)}"
         )
     if _is_readable(wanted) and wanted.numel():
+        wanted = _values(wanted)
         high = int(wanted.max())
         low = int(wanted.where(wanted != -100, 0).min())
         if low < 0 or high >= config.vocab_size:
@@ -84,7 +85,14 @@ def check_cache(config: GPT2Config, cache: KVCache, rows: int) -> None:
 
 def is_known_full(mask: Tensor) -> bool:
     """Whether a mask hides nothing, as far as that can be told for free."""
-    return _is_readable(mask) and bool(mask.all())
+    return _is_readable(mask) and bool(_values(mask).all())
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Every sample's values where torch.func has batched them, which then show one sample alone."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _is_readable(tensor: Tensor) -> bool:

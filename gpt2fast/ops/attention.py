@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Implementation, Op, autocast, statistics_dtype
+from .backend import Implementation, Op, autocast, requested_backend, statistics_dtype
 from .cuda import attention as on_cuda
-from .cuda import by_device, cuda
+from .cuda import by_device, cuda, takes
 from .cuda import cached_attention as cached_on_cuda
+from .derivatives import is_transformed, wants_graph
+from .dropout import dropout_factors
 from .int8_cache import check_scales, read
 from .native import native, refuses_int8, refuses_tensors
 from .triton import triton, unsuitable
@@ -101,23 +103,30 @@ def _visible(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
     return causal if mask is None else causal & mask[:, None, None, :]
 
 
-def _kept(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """What survives dropout, scaled so that the expectation is 1: a function of the seed alone."""
-    generator = torch.Generator(weights.device).manual_seed(int(seed.item()))
-    kept = torch.empty_like(weights).bernoulli_(1.0 - dropout_p, generator=generator)
-    return kept / (1.0 - dropout_p)
+def _factors(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """By which dropout multiplies them: the kernels' own, wherever these tensors are."""
+    batch, heads, queries, keys = weights.shape
+    return dropout_factors(
+        (batch, heads, queries, keys),
+        dropout_p,
+        seed,
+        weights.dtype,
+        on_gpu=takes(weights) or requested_backend() == "triton",
+    )
 
 
 def _weights(
     q: Tensor, k: Tensor, scale: float, mask: Tensor | None, lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention weights (B, H, T, T) before dropout, and their log-normaliser (B, H, T)."""
+    visible = _visible(q.shape[1], mask, q.device)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    scores = scores.masked_fill(~_visible(q.shape[1], mask, q.device), -math.inf)
+    # Of a query that sees nothing, the scores stay finite, and with them the sum's derivatives:
+    # exp(score - inf) = 0 makes its weights vanish.
+    blind = ~visible.any(-1)
+    scores = scores.masked_fill(~(visible | blind[..., None]), -math.inf)
     if lse is None:
-        lse = scores.logsumexp(-1)
-        # A query that sees nothing: exp(-inf - inf) = 0 makes its weights vanish.
-        lse = lse.masked_fill(lse == -math.inf, math.inf)
+        lse = scores.logsumexp(-1).masked_fill(blind, math.inf)
     return (scores - lse[..., None]).exp(), lse
 
 
@@ -133,7 +142,7 @@ def _reference(
     dtype = statistics_dtype(q.dtype)
     weights, lse = _weights(q.to(dtype), k.to(dtype), scale, mask, None)
     if seed is not None and dropout_p:
-        weights = weights * _kept(weights, dropout_p, seed)
+        weights = weights * _factors(weights, dropout_p, seed)
     out = torch.einsum("bhts,bshd->bthd", weights, v.to(dtype))
     return out.to(q.dtype).contiguous(), lse
 
@@ -157,9 +166,9 @@ def _backward_reference(
     grad_weights = torch.einsum("bthd,bshd->bhts", grad, v)
     dropped = weights
     if seed is not None and dropout_p:
-        kept = _kept(weights, dropout_p, seed)
-        dropped = weights * kept
-        grad_weights = grad_weights * kept
+        factors = _factors(weights, dropout_p, seed)
+        dropped = weights * factors
+        grad_weights = grad_weights * factors
     grad_v = torch.einsum("bhts,bthd->bshd", dropped, grad)
     inner = (grad * out).sum(-1).transpose(1, 2)
     grad_scores = weights * (grad_weights - inner[..., None]) * scale
@@ -284,7 +293,7 @@ def _cached_reference(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not is_transformed():
         # Only the part in use; elsewhere, reading the longest row's length would wait for the GPU.
         used = min(int(lengths.max()) + q.shape[1], k_cache.shape[1])
         k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
@@ -435,7 +444,9 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Any, ...]:
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
-    gradients = _backward.call(grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed)
+    if wants_graph():  # what was saved of the results is a constant
+        out, lse = _forward.plain(q, k, v, ctx.scale, mask, ctx.dropout_p, seed)
+    gradients = _backward.gradient(grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed)
     return (*gradients, None, None, None, None)
 
 

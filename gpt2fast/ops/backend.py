@@ -20,9 +20,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch._library.autograd import Info, make_autograd_impl
 
 from ..errors import BackendError
+from .derivatives import (
+    differentiated,
+    is_transformed,
+    outside_autocast,
+    refused,
+    tensors_in,
+    wants_graph,
+)
 
 ORDER = ("native", "triton", "torch", "reference")
 AVAILABILITY: dict[str, Callable[[], str | None]] = {}
@@ -72,18 +81,110 @@ class Op:
         }
         _LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, self._dispatch, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
+        _LIBRARY.impl(name, self._batched, "FuncTorchBatched")
         self.call = getattr(torch.ops.gpt2fast, name).default
         OPS[name] = self
+        self._plain = self.implementations["reference"].run
+        self._differentiable: Callable[..., Any] | None = None
+        self._writes = [
+            index
+            for index, argument in enumerate(self.call._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        self._no_gradient = "it writes in place" if self._writes else None
+        self._reads_constants = False
 
     def register_fake(self, fake: Callable) -> None:
         """Say which shapes and dtypes the op returns, for tracing without data."""
         torch.library.register_fake(f"gpt2fast::{self.name}", fake, lib=_LIBRARY)
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """Say how gradients flow; both functions as in `torch.library.register_autograd`."""
-        torch.library.register_autograd(
-            f"gpt2fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        """Say how gradients flow; both functions as in `torch.library.register_autograd`.
+
+        Where `backward` is itself to be differentiated, or batched, it has to be an expression of
+        what was saved, to which the results of `gradient` belong.
+        """
+        self._differentiable = make_autograd_impl(self.call, Info(backward, setup_context))
+
+    def register_plain(self, plain: Callable) -> None:
+        """Say which expression stands for the op where torch differentiates or batches it, should
+        it be another one than the reference."""
+        self._plain = plain
+
+    def refuse_gradient(self, why: str, *, reads_constants: bool = False) -> None:
+        """Make it an error that says why to differentiate through this op.
+
+        Args:
+            why: it has none.
+            reads_constants: what is read and not written may require gradients all the same: it
+                is a constant to the op.
+        """
+        self._no_gradient = why
+        self._reads_constants = reads_constants
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The results by an expression that torch differentiates to any order, in both modes, and
+        batches: the reference, whatever backend is chosen."""
+        why = "its kernels have no derivatives beyond one backward pass, and are not batched"
+        for record in _records:
+            refusals = tuple((name, why) for name in ORDER if name != "reference")
+            record.append(Call(self.name, "reference", refusals))
+        return outside_autocast(self._plain, *args, **kwargs)
+
+    def gradient(self, *args: Any) -> Any:
+        """The results within a backward pass, differentiable where that is asked for."""
+        if torch.compiler.is_compiling():
+            return self.call(*args)
+        if wants_graph():
+            return self.plain(*args)
+        with _C._AutoDispatchBelowAutograd():
+            return self.call(*args)
+
+    def _autograd(self, keyset: Any, *args: Any) -> Any:
+        transformed = is_transformed()
+        if transformed and self._no_gradient is None:
+            return self.plain(*args)
+        anchor = None
+        if transformed or torch.is_grad_enabled():
+            if self._differentiable is not None:
+                return self._differentiable(keyset, *args)
+            anchor = differentiated(args)
+            if anchor is not None and self._no_gradient is None:
+                return self.plain(*args)
+        if anchor is not None and self._writes:
+            self._refuse_to_write(args, transformed)
+        with _C._AutoDispatchBelowAutograd():
+            result = self.call.redispatch(keyset & _C._after_autograd_keyset, *args)
+        return result if anchor is None else self._refused(result, anchor, transformed)
+
+    def _refuse_to_write(self, args: Sequence[Any], transformed: bool) -> None:
+        if transformed or not (self.call._schema.returns or self._reads_constants):
+            raise self._gradient_error()
+        if differentiated(args[index] for index in self._writes if index < len(args)) is not None:
+            raise NotImplementedError(
+                f"gpt2fast.ops.{self.name} writes in place to a tensor that requires a gradient; "
+                "call it under torch.no_grad(), or pass x.detach()"
+            )
+
+    def _refused(self, result: Any, anchor: Tensor, transformed: bool) -> Any:
+        """The results, or an error where they would silently be constants."""
+        if not any(tensor.is_floating_point() for tensor in tensors_in((result,))):
+            return result
+        if transformed:
+            raise self._gradient_error()
+        return refused(result, anchor, str(self._gradient_error()))
+
+    def _gradient_error(self) -> NotImplementedError:
+        return NotImplementedError(f"gpt2fast.ops.{self.name} has no gradient: {self._no_gradient}")
+
+    def _batched(self, *args: Any) -> Any:
+        if self._writes:
+            raise NotImplementedError(
+                f"gpt2fast.ops.{self.name} writes in place, which torch.vmap cannot batch; "
+                "call it for each sample, or outside of vmap"
+            )
+        return self.plain(*args)
 
     def _choose(self, *args: Any, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
         """The backend that would run these arguments, and why each earlier one would not.
@@ -108,27 +209,12 @@ class Op:
             return f"{self.name} has no {name} implementation"
         return implementation.refuses(*args, **kwargs)
 
-    def refuse_gradient(self, why: str) -> None:
-        """Make a backward pass through this op an error that says why."""
-
-        def backward(ctx: Any, *gradients: Any) -> None:
-            raise NotImplementedError(f"gpt2fast.ops.{self.name} has no gradient: {why}")
-
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        self.register_autograd(backward, setup_context)
-
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         name, refused = self._choose(*args, **kwargs)
         for record in _records:
             record.append(Call(self.name, name, tuple(refused)))
-        run = self.implementations[name].run
-        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-            return run(*args, **kwargs)
         # Dtypes are settled before an op is called; its insides compute as they are written.
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return run(*args, **kwargs)
+        return outside_autocast(self.implementations[name].run, *args, **kwargs)
 
 
 OPS: dict[str, Op] = {}

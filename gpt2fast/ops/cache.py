@@ -262,6 +262,11 @@ _release = Op(
 )
 
 
+_append.refuse_gradient(
+    "what it stores is a constant; train with causal_attention", reads_constants=True
+)
+
+
 @_append.register_fake
 def _(k, v, k_cache, v_cache, lengths, counts, k_scales=None, v_scales=None):  # type: ignore[no-untyped-def]
     return None

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 from .cuda import by_device, cuda, unsuitable
+from .derivatives import outside_autocast, wants_graph
 from .native import native, refuses_tensors
 from .product import product, reads_wider_weights
 from .triton import triton
@@ -75,14 +76,26 @@ def _reference(
     narrow = weight.to(hidden.dtype)
     logits = (hidden @ narrow.t()).to(statistics_dtype(hidden.dtype))
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index)
-    grad_logits = _grad_logits(logits, logits.logsumexp(-1), targets, ignore_index)
-    count = _count(targets, ignore_index).clamp(min=1)
-    grad_logits = (grad_logits / count).to(hidden.dtype)
+    if not (hidden_grad or weight_grad):
+        return loss, hidden.new_empty(0), weight.new_empty(0)
+    counted = (targets != ignore_index)[:, None]
+    chosen = targets[:, None].where(counted, 0)
+    excess = logits.softmax(-1).scatter_add(
+        1, chosen, logits.new_full((), -1.0).expand(chosen.shape)
+    )
+    grad_logits = (excess * counted / counted.sum().clamp(min=1)).to(hidden.dtype)
     return (
         loss,
         grad_logits @ narrow if hidden_grad else hidden.new_empty(0),
         (grad_logits.t() @ hidden).to(weight.dtype) if weight_grad else weight.new_empty(0),
     )
+
+
+def _loss_alone(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Who differentiates the loss as an expression has no use for gradients beside it.
+    return _reference(hidden, weight, targets, ignore_index, False, False)
 
 
 def _count(targets: Tensor, ignore_index: int) -> Tensor:
@@ -300,27 +313,39 @@ _forward = Op(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    hidden, weight, targets, ctx.ignore_index, *ctx.wanted = inputs
     _, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(grad_hidden, grad_weight)
     # The gradients would get zeros of their size as gradients.
     ctx.set_materialize_grads(False)
-    ctx.wanted = inputs[-2:]
-    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.save_for_backward(grad_hidden, grad_weight, hidden, weight, targets)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    if grad is None:  # nothing depends on the loss: within derivatives of derivatives
+        return (None,) * 6
+    grad_hidden, grad_weight, hidden, weight, targets = ctx.saved_tensors
     # Where the graph is not kept, nobody asks again for what was saved: it needs no second copy.
     # What is traced keeps its values.
-    kept = torch._C._autograd._get_current_graph_task_keep_graph() or type(grad) is not Tensor
+    kept = (
+        torch._C._autograd._get_current_graph_task_keep_graph()
+        or type(grad) is not Tensor
+        or wants_graph()
+    )
+    if torch.is_grad_enabled():  # what was saved of the results is a constant
+        _, grad_hidden, grad_weight = outside_autocast(
+            _reference, hidden, weight, targets, ctx.ignore_index, *ctx.wanted
+        )
     multiply = Tensor.mul if kept else Tensor.mul_
     gradients = (
         multiply(gradient, grad) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        for gradient, wanted in zip((grad_hidden, grad_weight), ctx.wanted, strict=True)
     )
     return (*gradients, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, _setup_context)
+_forward.register_plain(_loss_alone)
 
 
 @_forward.register_fake

@@ -179,6 +179,9 @@ _decode = Op(
 )
 
 
+_decode.refuse_gradient("its caches serve generation; train with the ops that it is made of")
+
+
 def packed_step(
     weights: PackedWeights,
     k_cache: Tensor,
@@ -342,6 +345,9 @@ _packed = Op(
 )
 
 
+_packed.refuse_gradient("packed weights serve generation; train the model that was packed")
+
+
 @_packed.register_fake
 def _(arena, k_cache, *rest):  # type: ignore[no-untyped-def]
     *_, outputs, vocab_size = rest
@@ -451,6 +457,9 @@ _next = Op(
     torch=_next_reference,
     reference=_next_reference,
 )
+
+
+_next.refuse_gradient("packed weights serve generation; train the model that was packed")
 
 
 @_next.register_fake

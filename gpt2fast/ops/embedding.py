@@ -143,7 +143,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (None, None, *_backward.call(grad, *ctx.saved_tensors, *ctx.sizes))
+    return (None, None, *_backward.gradient(grad, *ctx.saved_tensors, *ctx.sizes))
 
 
 _forward.register_autograd(_differentiate, _setup_context)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .backend import Op, statistics_dtype
 from .cuda import by_device, cuda, kernels, unsuitable
+from .derivatives import wants_graph
 from .native import native, refuses_tensors, rows
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
@@ -58,13 +59,18 @@ def _returned_sum(summed: Tensor, residual: Tensor | None) -> Tensor:
     return summed.new_empty(0) if residual is None else summed.contiguous()
 
 
+def _statistics(wide: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of rows (..., C), each (..., 1)."""
+    mean = wide.mean(-1, keepdim=True)
+    return mean, (wide.var(-1, keepdim=True, correction=0) + eps).rsqrt()
+
+
 def _reference(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     summed = _add(x, residual)
     wide = summed.to(statistics_dtype(summed.dtype))
-    mean = wide.mean(-1, keepdim=True)
-    rstd = (wide.var(-1, keepdim=True, correction=0) + eps).rsqrt()
+    mean, rstd = _statistics(wide, eps)
     normed = (wide - mean) * rstd * weight.to(wide.dtype) + bias.to(wide.dtype)
     return normed.to(x.dtype).contiguous(), _returned_sum(summed, residual), mean, rstd
 
@@ -206,11 +212,10 @@ def _backward_reference(
     )
     if grad_summed is not None:
         grad_input = grad_input + grad_summed
-    rows = tuple(range(summed.dim() - 1))
     return (
         grad_input.to(summed.dtype).contiguous(),
-        (grad * standard).sum(rows).to(weight.dtype),
-        grad.sum(rows).to(weight.dtype),
+        rows(grad * standard).sum(0).to(weight.dtype),
+        rows(grad).sum(0).to(weight.dtype),
     )
 
 
@@ -264,7 +269,7 @@ _forward = Op(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, residual, weight, bias, _ = inputs
+    x, residual, weight, bias, ctx.eps = inputs
     _, summed, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -281,7 +286,9 @@ def _differentiate(
     summed, mean, rstd, weight = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = summed.new_zeros(ctx.shape)
-    grad, grad_weight, grad_bias = _backward.call(
+    if wants_graph():  # what was saved of the statistics is a constant
+        mean, rstd = _statistics(summed.to(mean.dtype), ctx.eps)
+    grad, grad_weight, grad_bias = _backward.gradient(
         grad_normed, grad_summed if ctx.has_residual else None, summed, mean, rstd, weight
     )
     grad_residual = grad if ctx.has_residual else None

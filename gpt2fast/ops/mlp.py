@@ -23,6 +23,7 @@ from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 from .cuda import by_device, cublaslt, cuda, kernels, unsuitable
 from .cuda import mlp as cuda_mlp
+from .derivatives import wants_graph
 from .native import native, refuses_tensors, rows
 from .product import product, reads_wider_weights, refuses_mixture, weight_gradient
 from .triton import triton
@@ -96,8 +97,7 @@ def _bias_gelu_backward_reference(grad: Tensor, x: Tensor, bias: Tensor) -> tupl
     tanh = torch.tanh(_A * (z + _B * z**3))
     slope = 0.5 * (1.0 + tanh) + 0.5 * z * (1.0 - tanh**2) * _A * (1.0 + 3.0 * _B * z**2)
     grad_z = grad.to(dtype) * slope
-    rows = tuple(range(x.dim() - 1))
-    return grad_z.to(x.dtype).contiguous(), grad_z.sum(rows).to(bias.dtype)
+    return grad_z.to(x.dtype).contiguous(), rows(grad_z).sum(0).to(bias.dtype)
 
 
 def _bias_gelu_backward_torch(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def _gelu_mlp_forward(
     w_fc, b_fc, w_proj, b_proj = (weight.to(x.dtype) for weight in (w_fc, b_fc, w_proj, b_proj))
     inner, bias = _inner(x, w_fc, b_fc, keep)
     out = torch.addmm(b_proj, bias_gelu(inner, bias), w_proj)
-    return out.view(*x.shape[:-1], -1), _kept(inner, keep)
+    return out.reshape(*x.shape[:-1], w_proj.shape[1]), _kept(inner, keep)
 
 
 def _gelu_mlp_backward(
@@ -178,7 +178,7 @@ def _gelu_mlp_backward(
     grad_w_proj = (activated.t() @ grad).to(w_proj.dtype)
     grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.to(dtype).t(), inner, bias)
     grad_w_fc = (rows(x).t() @ grad_inner).to(w_fc.dtype)
-    grad_x = (grad_inner @ w_fc.to(dtype).t()).view(x.shape)
+    grad_x = (grad_inner @ w_fc.to(dtype).t()).reshape(x.shape)
     grad_b_proj = grad.sum(0, dtype=statistics_dtype(dtype)).to(w_proj.dtype)
     return grad_x, grad_w_fc, grad_b_fc.to(b_fc.dtype), grad_w_proj, grad_b_proj
 
@@ -309,7 +309,7 @@ def _bias_gelu_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _bias_gelu_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _bias_gelu_backward.call(grad, *ctx.saved_tensors)
+    return _bias_gelu_backward.gradient(grad, *ctx.saved_tensors)
 
 
 def _gelu_mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -320,13 +320,16 @@ def _gelu_mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Tensor | None, ...]:
-    if any(ctx.needs_input_grad[1:5]):
-        return *_gelu_mlp_gradient.call(grad, *ctx.saved_tensors, ctx.kept), None
-    # The weights are frozen: half of the products would be for nobody.
     x, inner, w_fc, b_fc, w_proj = ctx.saved_tensors
+    if wants_graph():  # what was saved of the results is a constant
+        inner = rows(x) @ w_fc.to(x.dtype)
+        return *_gelu_mlp_gradient.gradient(grad, x, inner, w_fc, b_fc, w_proj, "product"), None
+    if any(ctx.needs_input_grad[1:5]):
+        return *_gelu_mlp_gradient.gradient(grad, x, inner, w_fc, b_fc, w_proj, ctx.kept), None
+    # The weights are frozen: half of the products would be for nobody.
     grad_inner = product(rows(grad), w_proj.t(), x.dtype)
     bias = _bias_of(b_fc, ctx.kept).to(x.dtype)
-    grad_inner, _ = _bias_gelu_backward.call(grad_inner, inner, bias)
+    grad_inner, _ = _bias_gelu_backward.gradient(grad_inner, inner, bias)
     grad_x = product(grad_inner, w_fc.t(), x.dtype).view(x.shape)
     return grad_x, None, None, None, None, None
 

@@ -271,6 +271,12 @@ _adamw = Op(
 )
 
 
+_adamw.refuse_gradient(
+    "it updates parameters in place; call it under torch.no_grad(), and write a step that is to be "
+    "differentiated with torch's own operations"
+)
+
+
 @_adamw.register_fake
 def _(params, grads, exp_avgs, exp_avg_sqs, masters, *scalars):  # type: ignore[no-untyped-def]
     return None

@@ -61,7 +61,7 @@ def _backward_torch(
     grad, nothing = rows(grad), grad.new_empty(0)
     sums = statistics_dtype(grad.dtype)
     return (
-        (grad @ weight.to(grad.dtype).t()).view(x.shape) if wanted[0] else nothing,
+        (grad @ weight.to(grad.dtype).t()).reshape(x.shape) if wanted[0] else nothing,
         (rows(x).t() @ grad).to(weight.dtype) if wanted[1] else weight.new_empty(0),
         grad.sum(0, dtype=sums).to(bias_dtype) if wanted[2] else nothing.to(bias_dtype),
     )
@@ -108,7 +108,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = _backward.call(grad, x, weight, ctx.bias_dtype, wanted)
+    gradients = _backward.gradient(grad, x, weight, ctx.bias_dtype, wanted)
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 

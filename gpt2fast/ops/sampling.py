@@ -108,10 +108,10 @@ def process(
 def _present(scores: Tensor, tokens: Tensor) -> Tensor:
     """(B, V) bool: which tokens of the vocabulary each row of `tokens` (B, N) holds; -1 is none."""
     vocab_size = scores.shape[-1]
-    present = scores.new_zeros(scores.shape[0], vocab_size + 1, dtype=torch.bool)
+    absent = scores.new_zeros(scores.shape[0], vocab_size + 1, dtype=torch.bool)
     # The column past the vocabulary takes the padding; it is cut off again.
-    present.scatter_(1, tokens.where(tokens >= 0, vocab_size).clamp(max=vocab_size), True)
-    return present[:, :vocab_size]
+    columns = tokens.where(tokens >= 0, vocab_size).clamp(max=vocab_size)
+    return absent.scatter(1, columns, True)[:, :vocab_size]
 
 
 def sample(

@@ -14,13 +14,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend import AVAILABILITY, Implementation, requested_backend
+from ..derivatives import tensors_in
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the kernels store; they compute in float32."""
@@ -82,15 +83,6 @@ def unsuitable(
         if not interpreting():
             return "the Triton kernels run on a GPU, and a tensor is on the CPU"
     return None
-
-
-def tensors_in(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
-    """The tensors among an op's arguments, those in lists as well."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, (list, tuple)):
-            yield from tensors_in(tuple(argument))
 
 
 def _refuses_arguments(*arguments: Any) -> str | None:
