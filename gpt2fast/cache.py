@@ -29,6 +29,9 @@ class LayerCache(NamedTuple):
     """(B, T_max, H) factors of int8 keys."""
     v_scales: Tensor | None = None
     """(B, T_max, H) factors of int8 values."""
+    front: Tensor | None = None
+    """(B, T) the order of the new tokens' positions in which those that are stored come first;
+    None: they do already."""
 
 
 class KVCache:
@@ -99,16 +102,24 @@ class KVCache:
         head_bytes = head_dim * self.k.element_size() + (0 if self.k_scales is None else 4)
         return 2 * layers * heads * head_bytes
 
-    def layer(self, index: int, counts: Tensor | None = None) -> LayerCache:
+    def layer(
+        self, index: int, counts: Tensor | None = None, front: Tensor | None = None
+    ) -> LayerCache:
         """The views that layer `index` writes to and reads from.
 
         Args:
             index: of the layer.
             counts: (B,) how many of the new tokens each row stores; None means all of them.
+            front: (B, T) an order of the new tokens in which those that are stored come first;
+                None means that they do.
         """
         empty = self._longest == 0
-        scales = [None if x is None else x[index] for x in (self.k_scales, self.v_scales)]
-        return LayerCache(self.k[index], self.v[index], self.lengths, counts, empty, *scales)
+        k_scales, v_scales = (
+            None if x is None else x[index] for x in (self.k_scales, self.v_scales)
+        )
+        return LayerCache(
+            self.k[index], self.v[index], self.lengths, counts, empty, k_scales, v_scales, front
+        )
 
     def reserve(self, new_tokens: int, counts: Tensor | None = None) -> None:
         """Check that each row has room for more entries.

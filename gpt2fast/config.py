@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields, replace
@@ -10,6 +11,27 @@ from typing import Any
 from .errors import ConfigError
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
+"""The activations that there are, by the names that ops give them."""
+
+_SAME_ACTIVATION = {
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_python": "gelu",
+    "swish": "silu",
+}
+
+ACTIVATION_NAMES = (*ACTIVATIONS, *_SAME_ACTIVATION)
+"""All names that a configuration may give them, which are transformers'."""
+
+_OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""What transformers' models have in common, and GPT-2's own names for it."""
 
 # Far above any GPT-2, far below what overflows an index: a corrupted size fails here, by name.
 _LARGEST = {"n_layer": 1 << 12}
@@ -40,7 +62,8 @@ class GPT2Config:
     n_inner: int | None = None
     """Width of the MLP's hidden layer; None means `4 * n_embd`."""
     activation_function: str = "gelu_new"
-    """The MLP's activation: gelu_new (tanh form), gelu (erf), relu, silu or tanh."""
+    """The MLP's activation: gelu_new (tanh form), gelu (erf), relu, silu, tanh, or one of
+    transformers' other names for them (gelu_pytorch_tanh, gelu_fast, gelu_python, swish, …)."""
     resid_pdrop: float = 0.1
     """Dropout probability on what each attention and MLP adds to the residual stream."""
     embd_pdrop: float = 0.1
@@ -78,10 +101,10 @@ class GPT2Config:
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: "
                 "each head has n_embd / n_head dimensions; change one of them"
             )
-        if self.activation_function not in ACTIVATIONS:
+        if self.activation_function not in ACTIVATION_NAMES:
             raise ConfigError(
                 f"activation_function={self.activation_function!r} is not supported; "
-                f"choose one of {', '.join(ACTIVATIONS)}"
+                f"choose one of {', '.join(ACTIVATION_NAMES)}"
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             value = self._check_number(name)
@@ -113,6 +136,31 @@ class GPT2Config:
     def inner_width(self) -> int:
         """Width of the MLP's hidden layer."""
         return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def activation(self) -> str:
+        """The activation under the name that ops give it, one of `ACTIVATIONS`."""
+        return plain_activation(self.activation_function)
+
+    @property
+    def hidden_size(self) -> int:
+        """`n_embd`, under the name that transformers' models have in common."""
+        return self.n_embd
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """`n_positions`, under the name that transformers' models have in common."""
+        return self.n_positions
+
+    @property
+    def num_attention_heads(self) -> int:
+        """`n_head`, under the name that transformers' models have in common."""
+        return self.n_head
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """`n_layer`, under the name that transformers' models have in common."""
+        return self.n_layer
 
     @property
     def parameter_count(self) -> int:
@@ -164,10 +212,10 @@ class GPT2Config:
                 f"{source}: add_cross_attention={values['add_cross_attention']!r}: "
                 "cross-attention is not part of GPT-2's language model"
             )
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} | set(_OTHER_NAMES)
         known = {name: value for name, value in values.items() if name in names}
         # Checkpoints of transformers before 2.x call the context length n_ctx.
-        if "n_positions" not in known and "n_ctx" in values:
+        if not known.keys() & {"n_positions", "max_position_embeddings"} and "n_ctx" in values:
             known["n_positions"] = values["n_ctx"]
         try:
             return cls(**known)
@@ -193,6 +241,47 @@ class GPT2Config:
             raise ConfigError(f"{name}={value!r} must be a number, not {type(value).__name__}")
         return value
 
+
+def plain_activation(name: str) -> str:
+    """Which of `ACTIVATIONS` one of `ACTIVATION_NAMES` means."""
+    return _SAME_ACTIVATION.get(name, name)
+
+
+def as_config(config: object) -> GPT2Config:
+    """A `GPT2Config` as it is, or made of transformers' one.
+
+    Raises:
+        ConfigError: neither, or not a GPT-2's.
+    """
+    if isinstance(config, GPT2Config):
+        return config
+    kind = type(config)
+    if hasattr(config, "model_type") and hasattr(config, "to_dict"):
+        return GPT2Config.from_dict(config.to_dict(), source=f"{kind.__module__}.{kind.__name__}")
+    raise ConfigError(
+        f"config must be a gpt2fast.GPT2Config or transformers' one, not {kind.__name__}; "
+        "GPT2Config.from_dict takes the content of a config.json"
+    )
+
+
+def _under_other_names(construct: Any) -> Any:
+    """`GPT2Config.__init__` that knows `_OTHER_NAMES` as well."""
+
+    @functools.wraps(construct)
+    def init(self: GPT2Config, *values: Any, **named: Any) -> None:
+        for other in _OTHER_NAMES.keys() & named.keys():
+            name, value = _OTHER_NAMES[other], named.pop(other)
+            if named.setdefault(name, value) != value:
+                raise ConfigError(
+                    f"{name}={named[name]!r} and {other}={value!r} are two names of one size; "
+                    "leave one out"
+                )
+        construct(self, *values, **named)
+
+    return init
+
+
+GPT2Config.__init__ = _under_other_names(GPT2Config.__init__)  # type: ignore[method-assign]
 
 PRESETS = {
     "gpt2": GPT2Config(),

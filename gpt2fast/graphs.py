@@ -40,7 +40,12 @@ def is_worthwhile(model: object, steps: int) -> TypeGuard[GPT2]:
     """Whether so many steps of `model` are to be captured: on a GPU, and more than a few."""
     from .model import GPT2
 
-    return isinstance(model, GPT2) and model.device.type == "cuda" and steps > BLOCK
+    return (
+        isinstance(model, GPT2)
+        and model.device.type == "cuda"
+        and steps > BLOCK
+        and model.why_not_read() is None
+    )
 
 
 @dataclass
@@ -205,7 +210,7 @@ class Steps:
         self._config: dict[str, Any] = {
             "n_head": config.n_head,
             "scales": [block.attn.scale for block in model.blocks],
-            "activation": config.activation_function,
+            "activation": config.activation,
             "eps": config.layer_norm_epsilon,
         }
         self._vocab_size, self._choice = vocab_size, choice

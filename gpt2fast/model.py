@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .cache import KVCache
-from .config import GPT2Config
-from .errors import ArgumentError, ConfigError
+from .config import GPT2Config, as_config
+from .errors import ArgumentError
 from .graph_pool import forget_moved
 from .inputs import (
     check_cache,
@@ -24,19 +25,47 @@ from .inputs import (
     check_wanted,
     is_known_full,
 )
-from .lora.adapters import is_adapted, without_adapters
-from .nn import Block, LinearCrossEntropy, ResidualLayerNorm, is_hooked
+from .lora.adapters import LoRAProjection, is_adapted, without_adapters
+from .nn import (
+    GELUMLP,
+    Activation,
+    Block,
+    CausalSelfAttention,
+    Embedding,
+    LayerNorm,
+    LinearCrossEntropy,
+    OutputProjection,
+    Projection,
+    add_and_normalize,
+    drop,
+)
 from .ops.backend import requested_backend
 from .ops.decode import LAYER_WEIGHTS
 from .ops.native import CACHE_DTYPES as KERNEL_CACHE_DTYPES
 from .ops.native import DTYPES as KERNEL_DTYPES
 from .ops.native import fingerprint, unavailable
 from .packed import PackedGPT2, pack
+from .plain import is_plain, is_unwatched, why_not_plain
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 _layer_weights = attrgetter(*LAYER_WEIGHTS)
+
+_PARTS = (
+    Activation,
+    Block,
+    CausalSelfAttention,
+    Embedding,
+    GELUMLP,
+    LayerNorm,
+    LinearCrossEntropy,
+    LoRAProjection,
+    OutputProjection,
+    Projection,
+    nn.Dropout,
+)
+"""What a model is made of, and adapters."""
 
 
 class GPT2Output:
@@ -57,9 +86,9 @@ class GPT2Output:
         """Scalar mean loss in nats, or None without labels and targets."""
         self._logits = F.linear(hidden, projection) if loss is None else None
         if loss is not None:
-            device = hidden.device.type
+            device = "cpu" if hidden.is_meta else hidden.device.type  # meta has no autocast
             self._hidden, self._projection = hidden, projection
-            self._grad = torch.is_grad_enabled()
+            self._grad, self._device = torch.is_grad_enabled(), device
             self._autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             # Neither a traced program nor a tensor made in inference mode counts its changes.
             counted = not torch.compiler.is_compiling() and not projection.is_inference()
@@ -89,17 +118,25 @@ class GPT2Output:
             with (
                 torch.inference_mode(self._hidden.is_inference()),
                 torch.set_grad_enabled(self._grad),
-                torch.autocast(self._hidden.device.type, dtype, enabled=enabled),
+                torch.autocast(self._device, dtype, enabled=enabled),
             ):
                 self._logits = F.linear(self._hidden, self._projection)
         return self._logits
+
+    @logits.setter
+    def logits(self, logits: Tensor) -> None:
+        self._logits = logits
 
 
 class GPT2(nn.Module):
     """GPT-2 with a language-model head.
 
+    Its modules have the names of transformers' `GPT2LMHeadModel` and see what they see there:
+    hooks, parametrizations, and modules or a `forward` put in their place act in every pass and in
+    every step of decoding. Weights are read without calling modules only where nothing can tell.
+
     Args:
-        config: the shape.
+        config: the shape; transformers' own is taken as well.
         device, dtype: of the parameters, which are initialised as transformers does. On device
             "meta" nothing is stored or drawn.
 
@@ -114,22 +151,15 @@ class GPT2(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if not isinstance(config, GPT2Config):
-            raise ConfigError(
-                f"config must be a GPT2Config, not {type(config).__name__}; "
-                "GPT2Config.from_dict takes the content of a config.json"
-            )
+        config = as_config(config)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.gradient_checkpointing = False
         self._packed: tuple[list[tuple[int, int]], int, PackedGPT2] | None = None
-        # From empty tables: initial values drawn here would only be replaced below.
-        self.wte = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.n_embd, **factory), freeze=False
-        )
-        self.wpe = nn.Embedding.from_pretrained(
-            torch.empty(config.n_positions, config.n_embd, **factory), freeze=False
-        )
+        std = config.initializer_range
+        self.wte = Embedding(config.vocab_size, config.n_embd, std, **factory)
+        self.wpe = Embedding(config.n_positions, config.n_embd, std, **factory)
+        self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(
             Block(
                 config.n_embd,
@@ -144,27 +174,29 @@ class GPT2(nn.Module):
             )
             for layer in range(config.n_layer)
         )
-        self.ln_f = ResidualLayerNorm(config.n_embd, config.layer_norm_epsilon, **factory)
+        for block in self.blocks:
+            block.attn.c_attn.std = block.mlp.c_fc.std = std
+            # What is added to the residual stream (Radford et al., 2019, section 2.3).
+            block.attn.c_proj.std = block.mlp.c_proj.std = std / (2 * config.n_layer) ** 0.5
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, **factory)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, **factory)
+            self.lm_head = OutputProjection(config.n_embd, config.vocab_size, std, **factory)
         self.loss = LinearCrossEntropy()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new weights: N(0, initializer_range^2), biases zero; what is added to the residual
         stream is scaled by 1 / sqrt(2 * n_layer) (Radford et al., 2019, section 2.3)."""
-        if self.wte.weight.is_meta:
-            return
-        std = self.config.initializer_range
-        nn.init.normal_(self.wte.weight, std=std)
-        nn.init.normal_(self.wpe.weight, std=std)
+        parts: list[nn.Module] = [self.wte, self.wpe]
         for block in self.blocks:
-            block.attn.c_attn.reset_parameters(std)
-            block.mlp.c_fc.reset_parameters(std)
-            block.attn.c_proj.reset_parameters(std / (2 * self.config.n_layer) ** 0.5)
-            block.mlp.c_proj.reset_parameters(std / (2 * self.config.n_layer) ** 0.5)
+            parts += [block.attn.c_attn, block.mlp.c_fc, block.attn.c_proj, block.mlp.c_proj]
+            parts += [block.ln_1, block.ln_2]
+        parts.append(self.ln_f)
         if not self.config.tie_word_embeddings:
-            nn.init.normal_(self.lm_head.weight, std=std)
+            parts.append(self.lm_head)
+        for part in parts:
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()  # type: ignore[operator]
 
     @property
     def blocks(self) -> list[Block]:
@@ -174,25 +206,42 @@ class GPT2(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.wte.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        return self.wte.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def projection(self) -> Tensor:
-        """(vocab, width) output projection: the token embedding where they are tied."""
-        if self.config.tie_word_embeddings:
+        """(vocab, width) output projection: the token embedding where they are tied.
+
+        Raises:
+            ArgumentError: what stands in the embedding's place holds not one such table.
+        """
+        if not self.config.tie_word_embeddings:
+            return self.lm_head.weight
+        if "weight" in self.wte._parameters or isinstance(self.wte, nn.Embedding):
             return self.wte.weight
-        return self.lm_head.weight
+        # What wraps the embedding leaves the head with the table itself, as in transformers.
+        shape = (self.config.vocab_size, self.config.n_embd)
+        tables = [weight for weight in self.wte.parameters() if weight.shape == shape]
+        if len(tables) != 1:
+            # No AttributeError, of which nn.Module would make another one.
+            raise ArgumentError(
+                f"wte is a {type(self.wte).__name__} with {len(tables)} parameters of the shape "
+                f"{shape}, and the output projection is tied to one: give the configuration "
+                "tie_word_embeddings=False, or keep the embedding's weight inside"
+            )
+        return tables[0]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a step for one token reads."""
-        looked_up = [] if self.config.tie_word_embeddings else [self.wte.weight]
-        looked_up.append(self.wpe.weight)
+        looked_up = list(self.wpe.parameters())
+        if not self.config.tie_word_embeddings:
+            looked_up += self.wte.parameters()
         return sum(p.nbytes for p in self.parameters()) - sum(p.nbytes for p in looked_up)
 
     def forward(
@@ -229,17 +278,20 @@ class GPT2(nn.Module):
             if wanted is not None:
                 check_wanted(self.config, name, wanted, input_ids)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
-        loss = None
-        if labels is not None:
-            loss = self.loss(hidden[:, :-1], self.projection, labels[:, 1:])
-        elif targets is not None:
-            loss = self.loss(hidden, self.projection, targets)
+        wanted = targets if labels is None else labels[:, 1:]
+        predicting = hidden if labels is None else hidden[:, :-1]
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
             hidden = hidden[:, kept]
-        return GPT2Output(loss, hidden, self.projection)
+        if self._reads_projection():
+            loss = None if wanted is None else self.loss(predicting, self.projection, wanted)
+            return GPT2Output(loss, hidden, self.projection)
+        loss = None
+        if wanted is not None:
+            loss = cast("LinearCrossEntropy", self.loss).of_logits(self.lm_head(predicting), wanted)
+        return GPT2Output.computed(loss, self.lm_head(hidden))
 
     def hidden_states(
         self,
@@ -270,10 +322,13 @@ class GPT2(nn.Module):
         else:
             # Rows of a cache have no holes: bring the real tokens to the front, then back.
             front = torch.argsort(mask, dim=1, descending=True, stable=True)
-            hidden = self._blocks(
-                input_ids.gather(1, front), positions.gather(1, front), None, cache, counts
-            )
-            hidden = hidden.gather(1, front.argsort(1)[..., None].expand(hidden.shape))
+            if self.why_not_read() is None:
+                hidden = self._blocks(
+                    input_ids.gather(1, front), positions.gather(1, front), None, cache, counts
+                )
+                hidden = hidden.gather(1, front.argsort(1)[..., None].expand(hidden.shape))
+            else:  # who looks at a module sees the tokens where they are
+                hidden = self._blocks(input_ids, positions, None, cache, counts, front)
         cache.advance(input_ids.shape[1], counts, following)
         return hidden
 
@@ -284,26 +339,67 @@ class GPT2(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         counts: Tensor | None,
+        front: Tensor | None = None,
     ) -> Tensor:
-        x = ops.embedding(input_ids, positions, self.wte.weight, self.wpe.weight)
-        if self.training and self.config.embd_pdrop:
-            x = F.dropout(x, self.config.embd_pdrop)
-        residual = None
+        x, residual = self._embed(input_ids, positions), None
         for layer, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layer(layer, counts)
+            layer_cache = None if cache is None else cache.layer(layer, counts, front)
+            fused = is_plain(block, Block)
+            run: Callable[..., Any] = block.branch if fused else block
+            stream = (x, residual) if fused else (_stream(x, residual),)
             if self.gradient_checkpointing and self.training and cache is None:
-                from torch.utils.checkpoint import checkpoint
-
-                x, residual = checkpoint(block.branch, x, residual, mask, use_reentrant=False)
-            elif is_hooked(block):
-                x, residual = block(_stream(x, residual), mask, layer_cache), None
+                added = checkpoint(run, *stream, mask, use_reentrant=False)
             else:
-                x, residual = block.branch(x, residual, mask, layer_cache)
-        return self.ln_f(x, residual)[0]
+                added = run(*stream, mask, layer_cache)
+            x, residual = added if fused else (added, None)
+        return add_and_normalize(self.ln_f, x, residual)[0]
+
+    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        wte, wpe = self.wte, self.wpe
+        if is_plain(wte, Embedding) and is_plain(wpe, Embedding):
+            x = ops.embedding(input_ids, positions, wte.weight, wpe.weight)
+        else:
+            x = wte(input_ids) + wpe(positions if positions.dim() == 2 else positions[None])
+        return drop(self.drop, x)
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., width) hidden states -> (..., vocab) logits."""
-        return F.linear(hidden, self.projection)
+        if self._reads_projection():
+            return F.linear(hidden, self.projection)
+        return self.lm_head(hidden)
+
+    def _reads_projection(self) -> bool:
+        """Whether logits are a product with `projection`, and no module that is to be called."""
+        return self.config.tie_word_embeddings or is_plain(self.lm_head, OutputProjection)
+
+    def why_not_read(self) -> str | None:
+        """Why decoding has to call the modules, where it would read their weights; or None."""
+        for name, module in self.named_modules():
+            if module is self:
+                if not is_unwatched(self, GPT2):
+                    return "a hook or another forward is on the model"
+            elif type(module) is not nn.ModuleList and not is_plain(module, *_PARTS):
+                return f"{name} {why_not_plain(module, *_PARTS)}"
+        config = self.config
+        for layer, block in enumerate(self.blocks):
+            own = (
+                is_plain(block, Block)
+                and is_plain(block.ln_1, LayerNorm)
+                and is_plain(block.ln_2, LayerNorm)
+                and is_plain(block.attn, CausalSelfAttention)
+                and is_plain(block.mlp, GELUMLP)
+                and is_plain(block.mlp.act, Activation)
+                and block.attn.heads == config.n_head
+                and block.mlp.act.function == config.activation
+                and block.ln_1.eps == block.ln_2.eps == config.layer_norm_epsilon
+                and all(weight is not None for weight in _layer_weights(block))
+            )
+            if not own:
+                return f"h.{layer} is no block of this configuration"
+        ends = is_plain(self.ln_f, LayerNorm) and self.ln_f.bias is not None
+        if not (ends and is_plain(self.wte, Embedding) and is_plain(self.wpe, Embedding)):
+            return "wte, wpe or ln_f is another module"
+        return None if self._reads_projection() else "lm_head is another module"
 
     @torch.no_grad()
     def decode_step(
@@ -323,6 +419,9 @@ class GPT2(nn.Module):
         changed; a change through `parameter.data` goes unnoticed until `for_decoding` or
         `generate` is called.
         """
+        if self.why_not_read() is not None:
+            places = None if position_ids is None else position_ids[:, None]
+            return self._called(tokens[:, None], None, places, cache)
         packed = self._packed_form(thorough=False)
         if packed is not None and cache.k.dtype in KERNEL_CACHE_DTYPES:
             return packed.decode_step(tokens, cache, position_ids).to(self.dtype)
@@ -340,7 +439,7 @@ class GPT2(nn.Module):
             cache.lengths,
             n_head=self.config.n_head,
             scales=[block.attn.scale for block in self.blocks],
-            activation=self.config.activation_function,
+            activation=self.config.activation,
             eps=self.config.layer_norm_epsilon,
             k_scales=cache.k_scales,
             v_scales=cache.v_scales,
@@ -349,7 +448,13 @@ class GPT2(nn.Module):
         return logits
 
     def decode_weights(self) -> list[Tensor]:
-        """The weights as `ops.decode_step` takes them, adapters merged."""
+        """The weights as `ops.decode_step` takes them, adapters merged.
+
+        Raises:
+            ArgumentError: weights alone do not say what the model computes; see `why_not_read`.
+        """
+        if reason := self.why_not_read():
+            raise ArgumentError(f"weights cannot be read past the modules: {reason}")
         if is_adapted(self):
             return without_adapters(self).decode_weights()
         layers = [weight for block in self.blocks for weight in _layer_weights(block)]
@@ -421,8 +526,15 @@ class GPT2(nn.Module):
             mask = (index >= 0).long()
             starts = torch.tensor(offsets, device=tokens.device)[:, None]
             positions = (index + starts).clamp(min=0)
-        hidden = self.hidden_states(tokens[:, -longest:].clamp(min=0), mask, positions, cache=cache)
-        return self.project(hidden[:, -1])
+        return self._called(tokens[:, -longest:].clamp(min=0), mask, positions, cache)
+
+    def _called(
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Logits (B, V) after the last column, by calling what there is to call."""
+        if is_unwatched(self, GPT2):
+            return self.project(self.hidden_states(tokens, mask, positions, cache)[:, -1])
+        return self(tokens, mask, positions, cache=cache).logits[:, -1]
 
     def for_decoding(self) -> GPT2 | PackedGPT2:
         """The form of this model that decodes fastest here.
@@ -431,6 +543,8 @@ class GPT2(nn.Module):
         first asked for and again after the weights have changed; `pack(release=True)` keeps no
         second copy. Adapters are merged.
         """
+        if self.why_not_read() is not None:
+            return self
         return self._packed_form(thorough=True) or without_adapters(self)
 
     def can_be_packed(self) -> bool:
@@ -474,6 +588,8 @@ class GPT2(nn.Module):
                 f"quantised weights run on the CPU, and the model is on {self.device}; "
                 "move it with .cpu() first"
             )
+        if reason := self.why_not_read():
+            raise ArgumentError(f"this model cannot be quantised: {reason}")
         quantized = quantize_weights(self, scheme, **options)
         self._packed = None
         return pack(self, quantized, release=release)
@@ -528,9 +644,7 @@ class GPT2(nn.Module):
             return f"it is on {self.device}; move it with .cpu()"
         if self.dtype not in KERNEL_DTYPES:
             return f"it is in {self.dtype}; use .float() or .bfloat16()"
-        if any(is_hooked(module) for module in self.modules()):
-            return "a hook watches one of its modules"
-        return None
+        return self.why_not_read()
 
     def _apply(self, fn: Any, recurse: bool = True) -> GPT2:
         super()._apply(fn, recurse)  # what .to(), .cuda(), .half() and the like do

@@ -376,7 +376,7 @@ def model_shape(config: GPT2Config) -> ModelShape:
         config.inner_width,
         config.vocab_size,
         config.n_positions,
-        config.activation_function,
+        config.activation,
         config.layer_norm_epsilon,
         tuple(config.attention_scale(layer) for layer in range(config.n_layer)),
         config.tie_word_embeddings,

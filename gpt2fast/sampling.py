@@ -151,7 +151,13 @@ class Draws:
         self._taken: dict[tuple[int, tuple[int, ...]], int] = {}
 
     def take(self, prompt: Sequence[int], seed: int | None, samples: int) -> Draw:
-        """The draw of the first of the next `samples` continuations of `prompt`."""
+        """The draw of the first of the next `samples` continuations of `prompt`.
+
+        Args:
+            prompt: token ids.
+            seed: of the call; None draws one, and nothing can be repeated.
+            samples: continuations that are made of this occurrence of the prompt.
+        """
         if seed is None:
             return Draw(draw_seed(), 0)
         key = (seed, tuple(prompt))

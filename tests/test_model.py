@@ -312,7 +312,7 @@ def test_bad_input_is_named():
         ({"n_embd": 10**12}, "n_embd=1000000000000"),
         ({"n_embd": 100, "n_head": 7}, "n_head=7"),
         ({"n_inner": 1.5}, "n_inner=1.5"),
-        ({"activation_function": "swish"}, "activation_function='swish'"),
+        ({"activation_function": "mish"}, "activation_function='mish'"),
         ({"activation_function": ["gelu"]}, "activation_function"),
         ({"resid_pdrop": 1.0}, "resid_pdrop=1.0"),
         ({"resid_pdrop": -0.1}, "resid_pdrop=-0.1"),

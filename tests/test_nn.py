@@ -89,8 +89,8 @@ def test_loss_takes_any_leading_shape():
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"width=30 .* heads=4"):
         CausalSelfAttention(30, 4)
-    with pytest.raises(ValueError, match="'swish'"):
-        GELUMLP(16, activation="swish")
+    with pytest.raises(ValueError, match="'mish'"):
+        GELUMLP(16, activation="mish")
     for dropout in (-0.1, 1.0, 2.0, float("nan")):
         with pytest.raises(ValueError, match=f"dropout={dropout} is not a probability"):
             Block(16, 4, dropout=dropout)

@@ -92,6 +92,10 @@ class DataModule:
         Batch s depends on `seed` and s alone: a run continued at step s sees what it would have.
         Half the batch size gives the same windows in twice as many batches; not so with `order` 1,
         that of runs begun by older versions.
+
+        Args:
+            start_step: the first batch's number.
+            order: version of the order of windows.
         """
         return TrainingBatches(
             [corpus.train for corpus in self.corpora],

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..nn import Projection
+from ..plain import readable
 
 if TYPE_CHECKING:
     from ..model import GPT2
@@ -28,6 +29,7 @@ RANK, ALPHA, TARGETS = 8, 8.0, "c_attn"
 """What PEFT takes for GPT-2 when it is told nothing."""
 
 
+@readable
 class LoRAProjection(Projection):
     """A frozen `Projection` with a trainable one of low rank beside it.
 

@@ -292,7 +292,8 @@ def autocast(*tensors: Tensor) -> Sequence[Tensor]:
     ours follow them so that the two can be mixed.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # torch knows no autocast for tensors without data.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]

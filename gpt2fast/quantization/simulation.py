@@ -22,8 +22,7 @@ def simulate(model: GPT2, quantized: QuantizedWeights, activations: bool = False
     Args:
         model: what `quantized` was made of.
         quantized: its matrices.
-        activations: round what goes into each matrix as well, in `forward` (not in
-            `decode_step`, which reads weights without calling modules).
+        activations: round what goes into each matrix as well.
     """
     state = {
         name: tensor.detach().float()
@@ -58,4 +57,4 @@ def _rounding_inputs(group: int) -> Any:
 
 
 def _rounding_output(group: int) -> Any:
-    return lambda module, inputs, output: (round_activations(output[0], group), *output[1:])
+    return lambda module, inputs, output: round_activations(output, group)
