@@ -70,7 +70,7 @@ class Generator:
             print(piece, end="", flush=True)
 
     Args:
-        model, tokenizer: which belong together.
+        model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
         window: what happens to a text longer than the model's `n_positions`: "error" refuses it
             in advance, "slide" goes on with the newest half of its tokens, "stop" ends it there.
         notify: told once, when a text has slid; and when the tokenizer has a much smaller
@@ -83,7 +83,7 @@ class Generator:
     def __init__(
         self,
         model: GPT2,
-        tokenizer: Tokenizer,
+        tokenizer: Any,
         *,
         window: str = "error",
         notify: Callable[[str], None] = warnings.warn,
@@ -91,7 +91,7 @@ class Generator:
         if window not in WINDOWS:
             raise GenerationError(f"window is {window!r}; choose one of {', '.join(WINDOWS)}")
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = Tokenizer.of(tokenizer)
         self.window = window
         self._notify = notify
         self._has_slid = False

@@ -668,10 +668,10 @@ TOKENIZER_CHANGES: dict[str, Callable[[dict], object]] = {
     "an added token far away": lambda t: t["added_tokens"].append(
         {"id": 1 << 40, "content": "<pad>"}
     ),
-    "another pre_tokenizer": lambda t: t["pre_tokenizer"].update(type="Whitespace"),
+    "an unknown pre_tokenizer": lambda t: t["pre_tokenizer"].update(type="Whites"),
     "pre_tokenizer is a number": lambda t: t.update(pre_tokenizer=1),
-    "another decoder": lambda t: t["decoder"].update(type="WordPiece"),
-    "a normalizer": lambda t: t.update(normalizer={"type": "NFC"}),
+    "an unknown decoder": lambda t: t["decoder"].update(type="Words"),
+    "a normalizer without its pattern": lambda t: t.update(normalizer={"type": "Replace"}),
 }
 
 

@@ -53,7 +53,7 @@ def encode(tokenizer: Tokenizer, parts: Sequence[Part]) -> Encoded:
     ids = [array(code), array(code)]
     characters = [0, 0]
     for part, text, end in parts:
-        ids[part].extend(tokenizer.encode(text))
+        ids[part].extend(tokenizer.encode(text, add_special_tokens=False))
         if end:
             ids[part].append(_end_token(tokenizer))
         characters[part] += len(text) + end

@@ -548,6 +548,8 @@ def _cuts(tokenizer: Tokenizer) -> Cuts:
     whole = (END_OF_TEXT, *(token.content for token in tokenizer.added_tokens))
     if isinstance(tokenizer, CharTokenizer):
         return Cuts(any_character=True, whole=whole)
+    if not tokenizer.cuts_at_spaces:
+        return Cuts(nowhere=True, whole=whole)
     return Cuts(before_space=tokenizer.encode("a") == tokenizer.encode(" a"), whole=whole)
 
 

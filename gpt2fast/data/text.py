@@ -58,6 +58,8 @@ class Cuts(NamedTuple):
     """Between any two characters (character tokenizers)."""
     before_space: bool = False
     """Only before a space (tokenizers that put one before a text that does not begin with one)."""
+    nowhere: bool = False
+    """Not at all: the tokenizer may look at all of a text at once."""
     whole: tuple[str, ...] = (END_OF_TEXT,)
     """Strings that no cut may touch: the tokens that are matched as a whole."""
 
@@ -98,6 +100,8 @@ def read_blocks(
 
 def last_cut(text: str, cuts: Cuts) -> int:
     """The last place where `text`, which goes on, may be cut; 0 if there is none."""
+    if cuts.nowhere:
+        return 0
     # A whole string that begins at the end of the text cannot be recognised yet.
     limit = len(text) - max(map(len, cuts.whole))
     boundary = _BEFORE_SPACE if cuts.before_space else _BOUNDARY

@@ -97,9 +97,13 @@ class Scorer:
                     "an example has an empty context, and this tokenizer has no end-of-text token "
                     "to begin with: use a tokenizer that has one, such as GPT-2's"
                 )
-            return [self.tokenizer.eos_token_id], self.tokenizer.encode(ending)
-        tokens = self.tokenizer.encode(context)
-        return tokens, self.tokenizer.encode(context + ending)[len(tokens) :]
+            return [self.tokenizer.eos_token_id], self._bare(ending)
+        tokens = self._bare(context)
+        return tokens, self._bare(context + ending)[len(tokens) :]
+
+    def _bare(self, text: str) -> list[int]:
+        """Its tokens, without those that a tokenizer may put around a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def score(self, requests: Sequence[Request]) -> list[list[Likelihood]]:
         """The likelihood of each ending of each request, in their order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -182,7 +183,8 @@ class TextTask(Task[Document]):
     ) -> tuple[int, dict[str, Metric]]:
         """As `Task.evaluate`."""
         context, stride, first = self._windows(scorer, settings)
-        encode, decode = scorer.tokenizer.encode, scorer.tokenizer.decode
+        encode = functools.partial(scorer.tokenizer.encode, add_special_tokens=False)
+        decode = scorer.tokenizer.decode
         if settings.limit is not None:
             most = context + (settings.limit - 1) * stride
             examples = self.shorten(

@@ -6,12 +6,14 @@ from .added_tokens import END_OF_TEXT, AddedToken
 from .base import StreamDecoder, Tokenizer
 from .bpe import BPETokenizer
 from .char import CharTokenizer
+from .huggingface import LibraryTokenizer
 
 __all__ = [
     "END_OF_TEXT",
     "AddedToken",
     "BPETokenizer",
     "CharTokenizer",
+    "LibraryTokenizer",
     "StreamDecoder",
     "Tokenizer",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import index
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from ..errors import TokenizerError
 from .added_tokens import AddedToken, AddedTokenSplitter
@@ -16,13 +17,15 @@ from .added_tokens import AddedToken, AddedTokenSplitter
 class Tokenizer(ABC):
     """Text to token ids and back.
 
-    `BPETokenizer` is GPT-2's byte-level BPE, `CharTokenizer` has a token per character.
+    `BPETokenizer` is GPT-2's byte-level BPE, `CharTokenizer` has a token per character, and
+    `LibraryTokenizer` runs every other kind that Hugging Face's `tokenizers` knows.
     `Tokenizer.from_pretrained` finds out which of them a model's files describe.
 
     Args:
         tokens: the bytes that each id stands for, those of `added_tokens` included.
         added_tokens: tokens that are matched whole in a text.
         eos_token_id: id of the token that ends a document, or None.
+        around: ids that `encode` puts before and after a text.
     """
 
     eos_token_id: int | None
@@ -39,12 +42,27 @@ class Tokenizer(ABC):
         tokens: dict[int, bytes],
         added_tokens: Iterable[AddedToken],
         eos_token_id: int | None,
+        around: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> None:
         self._tokens = tokens
         self.vocab_size = max(tokens) + 1
         self.added_tokens = tuple(sorted(added_tokens, key=lambda token: token.id))
         self._splitter = AddedTokenSplitter(self.added_tokens)
         self.eos_token_id = eos_token_id
+        self._around = (list(around[0]), list(around[1]))
+
+    @staticmethod
+    def of(tokenizer: Any) -> Tokenizer:
+        """`tokenizer` itself, or the same one where it is an object of transformers'.
+
+        Raises:
+            TokenizerError: it is neither.
+        """
+        if isinstance(tokenizer, Tokenizer):
+            return tokenizer
+        from .foreign import tokenizer_of
+
+        return tokenizer_of(tokenizer)
 
     @staticmethod
     def from_pretrained(
@@ -56,7 +74,8 @@ class Tokenizer(ABC):
         """The tokenizer of a directory, of a bundled model or of a model on the Hugging Face hub.
 
         Understands `tokenizer.json`, `vocab.json` with `merges.txt`, OpenAI's `encoder.json` with
-        `vocab.bpe`, and the `vocab.json` that `CharTokenizer.save_pretrained` writes.
+        `vocab.bpe`, the `vocab.json` that `CharTokenizer.save_pretrained` writes, and nanoGPT's
+        `meta.pkl` of characters.
 
         Args:
             name_or_path: as for `GPT2.from_pretrained`.
@@ -78,14 +97,22 @@ class Tokenizer(ABC):
         )
         return load(Path(path))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. A special token's text, `<|endoftext|>` say, becomes that token.
+
+        Args:
+            text: any text.
+            add_special_tokens: put the tokens around it that the tokenizer's files ask for, as
+                transformers does. GPT-2's ask for none.
 
         Raises:
             TokenizerError: the text holds a lone surrogate, or a character that a
                 `CharTokenizer` does not know.
         """
-        _check_text(text)
+        check_text(text)
+        if add_special_tokens and any(self._around):
+            before, after = self._around
+            return [*before, *self.encode(text, add_special_tokens=False), *after]
         ids: list[int] = []
         for part in self._splitter.split(text):
             if isinstance(part, int):
@@ -111,6 +138,11 @@ class Tokenizer(ABC):
     def decoder(self) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
         return StreamDecoder(self)
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        """Whether the parts of a text cut before white space have the tokens of the whole."""
+        return True
 
     @abstractmethod
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
@@ -157,7 +189,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
     if not isinstance(text, str):
         raise TokenizerError(f"encode needs a str, got {type(text).__name__}")
     if text.isascii():

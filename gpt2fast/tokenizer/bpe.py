@@ -34,6 +34,7 @@ class BPETokenizer(Tokenizer):
         special_tokens: which token plays which part, by transformers' names; `eos_token` is the one
             that ends a document.
         add_prefix_space: put a space before a text that doesn't begin with one.
+        around: ids that `encode` puts before and after a text.
         source: where this comes from, for error messages.
     """
 
@@ -45,6 +46,7 @@ class BPETokenizer(Tokenizer):
         *,
         special_tokens: Mapping[str, str | None] | None = None,
         add_prefix_space: bool = False,
+        around: tuple[Sequence[int], Sequence[int]] = ((), ()),
         source: str = "BPETokenizer",
     ) -> None:
         import tiktoken
@@ -75,6 +77,7 @@ class BPETokenizer(Tokenizer):
             tokens=tokens,
             added_tokens=added_tokens,
             eos_token_id=None if eos_token is None else by_content[eos_token],
+            around=around,
         )
 
     @classmethod
@@ -127,12 +130,13 @@ class BPETokenizer(Tokenizer):
             added_tokens=self.added_tokens,
             special_tokens=self._special_tokens,
             add_prefix_space=self._add_prefix_space,
+            around=self._around,
         )
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over vocabulary, merges, added tokens and the prefix space."""
         passes = {token.normalized for token in self.added_tokens}
-        content = [
+        content: list[object] = [
             "bpe",
             self._add_prefix_space,
             sorted(
@@ -146,6 +150,8 @@ class BPETokenizer(Tokenizer):
                 for t in self.added_tokens
             ],
         ]
+        if any(self._around):
+            content.append(self._around)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _encode_ordinary(self, text: str) -> list[int]:

@@ -79,7 +79,9 @@ def _check_unicode(tokens: Iterable[str], field: str) -> None:
         ) from None
 
 
-def get_field(content: dict[str, Any], name: str, kind: type, path: Path, prefix: str = "") -> Any:
+def get_field(
+    content: dict[str, Any], name: str, kind: type, path: Path | str, prefix: str = ""
+) -> Any:
     value = content.get(name)
     if not isinstance(value, kind):
         wanted = "an object" if kind is dict else "a list"

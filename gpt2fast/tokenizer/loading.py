@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from .base import Tokenizer
 from .bpe import BPETokenizer
 from .char import CharTokenizer
 from .checks import (
-    SUPPORTED,
     added_token,
     check_merges,
     check_vocab,
@@ -22,7 +20,10 @@ from .checks import (
     read_json_object,
     read_text,
 )
-from .saving import GPT2_CLASSES, GPT2_DEFAULTS, KIND
+from .huggingface import LibraryTokenizer, check_steps
+from .merges import UnusualVocabularyError
+from .saving import GPT2_CLASSES, GPT2_DEFAULTS, KIND, added_token_json
+from .steps import Around, as_gpt2_tokenizer, gpt2_steps, template
 
 FILE_NAMES = (
     "tokenizer.json",
@@ -36,8 +37,11 @@ FILE_NAMES = (
 )
 """Every file that `load` may read."""
 
-_SPECIAL_NAMES = (*GPT2_DEFAULTS, "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_NAMES = (*GPT2_DEFAULTS, "sep_token", "pad_token", "cls_token", "mask_token")
+"""transformers' names of the tokens that play a part."""
 _MAX_ADDED_TOKENS = 1 << 16
+
+_log = logging.getLogger(__name__)
 
 
 def load(path: Path) -> Tokenizer:
@@ -83,54 +87,35 @@ def _load_char(path: Path) -> CharTokenizer:
     return CharTokenizer(vocab)
 
 
-def _load_tokenizer_json(directory: Path, config: dict[str, Any]) -> BPETokenizer:
+def _load_tokenizer_json(directory: Path, config: dict[str, Any]) -> Tokenizer:
     path = directory / "tokenizer.json"
     content = read_json_object(path)
-    model = get_field(content, "model", dict, path)
-    if model.get("type", "BPE") != "BPE":
-        raise _unsupported(path, "model.type", model["type"], '"BPE"')
-    for name, neutral in (
-        ("dropout", (None, 0)),
-        ("continuing_subword_prefix", (None, "")),
-        ("end_of_word_suffix", (None, "")),
-        ("byte_fallback", (None, False)),
-        ("ignore_merges", (None, False)),
-    ):
-        if model.get(name) not in neutral:
-            raise _unsupported(path, f"model.{name}", model[name], json.dumps(neutral[1]))
-    if content.get("normalizer") is not None:
-        raise _unsupported(path, "normalizer", content["normalizer"], "null")
-    pre_tokenizer = _byte_level(content, "pre_tokenizer", path)
-    if pre_tokenizer.get("use_regex", True) is not True:
-        raise _unsupported(
-            path, "pre_tokenizer.use_regex", pre_tokenizer["use_regex"], "true, GPT-2's pattern"
-        )
-    _byte_level(content, "decoder", path)
-    if content.get("post_processor") is not None:
-        _byte_level(content, "post_processor", path)
-    vocab = check_vocab(get_field(model, "vocab", dict, path, "model."), f"{path}: model.vocab")
-    merges = check_merges(
-        [_joined(merge) for merge in get_field(model, "merges", list, path, "model.")],
-        f"{path}: model.merges",
-    )
-    added = []
-    for i, token in enumerate(
-        get_field({"added_tokens": [], **content}, "added_tokens", list, path)
-    ):
-        id = token.get("id") if isinstance(token, dict) else None
-        added.append(added_token(token, id, f"{path}: added_tokens[{i}]"))
-    # transformers' GPT2Tokenizer looks for the prefix space in tokenizer_config.json only
-    add_prefix_space = (
-        config.get("add_prefix_space", False)
-        if config.get("tokenizer_class") in GPT2_CLASSES
-        else pre_tokenizer.get("add_prefix_space", True)
-    )
-    return _build(directory, config, vocab, merges, added, add_prefix_space, str(path))
+    get_field(content, "model", dict, path)
+    config = _with_special_tokens_map(directory, config)
+    if config.get("tokenizer_class") in GPT2_CLASSES:
+        # transformers' GPT2Tokenizer looks for the prefix space in tokenizer_config.json only
+        add_prefix_space = _prefix_space(config, str(path))
+        if content["model"].get("type", "BPE") != "BPE":
+            raise TokenizerError(
+                f"{path}: model.type is {content['model']['type']!r:.80}, and the class that "
+                f"tokenizer_config.json names, {config['tokenizer_class']}, has BPE: make them "
+                "agree"
+            )
+        check_steps(content, str(path))
+        if gpt2_steps(content) is None:
+            _log.warning(
+                "%s: steps or options that are not GPT-2's are left out, as transformers' %s does; "
+                "for all of them, name PreTrainedTokenizerFast in tokenizer_config.json",
+                path,
+                config["tokenizer_class"],
+            )
+        content = as_gpt2_tokenizer(content, add_prefix_space)
+    return from_content(content, config, str(path))
 
 
 def _load_vocab_and_merges(
     directory: Path, vocab_name: str, merges_name: str, config: dict[str, Any]
-) -> BPETokenizer:
+) -> Tokenizer:
     path = directory / vocab_name
     vocab = check_vocab(read_json(path), str(path))
     merges_path = directory / merges_name
@@ -140,9 +125,8 @@ def _load_vocab_and_merges(
         f"{merges_path}: merge",
     )
     config_path = directory / "tokenizer_config.json"
-    if config.get("add_bos_token"):
-        raise _unsupported(config_path, "add_bos_token", config["add_bos_token"], "false")
     added_path = directory / "added_tokens.json"
+    described = _with_special_tokens_map(directory, config)
     if "added_tokens_decoder" in config:
         field = f"{config_path}: added_tokens_decoder"
         by_id = get_field(config, "added_tokens_decoder", dict, config_path)
@@ -151,7 +135,7 @@ def _load_vocab_and_merges(
             for id, token in by_id.items()
         ]
     elif added_path.is_file():
-        special = {_content(token) for token in _special_tokens(directory, config)[0].values()}
+        special = {_content(token) for token in _special_tokens(described, str(path))[0].values()}
         added = [
             added_token({"content": content, "special": content in special}, id, str(added_path))
             for content, id in read_json_object(added_path).items()
@@ -159,98 +143,180 @@ def _load_vocab_and_merges(
     else:
         added = []
     added.sort(key=lambda token: token.id)
-    config = {"tokenizer_class": GPT2_CLASSES[0], **config}  # no other class has these files
-    add_prefix_space = config.get("add_prefix_space", False)
+    described = {"tokenizer_class": GPT2_CLASSES[0], **described}  # no other class has these files
     source = f"{path} with {merges_name}"
-    return _build(directory, config, vocab, merges, added, add_prefix_space, source)
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    content = as_gpt2_tokenizer({"model": model}, _prefix_space(described, source))
+    content["added_tokens"] = [{"id": token.id, **added_token_json(token)} for token in added]
+    return from_content(content, described, source)
 
 
-def _build(
-    directory: Path,
-    config: dict[str, Any],
-    vocab: dict[str, int],
-    merges: Sequence[str],
-    added: list[AddedToken],
-    add_prefix_space: Any,
-    source: str,
-) -> BPETokenizer:
-    if not isinstance(add_prefix_space, bool):
-        raise TokenizerError(
-            f"{source}: add_prefix_space is {add_prefix_space!r:.80}, not true or false"
+def from_content(content: dict[str, Any], config: dict[str, Any], source: str) -> Tokenizer:
+    """The tokenizer that the content of a tokenizer.json and a tokenizer_config.json describe.
+
+    GPT-2's byte-level BPE runs on tiktoken, and everything else as `tokenizers` runs it.
+
+    Args:
+        content: of tokenizer.json; it may be changed.
+        config: of tokenizer_config.json, special_tokens_map.json included.
+        source: where they come from, for error messages.
+
+    Raises:
+        TokenizerError: they contradict each other, or describe no tokenizer.
+    """
+    model = get_field(content, "model", dict, source)
+    added = []
+    for i, token in enumerate(
+        get_field({"added_tokens": [], **content}, "added_tokens", list, source)
+    ):
+        id = token.get("id") if isinstance(token, dict) else None
+        added.append(added_token(token, id, f"{source}: added_tokens[{i}]"))
+    is_bpe = model.get("type", "BPE") == "BPE"
+    if is_bpe:
+        field = f"{source}: model.vocab"
+        vocab = check_vocab(get_field(model, "vocab", dict, source, "model."), field)
+        found = get_field(model, "merges", list, source, "model.")
+        spaced = any(isinstance(merge, list) and " " in "".join(map(str, merge)) for merge in found)
+        merges = (
+            []
+            if spaced  # which the library checks
+            else check_merges([_joined(merge) for merge in found], f"{source}: model.merges")
         )
-    ids = dict(vocab)
-
-    def expected_id(content: str) -> int:
-        return ids.get(content, len(ids))
-
-    for token in added:
-        if token.id != expected_id(token.content):
-            raise TokenizerError(
-                f"{source}: the added token {token.content!r:.80} has id {token.id}, where it must "
-                f"have {expected_id(token.content)}: added tokens keep the id that they have in "
-                "the vocabulary, or follow it one by one"
-            )
-        ids[token.content] = token.id
-    contents = {token.content for token in added}
-    named, extra = _special_tokens(directory, config)
+    else:
+        vocab, merges, spaced = _ids_of(model), [], False
+    ids = _with_added(vocab, added, source, numbered=is_bpe)
+    known = {token.content for token in added}
+    named, extra = _special_tokens(config, source)
+    more = []
     for value in (*named.values(), *extra):
-        if value is None or _content(value) in contents:
+        if value is None or _content(value) in known:
             continue
         token = added_token(
             {"content": value, "special": True} if isinstance(value, str) else value,
-            expected_id(_content(value)),
+            ids.get(_content(value), len(ids)),
             f"{source}: special token",
         )
-        contents.add(token.content)
+        known.add(token.content)
         ids[token.content] = token.id
-        added.append(token)
+        more.append(token)
     if len(set(ids.values())) != len(ids):
         raise TokenizerError(
             f"{source}: the vocabulary's {len(vocab)} ids leave gaps, so that added tokens get "
             "ids of others; number the vocabulary from 0 without gaps"
         )
-    if len(added) > _MAX_ADDED_TOKENS:
+    if len(added) + len(more) > _MAX_ADDED_TOKENS:
         raise TokenizerError(
-            f"{source}: there are {len(added)} added tokens; supported are {_MAX_ADDED_TOKENS}"
+            f"{source}: there are {len(added) + len(more)} added tokens; supported are "
+            f"{_MAX_ADDED_TOKENS}"
         )
     special_tokens = {name: _content(token) for name, token in named.items()}
-    if END_OF_TEXT in contents:
+    if END_OF_TEXT in known:
         special_tokens.setdefault("eos_token", END_OF_TEXT)
-    return BPETokenizer(
-        vocab,
-        merges,
-        added,
-        special_tokens=special_tokens,
-        add_prefix_space=add_prefix_space,
+    around = _asked_around(config, special_tokens, ids, source)
+    if around is not None:
+        names = {id: token for token, id in ids.items()}
+        content["post_processor"] = template(around, names) if any(around) else None
+    steps = None if spaced else gpt2_steps(content)
+    if steps is not None:
+        try:
+            return BPETokenizer(
+                vocab,
+                merges,
+                added + more,
+                special_tokens=special_tokens,
+                add_prefix_space=steps.add_prefix_space,
+                around=steps.around,
+                source=source,
+            )
+        except UnusualVocabularyError as error:
+            if model.get("unk_token") is None:
+                _log.warning("%s; what has no token is left out of encoded text", error)
+    return LibraryTokenizer(
+        content,
+        special_tokens,
+        more_tokens=more,
+        clean_up_spaces=config.get("clean_up_tokenization_spaces") is True,
         source=source,
     )
 
 
-def _special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def _with_added(
+    vocab: dict[str, int], added: list[AddedToken], source: str, *, numbered: bool
+) -> dict[str, int]:
+    """Tokens and ids of both; with `numbered`, added tokens must follow the vocabulary."""
+    ids = dict(vocab)
+    for token in added:
+        expected = ids.get(token.content, len(ids))
+        if token.id != expected and numbered:
+            raise TokenizerError(
+                f"{source}: the added token {token.content!r:.80} has id {token.id}, where it must "
+                f"have {expected}: added tokens keep the id that they have in "
+                "the vocabulary, or follow it one by one"
+            )
+        ids[token.content] = token.id
+    return ids
+
+
+def _ids_of(model: dict[str, Any]) -> dict[str, int]:
+    """The vocabulary of a model of words (an object) or of unigrams (a list of pairs)."""
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        return {token: id for token, id in vocab.items() if type(id) is int}
+    pairs = vocab if isinstance(vocab, list) else []
+    return {pair[0]: id for id, pair in enumerate(pairs) if isinstance(pair, list) and pair}
+
+
+def _asked_around(
+    config: dict[str, Any], special_tokens: dict[str, Any], ids: dict[str, int], source: str
+) -> Around | None:
+    """What `add_bos_token` and `add_eos_token` ask for; None where neither is there."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return None
+    around: Around = ([], [])
+    for name, place in (("bos", around[0]), ("eos", around[1])):
+        asked = config.get(f"add_{name}_token", False)
+        if not isinstance(asked, bool | None):
+            raise TokenizerError(f"{source}: add_{name}_token is {asked!r:.80}, not true or false")
+        token = special_tokens.get(f"{name}_token")
+        if asked and token is not None:
+            place.append(ids[token])
+    return around
+
+
+def _prefix_space(config: dict[str, Any], source: str) -> bool:
+    value = config.get("add_prefix_space", False)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"{source}: add_prefix_space is {value!r:.80}, not true or false")
+    return value
+
+
+def _with_special_tokens_map(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    map_path = directory / "special_tokens_map.json"
+    if "added_tokens_decoder" in config or not map_path.is_file():
+        return config
+    return {**config, **read_json_object(map_path)}
+
+
+def _special_tokens(config: dict[str, Any], source: str) -> tuple[dict[str, Any], list[Any]]:
     """What plays which part (`eos_token` and so on), and further special tokens.
 
     Each is None, a string, or an object like an added token's, as transformers reads them.
     """
-    path = directory / "tokenizer_config.json"
-    values = dict(config)
-    map_path = directory / "special_tokens_map.json"
-    if "added_tokens_decoder" not in config and map_path.is_file():
-        values.update(read_json_object(map_path))
     named = {}
-    for name in _SPECIAL_NAMES:
-        if name in values:
-            named[name] = values[name]
+    for name in SPECIAL_NAMES:
+        if name in config:
+            named[name] = config[name]
         elif config.get("tokenizer_class") in GPT2_CLASSES and name in GPT2_DEFAULTS:
             named[name] = END_OF_TEXT
-    extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):
-        raise TokenizerError(f"{path}: extra_special_tokens is {extra!r:.80}, not a list")
+        raise TokenizerError(f"{source}: extra_special_tokens is {extra!r:.80}, not a list")
     for name, value in (*named.items(), *(("extra_special_tokens", value) for value in extra)):
         content = _content(value)
         if content == "" or not isinstance(content, str | None):
-            raise TokenizerError(f"{path}: {name} is {value!r:.80}, not a token's text")
+            raise TokenizerError(f"{source}: {name} is {value!r:.80}, not a token's text")
     return named, extra
 
 
@@ -263,17 +329,3 @@ def _joined(merge: Any) -> Any:
     if isinstance(merge, list) and len(merge) == 2 and all(isinstance(t, str) for t in merge):
         return f"{merge[0]} {merge[1]}"
     return merge
-
-
-def _byte_level(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    value = content.get(name)
-    if not isinstance(value, dict) or value.get("type") != "ByteLevel":
-        kind = value.get("type") if isinstance(value, dict) else value
-        raise _unsupported(path, f"{name}.type", kind, '"ByteLevel"')
-    return value
-
-
-def _unsupported(path: Path, field: str, value: Any, supported: str) -> TokenizerError:
-    return TokenizerError(
-        f"{path}: {field} is {json.dumps(value):.80}; {SUPPORTED}, where it is {supported}"
-    )

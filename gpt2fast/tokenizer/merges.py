@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 from ..errors import TokenizerError
 
+
+class UnusualVocabularyError(TokenizerError):
+    """A vocabulary that BPE can run, but not in tiktoken's form."""
+
+
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in set(_PRINTABLE)]
 
@@ -42,15 +47,15 @@ def merge_ranks(vocab: dict[str, int], merges: Sequence[str], source: str) -> di
         Token bytes to id: the 256 bytes first, then tokens in merge order.
 
     Raises:
-        TokenizerError: a byte has no token, a merge names an unknown token, or a merge uses a
-            token that only a later merge makes.
+        UnusualVocabularyError: a byte has no token, or a merge uses a token that only a later merge
+            makes.
+        TokenizerError: a merge names an unknown token.
     """
     missing = [byte for byte, char in BYTE_TO_CHAR.items() if char not in vocab]
     if missing:
-        raise TokenizerError(
+        raise UnusualVocabularyError(
             f"{source}: the vocabulary has no token for {len(missing)} of the 256 bytes (the first "
-            f"is 0x{min(missing):02X}, {BYTE_TO_CHAR[min(missing)]!r}); supported is GPT-2's "
-            "byte-level BPE, whose vocabulary holds every byte"
+            f"is 0x{min(missing):02X}, {BYTE_TO_CHAR[min(missing)]!r})"
         )
     order = {char: i for i, char in enumerate(BYTE_TO_CHAR.values())}  # tokens as they are made
     lefts, rights = [-1] * 256, [-1] * 256  # what each was made of, as numbers in `order`
@@ -72,7 +77,7 @@ def merge_ranks(vocab: dict[str, int], merges: Sequence[str], source: str) -> di
                 awaited.setdefault(name, rank)
         elif token not in order and _boundary_survives(left, right, lefts, rights, made):
             if token in awaited:
-                raise TokenizerError(
+                raise UnusualVocabularyError(
                     f"{source}: merge {awaited[token]} uses the token {token!r:.80}, which only "
                     f"merge {rank} makes; supported are merges in the order in which BPE training "
                     "finds them"

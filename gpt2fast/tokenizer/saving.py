@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import atomic_write_text
 from .added_tokens import END_OF_TEXT, AddedToken
+from .steps import Around, template
 
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 """transformers' names of GPT-2's tokenizer."""
@@ -28,6 +29,7 @@ def save_bpe(
     added_tokens: Sequence[AddedToken],
     special_tokens: Mapping[str, str | None],
     add_prefix_space: bool,
+    around: Around,
 ) -> None:
     """Write a byte-level BPE so that `load` and `transformers` read the same tokenizer."""
     byte_level = {
@@ -37,18 +39,18 @@ def save_bpe(
         "use_regex": True,
     }
     by_id = sorted(vocab.items(), key=lambda item: item[1])
+    names = {id: token for token, id in by_id}
+    names |= {token.id: token.content for token in added_tokens}
     _write_json(
         directory / "tokenizer.json",
         {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [
-                {"id": token.id, **_added_token_json(token)} for token in added_tokens
-            ],
+            "added_tokens": [{"id": token.id, **added_token_json(token)} for token in added_tokens],
             "normalizer": None,
             "pre_tokenizer": byte_level,
-            "post_processor": byte_level,
+            "post_processor": template(around, names) if any(around) else byte_level,
             "decoder": byte_level,
             "model": {
                 "type": "BPE",
@@ -78,10 +80,21 @@ def save_bpe(
             "add_prefix_space": add_prefix_space,
             "clean_up_tokenization_spaces": False,
             "added_tokens_decoder": {
-                str(token.id): _added_token_json(token) for token in added_tokens
+                str(token.id): added_token_json(token) for token in added_tokens
             },
             **special_tokens,
         },
+    )
+
+
+def save_library(
+    directory: Path, tokenizer_json: Mapping[str, Any], described: Mapping[str, Any]
+) -> None:
+    """Write a tokenizer of Hugging Face's library as that library describes it."""
+    _write_json(directory / "tokenizer.json", tokenizer_json)
+    _write_json(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", **described},
     )
 
 
@@ -89,7 +102,7 @@ def save_char(directory: Path, vocab: dict[str, int]) -> None:
     """Write a character vocabulary, for people to read and for `load` and `transformers`."""
     _write_json(directory / "vocab.json", vocab, indent=0)
     end = vocab.get(END_OF_TEXT)
-    end_of_text = _added_token_json(AddedToken(END_OF_TEXT, id=len(vocab) - 1))
+    end_of_text = added_token_json(AddedToken(END_OF_TEXT, id=len(vocab) - 1))
     _write_json(
         directory / "tokenizer.json",
         {
@@ -116,7 +129,8 @@ def save_char(directory: Path, vocab: dict[str, int]) -> None:
     )
 
 
-def _added_token_json(token: AddedToken) -> dict[str, Any]:
+def added_token_json(token: AddedToken) -> dict[str, Any]:
+    """An added token as tokenizer_config.json has it."""
     return {
         "content": token.content,
         "single_word": token.single_word,

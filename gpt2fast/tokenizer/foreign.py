@@ -1,0 +1,111 @@
+"""Tokenizer objects of other packages, transformers' above all, as ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..errors import TokenizerError
+from .added_tokens import AddedToken
+from .base import StreamDecoder, Tokenizer, check_text
+from .huggingface import GenericStreamDecoder
+from .loading import SPECIAL_NAMES, from_content
+
+_PLAIN_CLASSES = (
+    *("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+)
+"""transformers' classes that do nothing beside what their backend does."""
+
+
+def tokenizer_of(tokenizer: Any) -> Tokenizer:
+    """Our tokenizer with the ids and texts of another package's object.
+
+    Objects of `tokenizers`, and those of transformers that only pass on to one, are converted;
+    others are asked through their own `encode` and `decode`.
+
+    Raises:
+        TokenizerError: it is no tokenizer.
+    """
+    import tokenizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "_tokenizer", tokenizer))
+    plain = not hasattr(tokenizer, "special_tokens_map") or (
+        type(tokenizer).__name__ in _PLAIN_CLASSES
+        and type(tokenizer).__module__.startswith("transformers.")
+        and not getattr(tokenizer, "split_special_tokens", False)
+        and getattr(tokenizer, "errors", "replace") == "replace"
+    )
+    source = f"the {type(tokenizer).__name__}"
+    if isinstance(backend, tokenizers.Tokenizer) and plain:
+        config: dict[str, Any] = {}
+        for name in SPECIAL_NAMES:
+            token = getattr(tokenizer, name, None)
+            config[name] = None if token is None else str(token)
+        config["clean_up_tokenization_spaces"] = getattr(
+            tokenizer, "clean_up_tokenization_spaces", False
+        )
+        return from_content(json.loads(backend.to_str()), config, source)
+    needed = ("encode", "decode", "get_vocab")
+    if all(callable(getattr(tokenizer, name, None)) for name in needed):
+        return ForeignTokenizer(tokenizer)
+    raise TokenizerError(
+        f"{type(tokenizer).__name__} is no tokenizer: give one of gpt2fast, transformers or "
+        "tokenizers, as Tokenizer.from_pretrained loads it"
+    )
+
+
+class ForeignTokenizer(Tokenizer):
+    """A tokenizer of transformers' that is written in Python, or does more than its backend.
+
+    Args:
+        tokenizer: has `encode(text, add_special_tokens=…)`, `decode(ids)`, `get_vocab()` and
+            `save_pretrained`, as transformers' tokenizers have.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._foreign = tokenizer
+        self._vocab = dict(tokenizer.get_vocab())
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        super().__init__(
+            tokens={id: token.encode("utf-8", "replace") for token, id in self._vocab.items()},
+            added_tokens=[AddedToken(str(token), id) for id, token in added.items()],
+            eos_token_id=getattr(tokenizer, "eos_token_id", None),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As `Tokenizer.encode`."""
+        check_text(text)
+        return list(self._foreign.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """As `Tokenizer.decode`."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        for id in ids:
+            self._token_bytes(id)  # says which id is wrong
+        return self._foreign.decode(ids)
+
+    def decoder(self) -> StreamDecoder:
+        """A decoder for tokens that come one at a time."""
+        return GenericStreamDecoder(self)
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        """False: nothing is known about how it looks at a text."""
+        return False
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write the files that its own package writes."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._foreign.save_pretrained(directory)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over its class, its vocabulary and its added tokens."""
+        content = [type(self._foreign).__name__, sorted(self._vocab.items()), self.eos_token_id]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)

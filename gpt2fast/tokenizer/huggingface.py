@@ -1,0 +1,202 @@
+"""Every tokenizer that Hugging Face's `tokenizers` runs, run by it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..errors import TokenizerError
+from .added_tokens import AddedToken
+from .base import StreamDecoder, Tokenizer, check_text
+from .merges import token_bytes
+from .steps import is_byte_level_decoder
+
+MOST_IDS = 1 << 24
+
+# What the library's decoders, and the clean-up, may still change at the end of a text.
+_UNSURE = 16
+
+_CLEAN_UP = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")),
+    *((" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
+"""transformers' `clean_up_tokenization_spaces`, which is for words and not for BPE."""
+
+
+class GenericStreamDecoder(StreamDecoder):
+    """Decodes all that has come so far, for tokenizers whose tokens are not bytes.
+
+    Args:
+        tokenizer: whose ids they are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0
+
+    def push(self, id: int) -> str:
+        """The text that is certain now; may be empty."""
+        self._ids.append(id)
+        certain = self._tokenizer.decode(self._ids)[:-_UNSURE].rstrip("\ufffd")
+        piece = certain[self._given :]
+        self._given += len(piece)
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end; the decoder can be used again."""
+        rest = self._tokenizer.decode(self._ids)[self._given :] if self._ids else ""
+        self._ids, self._given = [], 0
+        return rest
+
+
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer that `tokenizers` runs: what GPT-2's own BPE does not do.
+
+    Normalizers, other pre-tokenizers than GPT-2's, vocabularies without all the bytes, unigram and
+    word models, and whatever else a tokenizer.json can say.
+
+    Args:
+        tokenizer_json: the content of a tokenizer.json; its padding and truncation don't count.
+        special_tokens: which token plays which part, by transformers' names; tokens that the
+            vocabulary lacks must be among `more_tokens`.
+        more_tokens: special tokens beside those of `tokenizer_json`.
+        clean_up_spaces: leave out the spaces before punctuation in decoded text, as transformers
+            does where a tokenizer of words says so.
+        source: where this comes from, for error messages.
+
+    Raises:
+        TokenizerError: the library does not take it.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: Mapping[str, Any],
+        special_tokens: Mapping[str, str | None] | None = None,
+        *,
+        more_tokens: Sequence[AddedToken] = (),
+        clean_up_spaces: bool = False,
+        source: str = "LibraryTokenizer",
+    ) -> None:
+        content = {**tokenizer_json, "padding": None, "truncation": None}
+        backend = _backend(content, source)
+        backend.add_special_tokens([_library_token(token) for token in more_tokens])
+        vocab = backend.get_vocab(with_added_tokens=True)
+        if not vocab or max(vocab.values()) >= MOST_IDS:
+            raise TokenizerError(
+                f"{source}: the vocabulary has {len(vocab)} tokens with ids up to "
+                f"{max(vocab.values(), default=-1)}; at least one, and ids below {MOST_IDS}, are "
+                "needed"
+            )
+        self._backend = backend
+        self._special_tokens = dict(special_tokens or {})
+        self._clean_up = clean_up_spaces and content["model"].get("type", "BPE") != "BPE"
+        self._is_bytes = is_byte_level_decoder(content) and not self._clean_up
+        eos_token = self._special_tokens.get("eos_token")
+        if eos_token is not None and eos_token not in vocab:
+            raise TokenizerError(f"{source}: eos_token is {eos_token!r:.80}, which is no token")
+        super().__init__(
+            tokens={id: token_bytes(token) for token, id in vocab.items()},
+            added_tokens=[
+                AddedToken(
+                    token.content,
+                    id,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=token.special,
+                )
+                for id, token in backend.get_added_tokens_decoder().items()
+            ],
+            eos_token_id=None if eos_token is None else vocab[eos_token],
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As `Tokenizer.encode`.
+
+        Raises:
+            TokenizerError: also where the vocabulary has no token for a part of the text, and none
+                for what is unknown.
+        """
+        check_text(text)
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:
+            raise TokenizerError(f"the text cannot be encoded: {str(error):.200}") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """As `Tokenizer.decode`, with the spaces that the tokenizer's own decoder puts."""
+        if self._is_bytes:
+            return super().decode(ids)
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        for id in ids:
+            self._token_bytes(id)  # says which id is wrong
+        text = self._backend.decode(ids, skip_special_tokens=False)
+        if self._clean_up:
+            for old, new in _CLEAN_UP:
+                text = text.replace(old, new)
+        return text
+
+    def decoder(self) -> StreamDecoder:
+        """A decoder for tokens that come one at a time."""
+        return super().decoder() if self._is_bytes else GenericStreamDecoder(self)
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        """False: normalizers and pre-tokenizers may look at all of a text."""
+        return False
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        from .saving import save_library
+
+        described = {**self._special_tokens, "clean_up_tokenization_spaces": self._clean_up}
+        save_library(Path(directory), json.loads(self._backend.to_str()), described)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the library's own description."""
+        content = json.loads(self._backend.to_str())
+        described = json.dumps(["library", content, self._clean_up], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)
+
+
+def check_steps(content: Mapping[str, Any], source: str) -> None:
+    """Raise TokenizerError unless the library reads what a tokenizer.json says of its steps."""
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    _backend({"model": empty, **{name: content.get(name) for name in steps}}, source)
+
+
+def _backend(content: Mapping[str, Any], source: str) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+    except BaseException as error:  # a panic of the library's is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise TokenizerError(
+            f"{source}: neither GPT-2's byte-level BPE nor a tokenizer that Hugging Face's "
+            f"tokenizers {tokenizers.__version__} reads: {str(error):.200}"
+        ) from None
+
+
+def _library_token(token: AddedToken) -> Any:
+    from tokenizers import AddedToken as LibraryToken
+
+    return LibraryToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
