@@ -163,7 +163,7 @@ def samples(device: str) -> dict[str, Callable[[], object]]:
         "sample": lambda: ops.sample(x[:1], ids, None),
         "embedding": lambda: ops.embedding(ids, ids[0], weight, weight),
         "fused_adamw": lambda: ops.fused_adamw(
-            [one], [one], [one.clone()], [one.clone()],
+            [one], [x], [one.clone()], [one.clone()],
             step=1, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
         ),  # fmt: skip
         "decode_step": lambda: ops.decode_step(

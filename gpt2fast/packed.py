@@ -286,7 +286,7 @@ class PackedGPT2(nn.Module):
                 v_scales=cache.v_scales,
                 **choice,
             )
-        except (RuntimeError, IndexError):
+        except ArgumentError:
             # The kernel looks at every number anyway; these say what to do.
             check_tokens(self.config, tokens)
             check_positions(self.config, positions[:, None])

@@ -385,16 +385,6 @@ def test_native_spreads_rows_over_threads():
             torch.set_num_threads(1)
 
 
-@needs_native
-def test_native_checks_what_it_is_given():
-    logits, uniform = torch.randn(3, 8), torch.rand(3)
-    with backend("native"):
-        with pytest.raises(RuntimeError, match="history must be int64"):
-            ops.sample(logits, torch.zeros(2, 4).long(), uniform, repetition_penalty=1.1)
-        with pytest.raises(RuntimeError, match="uniform"):
-            ops.sample(logits, torch.zeros(3, 0).long(), uniform[:2])
-
-
 def test_random_numbers_depend_on_seed_sample_and_step_only():
     def numbers_of(seed, samples, steps=600):
         found = torch.empty(len(samples), 0)

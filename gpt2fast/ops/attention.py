@@ -22,8 +22,17 @@ from .cuda import by_device, cuda, takes
 from .cuda import cached_attention as cached_on_cuda
 from .derivatives import is_transformed, wants_graph
 from .dropout import dropout_factors
-from .int8_cache import check_scales, read
+from .int8_cache import check_caches, check_scales, read
 from .native import native, refuses_int8, refuses_tensors
+from .requirements import (
+    check_below_one,
+    check_dim,
+    check_finite,
+    check_floating,
+    check_indices,
+    check_integers,
+    check_shape,
+)
 from .triton import triton, unsuitable
 
 
@@ -41,29 +50,18 @@ def causal_attention(
     Args:
         q, k, v: (B, T, H, D), floating point; strided views of one packed (B, T, 3, H, D) tensor
             are read in place.
-        scale: factor on the scores; None means 1 / sqrt(D).
+        scale: finite factor on the scores; None means 1 / sqrt(D).
         mask: (B, T) bool or 0/1, false where a position must not be seen by any other.
-        dropout_p: probability of dropping an attention weight.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: (1,) int64, required with dropout; one seed always drops the same weights.
 
     Returns:
         (B, T, H, D) in q's dtype.
     """
-    if q.shape != k.shape or k.shape != v.shape or q.dim() != 4:
-        raise ArgumentError(
-            f"q, k and v must share one shape (B, T, H, D), not {tuple(q.shape)}, "
-            f"{tuple(k.shape)} and {tuple(v.shape)}"
-        )
     if mask is not None:
-        if mask.shape != q.shape[:2]:
-            raise ArgumentError(
-                f"mask must be (B, T) = {tuple(q.shape[:2])}, not {tuple(mask.shape)}"
-            )
         mask = mask.bool()
-    if dropout_p and seed is None:
-        raise ArgumentError("dropout_p > 0 needs seed, a (1,) int64 tensor")
     q, k, v = autocast(q, k, v)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = _usual_scale(q) if scale is None else scale
     return _forward.call(q, k, v, scale, mask, dropout_p, seed)[0]
 
 
@@ -81,9 +79,9 @@ def attention_with_cache(
     Args:
         q: (B, T, H, D), the T newest positions of each row.
         k_cache, v_cache: (B, T_max, H, D).
-        lengths: (B,) int64, entries stored before the new ones: query t of row b sees
-            entries 0 .. lengths[b] + t. Of queries that lie past the end of the cache, as padding
-            may, the result is unspecified.
+        lengths: (B,) int64 in 0 .. T_max, entries stored before the new ones: query t of row b
+            sees entries 0 .. lengths[b] + t. Of queries that lie past the end of the cache, as
+            padding may, the result is unspecified.
         scale: factor on the scores; None means 1 / sqrt(D).
         k_scales, v_scales: (B, T_max, H) float32 factors of int8 caches.
 
@@ -93,9 +91,90 @@ def attention_with_cache(
     Raises:
         ArgumentError: an int8 cache without factors, or factors that don't fit.
     """
-    check_scales(k_cache, v_cache, k_scales, v_scales)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = _usual_scale(q) if scale is None else scale
     return _cached.call(q, k_cache, v_cache, lengths, scale, k_scales, v_scales)
+
+
+def _usual_scale(q: Tensor) -> float:
+    return 1.0 / math.sqrt(max(1, q.shape[-1])) if q.dim() else 1.0
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    check_floating(q=q, k=k, v=v)
+    if q.shape != k.shape or k.shape != v.shape or q.dim() != 4:
+        raise ArgumentError(
+            f"q, k and v must share one shape (B, T, H, D), not {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    check_finite(scale=scale)
+    if mask is not None:
+        check_shape("mask", mask, *q.shape[:2], says="(B, T)")
+        if mask.dtype != torch.bool:
+            raise ArgumentError(f"mask must be bool, not {mask.dtype}")
+    check_below_one(dropout_p=dropout_p)
+    if seed is not None:
+        check_integers(seed=seed)
+        check_shape("seed", seed, 1, says="one number")
+    elif dropout_p:
+        raise ArgumentError(f"dropout_p={dropout_p} needs seed, a (1,) int64 tensor")
+
+
+def _check_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    _check(q, k, v, scale, mask, dropout_p, seed)
+    check_floating(grad=grad, out=out)
+    for name, like_q in (("grad", grad), ("out", out)):
+        check_shape(name, like_q, *q.shape, says="q's shape")
+    batch, time, heads, _ = q.shape
+    check_shape("lse", lse, batch, heads, time, says="(B, H, T)")
+    if lse.dtype != statistics_dtype(q.dtype):
+        raise ArgumentError(f"lse of {q.dtype} queries must not be {lse.dtype}")
+
+
+def _check_cached(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    check_floating(q=q)
+    check_dim("q", q, 4, says="(B, T, H, D)")
+    check_caches(k_cache, v_cache, 4, "(B, T_max, H, D)")
+    batch, _, heads, width = q.shape
+    check_shape(
+        "k_cache", k_cache, batch, k_cache.shape[1], heads, width, says="(B, T_max, H, D) beside q"
+    )
+    check_scales(k_cache, v_cache, k_scales, v_scales)
+    check_integers(lengths=lengths)
+    check_shape("lengths", lengths, batch, says="(B,)")
+    check_finite(scale=scale)
+
+
+def _check_cached_values(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *others: Any
+) -> None:
+    check_indices("lengths", lengths, 0, k_cache.shape[1], of="what a row of the cache holds")
 
 
 def _visible(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -177,7 +256,9 @@ def _backward_reference(
     return tuple(g.to(given).contiguous() for g in (grad_q, grad_k, grad_v))  # type: ignore
 
 
-def _flash_refuses(q: Tensor, mask: Tensor | None, dropout_p: float) -> str | None:
+def _flash_refuses(mask: Tensor | None, dropout_p: float, q: Tensor, *others: Tensor) -> str | None:
+    if any(other.dtype != q.dtype for other in others):
+        return "torch's flash attention takes tensors of one dtype"
     if q.device.type != "cpu":
         return "torch's flash attention is used on the CPU only"
     if mask is not None:
@@ -295,7 +376,8 @@ def _cached_reference(
 ) -> Tensor:
     if q.device.type == "cpu" and not is_transformed():
         # Only the part in use; elsewhere, reading the longest row's length would wait for the GPU.
-        used = min(int(lengths.max()) + q.shape[1], k_cache.shape[1])
+        longest = int(lengths.max()) if len(lengths) else 0
+        used = min(longest + q.shape[1], k_cache.shape[1])
         k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
         if k_scales is not None and v_scales is not None:
             k_scales, v_scales = k_scales[:, :used], v_scales[:, :used]
@@ -388,6 +470,7 @@ _backward = Op(
     "causal_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
     "Tensor? mask, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
     native=by_device(
         cpu=native(
             _backward_native,
@@ -401,7 +484,7 @@ _backward = Op(
     torch=Implementation(
         _flash_backward,
         lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _flash_refuses(
-            q, mask, dropout_p
+            mask, dropout_p, q, k, v, grad, out
         ),
     ),
     reference=_backward_reference,
@@ -410,6 +493,7 @@ _forward = Op(
     "causal_attention",
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed) "
     "-> (Tensor out, Tensor lse)",
+    check=_check,
     native=by_device(
         cpu=native(_native, lambda q, k, v, scale, mask, dropout_p, seed: _native_refuses(q, k, v)),
         cuda=cuda(on_cuda.forward, on_cuda.refuses),
@@ -417,7 +501,7 @@ _forward = Op(
     triton=triton("attention", "forward", _triton_refuses),
     torch=Implementation(
         _flash,
-        lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(q, mask, dropout_p),
+        lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(mask, dropout_p, q, k, v),
     ),
     reference=_reference,
 )
@@ -425,6 +509,8 @@ _cached = Op(
     "attention_with_cache",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale, "
     "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
+    check=_check_cached,
+    values=_check_cached_values,
     native=by_device(
         cpu=native(_cached_native, _cached_native_refuses),
         cuda=cuda(cached_on_cuda.run, cached_on_cuda.refuses),

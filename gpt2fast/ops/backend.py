@@ -23,7 +23,7 @@ import torch
 from torch import _C, Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
-from ..errors import BackendError
+from ..errors import ArgumentError, BackendError
 from .derivatives import (
     differentiated,
     is_transformed,
@@ -32,6 +32,7 @@ from .derivatives import (
     tensors_in,
     wants_graph,
 )
+from .requirements import Memory
 
 ORDER = ("native", "triton", "torch", "reference")
 AVAILABILITY: dict[str, Callable[[], str | None]] = {}
@@ -62,6 +63,22 @@ class Implementation:
     """Takes the op's arguments, returns its results."""
     refuses: Callable[..., str | None]
     """Takes the op's arguments; returns why it cannot run them, or None."""
+    checks: bool = False
+    """Whether it looks itself, faster, at all that the op asks of its arguments."""
+
+
+_REFUSED_BY_KERNELS = "gpt2fast: "
+"""How the compiled ops begin to say what they cannot take (csrc/binding/common/check.h)."""
+
+
+def _asks_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _has_no_elements(arguments: Sequence[Any]) -> bool:
+    """Whether the first tensor, or one of floating-point numbers, is empty: so is the result."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    return any(not x.numel() and (x is tensors[0] or x.is_floating_point()) for x in tensors)
 
 
 def _refuses_nothing(*args: Any, **kwargs: Any) -> str | None:
@@ -69,21 +86,43 @@ def _refuses_nothing(*args: Any, **kwargs: Any) -> str | None:
 
 
 class Op:
-    """An op: a schema in torch's dispatcher and the implementations behind it."""
+    """An op: a schema in torch's dispatcher and the implementations behind it.
 
-    def __init__(self, name: str, schema: str, **implementations: Implementation | Callable):
+    Args:
+        name, schema: as torch's dispatcher takes them.
+        check: takes the op's arguments; raises ArgumentError for shapes, dtypes and numbers that
+            no backend takes. It runs where the op is traced, too, so must not read values.
+        values: the same for values of tensors on the CPU.
+        one_device: whether all tensors must be on one device.
+        implementations: by backend.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        check: Callable[..., None] | None = None,
+        values: Callable[..., None] | None = None,
+        one_device: bool = True,
+        **implementations: Implementation | Callable,
+    ):
         self.name = name
+        self._check = check or _asks_nothing
+        self._check_values = values or _asks_nothing
         self.implementations = {
             backend: implementation
             if isinstance(implementation, Implementation)
             else Implementation(implementation, _refuses_nothing)
             for backend, implementation in implementations.items()
         }
+        self._checked_by_kernels = any(each.checks for each in self.implementations.values())
         _LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, self._dispatch, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         _LIBRARY.impl(name, self._batched, "FuncTorchBatched")
         self.call = getattr(torch.ops.gpt2fast, name).default
+        self._memory = Memory(self.call._schema, one_device)
         OPS[name] = self
         self._plain = self.implementations["reference"].run
         self._differentiable: Callable[..., Any] | None = None
@@ -97,7 +136,13 @@ class Op:
 
     def register_fake(self, fake: Callable) -> None:
         """Say which shapes and dtypes the op returns, for tracing without data."""
-        torch.library.register_fake(f"gpt2fast::{self.name}", fake, lib=_LIBRARY)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._memory.check_devices(args)
+            self._check(*args, **kwargs)
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"gpt2fast::{self.name}", checked, lib=_LIBRARY)
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
         """Say how gradients flow; both functions as in `torch.library.register_autograd`.
@@ -126,6 +171,7 @@ class Op:
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The results by an expression that torch differentiates to any order, in both modes, and
         batches: the reference, whatever backend is chosen."""
+        self.require(*args)
         why = "its kernels have no derivatives beyond one backward pass, and are not batched"
         for record in _records:
             refusals = tuple((name, why) for name in ORDER if name != "reference")
@@ -198,6 +244,8 @@ class Op:
             if reason is None:
                 return name, refused
             refused.append((name, reason))
+        if _requested in self.implementations and _has_no_elements(args):
+            return "reference", refused  # kernels need something to compute
         raise BackendError(
             f"backend {_requested!r} cannot run {self.name}: {refused[-1][1]}; "
             'gpt2fast.backend("auto") falls back to one that can'
@@ -209,12 +257,44 @@ class Op:
             return f"{self.name} has no {name} implementation"
         return implementation.refuses(*args, **kwargs)
 
+    def require(self, *args: Any) -> None:
+        """The op's checks, for arguments that torch itself will compute with."""
+        if torch.compiler.is_compiling() or is_transformed():
+            self._check(*args)
+        else:
+            self._memory.check_devices(args)
+            self._check_all(*args)
+
+    def _check_all(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ArgumentError for arguments that no backend takes."""
+        self._check(*args, **kwargs)
+        self._memory.check(args)
+        self._check_values(*args, **kwargs)
+
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        name, refused = self._choose(*args, **kwargs)
+        if not self._checked_by_kernels:
+            self._check_all(*args, **kwargs)
+        try:
+            name, refused = self._choose(*args, **kwargs)
+        except BackendError:
+            self._check_all(*args, **kwargs)  # what no backend takes comes first
+            raise
+        implementation = self.implementations[name]
+        if self._checked_by_kernels and not (
+            implementation.checks and self._memory.are_apart(args)
+        ):
+            self._check_all(*args, **kwargs)
         for record in _records:
             record.append(Call(self.name, name, tuple(refused)))
-        # Dtypes are settled before an op is called; its insides compute as they are written.
-        return outside_autocast(self.implementations[name].run, *args, **kwargs)
+        try:
+            # Dtypes are settled before an op is called; its insides compute as they are written.
+            return outside_autocast(implementation.run, *args, **kwargs)
+        except RuntimeError as error:
+            message = str(error)
+            if not message.startswith(_REFUSED_BY_KERNELS):
+                raise
+            self._check_all(*args, **kwargs)  # says what is wrong in words of every backend
+            raise ArgumentError(message.removeprefix(_REFUSED_BY_KERNELS)) from None
 
 
 OPS: dict[str, Op] = {}

@@ -10,11 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backend import Op
 from .cuda import CACHE_DTYPES, by_device, cuda, kernels
 from .cuda import unsuitable as unsuitable_for_cuda
-from .int8_cache import check_scales, stored
+from .int8_cache import check_caches, check_scales, stored
 from .native import native, refuses_int8, refuses_tensors
+from .requirements import (
+    check_dim,
+    check_floating,
+    check_indices,
+    check_integers,
+    check_room,
+    check_shape,
+)
 from .triton import triton, unsuitable
 
 
@@ -40,7 +49,6 @@ def append_to_cache(
     Raises:
         ArgumentError: an int8 cache without factors, or factors that don't fit.
     """
-    check_scales(k_cache, v_cache, k_scales, v_scales)
     _append.call(k, v, k_cache, v_cache, lengths, counts, k_scales, v_scales)
 
 
@@ -62,6 +70,71 @@ def release_rows(lengths: Tensor, rows: Tensor) -> None:
         rows: (N,) int64.
     """
     _release.call(lengths, rows)
+
+
+def _check_append(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    check_floating(k=k, v=v)
+    check_dim("k", k, 4, says="(B, T, H, D)")
+    check_caches(k_cache, v_cache, 4, "(B, T_max, H, D)")
+    if k.shape != v.shape or k.shape[0] != k_cache.shape[0] or k.shape[2:] != k_cache.shape[2:]:
+        raise ArgumentError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must be alike, and of the caches' sizes "
+            f"{tuple(k_cache.shape)} only the second may differ"
+        )
+    check_scales(k_cache, v_cache, k_scales, v_scales)
+    check_integers(lengths=lengths, counts=counts)
+    check_shape("lengths", lengths, k.shape[0], says="(B,)")
+    if counts is not None:
+        check_shape("counts", counts, k.shape[0], says="(B,)")
+
+
+def _check_append_values(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+    *scales: Tensor | None,
+) -> None:
+    check_room(lengths, counts, k.shape[1], k_cache.shape[1])
+
+
+def _check_reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ArgumentError(
+            f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must share one "
+            "shape (B, T_max, H, D)"
+        )
+    check_integers(rows=rows)
+    if rows.dim() != 1 or len(rows) > len(k_cache):
+        raise ArgumentError(
+            f"rows must be (B',) with B' up to {len(k_cache)}, the cache's rows, "
+            f"not {tuple(rows.shape)}"
+        )
+
+
+def _check_reorder_values(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    check_indices("rows", rows, 0, len(k_cache) - 1, of="the rows of the cache")
+
+
+def _check_release(lengths: Tensor, rows: Tensor) -> None:
+    check_integers(lengths=lengths, rows=rows)
+    check_dim("lengths", lengths, 1, says="(B,)")
+    check_dim("rows", rows, 1, says="(N,)")
+
+
+def _check_release_values(lengths: Tensor, rows: Tensor) -> None:
+    check_indices("rows", rows, 0, len(lengths) - 1, of="the rows of the cache")
 
 
 def _append_reference(
@@ -228,6 +301,8 @@ _append = Op(
     "append_to_cache",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
     "Tensor? counts, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
+    check=_check_append,
+    values=_check_append_values,
     native=by_device(
         cpu=native(_append_native, _append_refuses),
         cuda=cuda(_append_native, _append_cuda_refuses),
@@ -239,6 +314,8 @@ _append = Op(
 _reorder = Op(
     "reorder_cache",
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()",
+    check=_check_reorder,
+    values=_check_reorder_values,
     native=by_device(
         cpu=native(
             _reorder_native, lambda k_cache, v_cache, rows: _refuses_cache(k_cache, v_cache)
@@ -252,6 +329,8 @@ _reorder = Op(
 _release = Op(
     "release_rows",
     "(Tensor(a!) lengths, Tensor rows) -> ()",
+    check=_check_release,
+    values=_check_release_values,
     native=by_device(
         cpu=native(_release_native, _release_refuses),
         cuda=cuda(_release_native, _release_cuda_refuses),

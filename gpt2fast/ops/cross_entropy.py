@@ -25,6 +25,7 @@ from .cuda import by_device, cuda, unsuitable
 from .derivatives import outside_autocast, wants_graph
 from .native import native, refuses_tensors
 from .product import product, reads_wider_weights
+from .requirements import check_floating, check_indices, check_integers
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
 
@@ -47,22 +48,42 @@ def linear_cross_entropy(
     Returns:
         Scalar loss in nats, at least float32.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ArgumentError(
-            f"hidden (N, C) and weight (V, C) do not fit: {tuple(hidden.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
-    if targets.shape != hidden.shape[:1]:
-        raise ArgumentError(
-            f"targets must be ({hidden.shape[0]},), one per row of hidden, "
-            f"not {tuple(targets.shape)}"
-        )
     if reads_wider_weights(hidden):
         (hidden,) = autocast(hidden)
     else:
         hidden, weight = autocast(hidden, weight)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     return _forward.call(hidden, weight, targets, ignore_index, *wanted)[0]
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> None:
+    check_floating(hidden=hidden, weight=weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ArgumentError(
+            f"hidden (N, C) and weight (V, C) do not fit: {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    check_integers(targets=targets)
+    if targets.shape != hidden.shape[:1]:
+        raise ArgumentError(
+            f"targets must be ({hidden.shape[0]},), one per row of hidden, "
+            f"not {tuple(targets.shape)}"
+        )
+
+
+def _check_values(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *others: object
+) -> None:
+    check_indices(
+        "targets", targets, 0, len(weight) - 1, but=ignore_index, of="the classes of weight"
+    )
 
 
 def _reference(
@@ -302,6 +323,8 @@ _forward = Op(
     "linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool hidden_grad, "
     "bool weight_grad) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
+    check=_check,
+    values=_check_values,
     native=by_device(
         cpu=native(_native, _native_refuses),
         cuda=cuda(_cuda, _cuda_refuses),

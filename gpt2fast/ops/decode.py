@@ -19,18 +19,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .attention import attention_with_cache
 from .backend import Implementation, Op
 from .cache import append_to_cache
 from .cuda import by_device, cuda
 from .cuda import decode as on_cuda
 from .embedding import embedding
-from .int8_cache import check_scales, read, stored
+from .int8_cache import check_caches, check_scales, read, stored
 from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu
 from .native import CACHE_DTYPES, native
 from .packed import Matrix, PackedWeights, QuantizedMatrix
-from .sampling import sample_reference
+from .requirements import (
+    check_at_least,
+    check_dim,
+    check_finite,
+    check_floating,
+    check_fractions,
+    check_indices,
+    check_integers,
+    check_room,
+    check_shape,
+)
+from .sampling import check_choice, sample_reference
 from .triton import triton, unsuitable
 
 LAYER_WEIGHTS = (
@@ -93,11 +105,89 @@ def decode_step(
     Raises:
         ArgumentError: an int8 cache without factors, or factors that don't fit.
     """
-    check_scales(k_cache, v_cache, k_scales, v_scales)
     return _decode.call(
         list(weights), k_cache, v_cache, tokens, positions, lengths,
         n_head, list(scales), activation, eps, k_scales, v_scales,
     )  # fmt: skip
+
+
+def _check(
+    weights: list[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    n_head: int,
+    scales: list[float],
+    activation: str,
+    eps: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    if len(weights) != 5 + len(scales) * len(LAYER_WEIGHTS):
+        raise ArgumentError(
+            f"{len(weights)} weights do not fit {len(scales)} layers, a scale each: it takes "
+            f"{5 + len(scales) * len(LAYER_WEIGHTS)}"
+        )
+    check_integers(tokens=tokens, positions=positions, lengths=lengths)
+    check_dim("tokens", tokens, 1, says="(B,)")
+    batch = len(tokens)
+    check_shape("positions", positions, batch, says="(B,)")
+    check_shape("lengths", lengths, batch, says="(B,)")
+    check_caches(k_cache, v_cache, 5, "(L, B, T_max, H, D)")
+    wte = weights[0]
+    check_dim("wte", wte, 2, says="(V, C)")
+    width = wte.shape[1]
+    if n_head < 1 or width % n_head:
+        raise ArgumentError(f"n_head={n_head} does not divide the width {width}")
+    check_shape(
+        "k_cache", k_cache, len(scales), batch, k_cache.shape[2], n_head, width // n_head,
+        says="(L, B, T_max, H, D)",
+    )  # fmt: skip
+    check_scales(k_cache, v_cache, k_scales, v_scales)
+    inner = weights[2 + LAYER_WEIGHTS.index("mlp.c_fc.weight")].shape[-1] if scales else 0
+    shapes = {
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "mlp.c_fc": (width, inner),
+        "mlp.c_proj": (inner, width),
+    }
+    for index, weight in enumerate(weights[2:-3]):
+        name, _, kind = LAYER_WEIGHTS[index % len(LAYER_WEIGHTS)].rpartition(".")
+        shape = shapes.get(name, (width, width))
+        if name in shapes and kind == "weight":
+            check_shape(f"h.{index // len(LAYER_WEIGHTS)}.{name}.weight", weight, *shape, says="it")
+        else:
+            check_shape(
+                f"h.{index // len(LAYER_WEIGHTS)}.{name}.{kind}", weight, shape[1], says="it"
+            )
+    _, wpe, *_, ln_f_weight, ln_f_bias, projection = weights
+    for name, table in (("wpe", wpe), ("the output projection", projection)):
+        check_shape(name, table, *table.shape[:1], width, says="as wide as wte")
+    check_shape("ln_f.weight", ln_f_weight, width, says="(C,)")
+    check_shape("ln_f.bias", ln_f_bias, width, says="(C,)")
+    for weight in weights:
+        check_floating(weights=weight)
+    for scale in scales:
+        check_finite(scales=scale)
+    check_at_least(0, eps=eps)
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+
+
+def _check_values(
+    weights: list[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    *others: Any,
+) -> None:
+    check_indices("tokens", tokens, 0, len(weights[0]) - 1, of="the rows of wte")
+    check_indices("positions", positions, 0, len(weights[1]) - 1, of="the rows of wpe")
+    check_room(lengths, None, 1, k_cache.shape[2])
 
 
 def _reference(
@@ -169,6 +259,8 @@ _decode = Op(
     "(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor tokens, Tensor positions, "
     "Tensor lengths, int n_head, float[] scales, str activation, float eps, "
     "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor",
+    check=_check,
+    values=_check_values,
     native=by_device(
         cpu=Implementation(_reference, lambda *args: "the CPU's kernels take packed weights"),
         cuda=cuda(on_cuda.run, on_cuda.refuses),
@@ -220,6 +312,76 @@ def packed_step(
         weights.arena, k_cache, v_cache, k_scales, v_scales,
         tokens, positions, starts, rows, lengths, outputs, weights.shape.vocab_size,
     )  # fmt: skip
+
+
+def _check_packed(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    outputs: Tensor,
+    vocab_size: int,
+) -> None:
+    check_caches(k_cache, v_cache, 5, "(L, B, T_max, H, D)")
+    check_scales(k_cache, v_cache, k_scales, v_scales)
+    check_integers(tokens=tokens, positions=positions, starts=starts)
+    check_integers(rows=rows, lengths=lengths, outputs=outputs)
+    for name, vector in (("tokens", tokens), ("rows", rows), ("outputs", outputs)):
+        check_dim(name, vector, 1, says="a vector")
+    check_shape("positions", positions, len(tokens), says="(N,)")
+    check_shape("starts", starts, len(rows) + 1, says="(S + 1,)")
+    check_shape("lengths", lengths, len(rows), says="(S,)")
+
+
+def _check_packed_values(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    outputs: Tensor,
+    vocab_size: int,
+) -> None:
+    shape = PackedWeights.from_arena(arena).shape
+    entries = k_cache.shape[2]
+    check_shape(
+        "k_cache", k_cache, len(shape.scales), *k_cache.shape[1:3], shape.n_head,
+        shape.width // shape.n_head, says="(L, B, T_max, H, D)",
+    )  # fmt: skip
+    if vocab_size != shape.vocab_size:
+        raise ArgumentError(f"vocab_size={vocab_size}, and the weights have {shape.vocab_size}")
+    check_indices("starts", starts, 0, len(tokens))
+    check_indices("rows", rows, 0, k_cache.shape[1] - 1)
+    check_indices("lengths", lengths, 0, entries - 1)
+    check_indices("tokens", tokens, 0, shape.vocab_size - 1)
+    check_indices("positions", positions, 0, shape.n_positions - 1)
+    check_indices("outputs", outputs, 0, len(tokens) - 1)
+    bounds = starts.tolist()
+    if bounds[0] != 0 or bounds[-1] != len(tokens):
+        raise ArgumentError(f"starts must lead from 0 to {len(tokens)}")
+    taken = set()
+    for i, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
+        count = bounds[i + 1] - bounds[i]
+        if count <= 0:
+            raise ArgumentError(f"starts must rise: sequence {i} has {count} tokens")
+        if length + count > entries:
+            raise ArgumentError(
+                f"row {row} holds {length} of at most {entries} entries; {count} more do not fit"
+            )
+        if row in taken:
+            raise ArgumentError(f"row {row} is there twice")
+        taken.add(row)
 
 
 def _packed_native(
@@ -339,7 +501,9 @@ _packed = Op(
     "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
     "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor starts, Tensor rows, "
     "Tensor lengths, Tensor outputs, int vocab_size) -> Tensor",
-    native=native(_packed_native, _packed_refuses),
+    check=_check_packed,
+    values=_check_packed_values,
+    native=native(_packed_native, _packed_refuses, checks=True),
     torch=_packed_reference,
     reference=_packed_reference,
 )
@@ -394,6 +558,56 @@ def packed_next(
         weights.shape.vocab_size if vocab_size is None else vocab_size,
         temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
     )  # fmt: skip
+
+
+def _check_next(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    history: Tensor,
+    uniform: Tensor | None,
+    vocab_size: int,
+    allowed: int,
+    *choice: Any,
+) -> None:
+    check_caches(k_cache, v_cache, 5, "(L, B, T_max, H, D)")
+    check_scales(k_cache, v_cache, k_scales, v_scales)
+    check_integers(tokens=tokens, positions=positions, lengths=lengths)
+    batch = k_cache.shape[1]
+    check_shape("tokens", tokens, batch, says="(B,)")
+    check_shape("positions", positions, batch, says="(B,)")
+    check_shape("lengths", lengths, batch, says="(B,)")
+    if not 0 < allowed <= vocab_size:
+        raise ArgumentError(f"vocab_size={allowed} is not in 1 .. {vocab_size}")
+    check_choice(batch, history, uniform, *choice)
+
+
+def _check_next_values(
+    arena: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    history: Tensor,
+    uniform: Tensor | None,
+    vocab_size: int,
+    *choice: Any,
+) -> None:
+    each = torch.arange(len(tokens) + 1, device=tokens.device)
+    _check_packed_values(
+        arena, k_cache, v_cache, k_scales, v_scales,
+        tokens, positions, each, each[:-1], lengths, each[:-1], vocab_size,
+    )  # fmt: skip
+    if uniform is not None:
+        check_fractions("uniform", uniform)
 
 
 def _next_native(
@@ -453,7 +667,9 @@ _next = Op(
     "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history, "
     "Tensor? uniform, int vocab_size, int allowed, float temperature, int top_k, float top_p, "
     "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> (Tensor, Tensor)",
-    native=native(_next_native, _next_refuses),
+    check=_check_next,
+    values=_check_next_values,
+    native=native(_next_native, _next_refuses, checks=True),
     torch=_next_reference,
     reference=_next_reference,
 )

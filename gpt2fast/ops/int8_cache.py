@@ -34,6 +34,22 @@ def read(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     return entries if scales is None else entries * scales.to(dtype)[..., None]
 
 
+def check_caches(k_cache: Tensor, v_cache: Tensor, dims: int, says: str) -> None:
+    """Caches have this number of dimensions, one shape, and hold floating point or int8.
+
+    Raises:
+        ArgumentError: they do not.
+    """
+    if k_cache.dim() != dims or k_cache.shape != v_cache.shape:
+        raise ArgumentError(
+            f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must share one "
+            f"shape {says}"
+        )
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not (cache.is_floating_point() or cache.dtype == torch.int8):
+            raise ArgumentError(f"{name} must be floating point or int8, not {cache.dtype}")
+
+
 def check_scales(
     k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
 ) -> None:

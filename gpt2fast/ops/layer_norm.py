@@ -6,6 +6,7 @@ normed = (summed - mean) / sqrt(var + eps) * weight + bias      over the last di
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .backend import Op, statistics_dtype
 from .cuda import by_device, cuda, kernels, unsuitable
 from .derivatives import wants_graph
 from .native import native, refuses_tensors, rows
+from .requirements import check_at_least, check_floating, check_shape
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
 
@@ -37,7 +39,16 @@ def residual_layer_norm(
 
     Mean and variance are computed and kept in at least float32.
     """
-    if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
+    normed, summed, _, _ = _forward.call(x, residual, weight, bias, eps)
+    return normed, x if residual is None else summed
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
+    if not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
+        check_floating(x=x, weight=weight, bias=bias)
+    if residual is not None and not residual.is_floating_point():
+        check_floating(residual=residual)
+    if x.shape[-1:] != weight.shape or weight.shape != bias.shape or not weight.dim():
         raise ArgumentError(
             f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must have the size of "
             f"x's last dimension, x being {tuple(x.shape)}"
@@ -46,8 +57,31 @@ def residual_layer_norm(
         raise ArgumentError(
             f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}"
         )
-    normed, summed, _, _ = _forward.call(x, residual, weight, bias, eps)
-    return normed, x if residual is None else summed
+    if not 0 <= eps < math.inf:
+        check_at_least(0, eps=eps)
+
+
+def _check_backward(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> None:
+    check_floating(grad_normed=grad_normed, summed=summed, weight=weight)
+    if not summed.dim() or weight.shape != summed.shape[-1:]:
+        raise ArgumentError(
+            f"weight {tuple(weight.shape)} must have the size of summed's last dimension, summed "
+            f"being {tuple(summed.shape)}"
+        )
+    for name, grad in (("grad_normed", grad_normed), ("grad_summed", grad_summed)):
+        if grad is not None:
+            check_shape(name, grad, *summed.shape, says="summed's shape")
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        check_shape(name, statistic, *summed.shape[:-1], 1, says="a number a row")
+        if statistic.dtype != statistics_dtype(summed.dtype):
+            raise ArgumentError(f"{name} of {summed.dtype} rows cannot be {statistic.dtype}")
 
 
 def _add(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -246,6 +280,7 @@ _backward = Op(
     "residual_layer_norm_backward",
     "(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor mean, Tensor rstd, "
     "Tensor weight) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
     native=by_device(
         cpu=native(_backward_native, _backward_native_refuses),
         cuda=cuda(_backward_native, _backward_cuda_refuses),
@@ -258,6 +293,7 @@ _forward = Op(
     "residual_layer_norm",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
+    check=_check,
     native=by_device(
         cpu=native(_native, _native_refuses),
         cuda=cuda(_native, _cuda_refuses),

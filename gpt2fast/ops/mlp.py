@@ -26,6 +26,7 @@ from .cuda import mlp as cuda_mlp
 from .derivatives import wants_graph
 from .native import native, refuses_tensors, rows
 from .product import product, reads_wider_weights, refuses_mixture, weight_gradient
+from .requirements import check_floating, check_shape
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
 
@@ -40,11 +41,6 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (..., C) in x's dtype.
     """
-    if x.shape[-1:] != bias.shape:
-        raise ArgumentError(
-            f"bias {tuple(bias.shape)} must have the size of x's last dimension, "
-            f"x being {tuple(x.shape)}"
-        )
     return _bias_gelu.call(x, bias)
 
 
@@ -61,13 +57,6 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     Returns:
         (..., C_out).
     """
-    sizes = (x.shape[-1], *b_fc.shape, *b_proj.shape)
-    if w_fc.shape != sizes[:2] or w_proj.shape != sizes[1:]:
-        raise ArgumentError(
-            f"shapes do not chain: x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, "
-            f"b_fc {tuple(b_fc.shape)}, w_proj {tuple(w_proj.shape)}, "
-            f"b_proj {tuple(b_proj.shape)}; weights are (in, out)"
-        )
     tensors = [x, w_fc, b_fc, w_proj, b_proj]
     rounded = 1 if reads_wider_weights(x) else len(tensors)
     tensors[:rounded] = autocast(*tensors[:rounded])
@@ -75,6 +64,53 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         keep = "sum" if cublaslt.is_wanted(tensors[0]) else "product"
     return _gelu_mlp.call(*tensors, keep)[0]
+
+
+def _check_bias_gelu(x: Tensor, bias: Tensor) -> None:
+    check_floating(x=x, bias=bias)
+    if x.shape[-1:] != bias.shape or not bias.dim():
+        raise ArgumentError(
+            f"bias {tuple(bias.shape)} must have the size of x's last dimension, "
+            f"x being {tuple(x.shape)}"
+        )
+
+
+def _check_bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> None:
+    _check_bias_gelu(x, bias)
+    check_floating(grad=grad)
+    check_shape("grad", grad, *x.shape, says="x's shape")
+
+
+def _check_gelu_mlp(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
+) -> None:
+    check_floating(x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj)
+    sizes = (*x.shape[-1:], *b_fc.shape, *b_proj.shape)
+    if len(sizes) != 3 or w_fc.shape != sizes[:2] or w_proj.shape != sizes[1:]:
+        raise ArgumentError(
+            f"shapes do not chain: x {tuple(x.shape)}, w_fc {tuple(w_fc.shape)}, "
+            f"b_fc {tuple(b_fc.shape)}, w_proj {tuple(w_proj.shape)}, "
+            f"b_proj {tuple(b_proj.shape)}; weights are (in, out)"
+        )
+    if keep not in ("product", "sum", "nothing"):
+        raise ArgumentError(f"keep={keep!r} is none of product, sum, nothing")
+
+
+def _check_gelu_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor,
+    w_proj: Tensor,
+    kept: str = "product",
+) -> None:
+    check_floating(grad=grad, inner=inner)
+    _check_gelu_mlp(x, w_fc, b_fc, w_proj, w_proj.new_empty(w_proj.shape[1:]))
+    check_shape("grad", grad, *x.shape[:-1], *w_proj.shape[1:], says="a row for each of x's")
+    check_shape("inner", inner, x.shape[:-1].numel(), *b_fc.shape, says="a row for each of x's")
+    if kept not in ("product", "sum"):
+        raise ArgumentError(f"kept={kept!r} is none of product, sum")
 
 
 _A = math.sqrt(2.0 / math.pi)
@@ -190,7 +226,7 @@ def _gelu_mlp_forward_cpu(
     bias = _bias_of(b_fc, keep).to(x.dtype).contiguous()
     activated = kernels(x).bias_gelu(inner, bias)
     out = product(activated, w_proj, x.dtype, bias=b_proj)
-    return out.view(*x.shape[:-1], -1), _kept(inner, keep)
+    return out.view(*x.shape[:-1], out.shape[1]), _kept(inner, keep)
 
 
 def _gelu_mlp_backward_cpu(
@@ -224,7 +260,7 @@ def _gelu_mlp_forward_cublas(
     inner, bias = _inner(x, w_fc, b_fc, keep)
     activated = kernels(x).bias_gelu(inner, bias.contiguous())
     out = torch.addmm(b_proj, activated, w_proj)
-    return out.view(*x.shape[:-1], -1), _kept(inner, keep)
+    return out.view(*x.shape[:-1], out.shape[1]), _kept(inner, keep)
 
 
 def _gelu_mlp_backward_cublas(
@@ -259,6 +295,7 @@ def _gelu_mlp_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Te
 _bias_gelu_backward = Op(
     "bias_gelu_backward",
     "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    check=_check_bias_gelu_backward,
     native=by_device(
         cpu=native(_bias_gelu_backward_native, _refuses),
         cuda=cuda(_bias_gelu_backward_native, _cuda_refuses),
@@ -270,6 +307,7 @@ _bias_gelu_backward = Op(
 _bias_gelu = Op(
     "bias_gelu",
     "(Tensor x, Tensor bias) -> Tensor",
+    check=_check_bias_gelu,
     native=by_device(
         cpu=native(_bias_gelu_native, _refuses),
         cuda=cuda(_bias_gelu_native, _cuda_refuses),
@@ -282,6 +320,7 @@ _gelu_mlp_gradient = Op(
     "gelu_mlp_backward",
     "(Tensor grad, Tensor x, Tensor inner, Tensor w_fc, Tensor b_fc, Tensor w_proj, "
     'str kept="product") -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    check=_check_gelu_mlp_backward,
     native=by_device(
         cpu=native(_gelu_mlp_backward_cpu, refuses_mixture),
         cuda=cuda(_gelu_mlp_backward_cuda, _cuda_refuses),
@@ -294,6 +333,7 @@ _gelu_mlp = Op(
     "gelu_mlp",
     '(Tensor x, Tensor w_fc, Tensor b_fc, Tensor w_proj, Tensor b_proj, str keep="product") '
     "-> (Tensor out, Tensor inner)",
+    check=_check_gelu_mlp,
     native=by_device(
         cpu=native(_gelu_mlp_forward_cpu, refuses_mixture),
         cuda=cuda(_gelu_mlp_forward_cuda, _cuda_refuses),
@@ -350,7 +390,7 @@ def _(grad, x, bias):  # type: ignore[no-untyped-def]
 
 @_gelu_mlp.register_fake
 def _(x, w_fc, b_fc, w_proj, b_proj, keep="product"):  # type: ignore[no-untyped-def]
-    rows = 0 if keep == "nothing" else x.numel() // x.shape[-1]
+    rows = 0 if keep == "nothing" else x.shape[:-1].numel()
     return x.new_empty((*x.shape[:-1], w_proj.shape[1])), x.new_empty((rows, w_fc.shape[1]))
 
 

@@ -90,14 +90,18 @@ def _load(library: Library) -> Loaded:
 AVAILABILITY["native"] = unavailable
 
 
-def native(run: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:
+def native(
+    run: Callable[..., Any], refuses: Callable[..., str | None], checks: bool = False
+) -> Implementation:
     """An implementation that calls `torch.ops.gpt2fast_native`; it refuses without the library."""
-    return Implementation(run, lambda *args, **kwargs: unavailable() or refuses(*args, **kwargs))
+    return Implementation(
+        run, lambda *args, **kwargs: unavailable() or refuses(*args, **kwargs), checks
+    )
 
 
 def rows(x: Tensor) -> Tensor:
     """x as (rows, columns) for a kernel: a view where the columns are contiguous, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -17,6 +17,7 @@ from ..errors import ArgumentError
 from .backend import Implementation, Op
 from .cuda import by_device, cuda, unsuitable
 from .native import native, refuses_tensors
+from .requirements import check_at_least, check_below_one, check_floating
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
 
@@ -44,26 +45,14 @@ def fused_adamw(
             their rounded copies, and the moments are float32, too. For training in 16 bits, where
             steps are smaller than what a parameter can be rounded to.
         step: number of this update, counted from 1.
-        lr, beta1, beta2, eps, weight_decay: as in the formula above.
+        lr, eps, weight_decay: as in the formula above, 0 or more.
+        beta1, beta2: as in the formula above, in [0, 1).
     """
-    if step < 1:
-        raise ArgumentError(f"step={step}: updates are counted from 1")
-    if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
-        raise ArgumentError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        _check_alike(*tensors)
     masters = [] if masters is None else list(masters)
-    for param, master in zip(params, masters, strict=False):
-        _check_alike(param, master)
-    for master, exp_avg, exp_avg_sq in zip(masters, exp_avgs, exp_avg_sqs, strict=False):
-        for tensor in (master, exp_avg, exp_avg_sq):
-            if tensor.dtype != torch.float32:
-                raise ArgumentError(
-                    f"with masters, these and the moments must be float32, not {tensor.dtype}"
-                )
-    if masters and len(masters) != len(params):
-        raise ArgumentError(f"{len(masters)} masters do not fit {len(params)} params")
     if not params:
+        _check(
+            params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, beta1, beta2, eps, weight_decay
+        )
         return
     _adamw.call(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), masters,
@@ -74,6 +63,39 @@ def fused_adamw(
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
 
 
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    if step < 1:
+        raise ArgumentError(f"step={step}: updates are counted from 1")
+    check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
+    check_below_one(beta1=beta1, beta2=beta2)
+    if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
+        raise ArgumentError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
+    if masters and len(masters) != len(params):
+        raise ArgumentError(f"{len(masters)} masters do not fit {len(params)} params")
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        _check_alike(*tensors)
+    for param, master in zip(params, masters, strict=False):
+        _check_alike(param, master)
+    for master, exp_avg, exp_avg_sq in zip(masters, exp_avgs, exp_avg_sqs, strict=False):
+        for tensor in (master, exp_avg, exp_avg_sq):
+            if tensor.dtype != torch.float32:
+                raise ArgumentError(
+                    f"with masters, these and the moments must be float32, not {tensor.dtype}"
+                )
+
+
 def _check_alike(first: Tensor, *others: Tensor) -> None:
     for other in others:
         if other.shape != first.shape or other.device != first.device:
@@ -81,6 +103,11 @@ def _check_alike(first: Tensor, *others: Tensor) -> None:
                 f"a parameter of shape {tuple(first.shape)} on {first.device} has a gradient, "
                 f"moment or master of shape {tuple(other.shape)} on {other.device}"
             )
+        if not other.is_floating_point():
+            raise ArgumentError(
+                f"gradients, moments and masters must be floating point, not {other.dtype}"
+            )
+    check_floating(params=first)
 
 
 def _reference(
@@ -238,7 +265,7 @@ def _torch(
     eps: float,
     weight_decay: float,
 ) -> None:
-    steps = [torch.full((), float(step), device=params[0].device)] * len(params)
+    steps = [torch.full((), step, dtype=torch.float32, device=params[0].device)] * len(params)
     torch._fused_adamw_(
         params,
         grads,
@@ -261,6 +288,8 @@ _adamw = Op(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] masters, int step, float lr, float beta1, float beta2, float eps, "
     "float weight_decay) -> ()",
+    check=_check,
+    one_device=False,
     native=by_device(
         cpu=native(_through_masters(_native), _of_updated(_native_refuses)),
         cuda=cuda(_cuda, _cuda_refuses),

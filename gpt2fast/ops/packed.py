@@ -16,7 +16,7 @@ group or a panel is padded with zeros.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -151,19 +151,43 @@ class PackedWeights:
         """(bytes,) uint8."""
         header = self._header()
         assert len(header) == header_words
-        self.arena[: 8 * header_words] = torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+        self.arena[: 8 * header_words] = torch.tensor(header, dtype=torch.int64, device="cpu").view(
+            torch.uint8
+        )
 
     @classmethod
     def from_arena(cls, arena: Tensor) -> PackedWeights:
-        """The weights in an arena that `PackedWeights` made."""
-        words = arena[: len(arena) // 8 * 8].view(torch.int64)
+        """The weights in an arena that `PackedWeights` made.
+
+        Raises:
+            ArgumentError: it is none, or its header contradicts itself.
+        """
+        check_arena(arena)
+        words = arena[: len(arena) // 8 * 8].view(torch.int64).cpu()
         if len(words) < _MODEL_WORDS or words[0] != _MAGIC or words[1] != len(arena):
             raise ArgumentError("this tensor is not an arena of packed weights")
+        try:
+            self = cls._read(words)
+        except (ArgumentError, IndexError, KeyError, OverflowError, RuntimeError, ValueError) as e:
+            raise ArgumentError(f"these packed weights are damaged: {e}") from None
+        header = self._header()
+        if self._size != len(arena) or words[: len(header)].tolist() != header:
+            raise ArgumentError("these packed weights are damaged: their header contradicts itself")
+        self.arena = arena
+        return self
+
+    @classmethod
+    def _read(cls, words: Tensor) -> PackedWeights:
+        """What a header describes, without memory; nothing in it has been checked."""
         layers, heads, _, width, inner, vocab, positions, activation, eps = words[2:11].tolist()
+        if min(layers, heads, width, inner, vocab, positions) < 1 or width % heads:
+            raise ArgumentError("a size in their header is impossible")
+        if len(words) < _MODEL_WORDS + layers * _LAYER_WORDS:
+            raise ArgumentError("their header is cut off")
         tied = words[14:22].equal(words[22:30])
         table = words[_MODEL_WORDS : _MODEL_WORDS + layers * _LAYER_WORDS].view(layers, -1)
         shape = ModelShape(
-            heads, width, inner, vocab, positions, _ACTIVATIONS[activation], _to_float(eps),
+            heads, width, inner, vocab, positions, _named(_ACTIVATIONS, activation), _to_float(eps),
             tuple(_to_float(scale) for scale in table[:, 4].tolist()), tied,
         )  # fmt: skip
         found = [words[14:22]] if tied else [words[14:22], words[22:30]]
@@ -174,11 +198,13 @@ class PackedWeights:
         self._lay_out(
             shape,
             {
-                name: MatrixFormat(_FORMATS[int(matrix[0])], int(matrix[4]))
+                name: MatrixFormat(_named(_FORMATS, int(matrix[0])), int(matrix[4]))
                 for name, matrix in zip(names, found, strict=True)
             },
         )
-        self.arena = arena
+        for form in self.formats.values():
+            if form.group not in ((32, 64) if form.name.startswith("int") else (0,)):
+                raise ArgumentError(f"{form.name} in groups of {form.group}")
         return self
 
     def _lay_out(self, shape: ModelShape, formats: Mapping[str, MatrixFormat]) -> int:
@@ -305,6 +331,32 @@ class PackedWeights:
             form.panel_size(inputs),
             self._offsets.get(name.replace(".weight", ".bias"), -1) if name[0] == "h" else -1,
         ]
+
+
+def check_arena(arena: Tensor) -> None:
+    """A tensor can hold packed weights: flat, uint8, where its storage is, at a whole address.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if arena.dtype != torch.uint8 or arena.dim() != 1 or not arena.is_contiguous():
+        raise ArgumentError(
+            f"packed weights are a contiguous (bytes,) uint8 tensor, not {arena.dtype} "
+            f"{tuple(arena.shape)} with strides {arena.stride()}"
+        )
+    held = arena.untyped_storage().nbytes()
+    if arena.storage_offset() + arena.numel() > held:
+        raise ArgumentError(
+            f"the packed weights' storage holds {held} of {arena.numel()} bytes: it was resized"
+        )
+    if arena.data_ptr() % 16:
+        raise ArgumentError("packed weights must begin at an address that 16 divides; clone them")
+
+
+def _named(names: Sequence[str], index: int) -> str:
+    if not 0 <= index < len(names):
+        raise ArgumentError(f"{index} stands for none of {', '.join(names)}")
+    return names[index]
 
 
 def _panels(outputs: int) -> int:

@@ -18,6 +18,7 @@ from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 from .native import native, rows
 from .product import product, reads_wider_weights, refuses_mixture, weight_gradient
+from .requirements import check_floating, check_shape
 
 
 def projection(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -31,15 +32,34 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (..., out), in x's dtype or in that of autocast where it is active.
     """
-    if x.shape[-1:] != weight.shape[:1] or weight.shape[1:] != bias.shape:
-        raise ArgumentError(
-            f"shapes do not chain: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
-            f"bias {tuple(bias.shape)}; the weight is (in, out)"
-        )
     if not reads_wider_weights(x):
+        _projection.require(x, weight, bias)
         return F.linear(x, weight.t(), bias)
     (x,) = autocast(x)
     return _projection.call(x, weight, bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    check_floating(x=x, weight=weight, bias=bias)
+    _check_chain(x, weight, bias.shape)
+
+
+def _check_chain(x: Tensor, weight: Tensor, bias: torch.Size) -> None:
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[:1] or weight.shape[1:] != bias:
+        raise ArgumentError(
+            f"shapes do not chain: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
+            f"bias {tuple(bias)}; the weight is (in, out)"
+        )
+
+
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype, wanted: list[bool]
+) -> None:
+    check_floating(grad=grad, x=x, weight=weight)
+    _check_chain(x, weight, grad.shape[-1:])
+    check_shape("grad", grad, *x.shape[:-1], weight.shape[1], says="a row for each of x's")
+    if len(wanted) != 3 or not bias_dtype.is_floating_point:
+        raise ArgumentError(f"wanted={wanted}, bias_dtype={bias_dtype}: three, floating point")
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -48,11 +68,12 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = torch.addmm(bias.to(x.dtype), rows(x), weight.to(x.dtype))
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], weight.shape[1])
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return product(rows(x), weight, x.dtype, bias=bias).view(*x.shape[:-1], -1)
+    out = product(rows(x), weight, x.dtype, bias=bias)
+    return out.view(*x.shape[:-1], weight.shape[1])
 
 
 def _backward_torch(
@@ -86,6 +107,7 @@ _backward = Op(
     "projection_backward",
     "(Tensor grad, Tensor x, Tensor weight, ScalarType bias_dtype, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
     native=native(_backward_native, refuses_mixture),
     torch=_backward_torch,
     reference=_backward_torch,
@@ -93,6 +115,7 @@ _backward = Op(
 _projection = Op(
     "projection",
     "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    check=_check,
     native=native(_native, refuses_mixture),
     torch=_torch,
     reference=_reference,

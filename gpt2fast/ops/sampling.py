@@ -17,10 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backend import Op
 from .cuda import by_device, cuda, kernels
 from .cuda import unsuitable as unsuitable_for_cuda
 from .native import native, refuses_tensors
+from .requirements import (
+    check_above,
+    check_at_least,
+    check_dim,
+    check_floating,
+    check_fractions,
+    check_integers,
+    check_shape,
+    check_share,
+)
 from .triton import triton, unsuitable
 
 
@@ -133,10 +144,12 @@ def sample(
         history: (B, S) int64, each row's tokens up to the last column, after -1 as padding. Read
             by `repetition_penalty` and `no_repeat_ngram_size` only; (B, 0) will do without them.
         uniform: (B,) float32 in [0, 1), the random number of each row; None takes the highest
-            score, and of the options then the two that read the history count.
+            score, and of the options then the two that read the history count. On a GPU a
+            number outside of the range gives some token of the vocabulary.
         temperature: above 0.
-        top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size: as in transformers; the
-            defaults switch each off.
+        top_k, no_repeat_ngram_size: 0 or more, as in transformers; 0 switches off.
+        top_p, min_p: in [0, 1], as in transformers; 1 and 0 switch off.
+        repetition_penalty: above 0, as in transformers; 1 switches off.
 
     Returns:
         (B,) int64. Of a row whose every token is banned: 0. Not differentiable.
@@ -145,6 +158,41 @@ def sample(
         logits, history, uniform,
         temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
     )  # fmt: skip
+
+
+def check_choice(
+    rows: int,
+    history: Tensor,
+    uniform: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    no_repeat_ngram_size: int,
+) -> None:
+    """What ops that choose tokens for `rows` rows ask besides their logits."""
+    check_integers(history=history)
+    check_dim("history", history, 2, says="(B, S)")
+    check_shape("history", history, rows, history.shape[1], says="(B, S)")
+    if uniform is not None:
+        check_floating(uniform=uniform)
+        check_shape("uniform", uniform, rows, says="(B,)")
+    check_above(0, temperature=temperature, repetition_penalty=repetition_penalty)
+    check_share(top_p=top_p, min_p=min_p)
+    check_at_least(0, top_k=top_k, no_repeat_ngram_size=no_repeat_ngram_size)
+
+
+def _check(logits: Tensor, history: Tensor, uniform: Tensor | None, *choice: Any) -> None:
+    check_floating(logits=logits)
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ArgumentError(f"logits must be (B, V) with V > 0, not {tuple(logits.shape)}")
+    check_choice(logits.shape[0], history, uniform, *choice)
+
+
+def _check_values(logits: Tensor, history: Tensor, uniform: Tensor | None, *choice: Any) -> None:
+    if uniform is not None:
+        check_fractions("uniform", uniform)
 
 
 def sample_reference(
@@ -218,6 +266,8 @@ _sample = Op(
     "sample",
     "(Tensor logits, Tensor history, Tensor? uniform, float temperature, int top_k, float top_p, "
     "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> Tensor",
+    check=_check,
+    values=_check_values,
     native=by_device(cpu=native(_native, _native_refuses), cuda=cuda(_native, _cuda_refuses)),
     triton=triton("sampling", "sample", _triton_refuses),
     torch=sample_reference,

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from comparison import CUDA_BACKENDS, backend, needs_simulator, random
 from gpt2fast import ops
-from gpt2fast.errors import BackendError
+from gpt2fast.errors import ArgumentError, BackendError
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.decode import _decode
 from tolerance import assert_close
@@ -167,12 +167,17 @@ def test_refuses_what_there_are_no_kernels_for():
         run([weight.t().contiguous().t() if weight.dim() == 2 else weight for weight in weights])
     with pytest.raises(BackendError, match="one dtype"):
         run(k=k.bfloat16())
-    tokens = torch.tensor([97])
-    with pytest.raises(RuntimeError, match="__trap"):
-        run()
-    tokens, lengths = step.tokens, torch.tensor([5])
-    with pytest.raises(RuntimeError, match="__trap"):
-        run()
+    vocab_size, entries = len(weights[0]), k.shape[2]
+    for name, token, length in (("tokens", vocab_size, 0), ("row 0", 0, entries)):
+        tokens, lengths = torch.tensor([token]), torch.tensor([length])
+        with pytest.raises(ArgumentError, match=name):
+            run()
+        options = list(step.options.values())
+        # What the op does not look at on a GPU stops the kernel.
+        with backend("simulator"), pytest.raises(RuntimeError, match="__trap"):
+            torch.ops.gpt2fast_cuda.decode_step(
+                weights, k, v, tokens, positions, lengths, options[1], options[3]
+            )
 
 
 @pytest.mark.parametrize("name", CUDA_BACKENDS)

@@ -188,7 +188,7 @@ def test_kernels_of_single_ops_on_the_cpu_leave_8_bits_to_torch():
     scales, lengths = torch.ones(1, 2, 1), torch.tensor([0])
     with backend("native"):
         with pytest.raises(BackendError, match="int8 caches are those of packed models"):
-            ops.append_to_cache(k, k, cache, cache, lengths, None, scales, scales)
+            ops.append_to_cache(k, k, cache, cache.clone(), lengths, None, scales, scales.clone())
         with pytest.raises(BackendError, match="int8 caches are those of packed models"):
             ops.attention_with_cache(k, cache, cache, lengths, None, scales, scales)
 

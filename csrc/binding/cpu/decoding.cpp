@@ -1,6 +1,7 @@
 // Whole steps of a packed model, and the choice of a token.
 #include "tensors.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -81,7 +82,11 @@ private:
         require(w.panel_size == panel_columns * (w.padded_inputs * bits / 8 + scales));
         require(w.panels() <= model_.size / w.panel_size);
         inside(w.data, w.panels() * w.panel_size);
-        if (has_bias) floats(w.bias, outputs);
+        if (has_bias) {
+            floats(w.bias, outputs);
+        } else {
+            require(w.bias == -1);
+        }
     }
 
     const PackedModel& model_;
@@ -223,6 +228,19 @@ struct Choice {
     bool reads_history() const { return repetition_penalty != 1.0 || no_repeat_ngram_size > 0; }
 };
 
+// As gpt2fast/ops/sampling.py does, which words it better.
+void check_choice(const Choice& choice) {
+    const auto finite = [](double x) { return std::isfinite(x); };
+    GPT2FAST_CHECK(choice.temperature > 0.0 && finite(choice.temperature) &&
+                       choice.repetition_penalty > 0.0 && finite(choice.repetition_penalty),
+                   "temperature and repetition_penalty must be finite numbers above 0");
+    GPT2FAST_CHECK(choice.top_p >= 0.0 && choice.top_p <= 1.0 && choice.min_p >= 0.0 &&
+                       choice.min_p <= 1.0,
+                   "top_p and min_p must be in [0, 1]");
+    GPT2FAST_CHECK(choice.top_k >= 0 && choice.no_repeat_ngram_size >= 0,
+                   "top_k and no_repeat_ngram_size must be 0 at least");
+}
+
 // What both ops that choose tokens share; logits, history and the result are left to them.
 Sample sample_args(const Choice& choice, int64_t rows, const std::optional<Tensor>& uniform) {
     Sample args{};
@@ -238,10 +256,7 @@ Sample sample_args(const Choice& choice, int64_t rows, const std::optional<Tenso
                            " is not in [0, 1)");
         }
     }
-    GPT2FAST_CHECK(choice.temperature > 0.0 && choice.min_p >= 0.0 &&
-                       choice.repetition_penalty > 0.0 && choice.top_p == choice.top_p,
-                   "temperature and repetition_penalty must be above 0, min_p at least 0, top_p a "
-                   "number");
+    check_choice(choice);
     args.temperature = float(choice.temperature);
     args.top_k = choice.top_k;
     args.top_p = choice.top_p;
@@ -342,6 +357,8 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
     chosen.vocab = allowed;
     chosen.logits_stride = args.model->vocab;
     chosen.dtype = DType::float32;
+    check_sizes(history, "history", {rows, -1});
+    check_integers(history, "history");
     if (choice.reads_history()) set_history(chosen, history, rows);
     Tensor out = torch::stable::new_empty(arena, {rows}, ScalarType::Long);
     if (rows == 0) return {logits, out};

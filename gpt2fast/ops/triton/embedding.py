@@ -183,6 +183,8 @@ def _add_rows(values: Tensor, indices: Tensor, size: int, dtype: torch.dtype) ->
     out = values.new_zeros((size, columns), dtype=dtype)
     # The sort's passes go by the bits of a key.
     sorted_keys, order = torch.sort(indices.to(torch.int32), stable=True)
+    inside = (sorted_keys[0] >= 0) & (sorted_keys[-1] < size)
+    torch._assert_async(inside, f"an index is outside of a table of {size} rows")
     launch = settings("add_runs", values.device, columns=columns)
     keys, ordered, span = sorted_keys, False, launch["BLOCK_ENTRIES"]
     while True:
@@ -215,9 +217,10 @@ def _add_rows(values: Tensor, indices: Tensor, size: int, dtype: torch.dtype) ->
 def backward(
     grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
 ) -> tuple[Tensor, Tensor]:
-    # The forward pass has looked at the indices.
     flat = as_rows(grad)
     grad_wte = _add_rows(flat, tokens.reshape(-1), vocab_size, grad.dtype)
     if positions.numel() != tokens.numel():  # shared by the batch
-        flat = sum_rows(flat.reshape(len(grad), -1), torch.float32).view(-1, flat.shape[1])
+        flat = sum_rows(flat.reshape(tokens.shape[:-1].numel(), -1), torch.float32).view(
+            -1, flat.shape[1]
+        )
     return grad_wte, _add_rows(flat, positions.reshape(-1), n_positions, grad.dtype)
