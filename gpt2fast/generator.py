@@ -96,7 +96,7 @@ class Generator:
         self._notify = notify
         self._has_slid = False
         # Tokens that were added to the tokenizer alone cannot be chosen.
-        self._allowed = min(tokenizer.vocab_size, model.config.vocab_size)
+        self._allowed = min(self.tokenizer.vocab_size, model.config.vocab_size)
         self._compare_vocabularies()
 
     @classmethod
