@@ -387,7 +387,8 @@ def _cached_reference(
     hidden = torch.arange(k_cache.shape[1], device=q.device) > newest[:, None, :, None]
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
     # Entries past a row's end may hold anything, NaN included; 0 * NaN must not reach the sum.
-    v_cache = read(v_cache, v_scales, dtype).masked_fill(hidden[:, 0, -1, :, None, None], 0.0)
+    past_end = hidden[:, 0, -1:].any(1)  # of no query, none
+    v_cache = read(v_cache, v_scales, dtype).masked_fill(past_end[:, :, None, None], 0.0)
     return torch.einsum("bhts,bshd->bthd", weights, v_cache).to(q.dtype).contiguous()
 
 

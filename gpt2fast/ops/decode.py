@@ -447,7 +447,7 @@ def _packed_reference(
         qkv = torch.addmm(
             matrix(f"{block}attn.c_attn.bias"), normed[0], matrix(f"{block}attn.c_attn.weight")
         )
-        q, k, v = qkv.view(1, len(tokens), 3, shape.n_head, -1).unbind(2)
+        q, k, v = qkv.view(1, len(tokens), 3, shape.n_head, shape.width // shape.n_head).unbind(2)
         attended = torch.empty_like(q)
         for begin, end, row, length in zip(
             bounds[:-1], bounds[1:], rows.tolist(), lengths.tolist(), strict=True
@@ -471,7 +471,7 @@ def _packed_reference(
             )
         x = torch.addmm(
             matrix(f"{block}attn.c_proj.bias"),
-            attended.view(len(tokens), -1),
+            attended.view(len(tokens), shape.width),
             matrix(f"{block}attn.c_proj.weight"),
         )[None]
         normed, residual = residual_layer_norm(

@@ -139,8 +139,7 @@ def _bias_gelu_backward_reference(grad: Tensor, x: Tensor, bias: Tensor) -> tupl
 def _bias_gelu_backward_torch(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     z = (x + bias.to(x.dtype)).contiguous()
     grad_x = torch.ops.aten.gelu_backward(grad.contiguous(), z, approximate="tanh")
-    rows = grad_x.reshape(-1, grad_x.shape[-1])
-    return grad_x, rows.sum(0, dtype=statistics_dtype(x.dtype)).to(bias.dtype)
+    return grad_x, rows(grad_x).sum(0, dtype=statistics_dtype(x.dtype)).to(bias.dtype)
 
 
 def _bias_gelu_native(x: Tensor, bias: Tensor) -> Tensor:
