@@ -8,15 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comparison import BACKENDS, backend
+from comparison import backend
 from gpt2fast import ops
 from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights
-
-CPU_BACKENDS = [
-    each
-    for each in BACKENDS
-    if not str(each if isinstance(each, str) else each.values[0]).startswith("cuda")
-]
+from op_arguments import CPU_BACKENDS
 
 
 def attention(q, k, v):
