@@ -1,10 +1,53 @@
-"""The errors that a user can cause, all derived from one class."""
+"""The errors that a user can cause, all derived from one class, and how values read in them."""
 
 from __future__ import annotations
 
+_LONGEST_MESSAGE = 4000
+
+
+def printable(text: str) -> str:
+    """`text` without what moves a terminal's cursor, changes its colors or reverses its lines.
+
+    Every character that is not printable is escaped, new lines aside; lone surrogates, which
+    stand for bytes in the names of files, can be written after that.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value out of a file, for a message: its repr, which is one line, and that not a long one.
+
+    Args:
+        value: a name, a number, or whatever else a file had in its place.
+        longest: characters; what is longer is cut.
+    """
+    if isinstance(value, (str, bytes)):
+        value = value[: longest + 1]  # not a gigabyte of escapes that are cut afterwards
+    elif type(value) is int and value.bit_length() > 4 * longest:
+        return f"an integer of {value.bit_length()} bits"  # whose digits Python may not write
+    try:
+        text = printable(repr(value))
+    except (RecursionError, ValueError):  # a long integer within something
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
 
 class Error(ValueError):
-    """A mistake in what gpt2fast was given; its text names the value, the limit and the way out."""
+    """A mistake in what gpt2fast was given; its text names the value, the limit and the way out.
+
+    The text can be printed as it is: names out of files keep no control characters in it.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        if arguments and isinstance(arguments[0], str):
+            text = printable(arguments[0])
+            if len(text) > _LONGEST_MESSAGE:
+                kept = _LONGEST_MESSAGE // 2
+                text = f"{text[:kept]} … {text[-kept:]}"
+            arguments = (text, *arguments[1:])
+        super().__init__(*arguments)
 
 
 class ConfigError(Error):

@@ -1,8 +1,11 @@
-"""Atomic file writing: a reader sees the old content or the new, never a half."""
+"""Files: written atomically, so that a reader sees the old content or the new, never a half; and
+opened only where they are files, since a pipe or a device would block for ever."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +51,49 @@ def remove_unfinished(directory: str | os.PathLike[str], names: Iterable[str]) -
     for name in names:
         for path in Path(directory).glob(f".{name}.????????"):
             path.unlink(missing_ok=True)
+
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file for reading, without waiting for anything.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe, a device or a socket.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a file", os.fspath(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | os.PathLike[str], largest: int) -> bytes:
+    """The content of a regular file of at most `largest` bytes.
+
+    Raises:
+        OSError: as of `open_file`, and where the file is larger.
+    """
+    with open_file(path) as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        reason = f"it has more than {largest} bytes, the most that are read of such a file"
+        raise OSError(errno.EFBIG, reason, os.fspath(path))
+    return content
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

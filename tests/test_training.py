@@ -869,8 +869,9 @@ def test_damaged_optimizer_state_is_refused(config, trained, tmp_path, damage):
     else:
         shutil.rmtree(folder)
         save_tensors({"exp_avg.wte.weight": torch.zeros(3, 3)}, folder, Group("cpu"))
-    with pytest.raises(ConfigError, match="optimizer") as caught:
+    with pytest.raises((ConfigError, WeightsError), match="optimizer") as caught:
         train(config, resume=copy)
+    assert isinstance(caught.value, ConfigError) is (damage == "other")
     assert str(copy) in str(caught.value) and not (tmp_path / "ran").exists()
 
 
@@ -885,9 +886,39 @@ def test_damaged_training_state_is_refused(config, trained, tmp_path, damage):
         state.write_bytes(state.read_bytes()[:200])
     else:
         torch.save({"format": 2, "config": Path("x")}, state)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises((ConfigError, WeightsError)) as caught:
         train(config, resume=copy)
+    assert isinstance(caught.value, ConfigError) is (damage == "missing")
     assert str(copy) in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", ["position", "random", "scale", "config", "updates", "data"])
+@pytest.mark.parametrize("damage", ["gone", "another type"])
+def test_a_training_state_without_an_entry_is_a_damaged_one(
+    config, trained, tmp_path, entry, damage
+):
+    copy = tmp_path / "step-00000003"
+    shutil.copytree(trained / "checkpoints" / "step-00000003", copy)
+    state = checkpoint.load_state(copy)
+    if damage == "gone":
+        del state[entry]
+    else:
+        state[entry] = "nonsense"
+    torch.save(state, copy / checkpoint.STATE_FILE)
+    with pytest.raises(Error) as caught:
+        train(changed(config, max_steps=5), resume=copy)
+    assert str(copy) in str(caught.value) or entry == "config"
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(config, trained, tmp_path):
+    copy = tmp_path / "step-00000003"
+    shutil.copytree(trained / "checkpoints" / "step-00000003", copy)
+    index = copy / checkpoint.OPTIMIZER / ".metadata"
+    content = index.read_bytes()
+    assert b"__0_0.distcp" in content
+    index.write_bytes(content.replace(b"__0_0.distcp", b"../../secret"))
+    with pytest.raises(WeightsError, match="secret"):
+        train(changed(config, max_steps=5), resume=copy)
 
 
 def test_diverging_loss_stops_the_run_and_names_step_and_rate(config, monkeypatch):

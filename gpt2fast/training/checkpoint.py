@@ -12,8 +12,8 @@ number has written.
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import random
 import re
 import shutil
@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Error, WeightsError
-from ..files import sync_directory
+from ..errors import ConfigError, Error, WeightsError, shown
+from ..files import read_file, sync_directory
+from ..torch_files import read_torch_file
+from ..unpickling import Objection
 from .shards import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 STATE_FILE = "training_state.pt"
 OPTIMIZER = "optimizer"
 BEST = "best"
+_LARGEST_STATE = 64 << 20  # random states and counters: some kilobytes a process
 _FORMAT = 2
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -122,16 +125,17 @@ def load_state(directory: Path) -> dict[str, Any]:
             f"a new run from these weights, use --init-from {directory}"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError):
-        # Torch's own words advise to load the file in a way that runs code from it.
-        raise ConfigError(
-            f"{path} cannot be read: it is damaged, cut short or not a training state; "
+        # Into memory, and not mapped: the file may be replaced while the state is in use.
+        state = read_torch_file(io.BytesIO(read_file(path, _LARGEST_STATE)))
+    except Exception as error:  # a damaged pickle or archive fails in any way it likes
+        reason = f": it {error}" if isinstance(error, Objection) else ""
+        raise WeightsError(
+            f"{path} cannot be read{reason}. It is damaged, cut short or not a training state; "
             "name an older checkpoint: --resume PATH"
         ) from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ConfigError(f"{path} has format {found!r}; this version reads format {_FORMAT}")
+        raise ConfigError(f"{path} has format {shown(found)}; this version reads format {_FORMAT}")
     return state
 
 
@@ -171,8 +175,17 @@ def best_step(checkpoints: Path) -> int | None:
     """Step of the checkpoint with the best validation loss; None if there is none to read."""
     try:
         return load_state(checkpoints / BEST)["position"]["step"]
-    except (Error, KeyError):
+    except (Error, KeyError, TypeError):
         return None
+
+
+def explain_state(path: Path, error: Exception) -> WeightsError:
+    """What to say where a state lacks something, or has something else in its place."""
+    reason = f"{type(error).__name__}: {shown(str(error))}"
+    return WeightsError(
+        f"{path} is damaged or was not written by this program ({reason}); name an older "
+        "checkpoint: --resume PATH"
+    )
 
 
 def set_aside(checkpoints: Path, step: int) -> list[Path]:

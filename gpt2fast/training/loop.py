@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import DataModule
-from ..errors import ConfigError
+from ..errors import ConfigError, Error
 from ..files import atomic_write_text
 from ..ops.backend import backend
 from . import checkpoint as ckpt
@@ -184,6 +184,17 @@ class _Run:
         return torch.compile(self.wrapped, mode=None if mode == "default" else mode)
 
     def _take_over(self, state: dict[str, Any], resume: Path) -> None:
+        try:
+            self._restore(state, resume)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if isinstance(error, Error):
+                raise
+            raise ckpt.explain_state(resume / ckpt.STATE_FILE, error) from error
+
+    def _restore(self, state: dict[str, Any], resume: Path) -> None:
+        for name, kind in (("updates", int), ("random", list), ("position", dict), ("data", dict)):
+            if type(state[name]) is not kind:
+                raise TypeError(f"{name} is a {type(state[name]).__name__}")
         before = TrainConfig.from_dict(state["config"], source=str(resume / ckpt.STATE_FILE))
         for name in _SAME_ON_RESUMING:
             self._require_same(name, getattr(before, name), getattr(self.config, name), resume)

@@ -1,21 +1,26 @@
 """Named tensors in a folder, each process writing its part (torch.distributed.checkpoint).
 
-Its index is a pickle; it is read with the few classes allowed that describe tensors, and what is
-not the description of tensors is refused.
+Its index is a pickle. It is read without making objects first, and then with the few classes
+allowed that describe tensors; what is not the description of tensors is refused.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, WeightsError, shown
+from ..files import open_file, read_file
+from ..unpickling import Objection, record, unpickle
 
 if TYPE_CHECKING:
     from .distributed import Group
@@ -36,6 +41,34 @@ _ALLOWED = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }
+
+
+_FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
+_LARGEST_INDEX = 64 << 20
+
+
+def _known() -> dict[str, Any]:
+    """The classes allowed, as records that the first reading of an index makes in their place."""
+    known: dict[str, Any] = {}
+    for module, names in _ALLOWED.items():
+        for name in names:
+            dtype = getattr(torch, name, None) if module == "torch" else None
+            known[f"{module} {name}"] = dtype if isinstance(dtype, torch.dtype) else record(name)
+    return known
+
+
+def _checked_index(folder: Path) -> bytes:
+    """The pickled index, once it is known to make nothing but small descriptions of tensors."""
+    content = read_file(folder / ".metadata", _LARGEST_INDEX)
+    index = unpickle(io.BytesIO(content), _known())
+    entries = index.state["storage_data"]
+    for entry in entries.values():
+        name = entry.state["relative_path"]
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise Objection(f"names the file {shown(name)}, which is none of a checkpoint's")
+    for name in {entry.state["relative_path"] for entry in entries.values()}:
+        open_file(folder / name).close()  # nothing that would be waited for
+    return content
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -61,7 +94,9 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None
 def load_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None:
     """Read the named tensors in place, each process what it holds.
 
-    Raises ConfigError if one is missing, has another shape, or the folder is damaged.
+    Raises:
+        ConfigError: one is missing or has another shape.
+        WeightsError: the folder is damaged.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -90,8 +125,7 @@ def _reader(folder: Path) -> Any:
         """Reads the index with the classes allowed."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with open(folder / ".metadata", "rb") as file:
-                index = _IndexUnpickler(file).load()
+            index = _IndexUnpickler(io.BytesIO(_checked_index(folder))).load()
             index.storage_meta = StorageMeta(load_id=self.load_id)
             return index
 
@@ -112,8 +146,8 @@ def _index(reader: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _damaged(folder: Path, reason: str) -> ConfigError:
-    return ConfigError(
+def _damaged(folder: Path, reason: str) -> WeightsError:
+    return WeightsError(
         f"{folder} cannot be read: {reason}. It is damaged, cut short or not the state of an "
         "optimizer; name an older checkpoint: --resume PATH"
     )
