@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
@@ -16,6 +17,7 @@ from .output import note
 if TYPE_CHECKING:
     from .decoding import Timing
     from .generator import Generation, Generator
+    from .prompts import Prompt
 
 _DESCRIPTION = """\
 Continue a text with GPT-2. The text is an argument, --prompt, a file of prompts, or standard input;
@@ -84,6 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     import time
 
     from .errors import GenerationError
+    from .prompts import PromptFileError
     from .sampling import SamplingOptions
 
     options = _options(args)
@@ -97,7 +100,10 @@ def _run(args: argparse.Namespace) -> int:
         SamplingOptions(**options)
     except GenerationError as error:
         return _fail(_with_flags(str(error)), code=2)
-    prompts = None if args.interactive and not args.words else _prompts(args)
+    try:
+        prompts = None if args.interactive and not args.words else _prompts(args, options)
+    except PromptFileError as error:
+        return _fail(error, code=2)
     start = time.perf_counter()
     generator = _load(args)
     load_seconds = time.perf_counter() - start
@@ -110,15 +116,19 @@ def _run(args: argparse.Namespace) -> int:
     if args.interactive:
         from .interactive import Conversation
 
-        return Conversation(generator, shared).run(prompts[0] if prompts else None)
+        return Conversation(generator, shared).run(prompts[0].text if prompts else None)
     assert prompts is not None
     from .decoding import Timing
 
     timing = Timing()
+    if any(prompt.options for prompt in prompts):
+        for prompt in prompts:
+            generator.check(prompt.text, _place(args, prompt), **{**shared, **prompt.options})
     if args.json:
         _write_json(generator, prompts, {**shared, "timing": timing})
     elif len(prompts) == 1 and args.num_samples == 1 and args.num_beams == 1:
-        _stream(generator, prompts[0], {**shared, "timing": timing})
+        (only,) = prompts
+        _stream(generator, only.text, {**shared, **only.options, "timing": timing})
     else:
         _write_all(generator, prompts, {**shared, "timing": timing})
     if args.stats:
@@ -187,41 +197,38 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def _prompts(args: argparse.Namespace, options: dict[str, Any]) -> list[Prompt]:
+    from .prompts import Prompt, parse_prompts
+
     if args.prompts_file is not None:
-        return _read_prompts(args.prompts_file)
+        return parse_prompts(args.prompts_file, _read(args.prompts_file), options)
     if args.prompt is not None:
-        return [args.prompt]
+        return [Prompt(args.prompt)]
     if args.words:
-        return [" ".join(args.words)]
+        return [Prompt(" ".join(args.words))]
     text = _read("-")
     # What echo and editors add at the end is no part of the text.
-    return [text.removesuffix("\n").removesuffix("\r")]
+    return [Prompt(text.removesuffix("\n").removesuffix("\r"))]
 
 
-def _read_prompts(name: str) -> list[str]:
-    """The prompts of a file: a line each, or the "prompt" of each line of a .jsonl file."""
-    import json
+def _place(args: argparse.Namespace, prompt: Prompt) -> str:
+    return f"{args.prompts_file}, line {(prompt.index or 0) + 1}"
 
-    from .errors import GenerationError
 
-    # Not splitlines(), which takes a form feed and U+2028 for ends of lines.
-    lines = [line.removesuffix("\r") for line in _read(name).split("\n") if line.strip()]
-    if name.endswith(".jsonl"):
-        for number, line in enumerate(lines):
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            prompt = value.get("prompt") if isinstance(value, dict) else value
-            if not isinstance(prompt, str):
-                raise GenerationError(
-                    f'{name}: {line[:60]!r} is neither a JSON text nor an object with a "prompt"'
-                )
-            lines[number] = prompt
-    if not lines:
-        raise GenerationError(f"{name} has no prompts; put one on each line")
-    return lines
+def _results(
+    generator: Generator, prompts: Sequence[Prompt], options: dict[str, Any]
+) -> Iterator[tuple[Prompt, Generation]]:
+    """The continuations in order; prompts with equal options are computed together."""
+    from .sampling import Draws
+
+    draws = Draws()
+    for own, together in itertools.groupby(prompts, key=lambda prompt: prompt.options):
+        group = list(together)
+        found = generator.one_by_one(
+            [prompt.text for prompt in group], draws=draws, **{**options, **own}
+        )
+        for number, result in enumerate(found):
+            yield group[number // options["num_return_sequences"]], result
 
 
 def _read(name: str) -> str:
@@ -247,22 +254,25 @@ def _stream(generator: Generator, prompt: str, options: dict[str, Any]) -> None:
     _write("\n")
 
 
-def _write_all(generator: Generator, prompts: Sequence[str], options: dict[str, Any]) -> None:
-    for number, result in enumerate(generator.one_by_one(prompts, **options)):
+def _write_all(generator: Generator, prompts: Sequence[Prompt], options: dict[str, Any]) -> None:
+    for number, (_, result) in enumerate(_results(generator, prompts, options)):
         _write(f"---\n{result}\n" if number else f"{result}\n")
 
 
-def _write_json(generator: Generator, prompts: Sequence[str], options: dict[str, Any]) -> None:
+def _write_json(generator: Generator, prompts: Sequence[Prompt], options: dict[str, Any]) -> None:
     copies = options["num_return_sequences"]
-    for number, result in enumerate(generator.one_by_one(prompts, **options)):
-        _write(_json(result, number % copies) + "\n")
+    for number, (prompt, result) in enumerate(_results(generator, prompts, options)):
+        _write(_json(prompt, result, number % copies) + "\n")
 
 
-def _json(result: Generation, number: int) -> str:
+def _json(prompt: Prompt, result: Generation, number: int) -> str:
     import json
 
+    place = {} if prompt.index is None else {"index": prompt.index}
     return json.dumps(
         {
+            **place,
+            **prompt.labels,
             "prompt": result.prompt,
             "sample": number,
             "text": result.text,
@@ -374,8 +384,9 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt", metavar="TEXT", help="the same, as an option")
     text.add_argument(
         "--prompts-file", metavar="FILE",
-        help='a prompt on each line; of a .jsonl file, texts or objects with a "prompt"; - is '
-        "standard input",
+        help='a prompt on each line, which may be empty; of a .jsonl file, texts or objects with a '
+        '"prompt", an "id" and options of their own (max_new_tokens, temperature, top_k, top_p, '
+        "seed, stop); - is standard input",
     )  # fmt: skip
     text.add_argument("-i", "--interactive", action="store_true", help="a conversation at a prompt")
 

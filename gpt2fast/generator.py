@@ -248,11 +248,20 @@ class Generator:
         stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
         timing: Timing | None = None,
+        draws: Draws | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
-        """As `each`, but every continuation on its own: many of one prompt need not be awaited."""
+        """As `each`, but every continuation on its own: many of one prompt need not be awaited.
+
+        With the `draws` of an earlier call, a prompt that came there goes on with further samples.
+        """
         request = self._request(eos_token_id, stop, options)
-        return self._continue(prompts, request, logprobs, timing)
+        return self._continue(prompts, request, logprobs, timing, draws)
+
+    def check(self, prompt: str, name: str = "the prompt", **options: Any) -> None:
+        """Raise what a call with this prompt would, before anything is computed."""
+        ends, stop = options.pop("eos_token_id", FROM_CONFIG), options.pop("stop", None)
+        self._encode(prompt, self._request(ends, stop, options), name)
 
     def stream(
         self,
@@ -294,6 +303,7 @@ class Generator:
         request: _Request,
         logprobs: bool,
         timing: Timing | None,
+        hand_out: Draws | None = None,
     ) -> Iterator[Generation]:
         if not isinstance(prompts, Iterable):
             raise GenerationError(
@@ -311,7 +321,7 @@ class Generator:
         copies, beams = request.options.num_return_sequences, request.options.num_beams
         draws: list[Draw] | None = None
         if request.options.samples:
-            hand_out = Draws()
+            hand_out = Draws() if hand_out is None else hand_out
             draws = [hand_out.take(tokens, request.options.seed, copies) for tokens in encoded]
         samples_at_once = copies if beams > 1 else min(copies, _BATCH_ROWS)
         texts_at_once = max(1, _BATCH_ROWS // max(samples_at_once, beams))

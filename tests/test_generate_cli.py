@@ -184,7 +184,7 @@ def test_samples_and_prompts_are_written_apart(run, generator, tmp_path):
 
     prompts = [PROMPT, "The dog", "The cat sat"]
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join([*prompts[:2], "", prompts[2]]), encoding="utf-8")
+    file.write_text("\n".join(prompts), encoding="utf-8")
     code, out, _ = run("--prompts-file", file, "--seed", 0, "--max-new-tokens", 9)
     results = generator(prompts, seed=0, max_new_tokens=9)
     assert code == 0
@@ -425,6 +425,72 @@ def test_a_prompt_ends_at_the_end_of_its_line_only(run, tmp_path):
     again = tmp_path / "out.jsonl"
     again.write_text(out, encoding="utf-8")
     assert run("--prompts-file", again, *flags) == (0, out, "")
+
+
+def test_every_line_of_a_file_of_prompts_has_a_result(run, generator, tmp_path):
+    prompts = ["", PROMPT, "", "  ", "The cat", ""]
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    flags = ["--greedy", "--max-new-tokens", 5, "--json"]
+    code, out, _ = run("--prompts-file", file, *flags)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [result["index"] for result in results] == list(range(len(prompts)))
+    assert [result["prompt"] for result in results] == prompts
+    begin = torch.tensor([[generator.tokenizer.eos_token_id]])
+    assert results[0]["tokens"] == generator.model.generate(begin, max_new_tokens=5)[0, 1:].tolist()
+
+
+def test_a_line_of_json_keeps_its_id_and_has_its_own_options(run, generator, tmp_path):
+    lines = [
+        {"prompt": PROMPT, "id": "a", "max_new_tokens": 3, "temperature": 0},
+        {"prompt": PROMPT, "id": 7, "seed": 5, "top_k": 9, "top_p": 0.9, "temperature": 1.5},
+        {"prompt": PROMPT, "stop": ["e", "a"]},
+        {"prompt": PROMPT},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    code, out, _ = run("--prompts-file", file, "--seed", 2, "--max-new-tokens", 8, "--json")
+    results = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [result.get("id") for result in results] == ["a", 7, None, None]
+    for line, result in zip(lines[:2], results, strict=False):
+        own = {key: line[key] for key in line if key not in ("prompt", "id")}
+        alone = generator(PROMPT, **{"seed": 2, "max_new_tokens": 8, **own})
+        assert result["tokens"] == alone.tokens
+    # The last two draw from one seed: they are two samples of the prompt.
+    two = generator(PROMPT, num_return_sequences=2, seed=2, max_new_tokens=8)
+    assert two[0].tokens[: len(results[2]["tokens"])] == results[2]["tokens"]
+    assert two[1].tokens == results[3]["tokens"]
+    assert not set("ea") & set(results[2]["text"])
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        ({"max_tokens": 3}, "'max_tokens'"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+        ({"max_new_tokens": None}, "max_new_tokens is None"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": True}, "top_p is True"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"stop": 3}, "stop is 3"),
+        ({"stop": [""]}, "stop is ['']"),
+    ],
+)
+def test_a_wrong_option_of_a_line_is_refused_with_its_number(run, tmp_path, options, part):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"fine"\n\n{json.dumps({"prompt": "a", **options})}\n')
+    assert_one_error(run("--prompts-file", file), 2, "line 3", part)
+
+
+def test_a_line_too_long_for_its_own_options_stops_the_run_before_it_starts(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"fine"\n{json.dumps({"prompt": "a", "max_new_tokens": 900})}\n')
+    assert_one_error(
+        run("--prompts-file", file, "--max-new-tokens", 3, "--window", "error"), 1, "line 2", "900"
+    )
 
 
 def test_sampling_options_without_effect_are_noted(run):
