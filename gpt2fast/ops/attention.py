@@ -33,7 +33,7 @@ from .requirements import (
     check_integers,
     check_shape,
 )
-from .triton import triton, unsuitable
+from .triton import refuses_strided_caches, triton, unsuitable
 
 
 def causal_attention(
@@ -256,7 +256,11 @@ def _backward_reference(
     return tuple(g.to(given).contiguous() for g in (grad_q, grad_k, grad_v))  # type: ignore
 
 
-def _flash_refuses(mask: Tensor | None, dropout_p: float, q: Tensor, *others: Tensor) -> str | None:
+def _flash_refuses(
+    scale: float, mask: Tensor | None, dropout_p: float, q: Tensor, *others: Tensor
+) -> str | None:
+    if scale <= 0:  # it scales after hiding: minus infinity times 0 is no number
+        return f"torch's flash attention takes scales above 0, not {scale}"
     if any(other.dtype != q.dtype for other in others):
         return "torch's flash attention takes tensors of one dtype"
     if q.device.type != "cpu":
@@ -458,7 +462,8 @@ def _triton_refuses_cached(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> str | None:
-    return unsuitable(q, k_cache, v_cache, lengths, k_scales, v_scales) or _too_wide(q)
+    reason = unsuitable(q, k_cache, v_cache, lengths, k_scales, v_scales)
+    return reason or refuses_strided_caches(k_cache, v_cache) or _too_wide(q)
 
 
 def _too_wide(q: Tensor) -> str | None:
@@ -485,7 +490,7 @@ _backward = Op(
     torch=Implementation(
         _flash_backward,
         lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _flash_refuses(
-            mask, dropout_p, q, k, v, grad, out
+            scale, mask, dropout_p, q, k, v, grad, out
         ),
     ),
     reference=_backward_reference,
@@ -502,7 +507,9 @@ _forward = Op(
     triton=triton("attention", "forward", _triton_refuses),
     torch=Implementation(
         _flash,
-        lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(mask, dropout_p, q, k, v),
+        lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(
+            scale, mask, dropout_p, q, k, v
+        ),
     ),
     reference=_reference,
 )

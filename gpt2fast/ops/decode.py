@@ -43,7 +43,7 @@ from .requirements import (
     check_shape,
 )
 from .sampling import check_choice, sample_reference
-from .triton import triton, unsuitable
+from .triton import refuses_strided_caches, triton, unsuitable
 
 LAYER_WEIGHTS = (
     "ln_1.weight",
@@ -251,7 +251,7 @@ def _triton_refuses(
     )
     if reason is None and k_cache.shape[-1] > 128:
         return f"the Triton kernels take heads of size up to 128, not {k_cache.shape[-1]}"
-    return reason
+    return reason or refuses_strided_caches(k_cache, v_cache)
 
 
 _decode = Op(

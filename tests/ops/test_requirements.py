@@ -259,7 +259,7 @@ def test_tensors_on_several_devices_are_refused(op):
 
 
 @needs_native
-def test_compiled_ops_refuse_what_does_not_fit():
+def test_native_ops_refuse_what_does_not_fit():
     native = torch.ops.gpt2fast_native
     x, ids = torch.randn(3, 8), torch.tensor([0, 1, 2])
     heads, cache = torch.randn(2, 3, 2, 8), torch.zeros(2, 6, 2, 8)
@@ -312,7 +312,7 @@ def test_compiled_ops_refuse_what_does_not_fit():
 
 @needs_native
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_step_reads_no_arena_whose_header_is_damaged(bits):
+def test_a_native_step_reads_no_arena_whose_header_is_damaged(bits):
     """Every word of the header in turn, set to small and large numbers that it must not be."""
     shape = ModelShape(2, 64, 64, 40, 16, "gelu_new", 1e-5, (0.25,), bits is None)
     form = MatrixFormat(f"int{bits}", 64) if bits else MatrixFormat("bfloat16")

@@ -85,6 +85,13 @@ def unsuitable(
     return None
 
 
+def refuses_strided_caches(*caches: Tensor) -> str | None:
+    """Why the kernels cannot read these caches, or None."""
+    if any(cache.stride(-1) != 1 and cache.shape[-1] != 1 for cache in caches):
+        return "the Triton kernels read caches whose last dimension is contiguous"
+    return None
+
+
 def _refuses_arguments(*arguments: Any) -> str | None:
     return unsuitable(*tensors_in(arguments), may_be_empty=True)
 
