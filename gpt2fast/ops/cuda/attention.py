@@ -15,6 +15,9 @@ from torch import Tensor
 from . import unsuitable
 
 MAX_HEAD_DIM = 128
+MAX_SCALE = 1000.0
+"""In 16 bits: a score's exponent is its exact product with the scale less the rounded one of the
+largest, which lie far apart where scores are beyond 10^8."""
 
 
 def forward(
@@ -41,7 +44,7 @@ def refuses(
     dropout_p: float,
     seed: Tensor | None,
 ) -> str | None:
-    return _refuses(mask, seed, q, k, v)
+    return _refuses(scale, mask, seed, q, k, v)
 
 
 def backward(
@@ -79,15 +82,17 @@ def backward_refuses(
     dropout_p: float,
     seed: Tensor | None,
 ) -> str | None:
-    return _refuses(mask, seed, q, k, v, grad, out)
+    return _refuses(scale, mask, seed, q, k, v, grad, out)
 
 
-def _refuses(mask: Tensor | None, seed: Tensor | None, *heads: Tensor) -> str | None:
+def _refuses(scale: float, mask: Tensor | None, seed: Tensor | None, *heads: Tensor) -> str | None:
     reason = unsuitable(*heads, mask, seed, one_dtype=True)
     if reason is not None:
         return reason
     if seed is not None and seed.dtype != torch.int64:
         return f"the CUDA kernels take a seed in int64, not {seed.dtype}"
+    if heads[0].dtype != torch.float32 and abs(scale) > MAX_SCALE:
+        return f"the CUDA kernels take scales up to {MAX_SCALE:g} in 16 bits, not {scale:g}"
     head_dim = heads[0].shape[-1]
     if head_dim > MAX_HEAD_DIM:
         return f"the CUDA kernels take heads of size up to {MAX_HEAD_DIM}, not {head_dim}"
