@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .openmp import spin_briefly_if_busy
+from .openmp import spin_briefly_if_busy, survive_forks
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -42,6 +42,7 @@ _HOMES = {
 }
 
 spin_briefly_if_busy()
+survive_forks()
 
 _ROOMS = ("data", "evaluation", "lora", "nn", "ops", "quantization", "training", "tuning")
 

@@ -1,4 +1,4 @@
-"""How long torch's threads spin before they sleep, where they wait for each other.
+"""What GNU OpenMP's threads, which are torch's, do on a busy machine and after a fork.
 
 GNU OpenMP, which torch's builds for Linux bring along, lets a thread that has finished its part
 spin for milliseconds. That gains some percent on an idle machine; on a busy one it spins away the
@@ -22,6 +22,22 @@ def spin_briefly_if_busy() -> None:
     """Let the threads of a torch that is not loaded yet sleep soon, if the machine is busy now."""
     if "torch" not in sys.modules and not spins_briefly() and is_busy():
         os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def survive_forks() -> None:
+    """Let a forked child of this process compute with one thread of torch's.
+
+    A child has none of its parent's threads, and GNU OpenMP waits for them forever at the first
+    operation that it shares out.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_go_on_alone)
+
+
+def _go_on_alone() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 def spins_briefly() -> bool:
