@@ -344,7 +344,7 @@ class Generator:
     def _request(self, eos_token_id: EosTokenId, stop: Any, options: dict[str, Any]) -> _Request:
         if "num_beams" in options and options["num_beams"] != 1:
             options = {"do_sample": False, **options}
-        chosen = replace(DEFAULTS, **options)
+        chosen = DEFAULTS.changed(options)
         ends = end_tokens(self.model, eos_token_id)
         own_end = self.tokenizer.eos_token_id
         if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:

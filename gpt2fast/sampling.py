@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -95,6 +96,20 @@ class SamplingOptions:
                 f"num_return_sequences is {self.num_return_sequences}, and greedy decoding has one "
                 "continuation only; sample (do_sample=True, temperature above 0) or raise num_beams"
             )
+
+    def changed(self, options: Mapping[str, Any]) -> SamplingOptions:
+        """These options with some others in their place.
+
+        Raises:
+            GenerationError: there is no option of a name, or a value is out of its range.
+        """
+        known = [field.name for field in fields(self)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise GenerationError(f"there is no option {name!r} of generation; {meant}")
+        return replace(self, **options)
 
     @property
     def samples(self) -> bool:

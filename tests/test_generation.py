@@ -787,3 +787,10 @@ def test_half_precision_weights_are_widened_on_a_cpu_unless_asked_for(tmp_path):
     assert Generator.from_pretrained(tmp_path).model.dtype == torch.float32
     kept = Generator.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert kept.model.dtype == torch.bfloat16
+
+
+def test_an_unknown_option_is_named_with_the_one_that_was_meant(generator):
+    with pytest.raises(GenerationError, match="no option 'temprature'.* did you mean temperature"):
+        generator("ab", temprature=0.5)
+    with pytest.raises(GenerationError, match="no option 'zoom'.* there are max_new_tokens, "):
+        next(iter(generator.stream("ab", zoom=2)))
