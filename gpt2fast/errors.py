@@ -38,6 +38,9 @@ class Error(ValueError):
     """A mistake in what gpt2fast was given; its text names the value, the limit and the way out.
 
     The text can be printed as it is: names out of files keep no control characters in it.
+
+    Args:
+        arguments: the text, and what else an exception takes.
     """
 
     def __init__(self, *arguments: object) -> None:

@@ -259,7 +259,13 @@ class Generator:
         return self._continue(prompts, request, logprobs, timing, draws)
 
     def check(self, prompt: str, name: str = "the prompt", **options: Any) -> None:
-        """Raise what a call with this prompt would, before anything is computed."""
+        """Raise what a call with this prompt would, before anything is computed.
+
+        Args:
+            prompt: the text.
+            name: what errors call it.
+            options: of the call.
+        """
         ends, stop = options.pop("eos_token_id", FROM_CONFIG), options.pop("stop", None)
         self._encode(prompt, self._request(ends, stop, options), name)
 
