@@ -41,7 +41,7 @@ PARTS = {
 LONG = (
     "test_distributed.py", "test_kills.py", "test_triton_compiles.py", "test_readme.py",
     "test_build.py", "test_native_training.py", "test_bundled_model.py", "test_cuda_build.py",
-    "test_planted_bugs.py", "test_tuning.py", "simulator/", "passes_opcheck", "pass_opcheck",
+    "test_tuning.py", "simulator/", "passes_opcheck", "pass_opcheck",
     "test_killed", "test_flag_changes", "test_a_reader_that_goes", "bundled_model_passes",
     "four_real_sizes", "on_a_long_sequence", "never_holds_all_logits", "large_vocabulary",
 )  # fmt: skip
