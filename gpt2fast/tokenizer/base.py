@@ -74,8 +74,7 @@ class Tokenizer(ABC):
         """The tokenizer of a directory, of a bundled model or of a model on the Hugging Face hub.
 
         Understands `tokenizer.json`, `vocab.json` with `merges.txt`, OpenAI's `encoder.json` with
-        `vocab.bpe`, the `vocab.json` that `CharTokenizer.save_pretrained` writes, and nanoGPT's
-        `meta.pkl` of characters.
+        `vocab.bpe`, and the `vocab.json` that `CharTokenizer.save_pretrained` writes.
 
         Args:
             name_or_path: as for `GPT2.from_pretrained`.
