@@ -13,6 +13,7 @@ and a call that the forced one cannot run raises `BackendError` with the reason.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,14 @@ class Call:
 _LIBRARY = torch.library.Library("gpt2fast", "DEF")
 # One choice for the whole process: autograd runs backward passes in threads of its own.
 _requested = "auto"
+
+
+class _Thread(threading.local):
+    checked = False
+    """Whether the arguments of ops that are called now have been checked."""
+
+
+_thread = _Thread()
 _records: list[list[Call]] = []
 
 
@@ -179,13 +188,21 @@ class Op:
         return outside_autocast(self._plain, *args, **kwargs)
 
     def gradient(self, *args: Any) -> Any:
-        """The results within a backward pass, differentiable where that is asked for."""
+        """The results within a backward pass, differentiable where that is asked for.
+
+        The arguments are what the forward pass has checked and kept, and a gradient, which torch
+        has checked; so nothing is asked of them but what the kernels ask.
+        """
         if torch.compiler.is_compiling():
             return self.call(*args)
         if wants_graph():
             return self.plain(*args)
         with _C._AutoDispatchBelowAutograd():
-            return self.call(*args)
+            _thread.checked = True
+            try:
+                return self.call(*args)
+            finally:
+                _thread.checked = False
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         transformed = is_transformed()
@@ -272,7 +289,7 @@ class Op:
         self._check_values(*args, **kwargs)
 
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._checked_by_kernels:
+        if not self._checked_by_kernels and not _thread.checked:
             self._check_all(*args, **kwargs)
         try:
             name, refused = self._choose(*args, **kwargs)
