@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,47 +24,26 @@ from .inputs import (
     check_wanted,
     is_known_full,
 )
-from .lora.adapters import LoRAProjection, is_adapted, without_adapters
+from .lora.adapters import is_adapted, without_adapters
 from .nn import (
-    GELUMLP,
-    Activation,
     Block,
-    CausalSelfAttention,
     Embedding,
     LayerNorm,
     LinearCrossEntropy,
     OutputProjection,
-    Projection,
     add_and_normalize,
     drop,
 )
 from .ops.backend import requested_backend
-from .ops.decode import LAYER_WEIGHTS
 from .ops.native import CACHE_DTYPES as KERNEL_CACHE_DTYPES
 from .ops.native import DTYPES as KERNEL_DTYPES
 from .ops.native import fingerprint, unavailable
 from .packed import PackedGPT2, pack
-from .plain import is_plain, is_unwatched, why_not_plain
+from .plain import is_plain, is_unwatched
+from .structure import check_held, layer_weights, why_not_read
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
-
-_layer_weights = attrgetter(*LAYER_WEIGHTS)
-
-_PARTS = (
-    Activation,
-    Block,
-    CausalSelfAttention,
-    Embedding,
-    GELUMLP,
-    LayerNorm,
-    LinearCrossEntropy,
-    LoRAProjection,
-    OutputProjection,
-    Projection,
-    nn.Dropout,
-)
-"""What a model is made of, and adapters."""
 
 
 class GPT2Output:
@@ -280,18 +258,17 @@ class GPT2(nn.Module):
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         wanted = targets if labels is None else labels[:, 1:]
         predicting = hidden if labels is None else hidden[:, :-1]
-        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            hidden = hidden[:, kept]
+        kept: Any = logits_to_keep
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep if logits_to_keep else None, None)
         if self._reads_projection():
             loss = None if wanted is None else self.loss(predicting, self.projection, wanted)
-            return GPT2Output(loss, hidden, self.projection)
-        loss = None
-        if wanted is not None:
-            loss = cast("LinearCrossEntropy", self.loss).of_logits(self.lm_head(predicting), wanted)
-        return GPT2Output.computed(loss, self.lm_head(hidden))
+            return GPT2Output(loss, hidden[:, kept], self.projection)
+        if wanted is None:
+            return GPT2Output.computed(None, self.lm_head(hidden[:, kept]))
+        logits = self.lm_head(hidden)
+        loss = self._loss_of_logits(logits if labels is None else logits[:, :-1], wanted)
+        return GPT2Output.computed(loss, logits[:, kept])
 
     def hidden_states(
         self,
@@ -302,6 +279,7 @@ class GPT2(nn.Module):
     ) -> Tensor:
         """(B, T, width) output of the last layer normalisation; arguments as in `forward`."""
         check_inputs(self.config, input_ids, attention_mask)
+        check_held(self)
         mask = None if attention_mask is None else attention_mask.bool()
         if mask is not None and is_known_full(mask):
             mask = None
@@ -370,36 +348,22 @@ class GPT2(nn.Module):
 
     def _reads_projection(self) -> bool:
         """Whether logits are a product with `projection`, and no module that is to be called."""
-        return self.config.tie_word_embeddings or is_plain(self.lm_head, OutputProjection)
+        head = self._modules.get("lm_head")
+        if self.config.tie_word_embeddings:
+            return head is None  # one that somebody has added is called
+        return head is not None and is_plain(head, OutputProjection)
+
+    def _loss_of_logits(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        if not is_plain(self.loss, LinearCrossEntropy):
+            raise ArgumentError(
+                "lm_head and loss are both watched or replaced, and loss takes the head's weight, "
+                "not its output: remove one of them, or compute the loss from the logits"
+            )
+        return self.loss.of_logits(logits, wanted)
 
     def why_not_read(self) -> str | None:
         """Why decoding has to call the modules, where it would read their weights; or None."""
-        for name, module in self.named_modules():
-            if module is self:
-                if not is_unwatched(self, GPT2):
-                    return "a hook or another forward is on the model"
-            elif type(module) is not nn.ModuleList and not is_plain(module, *_PARTS):
-                return f"{name} {why_not_plain(module, *_PARTS)}"
-        config = self.config
-        for layer, block in enumerate(self.blocks):
-            own = (
-                is_plain(block, Block)
-                and is_plain(block.ln_1, LayerNorm)
-                and is_plain(block.ln_2, LayerNorm)
-                and is_plain(block.attn, CausalSelfAttention)
-                and is_plain(block.mlp, GELUMLP)
-                and is_plain(block.mlp.act, Activation)
-                and block.attn.heads == config.n_head
-                and block.mlp.act.function == config.activation
-                and block.ln_1.eps == block.ln_2.eps == config.layer_norm_epsilon
-                and all(weight is not None for weight in _layer_weights(block))
-            )
-            if not own:
-                return f"h.{layer} is no block of this configuration"
-        ends = is_plain(self.ln_f, LayerNorm) and self.ln_f.bias is not None
-        if not (ends and is_plain(self.wte, Embedding) and is_plain(self.wpe, Embedding)):
-            return "wte, wpe or ln_f is another module"
-        return None if self._reads_projection() else "lm_head is another module"
+        return why_not_read(self, GPT2)
 
     @torch.no_grad()
     def decode_step(
@@ -419,6 +383,7 @@ class GPT2(nn.Module):
         changed; a change through `parameter.data` goes unnoticed until `for_decoding` or
         `generate` is called.
         """
+        check_held(self)
         if self.why_not_read() is not None:
             places = None if position_ids is None else position_ids[:, None]
             return self._called(tokens[:, None], None, places, cache)
@@ -457,7 +422,7 @@ class GPT2(nn.Module):
             raise ArgumentError(f"weights cannot be read past the modules: {reason}")
         if is_adapted(self):
             return without_adapters(self).decode_weights()
-        layers = [weight for block in self.blocks for weight in _layer_weights(block)]
+        layers = [weight for block in self.blocks for weight in layer_weights(block)]
         return [
             self.wte.weight,
             self.wpe.weight,
@@ -543,6 +508,7 @@ class GPT2(nn.Module):
         first asked for and again after the weights have changed; `pack(release=True)` keeps no
         second copy. Adapters are merged.
         """
+        check_held(self)
         if self.why_not_read() is not None:
             return self
         return self._packed_form(thorough=True) or without_adapters(self)
@@ -563,6 +529,7 @@ class GPT2(nn.Module):
             ArgumentError: the model is not on the CPU, or its weights are of another dtype than
                 float32 and bfloat16.
         """
+        check_held(self)
         reason = self._unpackable()
         if reason is not None:
             raise ArgumentError(f"this model cannot be packed: {reason}")
@@ -588,8 +555,9 @@ class GPT2(nn.Module):
                 f"quantised weights run on the CPU, and the model is on {self.device}; "
                 "move it with .cpu() first"
             )
+        check_held(self)
         if reason := self.why_not_read():
-            raise ArgumentError(f"this model cannot be quantised: {reason}")
+            raise ArgumentError(f"this model cannot be quantized: {reason}")
         quantized = quantize_weights(self, scheme, **options)
         self._packed = None
         return pack(self, quantized, release=release)

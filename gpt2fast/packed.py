@@ -25,6 +25,7 @@ from .inputs import (
 )
 from .lora.adapters import without_adapters
 from .ops.packed import Matrix, MatrixFormat, ModelShape, PackedWeights
+from .plain import is_unwatched
 
 if TYPE_CHECKING:
     from .model import GPT2, GPT2Output
@@ -84,6 +85,17 @@ class PackedGPT2(nn.Module):
     def bits_per_weight(self) -> float:
         """Bits of storage a parameter, scales and what stays in float32 included."""
         return 8 * self.weights.arena.numel() / self.config.parameter_count
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedGPT2:
+        """What .to(), .half(), .cuda() and the like do: nothing, or an error."""
+        logits = torch.empty(0, dtype=self.dtype, device=self.device)
+        moved = fn(logits)
+        if moved.dtype != logits.dtype or moved.device != logits.device:
+            raise ArgumentError(
+                f"packed weights stay on {self.device} as {self.format}, with logits in "
+                f"{self.dtype}; convert the GPT2 and pack it again, as in model.bfloat16().pack()"
+            )
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -301,7 +313,16 @@ class PackedGPT2(nn.Module):
         return generate(self, input_ids, attention_mask, **options)  # type: ignore[arg-type]
 
     def for_decoding(self) -> PackedGPT2:
-        """The form of this model that decodes fastest: this one."""
+        """The form of this model that decodes fastest: this one.
+
+        Raises:
+            ArgumentError: a hook is on it, which steps of decoding would go past.
+        """
+        if not is_unwatched(self, PackedGPT2):
+            raise ArgumentError(
+                "a hook or another forward is on this PackedGPT2, whose steps of decoding call no "
+                "module: put it on the GPT2 that was packed, and generate with that"
+            )
         return self
 
     def save_pretrained(

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from .config import PRESETS, GPT2Config
-from .errors import ConfigError, WeightsError
+from .errors import ArgumentError, ConfigError, WeightsError, shown
 from .files import atomic_write_text
 from .hub import resolve
 from .lora.adapters import without_adapters
 from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from .quantization.storage import from_tensors, is_quantized, to_tensors
+from .structure import check_held, why_not_configured
 from .tensor_files import read_json, read_tensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -149,13 +150,35 @@ def save_pretrained(
     Adapters are merged into the weights; `gpt2fast.lora.save_adapter` writes them by themselves.
 
     Raises:
+        ArgumentError: a configuration and weights cannot say what the model computes, since a
+            module was replaced or parametrized; or the weights were released.
         WeightsError: the directory cannot be written.
     """
+    check_held(model)
+    _check_described(model)
     tensors = {
         name if name == "lm_head.weight" else f"transformer.{name}": tensor
         for name, tensor in without_adapters(model).state_dict().items()
     }
     _save(model.config, tensors, model.config.to_dict(), {}, Path(directory), tokenizer)
+
+
+def _check_described(model: GPT2) -> None:
+    """Raise ArgumentError for a model that what is saved of it would not be."""
+    reason = why_not_configured(model)
+    if reason is None:
+        state = model.state_dict()
+        shapes = {n: tuple(tensor.shape) for n, tensor in state.items() if ".lora_" not in n}
+        expected = dict(_parameter_shapes(model.config))
+        if shapes != expected:
+            strange = [n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n)]
+            reason = f"{', '.join(map(shown, strange[:3]))} are not as the configuration has them"
+    if reason is not None:
+        raise ArgumentError(
+            f"a checkpoint cannot say what this model computes: {reason}. Put the module's effect "
+            "into its weight (parametrize.remove_parametrizations, prune.remove), or keep "
+            "model.state_dict() with your own code"
+        )
 
 
 def save_packed(
