@@ -910,6 +910,13 @@ def test_a_training_state_without_an_entry_is_a_damaged_one(
     assert str(copy) in str(caught.value) or entry == "config"
 
 
+def test_an_empty_newest_checkpoint_does_not_hide_the_older_ones(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    (copy / "checkpoints" / "step-00000009").mkdir()
+    assert checkpoint.find_checkpoint(copy).name == "step-00000003"
+
+
 def test_an_index_that_leads_out_of_its_folder_is_refused(config, trained, tmp_path):
     copy = tmp_path / "step-00000003"
     shutil.copytree(trained / "checkpoints" / "step-00000003", copy)

@@ -162,8 +162,9 @@ def step_checkpoints(checkpoints: Path, after: int = -1) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint with the highest step; the best one counts where there is no other."""
-    if found := step_checkpoints(checkpoints):
+    """The whole checkpoint with the highest step; the best one counts where there is no other."""
+    found = [path for path in step_checkpoints(checkpoints) if (path / STATE_FILE).is_file()]
+    if found:
         return found[-1]
     best = checkpoints / BEST
     # A run that was killed while it replaced the best one: `clean_up` brings it back.
