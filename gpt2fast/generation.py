@@ -27,7 +27,8 @@ class _FromConfig:
 
 
 FROM_CONFIG = _FromConfig()
-"""Default of `eos_token_id`: the one of the model's configuration. (None means no end token.)"""
+"""Default of `eos_token_id`: those of generation_config.json, or else the one of the model's
+configuration. (None means no end token.)"""
 
 EosTokenId = int | Sequence[int] | None | _FromConfig
 
@@ -134,9 +135,12 @@ def end_tokens(model: GPT2, eos_token_id: EosTokenId) -> list[int]:
         return []
     vocab_size = model.config.vocab_size
     if isinstance(eos_token_id, _FromConfig):
+        named = model.generation_config.get("eos_token_id")
+        if named is None:
+            named = model.config.eos_token_id
         # A small vocabulary under GPT-2's default of 50256 has no such token.
-        token = model.config.eos_token_id
-        return [] if token is None or not 0 <= token < vocab_size else [token]
+        tokens = named if isinstance(named, list) else [named]
+        return [token for token in tokens if token is not None and 0 <= token < vocab_size]
     if isinstance(eos_token_id, Tensor):
         eos_token_id = eos_token_id.tolist()
     is_list = isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str | bytes)
@@ -239,6 +243,8 @@ def _padding(model: GPT2, ends: list[int], pad_token_id: int | None, num_beams: 
             f"pad_token_id is {pad_token_id!r}; it must be a whole number of 64 bits, or None for "
             "the end token"
         )
+    if pad_token_id is None:
+        pad_token_id = model.generation_config.get("pad_token_id")
     # transformers' beam search takes a pad_token_id of 0 for none.
     if pad_token_id is not None and not (pad_token_id == 0 and num_beams > 1 and ends):
         return int(pad_token_id)

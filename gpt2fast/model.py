@@ -133,6 +133,8 @@ class GPT2(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.gradient_checkpointing = False
+        self.generation_config: dict[str, Any] = {}
+        """What generation_config.json says, where the model was loaded from one."""
         self._packed: tuple[list[tuple[int, int]], int, PackedGPT2] | None = None
         std = config.initializer_range
         self.wte = Embedding(config.vocab_size, config.n_embd, std, **factory)

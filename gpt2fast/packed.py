@@ -59,6 +59,8 @@ class PackedGPT2(nn.Module):
         self.config = config
         self.weights = weights
         self.quantization = quantization
+        self.generation_config: dict[str, Any] = {}
+        """What generation_config.json says, where the model was loaded from one."""
         self.eval()
 
     @property
@@ -436,6 +438,8 @@ def pack(
         weights.put(name, value)
         if release:
             parameter.data = parameter.data.new_empty(0)
-    return PackedGPT2(
+    packed = PackedGPT2(
         model.config, weights, None if quantized is None else replace(quantized, matrices={})
     )
+    packed.generation_config = dict(model.generation_config)
+    return packed

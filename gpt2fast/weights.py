@@ -31,6 +31,7 @@ from torch import Tensor
 from .config import PRESETS, GPT2Config
 from .errors import ArgumentError, ConfigError, WeightsError, shown
 from .files import atomic_write_text
+from .generation_config import first_end_token, read_generation_config
 from .hub import resolve
 from .lora.adapters import without_adapters
 from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
@@ -45,10 +46,11 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
+_DESCRIPTIONS = ("config.json", "generation_config.json")
 # Two rounds, so that a model on the hub that has both is not downloaded twice.
 _DOWNLOADS = (
-    ("config.json", *_SAFETENSORS, "model-*.safetensors"),
-    ("config.json", *_PICKLES, "pytorch_model-*.bin"),
+    (*_DESCRIPTIONS, *_SAFETENSORS, "model-*.safetensors"),
+    (*_DESCRIPTIONS, *_PICKLES, "pytorch_model-*.bin"),
 )
 
 _DTYPES = {
@@ -107,9 +109,11 @@ def from_pretrained(
     file = _find(name_or_path, revision, local_files_only)
 
     described = file.parent / "config.json"
+    settings: dict[str, Any] = {}
     if config is None and described.is_file() and file.name != "ckpt.pt":
         values = read_json(described)
-        config = GPT2Config.from_dict(values, source=str(described))
+        settings = read_generation_config(file.parent, values)
+        config = GPT2Config.from_dict(first_end_token(values), source=str(described))
         stored_dtype = values.get("dtype", values.get("torch_dtype"))
         if wanted is None and stored_dtype is not None:
             wanted = _dtype(stored_dtype, f"{described}: dtype")
@@ -123,7 +127,9 @@ def from_pretrained(
                 f"{file} holds quantised weights, which run on the CPU as they are: "
                 "leave device and dtype out"
             )
-        return _build_quantized(stored, extra, config, file)
+        packed = _build_quantized(stored, extra, config, file)
+        packed.generation_config = settings
+        return packed
     named = _named(stored, file)
     stored.clear()
     if config is None:
@@ -135,7 +141,10 @@ def from_pretrained(
     if _is_biasless_nanogpt(extra):
         _add_zero_biases(named, config)
     _check_fit(named, config, file)
-    return _build(named, config, target, wanted or _widest(named, file))
+    widest = _widest(named, file)
+    model = _build(named, config, target, wanted or widest)
+    model.generation_config = settings
+    return model
 
 
 def save_pretrained(
@@ -160,7 +169,7 @@ def save_pretrained(
         name if name == "lm_head.weight" else f"transformer.{name}": tensor
         for name, tensor in without_adapters(model).state_dict().items()
     }
-    _save(model.config, tensors, model.config.to_dict(), {}, Path(directory), tokenizer)
+    _save(model, tensors, model.config.to_dict(), {}, Path(directory), tokenizer)
 
 
 def _check_described(model: GPT2) -> None:
@@ -214,7 +223,7 @@ def save_packed(
         dtype = tensors["h.0.attn.c_attn.weight"].dtype
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     _save(
-        model.config,
+        model,
         {n if n.startswith("lm_head.") else f"transformer.{n}": t for n, t in tensors.items()},
         described,
         metadata,
@@ -224,14 +233,16 @@ def save_packed(
 
 
 def _save(
-    config: GPT2Config,
+    model: GPT2 | PackedGPT2,
     tensors: Mapping[str, Tensor],
     described: Mapping[str, Any],
     metadata: Mapping[str, str],
     folder: Path,
     tokenizer: Tokenizer | None,
 ) -> None:
+    config = model.config
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    special.update(model.generation_config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", tensors, metadata)
@@ -284,7 +295,7 @@ def _find(
         if not path.is_dir():
             return path
         for name in patterns:
-            if name != "config.json" and (path / name).is_file():
+            if name not in _DESCRIPTIONS and (path / name).is_file():
                 return path / name
     held = sorted(entry.name for entry in path.iterdir())
     raise WeightsError(

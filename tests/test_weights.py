@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gpt2fast
@@ -865,7 +866,7 @@ def test_a_model_on_the_hub_is_downloaded_once_and_then_found_without_a_network(
     Hub.files["README.md"] = b"not wanted"
     assert_same_parameters(GPT2.from_pretrained("someone/tiny"), random_model())
     fetched = {path.rsplit("/", 1)[1] for path in Hub.requested if "/resolve/" in path}
-    assert fetched == {"config.json", "model.safetensors"}
+    assert fetched == {"config.json", "generation_config.json", "model.safetensors"}
 
     Hub.requested.clear()
     cached = GPT2.from_pretrained("someone/tiny", local_files_only=True)
@@ -918,3 +919,24 @@ def test_a_hub_that_cannot_be_reached_fails_soon_and_names_the_way_out(hub, monk
     listener.close()
     message = str(caught.value)
     assert "'someone/tiny'" in message and "cannot be reached" in message and BUNDLED in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("named", [True, False])
+def test_integers_are_no_weights_whatever_config_json_says(tmp_path, dtype, named):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype", None)
+    config.pop("torch_dtype", None)
+    if named:
+        config["dtype"] = "float32"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("c_fc.weight"))
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"as {dtype}"):
+        GPT2.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=f"as {dtype}"):
+        GPT2.from_pretrained(tmp_path, dtype="float32")

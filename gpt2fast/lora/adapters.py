@@ -135,6 +135,7 @@ def merge(model: GPT2) -> GPT2:
     merged = type(model)(model.config, device="meta")
     merged.load_state_dict(state, assign=True)
     merged.gradient_checkpointing = model.gradient_checkpointing
+    merged.generation_config = dict(model.generation_config)
     return merged.train(model.training)
 
 

@@ -1,0 +1,144 @@
+"""generation_config.json, against transformers' generate on the same folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from gpt2fast import GPT2, GPT2Config
+from gpt2fast.errors import ConfigError
+from gpt2fast.lora import add_adapters
+
+PROMPT = torch.tensor([[5, 7, 9], [1, 2, 3]])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(2)
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, vocab_size=61, n_positions=64, initializer_range=0.4,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    GPT2(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def say(folder, **values):
+    (folder / "generation_config.json").write_text(json.dumps(values))
+
+
+def both(folder, **options):
+    """What ours and transformers' generate give for the prompt."""
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
+    expected = theirs.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **options)
+    return GPT2.from_pretrained(folder).generate(PROMPT, **options), expected
+
+
+def freely(folder):
+    return GPT2.from_pretrained(folder).generate(PROMPT, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("several", [False, True])
+def test_its_end_tokens_end_a_text(folder, several, beams):
+    free = freely(folder)
+    ends = [int(free[0, 6]), int(free[1, 8])] if several else int(free[0, 6])
+    say(folder, eos_token_id=ends, pad_token_id=0)
+    found, expected = both(folder, num_beams=beams)
+    assert found.tolist() == expected.tolist()
+    if beams == 1:
+        assert found.shape[1] < free.shape[1] or not several
+
+
+def test_it_wins_over_config_json_and_an_argument_wins_over_it(folder):
+    free = freely(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = int(free[0, 4])
+    (folder / "config.json").write_text(json.dumps(config))
+    say(folder, eos_token_id=[int(free[0, 7])], pad_token_id=3)
+    found, expected = both(folder)
+    assert found.tolist() == expected.tolist()
+    found, expected = both(folder, eos_token_id=int(free[1, 5]))
+    assert found.tolist() == expected.tolist()
+
+
+def test_end_tokens_listed_in_config_json_count(folder):
+    free = freely(folder)
+    ends = [int(free[0, 6]), int(free[1, 6])]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+    (folder / "generation_config.json").unlink()
+    model = GPT2.from_pretrained(folder)
+    assert model.generate(PROMPT, max_new_tokens=12).shape[1] < free.shape[1]
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    expected = theirs.generate(
+        PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False
+    )
+    assert model.generate(PROMPT, max_new_tokens=12).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("form", ["model", "packed", "quantized", "adapted"])
+def test_it_is_kept_and_written_back(folder, tmp_path, form):
+    ends = [int(token) for token in freely(folder)[0, 5:7]]
+    written = {"eos_token_id": ends, "pad_token_id": 3, "somebodys_own": {"a": [1]}}
+    say(folder, **written)
+    model = GPT2.from_pretrained(folder)
+    if form == "packed":
+        model = model.pack()
+    elif form == "quantized":
+        model = model.quantize("int8")
+    elif form == "adapted":
+        add_adapters(model, rank=2)
+    expected = model.generate(PROMPT, max_new_tokens=12)
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in written} == written
+    again = GPT2.from_pretrained(tmp_path / "again")
+    assert again.generation_config["eos_token_id"] == ends
+    assert again.generate(PROMPT, max_new_tokens=12).tolist() == expected.tolist()
+
+
+def test_what_is_not_taken_over_is_named_once(folder, caplog):
+    say(folder, eos_token_id=3, do_sample=True, temperature=0.7, forced_bos_token_id=4, top_k=50)
+    with caplog.at_level(logging.WARNING, logger="gpt2fast"):
+        GPT2.from_pretrained(folder)
+    (record,) = caplog.records
+    for part in ("do_sample=True", "temperature=0.7", "forced_bos_token_id=4"):
+        assert part in record.getMessage()
+    assert "top_k" not in record.getMessage() and "eos_token_id" not in record.getMessage()
+
+
+def test_what_gpt2s_own_file_says_is_not_worth_a_word(folder, caplog):
+    say(
+        folder, _from_model_config=True, bos_token_id=50256, eos_token_id=50256,
+        transformers_version="4.26.0.dev0",
+    )  # fmt: skip
+    GPT2.from_pretrained(folder)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"eos_token_id": "end"}',
+        '{"eos_token_id": [1, "x"]}',
+        '{"eos_token_id": 1e30}',
+        '{"pad_token_id": [1]}',
+        '{"pad_token_id": true}',
+        "[1]",
+        "{",
+        '{"eos_token_id": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"eos_token_id": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda content: content[:24],
+)
+def test_a_damaged_file_is_one_clear_error(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        GPT2.from_pretrained(folder)
+    assert "generation_config.json" in str(error.value) and len(str(error.value)) < 600
