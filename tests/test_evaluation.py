@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 from gpt2fast import GPT2, Error, GPT2Config, Tokenizer
+from gpt2fast.data import prepare_data
 from gpt2fast.evaluation import Request, Scorer
+from gpt2fast.evaluation.perplexity import Perplexity
 from gpt2fast.evaluation.windows import rolling_windows
 from gpt2fast.hub import BUNDLED
 
@@ -225,3 +228,30 @@ def test_importing_the_package_does_not_load_evaluation() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
     )
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+def test_a_text_is_scored_as_training_on_it_reads_it(tmp_path, newline, mark):
+    """The tokens of `prepare`, wherever the lines' ends come from and documents are divided."""
+    text = "A storm.\nIt blew.\n<|endoftext|>\nThe next\nday.<|endoftext|>Calm\n\nat last.\n"
+    path = tmp_path / "book.txt"
+    path.write_bytes(mark + text.replace("\n", newline).encode())
+    (document,) = Perplexity().read(path)
+    data = tmp_path / "data"
+    prepare_data(path, data, "char", val_fraction=0.3)
+    files = [data / "train.bin", data / "val.bin"]
+    prepared = sorted(numpy.concatenate([numpy.fromfile(file, numpy.uint16) for file in files]))
+    assert sorted(Tokenizer.from_pretrained(data).encode(document.text)) == prepared
+    assert document.text == (
+        "A storm.\nIt blew.\n<|endoftext|>The next\nday.<|endoftext|>Calm\n\nat last.\n"
+    )
+    assert document.units["character"] == len(document.text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-16", "utf-32"])
+def test_a_text_of_wide_characters_is_not_scored_as_something_else(tmp_path, encoding):
+    path = tmp_path / "book.txt"
+    path.write_bytes("A storm blew.".encode(encoding))
+    with pytest.raises(Error, match="not UTF-8"):
+        Perplexity().read(path)

@@ -81,6 +81,8 @@ def read_blocks(
         while True:
             # Doubling keeps the work linear when a text has no boundary for a long way.
             data = file.read(max(block_bytes, len(pending)))
+            if start in (0, 3) and not pending:
+                check_wide(path, data)
             pending += data
             try:
                 text, used = codecs.utf_8_decode(pending, "strict", not data)
@@ -143,8 +145,41 @@ def segments_of(text: str) -> list[Segment]:
     return segments
 
 
+def as_prepared(text: str) -> str:
+    """A text as training on it sees it: "\\n" for every kind of newline, and no newline between a
+    `<|endoftext|>` and the document that follows."""
+    return "".join(s.text + END_OF_TEXT if s.separator else s.text for s in segments_of(text))
+
+
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def check_wide(path: Path, data: bytes) -> None:
+    """Raise DataError where a file, which begins with `data`, has two or four bytes a character:
+    without a mark at its beginning, Latin text of that kind is UTF-8 full of NULs."""
+    beginning = data[:4096]
+    if len(beginning) < 16 or beginning.startswith((*_WIDE_MARKS, codecs.BOM_UTF32_BE)):
+        return
+    # How many bytes are 0 at each of the four places in a group of four.
+    shares = [part.count(0) / len(part) for part in (beginning[i::4] for i in range(4))]
+    for encoding, zero, rest in (
+        ("utf-32le", (2, 3), (0,)),
+        ("utf-32be", (0, 1), (3,)),
+        ("utf-16le", (1, 3), (0, 2)),
+        ("utf-16be", (0, 2), (1, 3)),
+    ):
+        if min(shares[i] for i in zero) > 0.6 and max(shares[i] for i in rest) < 0.1:
+            raise DataError(
+                f"{path} is not UTF-8 text: so many of its first bytes are 0 as in "
+                f"{encoding.upper()} without a byte order mark. Convert it first, e.g. "
+                f"`iconv -f {encoding} -t utf-8 {path.name} > converted.txt`"
+            )
+
+
 def _not_utf8(path: Path, data: bytes, error: UnicodeDecodeError, start: int) -> DataError:
-    if start == 0 and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if start == 0 and data[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        found, encoding = "the file begins like UTF-32", "utf-32"
+    elif start == 0 and data[:2] in _WIDE_MARKS:
         found, encoding = "the file begins like UTF-16", "utf-16"
     else:
         found, encoding = f"0x{data[error.start]:02x} does not fit ({error.reason})", "latin1"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ..data.text import check_wide
 from ..errors import DataError
 from .task import Hub, Task
 
@@ -75,8 +76,10 @@ def read_bytes(path: Path) -> bytes:
 
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file, decompressed likewise. Ends of lines stay as they are."""
+    content = read_bytes(path)
+    check_wide(path, content)
     try:
-        return read_bytes(path).decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: at byte {error.start}, {error.reason}; convert it first"
