@@ -26,6 +26,7 @@ from .int8_cache import check_caches, check_scales, read
 from .native import native, refuses_int8, refuses_tensors
 from .requirements import (
     check_below_one,
+    check_constants,
     check_dim,
     check_finite,
     check_floating,
@@ -60,6 +61,7 @@ def causal_attention(
     """
     if mask is not None:
         mask = mask.bool()
+    check_constants(scale=scale, dropout_p=dropout_p)
     q, k, v = autocast(q, k, v)
     scale = _usual_scale(q) if scale is None else scale
     return _forward.call(q, k, v, scale, mask, dropout_p, seed)[0]
@@ -91,6 +93,7 @@ def attention_with_cache(
     Raises:
         ArgumentError: an int8 cache without factors, or factors that don't fit.
     """
+    check_constants(scale=scale)
     scale = _usual_scale(q) if scale is None else scale
     return _cached.call(q, k_cache, v_cache, lengths, scale, k_scales, v_scales)
 

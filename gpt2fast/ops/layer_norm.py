@@ -17,7 +17,7 @@ from .backend import Op, statistics_dtype
 from .cuda import by_device, cuda, kernels, unsuitable
 from .derivatives import wants_graph
 from .native import native, refuses_tensors, rows
-from .requirements import check_at_least, check_floating, check_shape
+from .requirements import check_at_least, check_constants, check_floating, check_shape
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
 
@@ -39,6 +39,7 @@ def residual_layer_norm(
 
     Mean and variance are computed and kept in at least float32.
     """
+    check_constants(eps=eps)
     normed, summed, _, _ = _forward.call(x, residual, weight, bias, eps)
     return normed, x if residual is None else summed
 

@@ -212,6 +212,16 @@ def check_dim(name: str, tensor: Tensor, *dims: int, says: str) -> None:
 # Ranges. Comparisons only, which a traced number stands, and which are false for what is no number.
 
 
+def check_constants(**numbers: object) -> None:
+    """No number is a tensor of which somebody expects a gradient: an op takes its value alone."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) and number.requires_grad:
+            raise ArgumentError(
+                f"{name} requires a gradient, and this op has none for it: pass a number, or "
+                f"{name}.detach(), and multiply a tensor by what is learned"
+            )
+
+
 def check_finite(**numbers: float) -> None:
     """Each number is one, and not infinite."""
     for name, number in numbers.items():

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from comparison import BACKENDS, backend, random
 from gpt2fast import ops
+from gpt2fast.errors import ArgumentError
 from philox import cpu_factors, gpu_factors
 from tolerance import assert_close
 
@@ -252,3 +253,24 @@ def test_a_first_backward_pass_runs_the_kernels_of_the_chosen_backend():
     with record_calls() as calls, backend("torch"):
         torch.autograd.grad(ops.bias_gelu(x, bias).sum(), x, create_graph=True)
     assert [call.backend for call in calls] == ["torch", "reference"]
+
+
+def test_a_learned_number_is_refused_and_the_way_out_has_its_gradient():
+    q, k, v = (random(2, 4, 2, 8) for _ in "qkv")
+    number = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(8, dtype=torch.float64)
+    for call in (
+        lambda: ops.causal_attention(q, k, v, scale=number),
+        lambda: ops.causal_attention(q, k, v, dropout_p=number, seed=torch.tensor([1])),
+        lambda: ops.attention_with_cache(q, k, v, torch.tensor([0, 0]), number),
+        lambda: ops.residual_layer_norm(q, None, ones, ones, eps=number),
+    ):
+        with pytest.raises(ArgumentError, match="requires a gradient"):
+            call()
+    assert torch.equal(
+        ops.causal_attention(q, k, v, scale=number.detach()),
+        ops.causal_attention(q, k, v, scale=number.item()),
+    )
+    ours = torch.autograd.grad(ops.causal_attention(q * number, k, v, 1.0).sum(), number)[0]
+    theirs = attend(q * (number * math.sqrt(8)), k, v).sum()
+    assert torch.allclose(ours, torch.autograd.grad(theirs, number)[0])
