@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,16 +57,18 @@ def build(target: str, folder: Path, sanitize: str = "") -> Path:
     if (cutlass := package_folder("cutlass_library")) is not None:
         definitions["GPT2FAST_CUTLASS_INCLUDE"] = str(cutlass / "source" / "include")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    run(
-        "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        folder,
-        *generator,
-        *(f"-D{k}={v}" for k, v in definitions.items()),
-    )
-    run("cmake", "--build", folder, "--target", target, "--parallel", "2")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # several test processes build in one folder
+        run(
+            "cmake",
+            "-S",
+            ROOT,
+            "-B",
+            folder,
+            *generator,
+            *(f"-D{k}={v}" for k, v in definitions.items()),
+        )
+        run("cmake", "--build", folder, "--target", target, "--parallel", "2")
     return folder
 
 
