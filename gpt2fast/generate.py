@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
 from .output import note
@@ -76,6 +76,8 @@ def _report(args: argparse.Namespace) -> int:
     except Error as error:
         return _fail(error)
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # within the definition of a class
+            raise KeyboardInterrupt from None
         message = str(error).lower()
         if not isinstance(error, MemoryError) and all(words not in message for words in _NO_MEMORY):
             raise
@@ -483,5 +485,19 @@ def _unescape(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
+def _leave(code: int) -> NoReturn:
+    """Exit; after Ctrl-C without Python's own end of the program.
+
+    Where C code that runs Python (an import of torch) has passed the interrupt on, Python would
+    kill the process by SIGINT there, although the interrupt has been handled.
+    """
+    if code == 130:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())
