@@ -11,8 +11,9 @@ from pathlib import Path
 
 from .arguments import OneLineParser, ParagraphFormatter
 from .data.inputs import parse_weights
+from .data.opening import COMPRESSED_SUFFIXES
 from .errors import Error
-from .output import say
+from .output import note, say
 
 EXAMPLES = """\
 examples:
@@ -22,18 +23,22 @@ examples:
       a byte-level BPE of its own; whole files (or documents) held out
   python -m gpt2fast.prepare notes.txt --tokenizer gpt2 --out data/notes
       GPT-2's own tokenizer, to fine-tune it
-  zcat big.txt.gz | python -m gpt2fast.prepare - --out data/big
+  python -m gpt2fast.prepare big.txt.gz
+      text compressed by gzip, bzip2, xz, zstd or zip
+  curl -s https://example.org/book.txt | python -m gpt2fast.prepare - --out data/book
   python -m gpt2fast.prepare web.jsonl.gz --text-field content --tokenizer gpt2
-      JSON lines (or .parquet): each record is a document
+      JSON lines, a JSON array, .csv, .tsv or .parquet: each record is a document
+  python -m gpt2fast.prepare neko.txt --encoding shift_jis
   python -m gpt2fast.prepare books.txt=0.7 web.jsonl=0.3 --tokenizer gpt2 --out data/mix
       a mixture: training draws 70 % of its windows from the books
   python -m gpt2fast.prepare --dataset wikitext --dataset-config wikitext-2-raw-v1 --tokenizer gpt2
       a data set of the Hugging Face hub, or a folder made with save_to_disk
 
 A folder stands for its .txt and .md files, at any depth, in alphabetical order; for its .jsonl,
-.jsonl.gz and .parquet files where it has none of these. A line that is just <|endoftext|> ends a
-document and becomes one token. An interrupted command continues when it is given again. Text must
-be UTF-8."""
+.ndjson and .parquet files where it has none of these, else for its .csv, .tsv and .json files. A
+line that is just <|endoftext|> ends a document and becomes one token. An interrupted command
+continues when it is given again. Text must be UTF-8, or UTF-16 or UTF-32 with a byte order mark,
+unless --encoding names another encoding."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="text, .jsonl, .jsonl.gz or .parquet file, folder, or - for standard input; "
-        "INPUT=WEIGHT makes a mixture",
+        help="file of text or of records (.jsonl, .json, .csv, .tsv, .parquet), compressed or not, "
+        "folder, or - for standard input; INPUT=WEIGHT makes a mixture",
     )
     add("--dataset", metavar="NAME", help="Hugging Face data set (hub name or folder) instead")
     add("--dataset-config", metavar="NAME", help="its configuration, such as wikitext-2-raw-v1")
@@ -66,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         help="a record is a document that an end token follows, or a line of one text (default: "
         "documents; lines for wikitext)",
     )
+    add("--encoding", metavar="NAME", help="of the text, where it is not UTF-8: cp1252, gb18030, …")
     add(
         "--tokenizer",
         default="char",
@@ -154,7 +160,7 @@ def _prepare(
     from .data.encoding import available_cores
     from .data.prepare import prepare_data
 
-    if "-" in args.inputs and sys.stdin.isatty():
+    if "-" in args.inputs and sys.stdin is not None and sys.stdin.isatty():
         print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr)
     started = time.monotonic()
     prepared = prepare_data(
@@ -171,6 +177,8 @@ def _prepare(
         dataset_config=args.dataset_config,
         text_field=args.text_field,
         records=args.records,
+        encoding=args.encoding,
+        notify=line.note,
         workers=args.workers or available_cores(),
     )
     line.clear()
@@ -211,7 +219,9 @@ def _default_name(first: str) -> str:
     if first == "-":
         return "stdin"
     path = Path(first).resolve()
-    return path.name.removesuffix(".jsonl.gz") if path.suffix == ".gz" else path.stem or "text"
+    if path.suffix.lower() in COMPRESSED_SUFFIXES:
+        path = path.with_suffix("")
+    return path.stem or "text"
 
 
 class _ProgressLine:
@@ -238,6 +248,10 @@ class _ProgressLine:
         text = f"{self.LABELS[stage]}: {percent:3.0f} % of {total / 1e6:,.1f} MB"
         sys.stderr.write(f"\r\x1b[K{text}, {rate / 1e6:.1f} MB/s{left}")
         sys.stderr.flush()
+
+    def note(self, message: str) -> None:
+        self.clear()
+        note(message)
 
     def clear(self) -> None:
         if self.visible and self.shown:

@@ -205,7 +205,7 @@ def test_a_damaged_archive_is_named(tmp_path):
     with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be unpacked: .*fetch it again"):
         prepare_data(path, tmp_path / "out")
     path.write_bytes(b"plain text")
-    with pytest.raises(DataError, match="cannot be unpacked: Not a gzipped file"):
+    with pytest.raises(DataError, match="cannot be unpacked: it is not what its name says"):
         prepare_data(path, tmp_path / "out")
 
 

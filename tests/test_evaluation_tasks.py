@@ -310,7 +310,7 @@ def test_enwik8_is_its_last_five_megabytes(tmp_path, monkeypatch) -> None:
         ("cbt_cn", "a.txt", "1 A XXXXX .\tfox\n", "not 2 parts"),
         ("cbt_cn", "a.txt", "1 A XXXXX .\tfox\t\tdog|hen\n", "not among the candidates"),
         ("cbt_cn", "a.txt", "1 A dog .\tfox\t\tdog|fox\n", "no single XXXXX"),
-        ("perplexity", "a.txt.gz", "not gzip", "cannot be read"),
+        ("perplexity", "a.txt.gz", "not gzip", "cannot be unpacked"),
         ("perplexity", "missing.txt", None, "is no file"),
     ],
 )

@@ -20,7 +20,8 @@ class Rows(Table):
     """The text column of one split."""
 
     def __init__(self, rows: Any, identity: str, field: str, lines: bool) -> None:
-        super().__init__(identity, identity, field, lines)
+        self.name = self.identity = identity
+        self._read_as(field, lines)
         if field not in rows.column_names:
             raise DataError(f"{identity}: {missing(field, rows.column_names)}")
         self._rows = rows.select_columns([field])

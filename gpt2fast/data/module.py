@@ -154,7 +154,7 @@ class DataModule:
                 found = dataset.tokens.find_at_least(vocab_size)
                 if found:
                     raise DataError(
-                        f"{dataset.tokens.path}: token {found[0]} is {found[1]}, beyond {what} "
+                        f"{dataset.tokens.path}: token {found[0]} is {found[1]}, outside {what} "
                         f"({vocab_size}); the file belongs to another tokenizer or is not "
                         f"{dataset.tokens.dtype}; prepare the data again"
                     )
@@ -204,7 +204,7 @@ class _Folder:
         else:
             self.meta = self._assumed_meta()
             notify(
-                f"{path} has no meta.json: its files are read as llm.c's or nanoGPT's, "
+                f"{path} has no meta.json: its files are read as llm.c's, nanoGPT's or NumPy's, "
                 f"{self.meta.dtype} tokens of an unknown tokenizer (a meta.pkl is not opened)"
             )
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +27,10 @@ from ..files import atomic_write_text, sync_directory
 from ..lock import only_process
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from .encoding import Encoded, Encoders, typecode
-from .inputs import checked_weight, find_sources
+from .encodings import known_encoding
+from .inputs import checked_weight, file_source, find_sources
 from .meta import DataMeta, read_meta
-from .sources import Source, TextFile, changed_meanwhile
+from .sources import Records, Source, changed_meanwhile
 from .split import TRAIN, VAL, DocumentCount, Part, Plan, Position, PositionCount, require_text
 from .text import END_OF_TEXT, Cuts, Segment
 
@@ -74,7 +76,9 @@ def prepare_data(
     dataset_config: str | None = None,
     text_field: str = "text",
     records: str | None = None,
+    encoding: str | None = None,
     workers: int = 1,
+    notify: Callable[[str], None] = warnings.warn,
 ) -> PreparedData:
     """Tokenize text into `out_dir`, which DataModule and `python -m gpt2fast.train` read.
 
@@ -82,11 +86,13 @@ def prepare_data(
     holds nothing else is dropped with it.
 
     Args:
-        inputs: UTF-8 files, .jsonl, .jsonl.gz and .parquet files, folders (their .txt and .md
-            files, recursively, sorted; the others where there are none of these), and "-" for
-            standard input. A mapping from inputs to weights makes a mixture: each is a corpus of
-            its own, of which a part is held out, and training draws windows from each in
-            proportion to its weight.
+        inputs: text files, files of records (.jsonl or .ndjson, .json with an array of objects,
+            .csv, .tsv, .parquet), each of them also compressed (gzip, bzip2, xz, zstd, zip),
+            folders (their .txt and .md files, recursively, sorted; .jsonl, .ndjson and .parquet
+            where there are none of these; .csv, .tsv and .json where there are no others), and "-"
+            for standard input, text or JSON lines. A mapping from inputs to weights makes a
+            mixture: each is a corpus of its own, of which a part is held out, and training draws
+            windows from each in proportion to its weight.
         out_dir: folder that gets the token files, the tokenizer and `meta.json`.
         tokenizer: "char" (the characters of the whole text), "bpe" (a byte-level BPE trained on
             the training part only), or a directory or hub name such as "gpt2".
@@ -102,10 +108,13 @@ def prepare_data(
         progress: told how far the work is.
         dataset, dataset_config: a data set of the Hugging Face hub, or a folder, instead of inputs.
             Its validation split is used as it is, unless `split` says to hold out a part of train.
-        text_field: the field of JSON lines, or the column of a table, that holds the text.
+        text_field: the field of JSON objects, or the column of a table, that holds the text.
         records: what a record is: "documents" (an end token follows each), or "lines" of one text.
             Default: documents; lines for WikiText.
+        encoding: of text that is not in UTF-8, by Python's name, such as "cp1252". None means
+            UTF-8, or what a byte order mark says.
         workers: processes that encode; the outcome does not depend on it.
+        notify: told of files that are copies of each other, and of standard input that is records.
 
     Returns:
         What was written: folder, numbers of tokens, tokenizer.
@@ -133,7 +142,9 @@ def prepare_data(
     else:
         if isinstance(inputs, Mapping):
             weights = {str(name): checked_weight(str(name), inputs[name]) for name in inputs}
-        sources, corpus_of = find_sources(inputs, out_dir, text_field, records == "lines")
+        sources, corpus_of = find_sources(
+            inputs, out_dir, text_field, records == "lines", encoding, notify
+        )
     split = split or ("given" if given else "position")
     settings = {
         "tokenizer": tokenizer,
@@ -144,10 +155,11 @@ def prepare_data(
         # None where they have always been so: an older version's interrupted run goes on.
         "text_field": None if text_field == "text" else text_field,
         "records": records,
+        "encoding": known_encoding(encoding),
         "weights": weights,
     }
     with _working_directory(out_dir, overwrite) as work:
-        run = _Run(work, sources, corpus_of, given, settings, progress or _silent, workers)
+        run = _Run(work, sources, corpus_of, given, settings, progress or _silent, workers, notify)
         resumed = run.begin()
         run.finish(out_dir)
         meta = read_meta(out_dir / "meta.json")
@@ -245,6 +257,7 @@ class _Run:
         settings: dict[str, Any],
         progress: Progress,
         workers: int,
+        notify: Callable[[str], None],
     ) -> None:
         self.work = work
         self.asked = sources
@@ -253,6 +266,7 @@ class _Run:
         self.settings = settings
         self.progress = progress
         self.workers = workers
+        self.notify = notify
         self.documents = settings["split"] == "documents"
 
     def begin(self) -> bool:
@@ -299,9 +313,17 @@ class _Run:
     def _spooled(self) -> Source:
         # The text is needed more than once, and a pipe can be read only once.
         path = self.work / "stdin"
+        if sys.stdin is None:
+            raise DataError("standard input (-) is closed; pipe the text in")
         with open(path, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-        return TextFile(path, name="-")
+        field = self.settings["text_field"] or "text"
+        lines = self.settings["records"] == "lines"
+        source = file_source(path, field, lines, self.settings["encoding"], name="-")
+        if isinstance(source, Records):
+            each = "a line of one text" if lines else "a document"
+            self.notify(f"standard input is JSON lines: {field!r} of each is {each}")
+        return source
 
     def finish(self, out_dir: Path) -> None:
         """Do what has not been done yet."""

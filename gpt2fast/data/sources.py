@@ -1,34 +1,35 @@
-"""What text is read from: text files, JSON lines and parquet files, in blocks, from any place on.
+"""What text is read from: text files and files of records, in blocks, from any place on.
 
-A place is one number: bytes in a file of text or JSON lines, rows in a table, and characters where
-records are the lines of one text. Reading never holds more than a block and a record.
+A place is one number: bytes in a file of text or JSON lines, rows in a table, records in a JSON
+array, and characters where records are the lines of one text. Reading never holds more than a block
+and a record.
 """
 
 from __future__ import annotations
 
-import gzip
+import csv
 import hashlib
+import io
 import json
 import re
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, TextIO
 
-from ..errors import DataError
+from ..errors import DataError, shown
+from .encodings import not_utf8
+from .opening import TextInput
 from .text import END_OF_TEXT, Block, Cuts, Segment, last_cut, read_blocks, segments_of
 
 BLOCK_CHARACTERS = 1 << 20
 LONGEST_LINE = 1 << 28
 """Bytes; a longer line of JSON is taken for a mistake."""
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
-PARQUET_SUFFIX = ".parquet"
-RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ROWS_AT_ONCE = 256
 _READ_BYTES = 1 << 20
+_BETWEEN_ITEMS = re.compile(r"[ \n\r\t]*([\[,\]])[ \n\r\t]*")
 
 
 class Source(ABC):
@@ -54,11 +55,15 @@ class Source(ABC):
         """The text from the place `start` (0 or the `end` of a block) on."""
 
 
-class TextFile(Source):
-    """A file of UTF-8 text; see `text.read_blocks`."""
+class _File(Source):
+    """A source that is one file.
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    encoding: of its text; None means UTF-8, or what its byte order mark says.
+    """
+
+    def __init__(self, path: Path, encoding: str | None = None, name: str | None = None) -> None:
         self.path = path
+        self.encoding = encoding
         self.name = name or path.name
         self.identity = str(path.resolve())
         self.size = file_signature(path)["size"]
@@ -66,11 +71,24 @@ class TextFile(Source):
     def signature(self) -> dict[str, Any]:
         return file_signature(self.path)
 
+    def _input(self) -> TextInput:
+        return TextInput(self.path, self.encoding)
+
+    def _note_progress(self, text_input: TextInput, end: int | None = None) -> None:
+        """What has been read; `end` is the place in the stream, where that is known."""
+        done = text_input.done if end is None or not text_input.as_stored else end
+        if done > self.size:
+            raise changed_meanwhile(self.path)
+        self.done = done
+
+
+class TextFile(_File):
+    """A file of text; see `text.read_blocks`."""
+
     def blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
-        for block in read_blocks(self.path, cuts, start):
-            if block.end > self.size:
-                raise changed_meanwhile(self.path)
-            self.done = block.end
+        text_input = self._input()
+        for block in read_blocks(text_input, cuts, start):
+            self._note_progress(text_input, block.end)
             yield block
 
 
@@ -82,8 +100,11 @@ class Records(Source):
         record is an empty line.
     """
 
-    def __init__(self, name: str, identity: str, field: str, lines: bool) -> None:
-        self.name, self.identity, self.field = name, identity, field
+    field: str
+    lines: bool
+
+    def _read_as(self, field: str, lines: bool) -> None:
+        self.field = field
         self.lines = self.ends_document = lines
 
     @abstractmethod
@@ -132,35 +153,33 @@ class Records(Source):
             yield Block(segments_of("".join(pending)), place + size)
 
 
-class JsonLines(Records):
-    """A file with one JSON object a line, gzipped where its name ends in .gz."""
+class _RecordFile(_File, Records):
+    """A file of records in text."""
 
-    def __init__(self, path: Path, field: str, lines: bool) -> None:
-        super().__init__(path.name, str(path.resolve()), field, lines)
-        self.path = path
-        self.size = file_signature(path)["size"]
+    def __init__(
+        self,
+        path: Path,
+        field: str,
+        lines: bool,
+        encoding: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(path, encoding, name)
+        self._read_as(field, lines)
 
-    def signature(self) -> dict[str, Any]:
-        return file_signature(self.path)
+
+class JsonLines(_RecordFile):
+    """A file with one JSON object a line."""
 
     def records(self, start: int) -> Iterator[tuple[str, int]]:
         end = start
-        with open(self.path, "rb") as raw, self._unpacked(raw) as file:
-            try:
-                file.seek(start)
-                while line := file.readline(LONGEST_LINE):
-                    begin, end = end, end + len(line)
-                    self.done = min(raw.tell(), self.size)
-                    if line.strip():
-                        yield self._text(line, begin), end
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise DataError(
-                    f"{self.path} cannot be unpacked: {error}; it is cut short or damaged, fetch "
-                    "it again"
-                ) from None
-
-    def _unpacked(self, raw: BinaryIO) -> BinaryIO:
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if self.path.suffix == ".gz" else raw
+        text_input = self._input()
+        with text_input.open(start) as file:
+            while line := file.readline(LONGEST_LINE):
+                begin, end = end, end + len(line)
+                self._note_progress(text_input, end)
+                if line.strip():
+                    yield self._text(line, begin), end
 
     def _text(self, line: bytes, begin: int) -> str:
         try:
@@ -172,11 +191,104 @@ class JsonLines(Records):
     def _line_number(self, begin: int) -> int:
         """Of the line that begins at this byte."""
         number = 1
-        with open(self.path, "rb") as raw, self._unpacked(raw) as file:
+        with self._input().open() as file:
             while begin and (piece := file.read(min(begin, 1 << 20))):
                 number += piece.count(b"\n")
                 begin -= len(piece)
         return number
+
+
+class _DecodedFile(_RecordFile):
+    """A file of records that is decoded as a whole."""
+
+    @contextmanager
+    def _text(self) -> Iterator[tuple[TextIO, TextInput]]:
+        text_input = self._input()
+        with text_input.open() as file:
+            try:
+                yield io.TextIOWrapper(file, "utf-8-sig", newline=""), text_input
+            except UnicodeDecodeError as error:
+                # Its offset counts from the beginning of a piece.
+                data = bytes(error.object)
+                raise not_utf8(self.path, data, error, max(0, file.tell() - len(data))) from None
+
+
+class JsonArray(_DecodedFile):
+    """A file that is one JSON array of objects."""
+
+    def records(self, start: int) -> Iterator[tuple[str, int]]:
+        with self._text() as (file, text_input):
+            for number, record in enumerate(_items_of_array(file, self.path), 1):
+                self._note_progress(text_input)
+                if number <= start:
+                    continue
+                try:
+                    yield _text_of_object(record, self.field, "each item"), number
+                except BadRecord as error:
+                    raise DataError(f"{self.path}, item {number}: {error}") from None
+
+
+class DelimitedText(_DecodedFile):
+    """A table in text, whose first row names its columns (CSV, RFC 4180; TSV).
+
+    The delimiter is the one of comma, semicolon, tab and bar that makes a column `field` of the
+    first row, else the one that makes most columns of it.
+    """
+
+    def records(self, start: int) -> Iterator[tuple[str, int]]:
+        # The limit is one for the whole process; others may rely on a higher one.
+        csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
+        with self._text() as (file, text_input):
+            rows, column, width, first_line = self._header(file)
+            row = 0
+            try:
+                for row, values in enumerate(rows, 1):
+                    self._note_progress(text_input)
+                    if row <= start or not values:
+                        continue
+                    if len(values) != width:
+                        raise BadRecord(
+                            f"{len(values)} values, but the first row names {width} columns; a "
+                            "value with a delimiter or a new line in it needs double quotes"
+                        )
+                    yield text_of(values[column], self.field), row
+            except (csv.Error, BadRecord) as error:
+                row += isinstance(error, csv.Error)
+                raise DataError(
+                    f"{self.path}, row {row} (line {first_line + rows.line_num}): {error}"
+                ) from None
+
+    def _header(self, file: TextIO) -> tuple[Any, int, int, int]:
+        """The rows after the first, the column's place in each, how many values each has, and how
+        many lines come before them."""
+        line, lines = file.readline(LONGEST_LINE), 1
+        if line.startswith("sep=") and len(line.strip()) <= 5:  # for Excel
+            line, lines = file.readline(LONGEST_LINE), 2
+        best: list[str] = []
+        delimiter = ","
+        for candidate in ",;\t|":
+            try:
+                names = next(csv.reader([line], delimiter=candidate, strict=True), [])
+            except csv.Error:
+                continue
+            names = [name.strip() for name in names]
+            if self.field in names:
+                best, delimiter = names, candidate
+                break
+            if len(names) > len(best):
+                best, delimiter = names, candidate
+        if not best or not any(best):
+            raise DataError(f"{self.path}: the first row must name the columns, and it is blank")
+        if self.field not in best:
+            raise DataError(
+                f"{self.path}: its first row names no column {self.field!r}, only "
+                f"{', '.join(shown(name) for name in best[:20])}; name the one that holds the text "
+                "(--text-field), or call the file .txt to read all of it as text"
+            )
+        if best.count(self.field) > 1:
+            raise DataError(f"{self.path}: two columns are called {self.field!r}; rename one")
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        return rows, best.index(self.field), len(best), lines
 
 
 class Table(Records):
@@ -198,21 +310,17 @@ class Table(Records):
             yield text, row + 1
 
 
-class Parquet(Table):
+class Parquet(_File, Table):
     """A column of a parquet file, read through pyarrow."""
 
     def __init__(self, path: Path, field: str, lines: bool) -> None:
-        super().__init__(path.name, str(path.resolve()), field, lines)
-        self.path = path
-        self.size = file_signature(path)["size"]
+        super().__init__(path)
+        self._read_as(field, lines)
         with self._opened() as file:
             schema = file.schema_arrow
             if field not in schema.names:
                 raise DataError(f"{path}: {missing(field, schema.names)}")
             self.rows = file.metadata.num_rows
-
-    def signature(self) -> dict[str, Any]:
-        return file_signature(self.path)
 
     def column(self, start: int) -> Iterator[Any]:
         with self._opened() as file:
@@ -315,12 +423,54 @@ def _text_of_line(line: bytes, field: str, first: bool) -> str:
         raise BadRecord(f"not UTF-8 ({found} of the line); mend or leave out this line") from None
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not JSON ({error}); each line must be an object with {field!r}") from None
+    return _text_of_object(record, field, "each line")
+
+
+def _text_of_object(record: Any, field: str, each: str) -> str:
     if not isinstance(record, dict):
         found = type(record).__name__
-        raise BadRecord(f"a JSON {found}, but each line must be an object with {field!r}")
+        raise BadRecord(f"a JSON {found}, but {each} must be an object with {field!r}")
     if field not in record:
         raise BadRecord(missing(field, record))
     return text_of(record[field], field)
+
+
+def _items_of_array(file: TextIO, path: Path) -> Iterator[Any]:
+    """The items of a JSON array, decoded one by one."""
+    decoder = json.JSONDecoder()
+    text, expected, number = "", "[", 0
+    while True:
+        # As much again as could not be decoded, which keeps the work linear.
+        piece = file.read(max(_READ_BYTES, len(text)))
+        text += piece
+        place = 0
+        while (mark := _BETWEEN_ITEMS.match(text, place)) and not (
+            piece and mark.end() == len(text)
+        ):
+            empty = mark[1] == expected == "[" and text[mark.end() : mark.end() + 1] == "]"
+            if empty or (number and mark[1] == "]"):
+                end = mark.end() + empty
+                if text[end:].strip() or file.read(1 << 10).strip():
+                    raise DataError(f"{path}: something follows the end of the JSON array")
+                return
+            if mark[1] != expected:
+                break
+            try:
+                record, end = decoder.raw_decode(text, mark.end())
+            except RecursionError:
+                raise DataError(f"{path}, item {number + 1}: nested too deeply") from None
+            except ValueError:
+                break
+            if piece and end == len(text):  # a number may go on
+                break
+            place, expected, number = end, ",", number + 1
+            yield record
+        text = text[place:]
+        if not piece or len(text) > LONGEST_LINE:
+            raise DataError(
+                f"{path}, item {number + 1}: not JSON, longer than {LONGEST_LINE >> 20} MB, or cut "
+                "short; the file must be an array of objects, or hold one object a line"
+            )
 
 
 def _document(text: str) -> list[Segment]:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import DataError
+from .encodings import not_utf8
+from .opening import TextInput
 
 END_OF_TEXT = "<|endoftext|>"
 BLOCK_BYTES = 1 << 20
@@ -65,29 +65,26 @@ class Cuts(NamedTuple):
 
 
 def read_blocks(
-    path: Path, cuts: Cuts, start: int = 0, block_bytes: int = BLOCK_BYTES
+    text_input: TextInput, cuts: Cuts, start: int = 0, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Block]:
-    """Yield the text of a UTF-8 file from byte `start` (0 or the `end` of a block) on.
+    """Yield a text from byte `start` of its UTF-8 form (0 or the `end` of a block) on.
 
     A byte order mark is dropped and "\\r\\n" and "\\r" become "\\n", as in Python's text mode.
     Blocks have about `block_bytes`; a text without a boundary is held until one comes.
-    Raises DataError with the byte offset where the file is not UTF-8.
+    Raises DataError with the byte offset where the text is not UTF-8.
     """
-    with open(path, "rb") as file:
-        if start == 0 and file.read(3) == codecs.BOM_UTF8:
-            start = 3
-        file.seek(start)
-        pending = b""
+    with text_input.open(start) as file:
+        pending = file.read(3) if start == 0 else b""
+        if pending == codecs.BOM_UTF8:
+            pending, start = b"", 3
         while True:
             # Doubling keeps the work linear when a text has no boundary for a long way.
             data = file.read(max(block_bytes, len(pending)))
-            if start in (0, 3) and not pending:
-                check_wide(path, data)
             pending += data
             try:
                 text, used = codecs.utf_8_decode(pending, "strict", not data)
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, pending, error, start) from None
+                raise not_utf8(text_input.path, pending, error, start) from None
             if not data:
                 if text:
                     yield Block(segments_of(text), start + used)
@@ -149,41 +146,3 @@ def as_prepared(text: str) -> str:
     """A text as training on it sees it: "\\n" for every kind of newline, and no newline between a
     `<|endoftext|>` and the document that follows."""
     return "".join(s.text + END_OF_TEXT if s.separator else s.text for s in segments_of(text))
-
-
-_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def check_wide(path: Path, data: bytes) -> None:
-    """Raise DataError where a file, which begins with `data`, has two or four bytes a character:
-    without a mark at its beginning, Latin text of that kind is UTF-8 full of NULs."""
-    beginning = data[:4096]
-    if len(beginning) < 16 or beginning.startswith((*_WIDE_MARKS, codecs.BOM_UTF32_BE)):
-        return
-    # How many bytes are 0 at each of the four places in a group of four.
-    shares = [part.count(0) / len(part) for part in (beginning[i::4] for i in range(4))]
-    for encoding, zero, rest in (
-        ("utf-32le", (2, 3), (0,)),
-        ("utf-32be", (0, 1), (3,)),
-        ("utf-16le", (1, 3), (0, 2)),
-        ("utf-16be", (0, 2), (1, 3)),
-    ):
-        if min(shares[i] for i in zero) > 0.6 and max(shares[i] for i in rest) < 0.1:
-            raise DataError(
-                f"{path} is not UTF-8 text: so many of its first bytes are 0 as in "
-                f"{encoding.upper()} without a byte order mark. Convert it first, e.g. "
-                f"`iconv -f {encoding} -t utf-8 {path.name} > converted.txt`"
-            )
-
-
-def _not_utf8(path: Path, data: bytes, error: UnicodeDecodeError, start: int) -> DataError:
-    if start == 0 and data[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
-        found, encoding = "the file begins like UTF-32", "utf-32"
-    elif start == 0 and data[:2] in _WIDE_MARKS:
-        found, encoding = "the file begins like UTF-16", "utf-16"
-    else:
-        found, encoding = f"0x{data[error.start]:02x} does not fit ({error.reason})", "latin1"
-    return DataError(
-        f"{path} is not UTF-8 text: at byte {start + error.start}, {found}. Convert it first, "
-        f"e.g. `iconv -f {encoding} -t utf-8 {path.name} > converted.txt`"
-    )

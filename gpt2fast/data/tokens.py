@@ -1,8 +1,9 @@
-"""Memory-mapped token files: raw arrays (nanoGPT's `.bin`) and llm.c's headed shards.
+"""Memory-mapped token files: raw arrays (nanoGPT's `.bin`), llm.c's headed shards and `.npy`.
 
 A headed shard begins with 256 little-endian int32 numbers: magic 20240520, version (1: uint16
-tokens, 7: uint32 tokens), number of tokens, zeros (llm.c, dev/data/data_common.py). Everything
-else is read as raw little-endian tokens.
+tokens, 7: uint32 tokens), number of tokens, zeros (llm.c, dev/data/data_common.py). A `.npy` file
+begins with its type and shape (NumPy, `numpy.lib.format`). Everything else is read as raw
+little-endian tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +19,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from .meta import ITEM_SIZE
+from ..errors import DataError, shown
 
 MAGIC = 20240520
 HEADER_BYTES = 1024
 DTYPE_OF_VERSION = {1: "uint16", 7: "uint32"}
+NPY_MAGIC = b"\x93NUMPY"
+TOKEN_SUFFIXES = (".bin", ".npy")
+_SIGNED = {
+    "uint16": torch.int16,
+    "uint32": torch.int32,
+    "int32": torch.int32,
+    "uint64": torch.int64,
+    "int64": torch.int64,
+}
+"""By the type of tokens, that which torch maps and indexes: it indexes signed integers only."""
 _SCAN_ITEMS = 1 << 22
 
 
@@ -41,11 +51,11 @@ class Tokens(Protocol):
         """The `length` tokens from each of `starts` (B,) on, (B, length) int64."""
 
     def find_at_least(self, limit: int) -> tuple[int, int] | None:
-        """Position and value of the largest token of the first block with one >= limit."""
+        """Position and value of a token of the first block with one that is >= limit, or < 0."""
 
 
 class TokenFile:
-    """One memory-mapped file of unsigned little-endian tokens.
+    """One memory-mapped file of little-endian tokens.
 
     dtype: "uint16" or "uint32" of a raw file; None looks for a header, and takes a file without
         one for raw uint16.
@@ -64,28 +74,32 @@ class TokenFile:
         self.dtype = dtype or "uint16"
         skipped = 0
         if header is not None:
-            self.dtype, self.count = header
-            skipped = HEADER_BYTES // ITEM_SIZE[self.dtype]
-            expected = HEADER_BYTES + self.count * ITEM_SIZE[self.dtype]
+            self.dtype, self.count, skipped = header
+            expected = skipped + self.count * self._item_size
             if size != expected:
                 raise DataError(
                     f"{path}: the header tells of {self.count} {self.dtype} tokens, which makes "
                     f"{expected} bytes, but the file has {size}; it is cut short or damaged, "
                     "fetch or write it again"
                 )
-        elif size % ITEM_SIZE[self.dtype]:
+        elif size % self._item_size:
             raise DataError(
                 f"{path}: {size} bytes are not a whole number of {self.dtype} tokens; "
                 "the file is cut short or of another type; prepare the data again"
             )
         else:
-            self.count = size // ITEM_SIZE[self.dtype]
+            self.count = size // self._item_size
         if not self.count:
             raise DataError(f"{path} is empty; prepare the data again with more text")
-        # Torch can index signed integers only; masking restores the unsigned value.
-        signed = torch.int16 if self.dtype == "uint16" else torch.int32
-        self._mask = (1 << 8 * ITEM_SIZE[self.dtype]) - 1
-        self._signed = torch.from_file(str(path), size=skipped + self.count, dtype=signed)[skipped:]
+        signed = _SIGNED[self.dtype]
+        # Masking restores the unsigned value. One of 64 bits that is negative is no token anyway.
+        self._mask = -1 if signed == torch.int64 else (1 << 8 * self._item_size) - 1
+        first = skipped // self._item_size
+        self._signed = torch.from_file(str(path), size=first + self.count, dtype=signed)[first:]
+
+    @property
+    def _item_size(self) -> int:
+        return _SIGNED[self.dtype].itemsize
 
     def __getstate__(self) -> tuple[Path, str | None]:
         return self.path, self._asked  # a worker process maps the file itself
@@ -108,9 +122,9 @@ class TokenFile:
             # Negative numbers are the upper half of the unsigned range.
             if low < 0 or high >= limit:
                 tokens = self.slice(start, start + len(block))
-                place = int(tokens.argmax())
-                if tokens[place] >= limit:
-                    return start + place, int(tokens[place])
+                for place in (int(tokens.argmax()), int(tokens.argmin())):
+                    if not 0 <= tokens[place] < limit:
+                        return start + place, int(tokens[place])
         return None
 
 
@@ -177,12 +191,17 @@ def open_tokens(path: Path, split: str, dtype: str | None) -> Tokens:
 def token_files(path: Path, split: str) -> list[Path]:
     """The files that hold a split ("train" or "val"), in the order of their names.
 
-    A folder: `<split>.bin`, else every .bin file with the split in its name. A file or a pattern
-    with "train" in its name: that, and for validation the same with "val" in its place.
+    A folder: `<split>.bin`, else every .bin or .npy file with the split in its name. A file or a
+    pattern with "train" in its name: that, and for validation the same with "val" in its place.
     """
     if path.is_dir():
         single = path / f"{split}.bin"
-        shards = sorted(path.glob(f"*{split}*.bin"))
+        shards = sorted(
+            file
+            for end in TOKEN_SUFFIXES
+            for file in path.glob(f"*{split}*{end}")
+            if file.is_file()
+        )
         if not single.exists() and not shards:
             raise DataError(f"{single} does not exist; make it with `python -m gpt2fast.prepare`")
         return [single] if single.exists() else shards
@@ -192,7 +211,7 @@ def token_files(path: Path, split: str) -> list[Path]:
     elif split == "val":
         raise DataError(
             f"{path} does not tell where the validation tokens are: call the files "
-            "…train….bin and …val….bin, or put train.bin and val.bin in a folder"
+            "…train….bin and …val….bin (or .npy), or put train.bin and val.bin in a folder"
         )
     if Path(pattern).exists():
         return [Path(pattern)]
@@ -204,15 +223,17 @@ def token_files(path: Path, split: str) -> list[Path]:
 
 
 def is_pattern(path: Path | str) -> bool:
-    """`path` is a pattern of .bin files, and no file or folder as it stands."""
+    """`path` is a pattern of token files, and no file or folder as it stands."""
     name = str(path)
-    return glob.has_magic(name) and name.endswith(".bin") and not Path(path).exists()
+    return glob.has_magic(name) and name.endswith(TOKEN_SUFFIXES) and not Path(path).exists()
 
 
-def _read_header(path: Path) -> tuple[str, int] | None:
-    """dtype and number of tokens, or None for a file without a header."""
+def _read_header(path: Path) -> tuple[str, int, int] | None:
+    """dtype, number of tokens and bytes before them, or None for a file without a header."""
     with open(path, "rb") as file:
         start = file.read(12)
+    if start.startswith(NPY_MAGIC):
+        return _read_npy_header(path)
     if len(start) < 12 or struct.unpack("<i", start[:4])[0] != MAGIC:
         return None
     _, version, count = struct.unpack("<3i", start)
@@ -224,4 +245,24 @@ def _read_header(path: Path) -> tuple[str, int] | None:
         )
     if count < 0:
         raise DataError(f"{path}: the header tells of {count} tokens; the file is damaged")
-    return DTYPE_OF_VERSION[version], count
+    return DTYPE_OF_VERSION[version], count, HEADER_BYTES
+
+
+def _read_npy_header(path: Path) -> tuple[str, int, int]:
+    from numpy.lib import format as npy
+
+    with open(path, "rb") as file:
+        try:
+            version = npy.read_magic(file)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path}: its header is damaged ({reason}); write it again") from None
+        skipped = file.tell()
+    if len(shape) != 1 or dtype.name not in _SIGNED or not dtype.newbyteorder("<") == dtype:
+        raise DataError(
+            f"{path} is an array {shown(shape)} of {dtype}; tokens are one sequence of "
+            f"{', '.join(_SIGNED)}, in little-endian order: save them as such"
+        )
+    return dtype.name, shape[0], skipped

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.opening import TextInput
 from ..errors import DataError
 from .perplexity import plain
-from .sources import read_bytes
 from .task import Cut, Document, TextTask
 
 _WHOLE = 100_000_000
@@ -31,7 +31,7 @@ class Enwik8(TextTask):
 
     def read(self, path: Path) -> list[Document]:
         """As `Task.read`."""
-        data = read_bytes(path)
+        data = TextInput(path).read_bytes()
         if len(data) == _WHOLE:
             data = data[-_TEST:]
         start = next((at for at, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
 import logging
-import lzma
 import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..data.text import check_wide
+from ..data.opening import TextInput
 from ..errors import DataError
 from .task import Hub, Task
-
-_OPENERS: dict[str, Any] = {
-    ".bz2": bz2.open,
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-}
 
 
 def load(task: Task[Any], given: str | os.PathLike[str] | None = None) -> tuple[str, list[Any]]:
@@ -58,32 +47,10 @@ def load(task: Task[Any], given: str | os.PathLike[str] | None = None) -> tuple[
     return place, examples
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed if its name ends in .bz2, .gz, .xz or .zip."""
-    try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if len(names) != 1:
-                    raise DataError(f"{path} holds {len(names)} files; unpack it and name one")
-                return archive.read(names[0])
-        opener: Callable[..., IO[bytes]] = _OPENERS.get(path.suffix, open)
-        with opener(path, "rb") as file:
-            return file.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 file, decompressed likewise. Ends of lines stay as they are."""
-    content = read_bytes(path)
-    check_wide(path, content)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: at byte {error.start}, {error.reason}; convert it first"
-        ) from None
+    """The text of a file, decompressed; in UTF-8 or with a byte order mark. Ends of lines stay as
+    they are. Raises DataError that says what else the file is, or where it is damaged."""
+    return TextInput(path).read_text()
 
 
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, Error
-from ..output import say
+from ..output import note, say
 from .config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
         dataset_config=config.dataset_config,
         text_field=config.text_field,
         records=config.records,
+        notify=note,
         workers=available_cores(),
     )
     begun = (out / ".unfinished" / "run.json").exists()
@@ -146,12 +147,17 @@ def _is_there(path: Path) -> bool:
 
 
 def _holds_tokens(path: Path) -> bool:
-    """Prepared data, or token files in nanoGPT's or llm.c's format."""
+    """Prepared data, or token files of other projects."""
+    from ..data.tokens import TOKEN_SUFFIXES
+
     if not path.is_dir():
-        return not path.exists() or path.suffix == ".bin"  # what is not there is a pattern
+        # What is not there is a pattern.
+        return not path.exists() or path.suffix in TOKEN_SUFFIXES
     if (path / "meta.json").is_file() or (path / "train.bin").exists():
         return True
-    return any(path.glob("*train*.bin")) and any(path.glob("*val*.bin"))
+    return any(
+        any(path.glob(f"*train*{end}")) and any(path.glob(f"*val*{end}")) for end in TOKEN_SUFFIXES
+    )
 
 
 def _check_prepared(config: TrainConfig, path: Path, resuming: bool) -> None:
