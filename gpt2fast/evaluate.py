@@ -28,6 +28,8 @@ $GPT2FAST_DATA, then on the Hugging Face hub; --data names a file.
 _EPILOG = """\
 examples:
   python -m gpt2fast.evaluate --model gpt2 --task perplexity --data my.txt --stride 512
+  python -m gpt2fast.evaluate --model out/run --task perplexity
+      what the training run out/run held out
   python -m gpt2fast.evaluate --model gpt2 --task lambada hellaswag wikitext2 --json scores.json
   python -m gpt2fast.evaluate --model out/run --task cbt_cn --data cbtest_CN_test_2500ex.txt
 
@@ -79,10 +81,15 @@ def _run(args: argparse.Namespace) -> int:
             settings=settings,
             batch_size=args.batch_size,
             progress=progress,
+            run=args.model,
         )
     size = published_size(name, generator.model.config)
     if args.json != "-":
         say(as_table(results, size))
+    else:
+        for result in results:
+            for remark in result.remarks:
+                note(f"{result.task.name}: {remark}")
     if args.json is not None:
         scores = as_object(results, size)
         _write_json(args.json, {**_about(args, generator, name), "tasks": scores})
@@ -233,7 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-t", "--task", nargs="+", required=True, metavar="TASK", help="one or more; see below")
     add(
         "--data", action="append", default=[], metavar="[TASK=]FILE",
-        help="a task's data; may be compressed (.bz2, .gz, .xz, .zip); may be repeated",
+        help="a task's data, compressed or not; of perplexity also a folder that prepare or train "
+        "made, whose held-out part is scored (the default for the model of a run); may be repeated",
     )  # fmt: skip
     add("--limit", type=_count, metavar="N", help="only the first N examples of each task")
     add(

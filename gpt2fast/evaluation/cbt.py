@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .sources import field, read_rows, read_text
+from .sources import examples_of, field, read_rows, read_text
 from .task import Choice, ChoiceTask, Hub
 
 _BLANK = "XXXXX"
@@ -60,21 +60,17 @@ class CommonNouns(ChoiceTask):
                         f"{path}, line {number}: a question is sentence, answer, nothing and "
                         f"candidates with tabs between, not {len(answer) + 1} parts"
                     )
-                choices.append(_choice(sentences, question, answer[0], answer[2].split("|")))
+                try:
+                    choice = _choice(sentences, question, answer[0], answer[2].split("|"))
+                except DataError as error:
+                    raise DataError(f"{path}, line {number}: {error}") from None
+                choices.append(choice)
                 sentences = []
         return choices
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Choice]:
         """As `Task.from_rows`."""
-        return [
-            _choice(
-                field(row, "sentences", list),
-                field(row, "question", str),
-                field(row, "answer", str),
-                field(row, "options", list),
-            )
-            for row in rows
-        ]
+        return examples_of(rows, _choice_of_row)
 
 
 class NamedEntities(CommonNouns):
@@ -94,6 +90,15 @@ def detokenize(text: str) -> str:
     for pattern, new in _RULES:
         text = re.sub(pattern, new, text)
     return text.replace("“", '"').replace("”", '"')
+
+
+def _choice_of_row(row: Mapping[str, Any]) -> Choice:
+    return _choice(
+        field(row, "sentences", list),
+        field(row, "question", str),
+        field(row, "answer", str),
+        field(row, "options", list),
+    )
 
 
 def _choice(sentences: list[str], question: str, answer: str, options: list[str]) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,15 @@ class Enwik8(TextTask):
                     f"{path} is not UTF-8 text: at byte {start + error.start}, {error.reason}"
                 ) from None
             text = data[start : start + error.start].decode()
+        self._check(path, text)
         return [plain(text)] if text else []
+
+    def _check(self, path: Path, text: str) -> None:
+        if text and "</" not in text:
+            raise DataError(
+                f"{path} has no markup: it is not enwik8, Wikipedia in XML; task perplexity scores "
+                "any text"
+            )
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
         """As of `Perplexity`."""
@@ -59,3 +68,11 @@ class Text8(Enwik8):
     advice = "mattmahoney.net/dc/text8.zip"
     metrics = {"bits_per_character": "character"}
     published = {"bits_per_character": (1.17, 1.06, 1.02, 0.98)}
+
+    def _check(self, path: Path, text: str) -> None:
+        other = re.search("[^a-z ]", text)
+        if other is not None:
+            raise DataError(
+                f"{path} holds {other[0]!r}: it is not text8, small letters and spaces; task "
+                "perplexity scores any text"
+            )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .sources import field, read_rows, read_text
+from .sources import examples_of, field, read_rows, read_text
 from .task import Choice, ChoiceTask, Hub
 
 
@@ -36,7 +36,7 @@ class HellaSwag(ChoiceTask):
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Choice]:
         """As `Task.from_rows`; prepared as lm-evaluation-harness does."""
-        return [_choice(row) for row in rows]
+        return examples_of(rows, _choice)
 
 
 def prepare(text: str) -> str:

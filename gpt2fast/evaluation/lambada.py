@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DataError
 from .likelihood import Request, Scorer
-from .sources import field, read_rows
+from .sources import examples_of, field, read_rows
 from .task import Hub, Metric, Settings, Task, mean, perplexity
 
 
@@ -49,7 +49,7 @@ class Lambada(Task[Passage]):
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
         """As `Task.from_rows`."""
-        return [_passage(row) for row in rows]
+        return examples_of(rows, _passage)
 
     def evaluate(
         self, examples: Sequence[Passage], scorer: Scorer, settings: Settings

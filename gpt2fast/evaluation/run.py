@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
@@ -17,9 +19,10 @@ from .compression import Enwik8, Text8
 from .hellaswag import HellaSwag
 from .lambada import Lambada
 from .likelihood import BATCH_SIZE, Scorer
-from .perplexity import Perplexity
+from .perplexity import Perplexity, plain
 from .sources import load
-from .task import Metric, Settings, Task
+from .task import Metric, Settings, Task, TextTask
+from .training_runs import TrainingRun, held_out_text, training_run, unigram_loss
 from .wikitext import WikiText2, WikiText2Joined, WikiText103
 
 TASKS: dict[str, type[Task[Any]]] = {
@@ -46,6 +49,8 @@ class Result:
     """For scoring; reading the examples does not count."""
     settings: dict[str, Any]
     """That the task heeds beside `limit`; what was not given has its default."""
+    remarks: tuple[str, ...] = ()
+    """What the numbers mean, and what speaks against them, a sentence each."""
 
 
 def evaluate(
@@ -57,16 +62,21 @@ def evaluate(
     settings: Settings | None = None,
     batch_size: int = BATCH_SIZE,
     progress: Callable[[str, int, int], None] | None = None,
+    run: str | os.PathLike[str] | None = None,
 ) -> list[Result]:
     """Score a model on tasks. The data of all of them are read before the first is scored.
 
     Args:
         model, tokenizer: which belong together; the tokenizer's ids lie in the model's vocabulary.
         tasks: names, or tasks of your own.
-        data: files by the task's name; where else is looked, `sources.load` says.
+        data: files by the task's name; where else is looked, `sources.load` says. For perplexity
+            also a folder of prepared data or of a training run, whose held-out part is scored.
         settings: limit, context, stride, first_token.
         batch_size: sequences read at once.
         progress: called with a task's name, and how many of its requests of how many are answered.
+        run: folder of the training run that the model comes from, or of one of its checkpoints:
+            the remarks say whether a text was trained on, and perplexity, without `data`, is that
+            of the run's held-out part. Other folders and names do no harm.
 
     Raises:
         DataError: no such task, or its data are missing or broken.
@@ -74,7 +84,11 @@ def evaluate(
     """
     settings = settings or Settings()
     chosen = [_task(task) if isinstance(task, str) else task for task in tasks]
-    loaded = [(task, *load(task, (data or {}).get(task.name))) for task in chosen]
+    trained = None if run is None else training_run(run)
+    given = dict(data or {})
+    if trained is not None:
+        given.setdefault(Perplexity.name, trained.run.folder)
+    loaded = [(task, *_load(task, given.get(task.name), tokenizer)) for task in chosen]
     results = []
     for task, place, examples in loaded:
 
@@ -87,8 +101,66 @@ def evaluate(
         count, metrics = task.evaluate(examples, scorer, settings)
         seconds = time.perf_counter() - start
         used = task.settings_used(scorer, settings)
-        results.append(Result(task, place, count, metrics, seconds, used))
+        remarks = _remarks(task, examples, metrics, scorer, settings, trained)
+        results.append(Result(task, place, count, metrics, seconds, used, remarks))
     return results
+
+
+def _load(
+    task: Task[Any], given: str | os.PathLike[str] | None, tokenizer: Tokenizer
+) -> tuple[str, list[Any]]:
+    if isinstance(task, Perplexity) and given is not None and Path(given).is_dir():
+        place, text = held_out_text(Path(given), tokenizer)
+        return f"the held-out part of {place}", [plain(text)]
+    return load(task, given)
+
+
+def _remarks(
+    task: Task[Any],
+    examples: Sequence[Any],
+    metrics: Mapping[str, Metric],
+    scorer: Scorer,
+    settings: Settings,
+    trained: TrainingRun | None,
+) -> tuple[str, ...]:
+    """What a text's perplexity means, and a warning where the text was trained on."""
+    if not isinstance(task, TextTask):
+        return ()
+    tokens: list[int] = []
+    for document in task.chosen(examples, scorer, settings):
+        tokens += scorer.tokenizer.encode(document.text, add_special_tokens=False)
+    remarks = []
+    if isinstance(task, Perplexity):
+        remarks.append(_meaning(metrics["token_perplexity"].value, tokens, scorer, trained))
+    found, looked_for = (0, 0) if trained is None else trained.seen(tokens, scorer.tokenizer)
+    if trained is not None and found > looked_for // 4:
+        remarks.append(
+            f"warning: {found} of {looked_for} samples of this text are in what "
+            f"{trained.run.folder} was trained on: this says how well the model remembers, not how "
+            "well it predicts; leave out --data to score what the run held out"
+        )
+    return tuple(remarks)
+
+
+def _meaning(
+    value: float, tokens: Sequence[int], scorer: Scorer, trained: TrainingRun | None
+) -> str:
+    unigram, where = unigram_loss(tokens, scorer.tokenizer, trained)
+    sentence = (
+        f"a token_perplexity of {value:.4g} means being as unsure of the next token as among "
+        f"{value:.4g} equally likely ones, a loss of {_log(value):.4f}; a model that knows only "
+        f"how often each token comes {where} has {_exp(unigram):.4g}, a loss of {unigram:.4f}"
+    )
+    losses = "" if trained is None else trained.losses()
+    return sentence + (f", and this run's last losses were {losses}" if losses else "")
+
+
+def _log(value: float) -> float:
+    return math.log(value) if 0 < value < math.inf else value
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _task(name: str) -> Task[Any]:

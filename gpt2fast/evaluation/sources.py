@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data.opening import TextInput
 from ..errors import DataError
-from .task import Hub, Task
+from .task import ExampleT, Hub, Task
 
 
 def load(task: Task[Any], given: str | os.PathLike[str] | None = None) -> tuple[str, list[Any]]:
@@ -53,18 +53,39 @@ def read_text(path: Path) -> str:
     return TextInput(path).read_text()
 
 
-def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+class Row(dict[str, Any]):
+    """An object of a file, and where it stands there."""
+
+    place: str
+
+
+def read_rows(path: Path) -> Iterator[Row]:
     """The objects of a JSONL file."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: {line[:60]!r} is not a JSON object")
-        yield row
+        placed = Row(row)
+        placed.place = f"{path}, line {number}"
+        yield placed
+
+
+def examples_of(
+    rows: Iterable[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], ExampleT]
+) -> list[ExampleT]:
+    """The examples that `make` makes of rows. Raises DataError that says which row is wrong."""
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            examples.append(make(row))
+        except DataError as error:
+            raise DataError(f"{getattr(row, 'place', f'row {number}')}: {error}") from None
+    return examples
 
 
 def field(row: Mapping[str, Any], name: str, kind: type) -> Any:

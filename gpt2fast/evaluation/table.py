@@ -47,6 +47,7 @@ def as_table(results: Sequence[Result], size: int | None) -> str:
             f"{result.task.name}: {result.examples:,} example{'s' * (result.examples != 1)} from "
             f"{result.data}, {result.seconds:.1f} s"
         )
+        lines += [f"{result.task.name}: {remark}" for remark in result.remarks]
     if size is not None:
         lines += [
             f"{result.task.name} and the paper: {result.task.difference}"
@@ -64,6 +65,7 @@ def as_object(results: Sequence[Result], size: int | None) -> dict[str, Any]:
             "examples": result.examples,
             "seconds": result.seconds,
             "settings": result.settings,
+            "remarks": list(result.remarks),
             "metrics": {
                 name: _metric(result, name, metric, size) for name, metric in result.metrics.items()
             },

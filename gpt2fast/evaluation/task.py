@@ -184,12 +184,7 @@ class TextTask(Task[Document]):
         """As `Task.evaluate`."""
         context, stride, first = self._windows(scorer, settings)
         encode = functools.partial(scorer.tokenizer.encode, add_special_tokens=False)
-        decode = scorer.tokenizer.decode
-        if settings.limit is not None:
-            most = context + (settings.limit - 1) * stride
-            examples = self.shorten(
-                examples, settings.limit, lambda text: decode(encode(text)[:most])
-            )
+        examples = self.chosen(examples, scorer, settings)
         windows = [
             window
             for document in examples
@@ -207,6 +202,24 @@ class TextTask(Task[Document]):
             name: Metric(_per_unit(total, counts[unit], bits=name.startswith("bits")))
             for name, unit in self.metrics.items()
         }
+
+    def chosen(
+        self, examples: Sequence[Document], scorer: Scorer, settings: Settings
+    ) -> Sequence[Document]:
+        """What the limit of the settings leaves of the documents.
+
+        Args:
+            examples: all of them.
+            scorer: the model, with its tokenizer.
+            settings: limit, context, stride.
+        """
+        if settings.limit is None:
+            return examples
+        context, stride, _ = self._windows(scorer, settings)
+        most = context + (settings.limit - 1) * stride
+        encode = functools.partial(scorer.tokenizer.encode, add_special_tokens=False)
+        decode = scorer.tokenizer.decode
+        return self.shorten(examples, settings.limit, lambda text: decode(encode(text)[:most]))
 
     def settings_used(self, scorer: Scorer, settings: Settings) -> dict[str, Any]:
         """As `Task.settings_used`."""

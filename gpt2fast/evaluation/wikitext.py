@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..errors import DataError
 from .perplexity import plain
-from .sources import field, read_text
+from .sources import examples_of, field, read_text
 from .task import Cut, Document, Hub, TextTask
 
 _REPLACED = (
@@ -45,12 +46,27 @@ def detokenize(page: str) -> str:
     return page
 
 
+def read_wikitext(path: Path) -> str:
+    """The text of a file, which must have the headings of WikiText. Raises DataError."""
+    text = read_text(path).replace("\r\n", "\n")
+    if text.strip() and not any(map(_is_heading, text.split("\n"))):
+        raise DataError(
+            f"{path} has no heading (` = Title = `) as WikiText has them: it is some other text, "
+            "which task perplexity scores"
+        )
+    return text
+
+
+def _is_heading(line: str) -> bool:
+    line = line.replace("= = =", "===").replace("= =", "==").strip()
+    return line.startswith("= ") and line.endswith(" =")
+
+
 def pages(text: str) -> Iterator[str]:
     """The articles of a WikiText file, each from its heading (` = Title = `) on."""
     lines: list[str] = []
     for line in text.split("\n"):
-        heading = line.replace("= = =", "===").replace("= =", "==").strip()
-        if heading.startswith("= ") and heading.endswith(" ="):
+        if _is_heading(line):
             if "".join(lines).strip():
                 yield "\n".join(lines)
             lines = []
@@ -89,7 +105,7 @@ class WikiText2(TextTask):
 
     def read(self, path: Path) -> list[Document]:
         """As `Task.read`."""
-        text = read_text(path).replace("\r\n", "\n")
+        text = read_wikitext(path)
         if not text.strip():
             return []
         found = list(pages(text))
@@ -101,7 +117,7 @@ class WikiText2(TextTask):
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
         """As `Task.from_rows`."""
-        texts = [field(row, "page", str) for row in rows]
+        texts = examples_of(rows, lambda row: field(row, "page", str))
         return [_document(page, lines=page.count("\n") + 1) for page in texts]
 
 
@@ -133,14 +149,14 @@ class WikiText2Joined(TextTask):
 
     def read(self, path: Path) -> list[Document]:
         """As `Task.read`."""
-        lines = read_text(path).replace("\r\n", "\n").split("\n")
+        lines = read_wikitext(path).split("\n")
         if not lines[-1]:
             lines.pop()
         return [_joined(line + "\n" if line.strip() else "" for line in lines)]
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
         """As `Task.from_rows`."""
-        return [_joined(field(row, "text", str) for row in rows)]
+        return [_joined(examples_of(rows, lambda row: field(row, "text", str)))]
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
         """As of `Perplexity`."""
