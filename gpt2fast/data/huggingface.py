@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,18 @@ def open_dataset(
     return training, Rows(splits[validation], f"{called}/{validation}", field, lines)
 
 
+@contextmanager
+def silent_attempts() -> Iterator[None]:
+    """Keep the hub's library from telling of each of its attempts where there is no network."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _load(name: str, config: str | None) -> dict[str, Any]:
     """The splits of a data set by name; its tables stay on the disk."""
     try:
@@ -87,7 +101,8 @@ def _load(name: str, config: str | None) -> dict[str, Any]:
                 )
             found = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(str(path) if path.exists() else name, config)
+            with silent_attempts():
+                found = datasets.load_dataset(str(path) if path.exists() else name, config)
     except DataError:
         raise
     except Exception as error:  # whatever the library and the network come up with

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.huggingface import silent_attempts
 from ..data.opening import TextInput
 from ..errors import DataError
 from .task import ExampleT, Hub, Task
@@ -115,20 +115,15 @@ def _rows_of_hub(task: Task[Any]) -> Any:
             f'hub needs an extra: pip install "gpt2fast[datasets]"; or {_ways_out(task)}'
         ) from error
     hub = task.hub
-    # Without a network it tells of each of its attempts.
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)
     try:
-        return load_dataset(hub.path, hub.config, split=hub.split)
+        with silent_attempts():
+            return load_dataset(hub.path, hub.config, split=hub.split)
     except Exception as error:  # no network, no such data set, a full disk, a broken cache, ...
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"the data of task {task.name} are not here, and {_named(hub)} cannot be had from the "
             f"hub ({type(error).__name__}: {reason}): {_ways_out(task)}"
         ) from error
-    finally:
-        log.setLevel(level)
 
 
 def _ways_out(task: Task[Any]) -> str:
