@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError, Error, WeightsError, shown
 from .files import atomic_write, open_file, read_file
+from .tensor_names import names_blocks
 from .torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file
 from .unpickling import Objection
 
@@ -31,6 +33,10 @@ from .unpickling import Objection
 _LARGEST_HEADER = 8 << 20
 _LARGEST_JSON = 8 << 20
 _MOST_TENSORS = 10_000  # gpt2-xl has 580
+
+_DEEPEST = 6  # dicts around a state dict
+# An optimizer may have its averages under the names of the parameters.
+_OPTIMIZER = re.compile("optim|exp_avg|momentum|grad", re.IGNORECASE)
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -66,10 +72,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """All tensors of a checkpoint by name, on the CPU, and what a pickled one says beside them.
 
     Reads safetensors, what torch.save writes (`torch_files`), and the `*.index.json` of both
-    kinds, whose shards lie in the same directory. A pickled dict that holds its tensors under
-    "model", "state_dict" or "model_state_dict" is unwrapped; its other entries (nanoGPT's
-    "model_args", ...) are the second result; of a safetensors file, that is its metadata, texts by
-    name; of shards, it is empty.
+    kinds, whose shards lie in the same directory. Of nested dicts that were pickled, the one is
+    taken that has a GPT-2's tensors, whatever it is called; what was beside it (nanoGPT's
+    "model_args", ...) is the second result. If several have them, names begin with the keys that
+    lead to each. Of a safetensors file, the second result is its metadata, texts by name; of
+    shards, it is empty.
 
     Raises:
         WeightsError: with the file's name, for a file that is missing, damaged or malicious.
@@ -197,19 +204,58 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     content = read_torch(path)
-    extra: Mapping[str, Any] = {}
-    if isinstance(content, dict):
-        for wrapper in ("model", "state_dict", "model_state_dict"):
-            if isinstance(content.get(wrapper), dict):
-                extra = {key: value for key, value in content.items() if key != wrapper}
-                content = content[wrapper]
-                break
     if not isinstance(content, dict):
         raise WeightsError(
             f"{path} holds a {type(content).__name__}, not a state dict: "
             "write one with torch.save(model.state_dict(), path)"
         )
-    return {key: _checked(path, key, value) for key, value in content.items()}, extra
+    found = _state_dicts(content)
+    blocks = [state for state in found if names_blocks(state.tensors)]
+    if not found:
+        name, value = next(iter(content.items()), ("", None))
+        raise WeightsError(
+            f"{path} is not a state dict: its entry {shown(name)} is of type "
+            f"{type(value).__name__}, not a tensor"
+            if content
+            else f"{path} is empty: it holds no tensors"
+        )
+    chosen = blocks or found[:1]
+    if len(chosen) == 1:
+        return chosen[0].tensors, chosen[0].beside
+    # Two models, or two copies of one: their names tell them apart.
+    return {
+        ".".join((*state.keys, name)): tensor
+        for state in chosen
+        for name, tensor in state.tensors.items()
+    }, {}
+
+
+class _StateDict(NamedTuple):
+    """Tensors by name, somewhere in what was pickled."""
+
+    keys: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    beside: Mapping[str, Any]
+    """What else was there: in the dict itself, or beside it in the one that holds it."""
+
+
+def _state_dicts(content: dict[Any, Any]) -> list[_StateDict]:
+    """All dicts of tensors in nested dicts, the outer ones first; an optimizer's left out."""
+    found: list[_StateDict] = []
+    level: list[tuple[tuple[str, ...], dict[Any, Any], Mapping[str, Any]]] = [((), content, {})]
+    while level:
+        below: list[tuple[tuple[str, ...], dict[Any, Any], Mapping[str, Any]]] = []
+        for keys, values, around in level:
+            tensors = {k: v for k, v in values.items() if type(k) is str and isinstance(v, Tensor)}
+            if tensors:
+                others = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+                found.append(_StateDict(keys, tensors, {**around, **others}))
+            for key, value in values.items():
+                if isinstance(value, dict) and type(key) is str and not _OPTIMIZER.search(key):
+                    beside = {k: v for k, v in values.items() if v is not value}
+                    below.append(((*keys, key), value, beside))
+        level = below if len(keys) < _DEEPEST else []
+    return found
 
 
 def read_torch(path: Path) -> Any:
@@ -230,15 +276,6 @@ def read_torch(path: Path) -> Any:
         raise
     except Exception as cause:  # a damaged pickle or archive fails in any way it likes
         raise _damaged(path, cause) from cause
-
-
-def _checked(path: Path, name: Any, tensor: Any) -> Tensor:
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        raise WeightsError(
-            f"{path} is not a state dict: its entry {shown(name)} is of type "
-            f"{type(tensor).__name__}, not a tensor"
-        )
-    return tensor
 
 
 def _damaged(path: Path, cause: BaseException) -> WeightsError:

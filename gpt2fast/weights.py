@@ -8,17 +8,15 @@ What a checkpoint may look like:
   `preset=`, or with exactly the shapes of one of OpenAI's four models;
 - nanoGPT's `ckpt.pt`, which describes its model itself.
 
-Names of tensors may carry `transformer.`, `model.`, `module.` and `_orig_mod.` in any order, and
-OpenAI's own spelling (`model/h0/ln_1/g`, `.g`, `.b`, `.w`). Projections may be stored as
-nn.Linear does, (out, in): `c_attn`, the one that is never square, decides for all of them.
-Causal masks stored as buffers are ignored.
+Tensors may have the names of whatever was wrapped around the model (`tensor_names`). Those of other
+heads (`score`, `v_head`, …) are left out, which is logged once, by name.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +36,7 @@ from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .structure import check_held, why_not_configured
 from .tensor_files import read_json, read_tensors, write_safetensors
+from .tensor_names import find_model, listed, same, with_shape
 
 if TYPE_CHECKING:
     from .model import GPT2
@@ -60,8 +59,7 @@ _DTYPES = {
     "float64": torch.float64,
 }
 
-_PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_LONGEST_LIST = 8
+_log = logging.getLogger(__name__)
 
 
 def from_pretrained(
@@ -130,7 +128,8 @@ def from_pretrained(
         packed = _build_quantized(stored, extra, config, file)
         packed.generation_config = settings
         return packed
-    named = _named(stored, file)
+    found = find_model(stored, str(file))
+    named = found.tensors
     stored.clear()
     if config is None:
         if isinstance(extra.get("model_args"), dict):
@@ -142,6 +141,12 @@ def from_pretrained(
         _add_zero_biases(named, config)
     _check_fit(named, config, file)
     widest = _widest(named, file)
+    if found.left_out:
+        _log.warning(
+            "%s: left out what is not GPT-2's: %s",
+            file,
+            listed([with_shape(*item) for item in found.left_out.items()]),
+        )
     model = _build(named, config, target, wanted or widest)
     model.generation_config = settings
     return model
@@ -300,59 +305,8 @@ def _find(
     held = sorted(entry.name for entry in path.iterdir())
     raise WeightsError(
         f"{path} has no weights: none of {', '.join(_SAFETENSORS + _PICKLES)} is there, "
-        f"only {_listed(held) or 'nothing'}; give the path of the file that holds the weights"
+        f"only {listed(held) or 'nothing'}; give the path of the file that holds the weights"
     )
-
-
-def _named(stored: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors under the names that GPT2 gives them, projections as (in, out)."""
-    named: dict[str, Tensor] = {}
-    spelled: dict[str, str] = {}
-    for key, tensor in stored.items():
-        name = _canonical(key)
-        if _is_mask(name, tensor):
-            continue
-        if name in named and not _same(named[name], tensor):
-            raise WeightsError(
-                f"{file}: {spelled[name]!r:.80} and {key!r:.80} both mean {name:.80}, but differ; "
-                "remove one"
-            )
-        named[name], spelled[name] = tensor, key
-    projections = [name for name in named if name.endswith(_PROJECTIONS)]
-    for name in projections:
-        if named[name].ndim == 3 and len(named[name]) == 1:  # OpenAI's 1-D convolutions
-            named[name] = named[name][0]
-    first = next((named[name] for name in projections if name.endswith("attn.c_attn.weight")), None)
-    if first is not None and first.ndim == 2 and first.shape[0] == 3 * first.shape[1]:
-        for name in projections:
-            named[name] = named[name].mT if named[name].ndim == 2 else named[name]
-    return named
-
-
-def _canonical(key: str) -> str:
-    parts = [part for part in re.split(r"[./]", key) if part not in ("_orig_mod", "module")]
-    while parts and parts[0] in ("transformer", "model"):
-        del parts[0]
-    if parts and (layer := re.fullmatch(r"h(\d+)", parts[0])):
-        parts[:1] = ["h", layer[1]]
-    if parts in (["wte"], ["wpe"]):
-        parts.append("weight")
-    if parts and parts[-1] in ("g", "w"):
-        parts[-1] = "weight"
-    elif parts and parts[-1] == "b":
-        parts[-1] = "bias"
-    return ".".join(parts)
-
-
-def _is_mask(name: str, tensor: Tensor) -> bool:
-    return bool(re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name)) and tensor.ndim != 1
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    # Tied weights in a pickle are one memory; that need not be read to be equal.
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() or torch.equal(a, b)
 
 
 def _nanogpt_config(arguments: Mapping[str, Any], file: Path) -> GPT2Config:
@@ -423,7 +377,7 @@ def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
         return config
     if embedding is None:
         named["wte.weight"] = named.pop("lm_head.weight")
-    elif _same(head, embedding):
+    elif same(head, embedding):
         del named["lm_head.weight"]
     else:
         return replace(config, tie_word_embeddings=False, dropout=None)
@@ -434,9 +388,7 @@ def _check_fit(named: Mapping[str, Tensor], config: GPT2Config, file: Path) -> N
     expected = parameter_shapes(config)
     missing = [f"{name} {_shape(shape)}" for name, shape in expected.items() if name not in named]
     unexpected = [
-        f"{name:.80} {_shape(tensor.shape)}"
-        for name, tensor in named.items()
-        if name not in expected
+        with_shape(name, tensor) for name, tensor in named.items() if name not in expected
     ]
     misshapen = [
         f"{name} is {_shape(named[name].shape)}, not {_shape(shape)}"
@@ -444,14 +396,35 @@ def _check_fit(named: Mapping[str, Tensor], config: GPT2Config, file: Path) -> N
         if name in named and named[name].shape != shape
     ]
     found = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in found.items() if names]
+    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items() if names]
     if problems:
         raise WeightsError(
             f"{file} does not fit a GPT-2 of {config.n_layer} layers, width {config.n_embd}, "
             f"{config.n_positions} positions and {config.vocab_size} token ids.\n  "
             + "\n  ".join(problems)
-            + "\nCheck that config.json or preset belongs to these weights."
+            + "\n"
+            + _advice(unexpected + misshapen)
         )
+
+
+def _advice(problems: list[str]) -> str:
+    """What to do about tensors that do not fit."""
+    if any(" is (0,), not" in problem for problem in problems):
+        return (
+            "Tensors are empty, as in a part of a checkpoint that several processes wrote: join "
+            "the parts first (DeepSpeed puts a zero_to_fp32.py beside them for that)."
+        )
+    if any(".lora_" in name for name in problems):
+        return (
+            "They have adapters beside them: merge these first (PEFT: merge_and_unload), or load "
+            "the base model with adapter=."
+        )
+    if any(".crossattention." in name for name in problems):
+        return (
+            "They have cross-attention, as the decoder of an encoder-decoder has: it is not part "
+            "of GPT-2's language model."
+        )
+    return "Check that config.json or preset belongs to these weights."
 
 
 def _build(
@@ -530,11 +503,6 @@ def _widest(named: Mapping[str, Tensor], file: Path) -> torch.dtype:
 
 def _shape(shape: torch.Size | tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(tuple(shape))
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _LONGEST_LIST
-    return ", ".join(names[:_LONGEST_LIST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -406,7 +406,7 @@ CONTENTS = {
     "a dict of lists": {name: tensor.tolist() for name, tensor in STATE.items()},
     "keys that are numbers": dict(enumerate(STATE.values())),
     "keys that are tuples": {(name,): tensor for name, tensor in STATE.items()},
-    "a dict of dicts": {"transformer": STATE},
+    "a dict of dicts": {"transformer": dict(enumerate(STATE.values()))},
     "a wrapped list": {"model": list(STATE.values())},
     "a sparse tensor": {**STATE, "wte.weight": torch.eye(17, 8).to_sparse()},
     "a tensor without data": {**STATE, "wte.weight": torch.ones(17, 8, device="meta")},

@@ -500,7 +500,7 @@ def test_a_state_dict_of_unknown_architecture_says_what_to_give(tmp_path):
 def test_missing_unexpected_and_misshapen_tensors_are_listed_with_their_shapes(tmp_path):
     state = random_model().state_dict()
     del state["h.1.ln_2.bias"]
-    state["score.weight"] = torch.ones(2, 24)
+    state["h.0.attn.c_q.weight"] = torch.ones(2, 24)
     state["h.0.mlp.c_fc.weight"] = torch.ones(24, 95)
     write_safetensors(tmp_path / "model.safetensors", state)
     write_config(tmp_path)
@@ -509,7 +509,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_with_their_shapes(t
     message = str(caught.value)
     assert str(tmp_path / "model.safetensors") in message
     assert "1 missing: h.1.ln_2.bias (24,)" in message
-    assert "1 unexpected: score.weight (2, 24)" in message
+    assert "1 unexpected: h.0.attn.c_q.weight (2, 24)" in message
     assert "1 of another shape: h.0.mlp.c_fc.weight is (24, 95), not (24, 96)" in message
 
 
