@@ -69,6 +69,10 @@ class TokenizerError(Error):
     """A tokenizer's files are broken, or a text or token id cannot be converted."""
 
 
+class MissingTokenizerError(TokenizerError):
+    """There are no files of a tokenizer, where everything else may be in order."""
+
+
 class DataError(Error):
     """Training data is missing, malformed, too short, or belongs to another tokenizer."""
 

@@ -13,7 +13,13 @@ import torch
 
 from .beam_search import beam_search
 from .decoding import Step, StopCriteria, Timing, decode, evaluating
-from .errors import ArgumentError, GenerationError, TokenizerError, WeightsError
+from .errors import (
+    ArgumentError,
+    GenerationError,
+    MissingTokenizerError,
+    TokenizerError,
+    WeightsError,
+)
 from .generation import FROM_CONFIG, EosTokenId, check_length, check_vocabulary, end_tokens
 from .lora import load_adapter, merge
 from .model import GPT2
@@ -157,9 +163,6 @@ class Generator:
         elif pack and isinstance(model, GPT2) and model.can_be_packed():
             model = model.pack(release=True)
         place = name_or_path if tokenizer is None else tokenizer
-        # A file of weights has its tokenizer beside it.
-        if tokenizer is None and os.path.isfile(place):
-            place = os.path.dirname(os.path.abspath(place))
         try:
             loaded = Tokenizer.from_pretrained(
                 place,
@@ -168,6 +171,10 @@ class Generator:
             )
         except WeightsError as error:
             raise TokenizerError(f"the tokenizer {str(place)!r} is not found: {error}") from error
+        except MissingTokenizerError as error:
+            raise TokenizerError(
+                f"{error}; or name another with tokenizer= (--tokenizer gpt2, a folder, …)"
+            ) from error
         return cls(model, loaded, window=window, notify=notify)
 
     @overload

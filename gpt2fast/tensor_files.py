@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import llm_c
 from .errors import ConfigError, Error, WeightsError, shown
 from .files import atomic_write, open_file, read_file
 from .tensor_names import names_blocks
@@ -76,24 +77,53 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     taken that has a GPT-2's tensors, whatever it is called; what was beside it (nanoGPT's
     "model_args", ...) is the second result. If several have them, names begin with the keys that
     lead to each. Of a safetensors file, the second result is its metadata, texts by name; of
-    shards, it is empty.
+    shards, it is empty. llm.c's model files are read too, with the model's GPT2Config as "config".
 
     Raises:
         WeightsError: with the file's name, for a file that is missing, damaged or malicious.
     """
-    if path.name.endswith(".index.json"):
+    kind = file_kind(path)
+    if kind == "index":
         return _read_shards(path), {}
+    if kind == "safetensors":
+        return _read_safetensors(path)
+    if kind == "torch":
+        return _read_pickle(path)
+    with _open(path) as file:
+        try:
+            tensors, config = llm_c.read_llm_c(file)
+        except llm_c.NotReadError as reason:
+            raise WeightsError(f"{path} {reason}") from None
+    return tensors, {"config": config}
+
+
+def file_kind(path: Path) -> str:
+    """Which of the formats that `read_tensors` reads a file has: its first bytes decide.
+
+    Returns:
+        "index" (of shards), "safetensors", "torch" or "llm.c".
+
+    Raises:
+        WeightsError: it cannot be read, or is something else.
+    """
+    if path.name.endswith(".index.json"):
+        return "index"
     with _open(path) as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if not head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-        raise WeightsError(
-            f"{path} is not a checkpoint written by torch.save, and does not end in .safetensors"
-        )
-    return _read_pickle(path)
+        return "safetensors"
+    if head.startswith(llm_c.MAGIC):
+        return "llm.c"
+    if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
+        return "torch"
+    what = llm_c.OTHER_FILES.get(head[:4])
+    if what is not None:
+        raise WeightsError(f"{path} is {what}, not a model")
+    raise WeightsError(
+        f"{path} is not a checkpoint written by torch.save, and does not end in .safetensors"
+    )
 
 
 def write_safetensors(

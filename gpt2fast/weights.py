@@ -6,7 +6,7 @@ What a checkpoint may look like:
   `pytorch_model.bin`, whole or in shards with an `*.index.json`; or nanoGPT's, with `ckpt.pt`;
 - a bare state dict (`.safetensors`, `.pt`, `.pth`, `.bin`) with a `config.json` beside it, or with
   `preset=`, or with exactly the shapes of one of OpenAI's four models;
-- nanoGPT's `ckpt.pt`, which describes its model itself.
+- nanoGPT's `ckpt.pt` and llm.c's model files (`llm_c`), which describe their models themselves.
 
 Tensors may have the names of whatever was wrapped around the model (`tensor_names`). Those of other
 heads (`score`, `v_head`, …) are left out, which is logged once, by name.
@@ -35,7 +35,7 @@ from .lora.adapters import without_adapters
 from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .structure import check_held, why_not_configured
-from .tensor_files import read_json, read_tensors, write_safetensors
+from .tensor_files import file_kind, read_json, read_tensors, write_safetensors
 from .tensor_names import find_model, listed, same, with_shape
 
 if TYPE_CHECKING:
@@ -104,11 +104,12 @@ def from_pretrained(
     target = _device(device)
     wanted = _dtype(dtype, "dtype") if dtype is not None else None
     config = GPT2Config.preset(preset) if preset is not None else None
-    file = _find(name_or_path, revision, local_files_only)
+    file = find_weights(name_or_path, revision=revision, local_files_only=local_files_only)
 
     described = file.parent / "config.json"
     settings: dict[str, Any] = {}
-    if config is None and described.is_file() and file.name != "ckpt.pt":
+    describes_itself = file.name == "ckpt.pt" or file_kind(file) == "llm.c"
+    if config is None and described.is_file() and not describes_itself:
         values = read_json(described)
         settings = read_generation_config(file.parent, values)
         config = GPT2Config.from_dict(first_end_token(values), source=str(described))
@@ -132,7 +133,9 @@ def from_pretrained(
     named = found.tensors
     stored.clear()
     if config is None:
-        if isinstance(extra.get("model_args"), dict):
+        if isinstance(extra.get("config"), GPT2Config):
+            config = extra["config"]
+        elif isinstance(extra.get("model_args"), dict):
             config = _nanogpt_config(extra["model_args"], file)
         else:
             config = _recognised(named, file)
@@ -286,10 +289,28 @@ def _parameter_shapes(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]
         yield "lm_head.weight", (config.vocab_size, width)
 
 
+def find_weights(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The file that holds the weights, or the index of the files that do; downloaded if need be.
+
+    Args:
+        name_or_path, revision, local_files_only: as of `from_pretrained`.
+
+    Raises:
+        WeightsError: nothing found, or in a format that is not read.
+    """
+    file = _find(name_or_path, revision, local_files_only)
+    file_kind(file)
+    return file
+
+
 def _find(
     name_or_path: str | os.PathLike[str], revision: str | None, local_files_only: bool
 ) -> Path:
-    """The file that holds the weights, or the index of the files that do."""
     for patterns in _DOWNLOADS:
         path = resolve(
             name_or_path,

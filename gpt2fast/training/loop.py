@@ -42,7 +42,7 @@ from .reporter import Reporter
 from .saving import Saver, data_identity
 from .schedule import learning_rate
 from .source import located, prepared_data, source_of
-from .start import starting_model, starting_tokenizer
+from .start import check_start, starting_model, starting_tokenizer
 from .validation import mean_loss
 
 _SAME_ON_RESUMING = (
@@ -120,6 +120,8 @@ class _Run:
         self.checkpoints = self.out / "checkpoints"
         group.share_of(config.passes(0), config.batch_size)
         state = None if resume is None else ckpt.load_state(resume)
+        if resume is None:
+            group.on_main(lambda: check_start(config))
 
         self.data = DataModule(
             group.on_main(lambda: prepared_data(config, resuming=resume is not None)),
@@ -131,7 +133,7 @@ class _Run:
         )
         self.meta = self.data.meta
         self.batches = self.data.train_dataloader()
-        self.tokenizer = starting_tokenizer(config, self.data, resume)
+        self.tokenizer = starting_tokenizer(config, self.data, resume, group.notify)
         self.steps = config.steps(self.meta.train_tokens)
 
         torch.manual_seed(config.seed)
@@ -203,9 +205,9 @@ class _Run:
             for name, value in source_of(before).items():
                 self._require_same(name, value, asked[name], resume)
         for name, value in state["data"].items():
-            self._require_same(
-                f"the data's {name}", value, data_identity(self.meta).get(name), resume
-            )
+            if value is not None:  # unknown, as nanoGPT's characters were to an older version
+                now = data_identity(self.meta).get(name)
+                self._require_same(f"the data's {name}", value, now, resume)
         ckpt.load_optimizer(resume, self.optimizers.tensors(), self.group)
         self.optimizers.resume_after(state["updates"])
         self.scale.load_state_dict(state["scale"])

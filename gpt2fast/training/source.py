@@ -10,7 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError, Error
+from ..errors import ConfigError, DataError, Error, MissingTokenizerError
 from ..output import note, say
 from .config import DATA_SETTINGS, TrainConfig
 
@@ -134,9 +134,17 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
     )
     begun = (out / ".unfinished" / "run.json").exists()
     try:
-        prepare(overwrite=not begun)
-    except OtherRunError:
-        prepare(overwrite=True)
+        try:
+            prepare(overwrite=not begun)
+        except OtherRunError:
+            prepare(overwrite=True)
+    except MissingTokenizerError as error:
+        if tokenizer != config.init_from:
+            raise
+        raise ConfigError(
+            f"{tokenizer} has no tokenizer beside it ({error}); put it there, or name it with "
+            "--tokenizer: gpt2 for OpenAI's, or a folder"
+        ) from None
     return out
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ..config import GPT2Config
 from ..data import DataModule
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingTokenizerError
 from ..model import GPT2
 from ..tokenizer import Tokenizer
+from ..weights import find_weights
 from .config import DEFAULT_SHAPE, TrainConfig
+
+
+def check_start(config: TrainConfig) -> None:
+    """Raise WeightsError if `init_from` leads to no weights, before a long text is prepared."""
+    if config.init_from is not None:
+        find_weights(config.init_from)
 
 
 def starting_model(config: TrainConfig, data: DataModule, resume: Path | None) -> GPT2:
@@ -22,6 +30,8 @@ def starting_model(config: TrainConfig, data: DataModule, resume: Path | None) -
         return _with_dropout(GPT2.from_pretrained(source, dtype=torch.float32), config.dropout)
     meta = data.meta
     vocab_size = meta.vocab_size or config.vocab_size
+    if meta.asked_vocab_size is None and config.vocab_size is not None:
+        vocab_size = config.vocab_size  # padded, where the data have a smaller one
     if vocab_size is None:
         raise ConfigError(
             f"{data.directory} does not say how many tokens its vocabulary has; give "
@@ -42,12 +52,26 @@ def starting_model(config: TrainConfig, data: DataModule, resume: Path | None) -
 
 
 def starting_tokenizer(
-    config: TrainConfig, data: DataModule, resume: Path | None
+    config: TrainConfig, data: DataModule, resume: Path | None, notify: Callable[[str], None]
 ) -> Tokenizer | None:
-    """That of the data; the model that is trained on must have the same, if it has one."""
+    """That of the data; the model that is trained on must have the same, if it has one.
+
+    Args:
+        config: the settings.
+        data: what is trained on.
+        resume: the checkpoint to go on from, if any.
+        notify: told where the model has none, so that nobody can compare the two.
+    """
     if config.init_from is None or resume is not None:
         return data.tokenizer
-    tokenizer = Tokenizer.from_pretrained(config.init_from)
+    try:
+        tokenizer = Tokenizer.from_pretrained(config.init_from)
+    except MissingTokenizerError:
+        notify(
+            f"{config.init_from} has no tokenizer beside it; that of the data is taken for the "
+            "model's: with another one it would have to learn from the beginning"
+        )
+        return data.tokenizer
     data.check_tokenizer(tokenizer)
     return tokenizer
 
