@@ -913,7 +913,7 @@ def test_the_tokenizer_of_another_model_is_refused(prepared):
         data.check_tokenizer(CharTokenizer.train(["abc"]))
 
 
-def test_nanogpt_data_are_read_and_their_pickle_is_not_opened(tmp_path):
+def test_nanogpt_data_are_read_and_their_pickle_does_not_run(tmp_path):
     class Trap:
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
@@ -921,7 +921,10 @@ def test_nanogpt_data_are_read_and_their_pickle_is_not_opened(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap()))
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(array("H", [5, 50_256] * 20).tobytes())
-    with pytest.warns(UserWarning, match=r"no meta\.json.*NumPy's, uint16 tokens.*not opened"):
+    with (
+        pytest.warns(UserWarning, match=r"no meta\.json.*NumPy's, uint16 tokens of an unknown"),
+        pytest.warns(UserWarning, match=r"without a tokenizer: .*meta\.pkl .*could run code"),
+    ):
         data = DataModule(tmp_path, block_size=8, batch_size=2)
     assert not (tmp_path / "sprung").exists()
     assert data.tokenizer is None
@@ -933,6 +936,29 @@ def test_nanogpt_data_are_read_and_their_pickle_is_not_opened(tmp_path):
     with pytest.warns(UserWarning, match="uint32 tokens"):
         data = DataModule(tmp_path, block_size=8, batch_size=2, dtype="uint32")
     assert data.meta.train_tokens == 20
+
+
+def test_nanogpts_characters_come_with_its_data(tmp_path):
+    text = "héllo wörld\n" * 30
+    characters = sorted(set(text))
+    ids = {character: id for id, character in enumerate(characters)}
+    meta = {"vocab_size": len(ids), "itos": dict(enumerate(characters)), "stoi": ids}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    tokens = array("H", [ids[character] for character in text])
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(tokens.tobytes())
+    with pytest.warns(UserWarning, match="uint16 tokens of meta.pkl's characters"):
+        data = DataModule(tmp_path, block_size=8, batch_size=2)
+    assert data.tokenizer.encode("wörld") == [ids[character] for character in "wörld"]
+    assert data.meta.vocab_size == len(ids) and data.meta.characters_per_token() == 1
+    with pytest.raises(DataError, match="another tokenizer"):
+        data.check_tokenizer(CharTokenizer.train(["abc"]))
+    (tmp_path / "train.bin").write_bytes(array("H", [0, len(ids)] * 20).tobytes())
+    with (
+        pytest.raises(DataError, match=f"token 1 is {len(ids)}, beyond the vocabulary"),
+        pytest.warns(UserWarning),
+    ):
+        DataModule(tmp_path, block_size=8, batch_size=2)
 
 
 # -- the command line ----------------------------------------------------------------------------

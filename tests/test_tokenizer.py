@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 import unicodedata
@@ -744,3 +745,90 @@ def test_training_sees_no_long_word_and_all_of_the_text(runs):
         assert max(found) <= PIECE + 1  # and a space before it
         if max(end - begin for _, (begin, end) in words(text)) < PIECE:
             assert pieces == [text]
+
+
+# nanoGPT's meta.pkl
+
+
+def nanogpt_meta(path: Path, text: str, protocol: int = 4, **changes: object) -> dict[str, int]:
+    """As nanoGPT's data/shakespeare_char/prepare.py writes it."""
+    characters = sorted(set(text))
+    ids = {character: id for id, character in enumerate(characters)}
+    meta = {"vocab_size": len(ids), "itos": dict(enumerate(characters)), "stoi": ids}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(meta | changes, protocol=protocol))
+    return ids
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_nanogpts_characters(tmp_path, protocol):
+    text = "".join(map(chr, range(32, 24_000)))  # more than any book has
+    ids = nanogpt_meta(tmp_path / "meta.pkl", text, protocol)
+    for place in (tmp_path, tmp_path / "meta.pkl"):
+        tokenizer = Tokenizer.from_pretrained(place)
+        assert isinstance(tokenizer, CharTokenizer)
+        assert tokenizer.encode("Wörter, 字") == [ids[character] for character in "Wörter, 字"]
+        assert tokenizer.decode(tokenizer.encode("ab\u0416")) == "ab\u0416"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert Tokenizer.from_pretrained(tmp_path / "saved").fingerprint() == tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("where", ["beside", "repository", "current"])
+def test_nanogpts_characters_are_found_by_the_checkpoint(tmp_path, monkeypatch, where):
+    torch = pytest.importorskip("torch")
+    out = tmp_path / "nanoGPT" / "out-shakespeare-char"
+    out.mkdir(parents=True)
+    torch.save({"model": {}, "config": {"dataset": "shakespeare_char"}}, out / "ckpt.pt")
+    with pytest.raises(TokenizerError, match=r"data/shakespeare_char/meta\.pkl"):
+        Tokenizer.from_pretrained(out)
+    folder = {
+        "beside": out,
+        "repository": tmp_path / "nanoGPT" / "data" / "shakespeare_char",
+        "current": tmp_path / "here" / "data" / "shakespeare_char",
+    }[where]
+    nanogpt_meta(folder / "meta.pkl", "abc")
+    monkeypatch.chdir(tmp_path / "here" if where == "current" else tmp_path)
+    for place in (out, out / "ckpt.pt"):
+        assert Tokenizer.from_pretrained(place).encode("cab") == [2, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc", "a/b", "..", "", 3, None, "x" * 200])
+def test_a_checkpoint_cannot_point_out_of_the_data(tmp_path, monkeypatch, name):
+    torch = pytest.importorskip("torch")
+    out = tmp_path / "a" / "out"
+    out.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    torch.save({"model": {}, "config": {"dataset": name}}, out / "ckpt.pt")
+    nanogpt_meta(tmp_path / "secret" / "meta.pkl", "abc")
+    nanogpt_meta(tmp_path / "a" / "data" / "a" / "b" / "meta.pkl", "abc")
+    with pytest.raises(TokenizerError, match="holds no tokenizer"):
+        Tokenizer.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"stoi": {"ab": 0}, "itos": {0: "ab"}, "vocab_size": 1}, "not a single character"),
+        ({"stoi": {"a": 0, "b": 2}, "itos": {0: "a", 2: "b"}, "vocab_size": 2}, "must be 0 to 1"),
+        ({"itos": {0: "b", 1: "a", 2: "c"}}, "contradict"),
+        ({"itos": {0: "a"}}, "contradict"),
+        ({"vocab_size": 50304}, "vocab_size is 50304, but there are 3"),
+        ({"stoi": None}, "names no characters"),
+        ({"stoi": {}}, "names no characters"),
+        ({"stoi": {"a": "b"}}, "not an id"),
+        ({"stoi": {1: 2}}, "not an id"),
+        ({"stoi": print}, "could run code"),
+        ({"extra": [b"x" * 100] * 3}, "not opened"),
+    ],
+)
+def test_a_meta_that_holds_something_else_is_refused(tmp_path, changes, reason):
+    nanogpt_meta(tmp_path / "meta.pkl", "abc", **changes)
+    with pytest.raises(TokenizerError, match=rf"meta\.pkl.*{reason}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", pickle.dumps([1]), b"x" * 50, b"." * (9 << 20)])
+def test_a_damaged_meta_is_one_error(tmp_path, content):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"meta\.pkl"):
+        Tokenizer.from_pretrained(tmp_path)

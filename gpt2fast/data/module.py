@@ -29,7 +29,7 @@ class DataModule:
         data_dir: a directory that `gpt2fast.prepare` wrote; or a directory, file or pattern of
             token files (see `TokenDataset`): nanoGPT's `train.bin` and `val.bin`, or llm.c's shards
             with "train" and "val" in their names. Such files are read as `dtype` where they have no
-            header; a `meta.pkl` is not opened, since a pickle can run code.
+            header; nanoGPT's `meta.pkl` gives the tokenizer, read without running what is in it.
             A mapping of several of them to weights is a mixture: each batch holds windows of each
             in that proportion.
         block_size, batch_size: T and B of the (B, T) batches.
@@ -202,10 +202,12 @@ class _Folder:
             self._check_counts()
             self.tokenizer = self._load_tokenizer()
         else:
+            self.tokenizer = self._nanogpt_tokenizer(notify)
             self.meta = self._assumed_meta()
+            whose = "an unknown tokenizer" if self.tokenizer is None else "meta.pkl's characters"
             notify(
                 f"{path} has no meta.json: its files are read as llm.c's, nanoGPT's or NumPy's, "
-                f"{self.meta.dtype} tokens of an unknown tokenizer (a meta.pkl is not opened)"
+                f"{self.meta.dtype} tokens of {whose}"
             )
 
     def corpora(self, weight: float) -> list[Corpus]:
@@ -254,6 +256,19 @@ class _Folder:
             )
         return tokenizer
 
+    def _nanogpt_tokenizer(self, notify: Callable[[str], None]) -> Tokenizer | None:
+        from ..tokenizer import CharTokenizer
+        from ..tokenizer.nanogpt import NAME, read_meta
+
+        path = (self.path if self.path.is_dir() else self.path.parent) / NAME
+        if not path.is_file():
+            return None
+        try:
+            return CharTokenizer.of_characters(read_meta(path), str(path))
+        except TokenizerError as error:
+            notify(f"trained without a tokenizer: {error}")
+            return None
+
     def _assumed_meta(self) -> DataMeta:
         train, val = self.train.tokens, self.val.tokens
         if train.dtype != val.dtype:
@@ -261,19 +276,19 @@ class _Folder:
                 f"{train.path} holds {train.dtype} tokens and {val.path} {val.dtype} tokens; both "
                 "splits must have one type"
             )
-        unknown: dict[str, Any] = dict.fromkeys(
-            (
-                "vocab_size",
-                "train_characters",
-                "val_characters",
-                "tokenizer",
-                "tokenizer_fingerprint",
-                "eos_token_id",
-                "split",
-            )
-        )
+        tokenizer = self.tokenizer
+        is_char = tokenizer is not None  # a token for each character
         return DataMeta(
-            dtype=train.dtype, train_tokens=train.count, val_tokens=val.count, **unknown
+            dtype=train.dtype,
+            vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+            train_tokens=train.count,
+            val_tokens=val.count,
+            train_characters=train.count if is_char else None,
+            val_characters=val.count if is_char else None,
+            tokenizer="char" if is_char else None,
+            tokenizer_fingerprint=None if tokenizer is None else tokenizer.fingerprint(),
+            eos_token_id=None,
+            split=None,
         )
 
 

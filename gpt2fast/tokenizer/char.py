@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import TokenizerError
 from .added_tokens import END_OF_TEXT, AddedToken
 from .base import Tokenizer
+from .checks import check_vocab
 from .streams import ordinary_text
 
 
@@ -59,6 +60,32 @@ class CharTokenizer(Tokenizer):
         vocab = {character: id for id, character in enumerate(sorted(characters))}
         if found_end:
             vocab[END_OF_TEXT] = len(vocab)
+        return cls(vocab)
+
+    @classmethod
+    def of_characters(cls, vocab: dict[str, int], source: str) -> CharTokenizer:
+        """The tokenizer of a vocabulary out of a file, checked.
+
+        Args:
+            vocab: character to id.
+            source: the file, for messages.
+
+        Raises:
+            TokenizerError: a token is no character, or the ids are not 0, 1, 2, …
+        """
+        check_vocab(vocab, source)
+        for token in vocab:
+            if len(token) != 1 and token != END_OF_TEXT:
+                raise TokenizerError(
+                    f"{source}: the token {token!r:.80} is not a single character; a character "
+                    f"vocabulary has only those and {END_OF_TEXT}, and a BPE vocabulary needs its "
+                    "merges.txt beside it"
+                )
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise TokenizerError(
+                f"{source}: the ids of {len(vocab)} characters must be 0 to {len(vocab) - 1}, each "
+                "once"
+            )
         return cls(vocab)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""Finding the tokenizer in a directory: Hugging Face layouts, OpenAI's, our characters."""
+"""Finding the tokenizer in a directory: Hugging Face layouts, OpenAI's, ours, nanoGPT's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..errors import TokenizerError
+from ..errors import MissingTokenizerError, TokenizerError
 from .added_tokens import END_OF_TEXT, AddedToken
 from .base import Tokenizer
 from .bpe import BPETokenizer
@@ -22,6 +22,8 @@ from .checks import (
 )
 from .huggingface import LibraryTokenizer, check_steps
 from .merges import UnusualVocabularyError
+from .nanogpt import NAME as META
+from .nanogpt import find_meta, read_meta
 from .saving import GPT2_CLASSES, GPT2_DEFAULTS, KIND, added_token_json
 from .steps import Around, as_gpt2_tokenizer, gpt2_steps, template
 
@@ -34,6 +36,7 @@ FILE_NAMES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    META,
 )
 """Every file that `load` may read."""
 
@@ -48,12 +51,12 @@ def load(path: Path) -> Tokenizer:
     """The tokenizer whose files are in a directory (or beside a file)."""
     directory = path if path.is_dir() else path.parent
     try:
-        return _load(directory)
+        return _load(directory, path)
     except RecursionError:  # from showing a value in an error, after a parser that dares more
         raise TokenizerError(f"{directory}: a tokenizer file is nested too deeply") from None
 
 
-def _load(directory: Path) -> Tokenizer:
+def _load(directory: Path, path: Path) -> Tokenizer:
     config_path = directory / "tokenizer_config.json"
     config = read_json_object(config_path) if config_path.is_file() else {}
     if config.get(KIND) == "char":
@@ -65,26 +68,20 @@ def _load(directory: Path) -> Tokenizer:
             return _load_vocab_and_merges(directory, vocab_name, merges_name, config)
     if (directory / "vocab.json").is_file():
         return _load_char(directory / "vocab.json")
-    raise TokenizerError(
+    meta = find_meta(path)
+    if meta is not None:
+        return CharTokenizer.of_characters(read_meta(meta), str(meta))
+    hint = ""
+    if (directory / "ckpt.pt").is_file():
+        hint = f", or {META}, which nanoGPT keeps with the data (data/shakespeare_char/{META})"
+    raise MissingTokenizerError(
         f"{directory} holds no tokenizer; it needs tokenizer.json, or vocab.json with merges.txt, "
-        "or encoder.json with vocab.bpe"
+        f"or encoder.json with vocab.bpe{hint}"
     )
 
 
 def _load_char(path: Path) -> CharTokenizer:
-    vocab = check_vocab(read_json(path), str(path))
-    for token in vocab:
-        if len(token) != 1 and token != END_OF_TEXT:
-            raise TokenizerError(
-                f"{path}: the token {token!r:.80} is not a single character; a character "
-                f"vocabulary has only those and {END_OF_TEXT}, and a BPE vocabulary needs its "
-                "merges.txt beside it"
-            )
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise TokenizerError(
-            f"{path}: the ids of {len(vocab)} characters must be 0 to {len(vocab) - 1}, each once"
-        )
-    return CharTokenizer(vocab)
+    return CharTokenizer.of_characters(read_json(path), str(path))
 
 
 def _load_tokenizer_json(directory: Path, config: dict[str, Any]) -> Tokenizer:
