@@ -53,8 +53,9 @@ def resolve(
         raise WeightsError(
             f"{name!r:.200} is neither a path nor the name of a model: {_one_line(error)}"
         ) from error
-    if _looks_like_a_path(name):
-        raise WeightsError(f"no such file or directory: {name}")
+    hint = _prefix_hint(path)
+    if hint or _looks_like_a_path(name):
+        raise WeightsError(f"no such file or directory: {name}{hint}")
     return _from_hub(name, revision, local_files_only, list(allow_patterns))
 
 
@@ -79,6 +80,15 @@ def _newest_checkpoint(path: Path) -> Path:
     # Steps are zero-padded, so that the order of names is the order of time.
     found = [checkpoints / "best", *sorted(checkpoints.glob("step-*"))]
     return next((p for p in reversed(found) if (p / "config.json").is_file()), path)
+
+
+def _prefix_hint(path: Path) -> str:
+    """What to say where TensorFlow would find a checkpoint: by how its files' names begin."""
+    try:
+        found = path.with_name(path.name + ".index").is_file()
+    except (OSError, ValueError):
+        return ""
+    return f"; for the TensorFlow checkpoint, give its folder {path.parent}" if found else ""
 
 
 def _looks_like_a_path(name: str) -> bool:

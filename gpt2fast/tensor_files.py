@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import llm_c
+from . import llm_c, tensorflow_files
 from .errors import ConfigError, Error, WeightsError, shown
 from .files import atomic_write, open_file, read_file
 from .tensor_names import names_blocks
@@ -77,7 +77,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     taken that has a GPT-2's tensors, whatever it is called; what was beside it (nanoGPT's
     "model_args", ...) is the second result. If several have them, names begin with the keys that
     lead to each. Of a safetensors file, the second result is its metadata, texts by name; of
-    shards, it is empty. llm.c's model files are read too, with the model's GPT2Config as "config".
+    shards, it is empty. llm.c's model files and TensorFlow's checkpoints are read too, with the
+    model's GPT2Config as "config".
 
     Raises:
         WeightsError: with the file's name, for a file that is missing, damaged or malicious.
@@ -89,6 +90,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         return _read_safetensors(path)
     if kind == "torch":
         return _read_pickle(path)
+    if kind == "tensorflow":
+        described = tensorflow_files.read_description(path.parent)
+        return tensorflow_files.read_bundle(path), {"config": described}
     with _open(path) as file:
         try:
             tensors, config = llm_c.read_llm_c(file)
@@ -97,11 +101,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     return tensors, {"config": config}
 
 
+def describes_itself(path: Path) -> bool:
+    """Whether a file of weights says what model it holds, so that no config.json is asked.
+
+    Raises:
+        WeightsError: as of `file_kind`.
+    """
+    kind = file_kind(path)
+    if kind == "tensorflow":
+        return (path.parent / tensorflow_files.DESCRIPTION).exists()
+    return kind == "llm.c" or path.name == "ckpt.pt"
+
+
 def file_kind(path: Path) -> str:
     """Which of the formats that `read_tensors` reads a file has: its first bytes decide.
 
     Returns:
-        "index" (of shards), "safetensors", "torch" or "llm.c".
+        "index" (of shards), "safetensors", "torch", "tensorflow" (the index of a checkpoint) or
+        "llm.c".
 
     Raises:
         WeightsError: it cannot be read, or is something else.
@@ -116,6 +133,8 @@ def file_kind(path: Path) -> str:
         return "safetensors"
     if head.startswith(llm_c.MAGIC):
         return "llm.c"
+    if path.suffix == ".index" and tensorflow_files.is_index(path):
+        return "tensorflow"
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         return "torch"
     what = llm_c.OTHER_FILES.get(head[:4])

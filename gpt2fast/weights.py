@@ -6,7 +6,8 @@ What a checkpoint may look like:
   `pytorch_model.bin`, whole or in shards with an `*.index.json`; or nanoGPT's, with `ckpt.pt`;
 - a bare state dict (`.safetensors`, `.pt`, `.pth`, `.bin`) with a `config.json` beside it, or with
   `preset=`, or with exactly the shapes of one of OpenAI's four models;
-- nanoGPT's `ckpt.pt` and llm.c's model files (`llm_c`), which describe their models themselves.
+- nanoGPT's `ckpt.pt`, llm.c's model files (`llm_c`) and OpenAI's TensorFlow checkpoints
+  (`tensorflow_files`), which describe their models themselves.
 
 Tensors may have the names of whatever was wrapped around the model (`tensor_names`). Those of other
 heads (`score`, `v_head`, …) are left out, which is logged once, by name.
@@ -17,7 +18,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -28,14 +31,14 @@ from torch import Tensor
 
 from .config import PRESETS, GPT2Config
 from .errors import ArgumentError, ConfigError, WeightsError, shown
-from .files import atomic_write_text
+from .files import atomic_write_text, read_file
 from .generation_config import first_end_token, read_generation_config
 from .hub import resolve
 from .lora.adapters import without_adapters
 from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .structure import check_held, why_not_configured
-from .tensor_files import file_kind, read_json, read_tensors, write_safetensors
+from .tensor_files import describes_itself, file_kind, read_json, read_tensors, write_safetensors
 from .tensor_names import find_model, listed, same, with_shape
 
 if TYPE_CHECKING:
@@ -108,8 +111,7 @@ def from_pretrained(
 
     described = file.parent / "config.json"
     settings: dict[str, Any] = {}
-    describes_itself = file.name == "ckpt.pt" or file_kind(file) == "llm.c"
-    if config is None and described.is_file() and not describes_itself:
+    if config is None and described.is_file() and not describes_itself(file):
         values = read_json(described)
         settings = read_generation_config(file.parent, values)
         config = GPT2Config.from_dict(first_end_token(values), source=str(described))
@@ -323,10 +325,33 @@ def _find(
         for name in patterns:
             if name not in _DESCRIPTIONS and (path / name).is_file():
                 return path / name
+    checkpoint = _tensorflow_index(path)
+    if checkpoint is not None:
+        return checkpoint
     held = sorted(entry.name for entry in path.iterdir())
     raise WeightsError(
         f"{path} has no weights: none of {', '.join(_SAFETENSORS + _PICKLES)} is there, "
         f"only {listed(held) or 'nothing'}; give the path of the file that holds the weights"
+    )
+
+
+def _tensorflow_index(folder: Path) -> Path | None:
+    """The index of the TensorFlow checkpoint in a folder, the newest if it has several."""
+    found = sorted(folder.glob("*.index"))
+    if len(found) < 2:
+        return found[0] if found else None
+    # TensorFlow writes down which it wrote last: model_checkpoint_path: "model-1000"
+    latest = ""
+    with suppress(OSError):
+        content = read_file(folder / "checkpoint", 1 << 20).decode("utf-8", "replace")
+        match = re.search(r'^model_checkpoint_path: "([^"]*)"', content, re.MULTILINE)
+        latest = os.path.basename(match[1]) + ".index" if match else ""
+    for index in found:
+        if index.name == latest:
+            return index
+    raise WeightsError(
+        f"{folder} has several TensorFlow checkpoints ({listed([index.name for index in found])}); "
+        "give the path of one of these files"
     )
 
 
