@@ -101,9 +101,12 @@ class Generator:
         self.window = window
         self._notify = notify
         self._has_slid = False
-        # Tokens that were added to the tokenizer alone cannot be chosen.
-        self._allowed = min(self.tokenizer.vocab_size, model.config.vocab_size)
         self._compare_vocabularies()
+
+    @property
+    def _allowed(self) -> int:
+        """Ids below this may be chosen: not tokens that were added to the tokenizer alone."""
+        return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
 
     @classmethod
     def from_pretrained(

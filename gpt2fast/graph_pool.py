@@ -110,7 +110,7 @@ def forget_moved(model: GPT2) -> None:
     """Free the graphs of `model` if its weights are no longer where they were captured."""
     with _lock:
         pool = _pools.get(model)
-    if pool is not None and pool.weights != addresses(model):
+    if pool is not None and (model.why_not_read() or pool.weights != addresses(model)):
         pool.clear()
 
 

@@ -564,6 +564,18 @@ class GPT2(nn.Module):
         self._packed = None
         return pack(self, quantized, release=release)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Embedding:
+        """Another number of tokens, in place; see `gpt2fast.vocabulary.resize_token_embeddings`."""
+        from .vocabulary import resize_token_embeddings
+
+        resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        return self.wte
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
         """Continue each row; see `gpt2fast.generation.generate` for the options."""
         from .generation import generate

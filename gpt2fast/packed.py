@@ -314,6 +314,20 @@ class PackedGPT2(nn.Module):
 
         return generate(self, input_ids, attention_mask, **options)  # type: ignore[arg-type]
 
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> None:
+        """Refuse what `GPT2.resize_token_embeddings` does.
+
+        Args:
+            arguments, options: of that.
+
+        Raises:
+            ArgumentError: always; packed weights can only be read.
+        """
+        raise ArgumentError(
+            f"the vocabulary of packed weights ({self.format}) cannot be resized: resize the GPT2 "
+            "that they were made of, and pack or quantize it again"
+        )
+
     def for_decoding(self) -> PackedGPT2:
         """The form of this model that decodes fastest: this one.
 
