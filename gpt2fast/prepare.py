@@ -31,6 +31,8 @@ examples:
   python -m gpt2fast.prepare neko.txt --encoding shift_jis
   python -m gpt2fast.prepare books.txt=0.7 web.jsonl=0.3 --tokenizer gpt2 --out data/mix
       a mixture: training draws 70 % of its windows from the books
+  python -m gpt2fast.prepare chat.txt --tokenizer gpt2 --add-tokens '<|user|>' '<|assistant|>'
+      GPT-2's tokenizer with tokens more, which training gives embeddings
   python -m gpt2fast.prepare --dataset wikitext --dataset-config wikitext-2-raw-v1 --tokenizer gpt2
       a data set of the Hugging Face hub, or a folder made with save_to_disk
 
@@ -79,6 +81,14 @@ def parser() -> argparse.ArgumentParser:
         help="char, bpe (trained on the training part of this text), gpt2, or another directory "
         "or hub name (default: char)",
     )
+    add(
+        "--add-tokens",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="TOKEN",
+        help="special tokens that the tokenizer gets, such as '<|user|>' '<|assistant|>'",
+    )
     add("--out", metavar="DIR", help="where to write (default: data/<name of INPUT>)")
     add("--vocab-size", type=int, metavar="N", help="tokens of a bpe tokenizer (default: 2048)")
     add(
@@ -122,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.workers is not None and args.workers < 1:
         command.error(f"--workers is {args.workers}, but must be at least 1")
     if not args.inputs and args.dataset is None:
-        command.error("no INPUT was given; name a text file or folder, or a --dataset")
+        last = args.add_tokens[-1:]
+        swallowed = f" ({last[0]!r} was taken for one of --add-tokens)" if last else ""
+        command.error(f"no INPUT was given; name a text file or folder, or a --dataset{swallowed}")
     if args.inputs and args.dataset is not None:
         command.error(f"both {args.inputs[0]} and --dataset {args.dataset} were given; choose one")
     if args.dataset_config is not None and args.dataset is None:
@@ -180,6 +192,7 @@ def _prepare(
         encoding=args.encoding,
         notify=line.note,
         workers=args.workers or available_cores(),
+        add_tokens=args.add_tokens,
     )
     line.clear()
     meta = prepared.meta

@@ -111,7 +111,8 @@ def _kind(hint: Any) -> tuple[type, str]:
     if get_origin(hint) is Literal:
         return Literal, "|".join(get_args(hint))
     shown = {int: "INTEGER", float: "NUMBER", str: "NAME", bool: "[true|false]"}
-    return hint, "MAPPING" if get_origin(hint) is dict else shown[hint]
+    containers = {dict: "MAPPING", list: "TOKEN ..."}
+    return hint, containers.get(get_origin(hint)) or shown[hint]
 
 
 class _HelpFormatter(ParagraphFormatter):
@@ -136,7 +137,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--resume", nargs="?", const="")
     try:
-        given = _mixture_of([_underscored(argument) for argument in argv])
+        given = _tokens_of(_mixture_of([_underscored(argument) for argument in argv]))
         chosen, flags = first.parse_known_args(given)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
@@ -202,15 +203,9 @@ def _mixture_of(arguments: list[str]) -> list[str]:
     from .data.inputs import parse_weights
     from .errors import DataError
 
-    place = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == "--data"), None)
+    place, end, named = _values_of("--data", arguments)
     if place is None:
         return arguments
-    _, joined, first = arguments[place].partition("=")
-    named = [first] if joined else []
-    end = place + 1
-    while end < len(arguments) and not arguments[end].startswith("--"):
-        named.append(arguments[end])
-        end += 1
     try:
         found = parse_weights(named)
     except DataError as error:
@@ -223,6 +218,28 @@ def _mixture_of(arguments: list[str]) -> list[str]:
             f"{named[1]}=0.5, say, or put the files in one folder"
         )
     return arguments
+
+
+def _tokens_of(arguments: list[str]) -> list[str]:
+    """`--add_tokens A B` as `--add_tokens ["A", "B"]`, whatever characters they have."""
+    place, end, tokens = _values_of("--add_tokens", arguments)
+    if place is None or tokens == ["null"]:
+        return arguments
+    return [*arguments[:place], "--add_tokens", json.dumps(tokens), *arguments[end:]]
+
+
+def _values_of(flag: str, arguments: list[str]) -> tuple[int | None, int, list[str]]:
+    """Where a flag stands among the arguments, where its values end, and these."""
+    place = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == flag), None)
+    if place is None:
+        return None, 0, []
+    _, joined, first = arguments[place].partition("=")
+    values = [first] if joined else []
+    end = place + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        values.append(arguments[end])
+        end += 1
+    return place, end, values
 
 
 def _underscored(argument: str) -> str:

@@ -175,6 +175,7 @@ OBSERVED_OTHERWISE = {
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),  # test_lora
     *("tensorboard", "wandb", "log_histograms"),  # test_logs
     *("sample_interval", "sample_prompt", "sample_tokens"),
+    "add_tokens",  # test_new_tokens
 }
 
 

@@ -136,15 +136,37 @@ class DataModule:
             )
         self._check_ids(config.vocab_size, "the model's vocab_size")
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise DataError if the data were made with another tokenizer."""
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise DataError if the data were made with another tokenizer than a model's.
+
+        One with more tokens at its end, and the same ids for all others, is fine.
+
+        Args:
+            tokenizer: the model's; transformers' objects are taken as well.
+        """
+        from ..tokenizer import Tokenizer
+
+        own = Tokenizer.of(tokenizer)
         known = self.meta.tokenizer_fingerprint
-        if known is not None and tokenizer.fingerprint() != known:
+        if known is None or own.fingerprint() == known:
+            return
+        reason = "" if self.tokenizer is None else self.tokenizer.difference(own)
+        if reason is not None:
             raise DataError(
                 f"{self.directory} was prepared with another tokenizer ({self.meta.tokenizer}, "
-                f"{self.meta.vocab_size} tokens) than the model's ({tokenizer.vocab_size} tokens); "
-                "prepare the data again with --tokenizer and the model's directory or name"
+                f"{self.meta.vocab_size} tokens) than the model's ({own.vocab_size} tokens)"
+                + (f": {reason}" if reason else "")
+                + "; prepare the data again with --tokenizer and the model's directory or name "
+                "(--add-tokens adds tokens to it)"
             )
+
+    def first_from(self, id: int) -> int | None:
+        """The first token that training or validation finds whose id is `id` or more; or None."""
+        for folder in self._folders:
+            for dataset in (folder.train, folder.val):
+                if found := dataset.tokens.find_at_least(id):
+                    return found[1]
+        return None
 
     def _check_ids(self, vocab_size: int, what: str) -> None:
         if any(vocab_size >= scanned for scanned in self._scanned):

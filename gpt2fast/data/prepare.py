@@ -79,6 +79,7 @@ def prepare_data(
     encoding: str | None = None,
     workers: int = 1,
     notify: Callable[[str], None] = warnings.warn,
+    add_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Tokenize text into `out_dir`, which DataModule and `python -m gpt2fast.train` read.
 
@@ -115,6 +116,9 @@ def prepare_data(
             UTF-8, or what a byte order mark says.
         workers: processes that encode; the outcome does not depend on it.
         notify: told of files that are copies of each other, and of standard input that is records.
+        add_tokens: special tokens that the tokenizer gets, at its end, such as "<|user|>" and
+            "<|assistant|>"; where their texts stand in a text, they become these tokens. They
+            count in the `vocab_size` of a "bpe".
 
     Returns:
         What was written: folder, numbers of tokens, tokenizer.
@@ -157,6 +161,7 @@ def prepare_data(
         "records": records,
         "encoding": known_encoding(encoding),
         "weights": weights,
+        "add_tokens": list(add_tokens) or None,
     }
     with _working_directory(out_dir, overwrite) as work:
         run = _Run(work, sources, corpus_of, given, settings, progress or _silent, workers, notify)
@@ -330,10 +335,10 @@ class _Run:
         if not (self.work / "meta.json").exists():
             name = self.settings["tokenizer"]
             if name not in ("char", "bpe"):  # a wrong name is told before a long text is read
-                tokenizer = self._kept(lambda: Tokenizer.from_pretrained(name))
+                tokenizer = self._kept(lambda: self._grown(Tokenizer.from_pretrained(name)))
             plan = self._plan()
             if name in ("char", "bpe"):
-                tokenizer = self._kept(lambda: self._trained(plan))
+                tokenizer = self._kept(lambda: self._grown(self._trained(plan)))
             position = self._encode(tokenizer, plan)
             for source, before in zip(self.sources, self.signatures, strict=True):
                 if source.signature() != before:
@@ -407,7 +412,12 @@ class _Run:
     def _trained(self, plan: Plan) -> Tokenizer:
         if self.settings["tokenizer"] == "char":
             return CharTokenizer.train(self._all_text(plan))
-        return BPETokenizer.train(self._training_text(plan), self.settings["vocab_size"])
+        added = len(self.settings["add_tokens"] or ())
+        return BPETokenizer.train(self._training_text(plan), self.settings["vocab_size"] - added)
+
+    def _grown(self, tokenizer: Tokenizer) -> Tokenizer:
+        added = self.settings["add_tokens"]
+        return tokenizer if added is None else tokenizer.with_tokens(added)
 
     def _all_text(self, plan: Plan) -> Iterator[str]:
         at = Position()

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import TokenizerError
+from ..errors import TokenizerError, shown
 from .added_tokens import AddedToken, AddedTokenSplitter
 
 
@@ -135,6 +135,10 @@ class Tokenizer(ABC):
             joined = b"".join([self._token_bytes(id) for id in ids])  # says which id is wrong
         return joined.decode("utf-8", "replace")
 
+    def __contains__(self, id: int) -> bool:
+        """Whether a token has this id: a model's vocabulary may be larger, or padded."""
+        return id in self._tokens
+
     def decoder(self) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
         return StreamDecoder(self)
@@ -148,9 +152,70 @@ class Tokenizer(ABC):
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write the files that `from_pretrained` reads, and `transformers.AutoTokenizer` too."""
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all that determines ids; equal for equal tokenizers."""
+        return self._fingerprint_below(self.vocab_size)
+
+    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with special tokens more, whose ids follow all others.
+
+        Args:
+            tokens: their texts, such as `<|user|>`, matched whole wherever they stand in a text.
+
+        Raises:
+            TokenizerError: a text that is a token already, is empty or no text; or a tokenizer
+                that takes no more.
+        """
+        for place, token in enumerate(tokens):
+            if not isinstance(token, str) or not token:
+                raise TokenizerError(f"{shown(token)} is no token: give a text of one character")
+            check_text(token)
+            if token in tokens[:place]:
+                raise TokenizerError(f"the token {shown(token)} is given twice")
+            known = self._id_of(token)
+            if known is not None:
+                raise TokenizerError(
+                    f"{shown(token)} is a token of this tokenizer already, with the id {known}: "
+                    "leave it out"
+                )
+        return self._with(
+            [AddedToken(token, self.vocab_size + place) for place, token in enumerate(tokens)]
+        )
+
+    def difference(self, base: Tokenizer) -> str | None:
+        """What makes this tokenizer another one than `base` with more tokens at its end.
+
+        Args:
+            base: whose ids are to mean the same here.
+
+        Returns:
+            None where nothing does: texts without the new tokens have the ids that `base` gives.
+        """
+        if self._fingerprint_below(base.vocab_size) == base.fingerprint():
+            return None
+        if type(self) is not type(base):
+            return f"it is a {type(self).__name__}, and not a {type(base).__name__}"
+        for id, token in sorted(base._tokens.items()):
+            here = self._tokens.get(id)
+            if here != token:
+                instead = "no token" if here is None else _text(here)
+                return f"the id {id} is {instead} in it, and {_text(token)} in the other"
+        return "the ids are the same, but merges, special tokens or steps differ"
+
+    @abstractmethod
+    def _fingerprint_below(self, size: int) -> str:
+        """`fingerprint` without the added tokens whose ids are `size` or more."""
+
+    def _id_of(self, token: str) -> int | None:
+        """The id of a token, which is spelled as in the tokenizer's files, or None."""
+        return next((added.id for added in self.added_tokens if added.content == token), None)
+
+    def _with(self, tokens: Sequence[AddedToken]) -> Tokenizer:
+        """The same tokenizer with these tokens, which it does not have."""
+        raise TokenizerError(
+            f"a {type(self).__name__} takes no more tokens: add them with its own package, and "
+            "load what that saves"
+        )
 
     @abstractmethod
     def _encode_ordinary(self, text: str) -> list[int]:
@@ -187,6 +252,10 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end (U+FFFD for half a character); the decoder can be used again."""
         return self._utf8.decode(b"", final=True)
+
+
+def _text(token: bytes) -> str:
+    return shown(token.decode("utf-8", "replace"))
 
 
 def check_text(text: str) -> None:

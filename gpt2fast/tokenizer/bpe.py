@@ -133,26 +133,41 @@ class BPETokenizer(Tokenizer):
             around=self._around,
         )
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over vocabulary, merges, added tokens and the prefix space."""
-        passes = {token.normalized for token in self.added_tokens}
+    def _fingerprint_below(self, size: int) -> str:
+        added = [token for token in self.added_tokens if token.id < size]
+        left_out = {token.content for token in self.added_tokens[len(added) :]}
+        vocab = {token: id for token, id in self._vocab.items() if token not in left_out}
+        passes = {token.normalized for token in added}
         content: list[object] = [
             "bpe",
             self._add_prefix_space,
             sorted(
-                (self._vocab | {token.content: token.id for token in self.added_tokens}).items(),
+                (vocab | {token.content: token.id for token in added}).items(),
                 key=lambda item: item[1],
             ),
             [merge.split(" ") for merge in self._merges],
             [
                 # whether it is normalized tells only where both kinds are there
                 (t.id, t.single_word, t.lstrip, t.rstrip, len(passes) == 2 and t.normalized)
-                for t in self.added_tokens
+                for t in added
             ],
         ]
         if any(self._around):
             content.append(self._around)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _id_of(self, token: str) -> int | None:
+        return self._vocab.get(token, super()._id_of(token))
+
+    def _with(self, tokens: Sequence[AddedToken]) -> BPETokenizer:
+        return BPETokenizer(
+            self._vocab,
+            self._merges,
+            [*self.added_tokens, *tokens],
+            special_tokens=self._special_tokens,
+            add_prefix_space=self._add_prefix_space,
+            around=self._around,
+        )
 
     def _encode_ordinary(self, text: str) -> list[int]:
         if self._add_prefix_space and not text.startswith(" "):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..errors import TokenizerError
+from ..errors import TokenizerError, shown
 from .added_tokens import END_OF_TEXT, AddedToken
 from .base import Tokenizer
 from .checks import check_vocab
@@ -94,10 +94,22 @@ class CharTokenizer(Tokenizer):
 
         save_char(Path(directory), self._vocab)
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the characters and their ids."""
-        content = ["char", sorted(self._vocab.items(), key=lambda item: item[1])]
+    def _fingerprint_below(self, size: int) -> str:
+        below = [item for item in self._vocab.items() if item[1] < size]
+        content = ["char", sorted(below, key=lambda item: item[1])]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _id_of(self, token: str) -> int | None:
+        return self._vocab.get(token)
+
+    def _with(self, tokens: Sequence[AddedToken]) -> CharTokenizer:
+        for token in tokens:
+            if len(token.content) != 1 and token.content != END_OF_TEXT:
+                raise TokenizerError(
+                    f"{shown(token.content)} is not a single character, and a character tokenizer "
+                    f"has only those and {END_OF_TEXT}: use a bpe tokenizer for other tokens"
+                )
+        return CharTokenizer(self._vocab | {token.content: token.id for token in tokens})
 
     def _encode_ordinary(self, text: str) -> list[int]:
         vocab = self._vocab

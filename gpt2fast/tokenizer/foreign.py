@@ -102,9 +102,10 @@ class ForeignTokenizer(Tokenizer):
         Path(directory).mkdir(parents=True, exist_ok=True)
         self._foreign.save_pretrained(directory)
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over its class, its vocabulary and its added tokens."""
-        content = [type(self._foreign).__name__, sorted(self._vocab.items()), self.eos_token_id]
+    def _fingerprint_below(self, size: int) -> str:
+        added = {token.content for token in self.added_tokens if token.id >= size}
+        vocab = [item for item in sorted(self._vocab.items()) if item[0] not in added]
+        content = [type(self._foreign).__name__, vocab, self.eos_token_id]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _encode_ordinary(self, text: str) -> list[int]:

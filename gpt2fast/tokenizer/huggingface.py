@@ -158,11 +158,26 @@ class LibraryTokenizer(Tokenizer):
         described = {**self._special_tokens, "clean_up_tokenization_spaces": self._clean_up}
         save_library(Path(directory), json.loads(self._backend.to_str()), described)
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the library's own description."""
+    def _fingerprint_below(self, size: int) -> str:
         content = json.loads(self._backend.to_str())
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < size]
         described = json.dumps(["library", content, self._clean_up], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
+
+    def _id_of(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def _with(self, tokens: Sequence[AddedToken]) -> LibraryTokenizer:
+        content = json.loads(self._backend.to_str())
+        grown = LibraryTokenizer(
+            content,
+            self._special_tokens,
+            more_tokens=tokens,
+            clean_up_spaces=self._clean_up,
+        )
+        if reason := grown.difference(self):
+            raise TokenizerError(f"this tokenizer takes no more tokens: with them, {reason}")
+        return grown
 
     def _encode_ordinary(self, text: str) -> list[int]:
         return self.encode(text, add_special_tokens=False)

@@ -44,6 +44,9 @@ class TrainConfig:
     else char."""
     vocab_size: int | None = None
     """For text and tokenizer bpe: size of the vocabulary to train (default 2048)."""
+    add_tokens: list[str] | None = None
+    """For text: special tokens that the tokenizer gets, such as '<|user|>' '<|assistant|>'; with
+    init_from, the model gets embeddings for them, which begin as the mean of the others."""
     split: Literal["position", "documents"] | None = None
     """For text: hold out the end of the text, or whole documents (default: the data set's own
     validation split, else position)."""
@@ -286,6 +289,10 @@ class TrainConfig:
         for name in named[1:]:
             value = getattr(self, name)
             _require(False, name, value, f"null beside {named[0]}; drop one of the two")
+        if self.add_tokens is not None:
+            texts = [token for token in self.add_tokens if type(token) is str and token]
+            all_are = bool(texts) and len(texts) == len(self.add_tokens)
+            _require(all_are, "add_tokens", self.add_tokens, "texts, one at least; null adds none")
         if self.dataset_config is not None:
             limit = "null without dataset, whose configuration it is"
             _require(self.dataset is not None, "dataset_config", self.dataset_config, limit)
@@ -345,7 +352,7 @@ DATA_SOURCES = ("data", "mixture", "dataset")
 
 DATA_SETTINGS = (
     *(*DATA_SOURCES, "dataset_config", "text_field", "records"),
-    *("tokenizer", "vocab_size", "split", "val_fraction"),
+    *("tokenizer", "vocab_size", "add_tokens", "split", "val_fraction"),
 )
 """What the data are."""
 
@@ -409,7 +416,7 @@ def _checked_type(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     kind = get_origin(kind) or kind
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    words[dict] = "names with numbers"
+    words[dict], words[list] = "names with numbers", "a list of texts"
     or_null = " or null" if type(None) in options else ""
     _require(type(value) is kind, name, value, words[kind] + or_null)
     return value

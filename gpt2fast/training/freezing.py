@@ -28,6 +28,14 @@ def freeze(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     Raises:
         ArgumentError: a pattern that matches nothing, or nothing left to train.
     """
+    names = frozen_names(model, patterns)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in names)
+    return names
+
+
+def frozen_names(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """The parameters that `freeze` would freeze, which stay as they are; errors as there."""
     split = patterns.split(",") if isinstance(patterns, str) else patterns
     named = dict(model.named_parameters())
     frozen: set[str] = set()
@@ -41,8 +49,6 @@ def freeze(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
             f"the patterns {', '.join(split)!r:.200} freeze all {len(named)} parameters: nothing "
             "is left to train; leave one out"
         )
-    for name, parameter in named.items():
-        parameter.requires_grad_(name not in frozen)
     return [name for name in named if name in frozen]
 
 

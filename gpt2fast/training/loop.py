@@ -42,7 +42,7 @@ from .reporter import Reporter
 from .saving import Saver, data_identity
 from .schedule import learning_rate
 from .source import located, prepared_data, source_of
-from .start import check_start, starting_model, starting_tokenizer
+from .start import check_start, learn_new_tokens, starting_model, starting_tokenizer
 from .validation import mean_loss
 
 _SAME_ON_RESUMING = (
@@ -138,6 +138,7 @@ class _Run:
 
         torch.manual_seed(config.seed)
         model = starting_model(config, self.data, resume)
+        self.learned = None if resume else learn_new_tokens(config, model, self.data)
         self.data.check_model(model.config)
         model = prepare_model(config, model)
         if state is not None:
@@ -274,6 +275,8 @@ class _Run:
             f"{shape.vocab_size} tokens in the vocabulary, {shape.parameter_count:,} parameters; "
             f"{config.dtype} on {self.device}"
         )
+        if self.learned is not None:
+            self.reporter.message(self.learned)
         if partly := describe_training(self.model):
             self.reporter.message(partly)
         tokens = config.passes(self.steps) * config.batch_size * config.block_size

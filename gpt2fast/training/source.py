@@ -130,6 +130,7 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
         text_field=config.text_field,
         records=config.records,
         notify=note,
+        add_tokens=config.add_tokens or (),
         workers=available_cores(),
     )
     begun = (out / ".unfinished" / "run.json").exists()
@@ -170,8 +171,15 @@ def _holds_tokens(path: Path) -> bool:
 
 def _check_prepared(config: TrainConfig, path: Path, resuming: bool) -> None:
     # In a resumed run the checkpoint tells whether the data are the same.
-    if not resuming and (path / "meta.json").is_file():
+    if resuming:
+        return
+    if (path / "meta.json").is_file():
         _check_agreement(config, path)
+    elif config.add_tokens is not None:
+        raise ConfigError(
+            f"add_tokens is {config.add_tokens!r}, but {path} holds token files: drop the setting, "
+            "or name the text that they were made of"
+        )
 
 
 def _refuse_run(path: Path) -> None:
@@ -196,6 +204,18 @@ def _check_agreement(config: TrainConfig, directory: Path) -> None:
     _check_tokenizer(config.tokenizer, meta, directory)
     known = (meta.vocab_size, meta.asked_vocab_size)
     _require_agreement("vocab_size", config.vocab_size, known, directory)
+    _check_added(config.add_tokens, directory)
+
+
+def _check_added(asked: list[str] | None, directory: Path) -> None:
+    if asked is None:
+        return
+    from ..tokenizer import Tokenizer
+
+    added = Tokenizer.from_pretrained(directory, local_files_only=True).added_tokens
+    there = [token.content for token in added]
+    if not set(asked) <= set(there):
+        _require_agreement("add_tokens", asked, (there,), directory)
 
 
 def _check_tokenizer(asked: str | None, meta: DataMeta, directory: Path) -> None:

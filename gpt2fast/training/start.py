@@ -1,4 +1,7 @@
-"""The model that a run starts from: new, a checkpoint's, or the one it was stopped at."""
+"""The model that a run starts from: new, a checkpoint's, or the one it was stopped at.
+
+A checkpoint's model learns the tokens that the data's tokenizer has more than its own.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import torch
 
 from ..config import GPT2Config
 from ..data import DataModule
-from ..errors import ConfigError, MissingTokenizerError
+from ..errors import ConfigError, MissingTokenizerError, shown
 from ..model import GPT2
 from ..tokenizer import Tokenizer
 from ..weights import find_weights
 from .config import DEFAULT_SHAPE, TrainConfig
+from .freezing import frozen_names
+
+_TABLES = ("wte.weight", "lm_head.weight")
 
 
 def check_start(config: TrainConfig) -> None:
@@ -54,13 +60,16 @@ def starting_model(config: TrainConfig, data: DataModule, resume: Path | None) -
 def starting_tokenizer(
     config: TrainConfig, data: DataModule, resume: Path | None, notify: Callable[[str], None]
 ) -> Tokenizer | None:
-    """That of the data; the model that is trained on must have the same, if it has one.
+    """That of the data, or of the model that is trained on, where the data do not say.
 
     Args:
         config: the settings.
         data: what is trained on.
         resume: the checkpoint to go on from, if any.
         notify: told where the model has none, so that nobody can compare the two.
+
+    Raises:
+        DataError: the data's is neither the model's nor that with more tokens at its end.
     """
     if config.init_from is None or resume is not None:
         return data.tokenizer
@@ -73,7 +82,59 @@ def starting_tokenizer(
         )
         return data.tokenizer
     data.check_tokenizer(tokenizer)
-    return tokenizer
+    return data.tokenizer or tokenizer
+
+
+def learn_new_tokens(config: TrainConfig, model: GPT2, data: DataModule) -> str | None:
+    """Give a checkpoint's model a row for each token of the data's tokenizer.
+
+    Args:
+        config: with `init_from`.
+        model: the checkpoint's; changed in place.
+        data: whose tokenizer is the checkpoint's, or that with more tokens at its end.
+
+    Returns:
+        A line on what is new, or None where nothing is.
+
+    Raises:
+        ConfigError: the data hold new tokens, and the run leaves the embedding as it is.
+    """
+    if data.tokenizer is None or config.init_from is None:
+        return None
+    try:
+        known = Tokenizer.from_pretrained(config.init_from).vocab_size
+    except MissingTokenizerError:
+        return None
+    rows, wanted = model.config.vocab_size, data.tokenizer.vocab_size
+    new = [id for id in range(min(known, rows), wanted) if id in data.tokenizer]
+    if not new:
+        return None
+    named = ", ".join(shown(data.tokenizer.decode([id]), 40) for id in new[:5])
+    named += f" and {len(new) - 5} more" if len(new) > 5 else ""
+    fixed = _why_embedding_stays(config, model)
+    first = data.first_from(new[0]) if fixed else None
+    if fixed and first is not None:
+        raise ConfigError(
+            f"{fixed}, and the data hold tokens that {config.init_from} does not know ({named}), "
+            "whose embeddings would never be learned: train them first, with --freeze "
+            "'wpe,h,ln_f' for nothing else, and go on from that run with --init-from"
+        )
+    if wanted <= rows:
+        return f"vocabulary: {named} begin with rows that the model's {rows} tokens have to spare"
+    model.resize_token_embeddings(wanted)
+    return (
+        f"vocabulary: grown from {rows} to {wanted} tokens ({named}); new embeddings begin as the "
+        "mean of the others"
+    )
+
+
+def _why_embedding_stays(config: TrainConfig, model: GPT2) -> str | None:
+    if config.lora_rank is not None:
+        return f"lora_rank is {config.lora_rank}, which trains adapters alone"
+    if config.freeze is None:
+        return None
+    frozen = [name for name in frozen_names(model, config.freeze) if name in _TABLES]
+    return f"freeze is {config.freeze!r}, which keeps {frozen[0]}" if frozen else None
 
 
 def _with_dropout(model: GPT2, dropout: float) -> GPT2:
