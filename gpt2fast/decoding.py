@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,10 @@ from . import ops
 from .errors import GenerationError
 from .graphs import Ahead, is_worthwhile
 from .sampling import Draw, Draws, Numbers, SamplingOptions
+from .tokenizer.foreign import Decoding
 
 if TYPE_CHECKING:
     from .model import GPT2
-    from .tokenizer import Tokenizer
 
 
 class Context:
@@ -174,14 +175,19 @@ class StopCriteria:
     Args:
         eos: ids that end a text.
         stop: strings, or sequences of token ids, that end a continuation.
-        tokenizer: decodes tokens to look for the strings in.
+        tokenizer: decodes tokens to look for the strings in; transformers' objects are taken as
+            they are.
+
+    Raises:
+        GenerationError: a stop that is none, or strings without a tokenizer.
+        TokenizerError: what should be a tokenizer is none.
     """
 
     def __init__(
         self,
         eos: Sequence[int],
         stop: str | Sequence[str | Sequence[int]] | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Any = None,
     ):
         self.eos = list(eos)
         self.strings: list[str] = []
@@ -203,7 +209,7 @@ class StopCriteria:
                 f"stop has the text {self.strings[0]!r}, which takes a tokenizer to find: pass "
                 "tokenizer=..., or lists of token ids"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else Decoding(tokenizer)
         # Every token has at least one byte, so this many reach back over a whole stop string, and
         # over the character that the cut may have split in front of it.
         self._reach = max((len(text.encode()) for text in self.strings), default=0) + 4
@@ -219,7 +225,9 @@ class StopCriteria:
             if list(tokens[-len(sequence) :]) == sequence:
                 return "stop"
         if self.strings and self._tokenizer is not None:
-            text = self._tokenizer.decode(tokens[-self._reach :])
+            # A model may have more ids than the tokenizer has tokens; those have no text.
+            ends = (token for token in reversed(tokens) if token in self._tokenizer)
+            text = self._tokenizer.decode([*islice(ends, self._reach)][::-1])
             if any(string in text for string in self.strings):
                 return "stop"
         return None

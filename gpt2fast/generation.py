@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .beam_search import beam_search
 from .decoding import StopCriteria, decode
-from .errors import GenerationError
+from .errors import GenerationError, shown
 from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def generate(
     eos_token_id: EosTokenId = FROM_CONFIG,
     pad_token_id: int | None = None,
     stop: str | Sequence[str | Sequence[int]] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Any = None,
     seed: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
@@ -75,7 +75,7 @@ def generate(
         eos_token_id: id or ids that end a continuation; None switches this off.
         pad_token_id: what follows a continuation that ended early; the end token if not given.
         stop: strings, or lists of token ids, that end a continuation.
-        tokenizer: decodes tokens to look for the strings of `stop` in.
+        tokenizer: decodes tokens to look for the strings of `stop` in; one of transformers will do.
         use_cache: keep keys and values; without, every step computes everything again, to the
             same result.
 
@@ -206,19 +206,29 @@ def _real_tokens(model: GPT2, input_ids: Tensor, mask: Tensor | None) -> list[li
     return rows
 
 
-def check_vocabulary(model: GPT2, tokens: Sequence[int], name: str) -> None:
+def check_vocabulary(
+    model: GPT2, tokens: Sequence[int], name: str, tokenizer: Tokenizer | None = None
+) -> None:
     """Refuse token ids that the model does not have.
 
     Raises:
-        GenerationError: names the first of them.
+        GenerationError: names the first of them, with its text if there is a `tokenizer`.
     """
     vocab_size = model.config.vocab_size
     for token in tokens:
-        if not 0 <= token < vocab_size:
+        if 0 <= token < vocab_size:
+            continue
+        if tokenizer is not None and token in tokenizer:
             raise GenerationError(
-                f"{name} has the token id {token}; ids of this model go from 0 to "
-                f"{vocab_size - 1}: is this the tokenizer that belongs to the model?"
+                f"{name} has the token {shown(tokenizer.decode([token]))} with the id {token}, "
+                f"which was added to the tokenizer and not to the model, whose ids go from 0 to "
+                f"{vocab_size - 1}: leave it out, or give the model more tokens "
+                "(resize_token_embeddings) and train them"
             )
+        raise GenerationError(
+            f"{name} has the token id {token}; ids of this model go from 0 to "
+            f"{vocab_size - 1}: is this the tokenizer that belongs to the model?"
+        )
 
 
 def _tensor(name: str, value: Any) -> Tensor:

@@ -364,7 +364,7 @@ class Generator:
         ends = end_tokens(self.model, eos_token_id)
         own_end = self.tokenizer.eos_token_id
         if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
-            ends += [own_end]
+            ends += [own_end] if own_end < self.model.config.vocab_size else []
         return _Request(chosen, StopCriteria(ends, stop, self.tokenizer))
 
     def _encode(self, text: str, request: _Request, name: str) -> list[int]:
@@ -379,7 +379,7 @@ class Generator:
                     "give at least one character"
                 )
             tokens = [self.tokenizer.eos_token_id]
-        check_vocabulary(self.model, tokens, name)
+        check_vocabulary(self.model, tokens, name, self.tokenizer)
         room = self.model.config.n_positions
         if self.window == "error" or request.options.num_beams > 1:
             check_length(self.model, len(tokens), request.options.max_new_tokens, name)
@@ -569,7 +569,7 @@ class _Continuation:
         self.text = ""
         self.reason = "length" if request.options.max_new_tokens == 0 else None
         self._stops = request.criteria.strings
-        self._decoder = tokenizer.decoder()
+        self._tokenizer, self._decoder = tokenizer, tokenizer.decoder()
         self._held = ""
         """Text that may turn out to begin a stop string."""
 
@@ -577,7 +577,7 @@ class _Continuation:
         """Add a token; returns the text that is certain now."""
         self.tokens.append(token)
         self.reason = reason
-        if reason != "eos":
+        if reason != "eos" and token in self._tokenizer:  # ids may have gaps
             self._held += self._decoder.push(token)
         if reason is not None:
             self._held += self._decoder.flush()

@@ -228,7 +228,7 @@ class Tokenizer(ABC):
             raise TokenizerError(
                 f"token id {id!r:.80}: this tokenizer has {len(self._tokens)} tokens with ids from "
                 f"{min(self._tokens)} to {self.vocab_size - 1}; is it the one that belongs to the "
-                "model?"
+                "model? (Of a padded vocabulary, leave out what is not `in` the tokenizer.)"
             ) from None
 
 

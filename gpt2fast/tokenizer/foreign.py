@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,50 @@ def tokenizer_of(tokenizer: Any) -> Tokenizer:
     needed = ("encode", "decode", "get_vocab")
     if all(callable(getattr(tokenizer, name, None)) for name in needed):
         return ForeignTokenizer(tokenizer)
-    raise TokenizerError(
-        f"{type(tokenizer).__name__} is no tokenizer: give one of gpt2fast, transformers or "
+    raise _no_tokenizer(tokenizer)
+
+
+def _no_tokenizer(given: Any) -> TokenizerError:
+    return TokenizerError(
+        f"{type(given).__name__} is no tokenizer: give one of gpt2fast, transformers or "
         "tokenizers, as Tokenizer.from_pretrained loads it"
     )
+
+
+class Decoding:
+    """What finds texts among ids asks of a tokenizer, of another package's without converting it.
+
+    Args:
+        tokenizer: ours, or any object with `decode`, as those of transformers, tokenizers and
+            tiktoken have.
+
+    Raises:
+        TokenizerError: it has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._token_of: Callable[[int], Any] | None = None
+        self._options: dict[str, Any] = {}
+        if isinstance(tokenizer, Tokenizer):
+            return
+        if not callable(getattr(tokenizer, "decode", None)) or isinstance(tokenizer, (str, bytes)):
+            raise _no_tokenizer(tokenizer)
+        for name in ("convert_ids_to_tokens", "id_to_token"):
+            if callable(getattr(tokenizer, name, None)):
+                self._token_of = getattr(tokenizer, name)
+                self._options = {"skip_special_tokens": False}
+                return
+
+    def __contains__(self, id: int) -> bool:
+        """Whether a token has this id, as far as the tokenizer says."""
+        if isinstance(self._tokenizer, Tokenizer):
+            return id in self._tokenizer
+        return self._token_of is None or self._token_of(id) is not None
+
+    def decode(self, ids: list[int]) -> str:
+        """As `Tokenizer.decode`."""
+        return self._tokenizer.decode(ids, **self._options)
 
 
 class ForeignTokenizer(Tokenizer):
