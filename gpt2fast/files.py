@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,31 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace the content of `path` by `text` (UTF-8) atomically."""
     with atomic_write(path, "w") as file:
         file.write(text)
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a temporary folder beside `path`; it gets that name if the block succeeds.
+
+    Args:
+        path: the folder to create, with its parents; it may exist, if it is empty.
+
+    Raises:
+        OSError: nothing can be written there, or `path` is no empty folder by then. The temporary
+            folder is removed, as it is if the block raises.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        sync_directory(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(target.parent)
 
 
 def remove_unfinished(directory: str | os.PathLike[str], names: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
@@ -28,6 +29,7 @@ examples:
   python -m gpt2fast.generate "Once upon a time"
   python -m gpt2fast.generate --model gpt2 --greedy --max-new-tokens 20 "The capital of France is"
   python -m gpt2fast.generate --model out/run --num-samples 3 --json < prompt.txt
+  python -m gpt2fast.generate --model gpt2 --quantize int8 --save gpt2-int8
   python -m gpt2fast.generate --interactive
 
 Options may be spelled with underscores; --max-tokens means --max-new-tokens, and --model-path,
@@ -102,13 +104,19 @@ def _run(args: argparse.Namespace) -> int:
         SamplingOptions(**options)
     except GenerationError as error:
         return _fail(_with_flags(str(error)), code=2)
+    if args.save is not None:
+        _check_new(args.save)
     try:
-        prompts = None if args.interactive and not args.words else _prompts(args, options)
+        prompts = _prompts(args, options) if _has_prompt(args) else None
     except PromptFileError as error:
         return _fail(error, code=2)
     start = time.perf_counter()
     generator = _load(args)
     load_seconds = time.perf_counter() - start
+    if args.save is not None:
+        _save(generator, args)
+        if prompts is None and not args.interactive:
+            return 0
     with contextlib.suppress(AttributeError):  # a replaced stdout may lack it
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
@@ -136,6 +144,49 @@ def _run(args: argparse.Namespace) -> int:
     if args.stats:
         _say(_stats(timing, load_seconds))
     return 0
+
+
+def _has_prompt(args: argparse.Namespace) -> bool:
+    """Whether there is a text to read; beside --interactive and --save it has to be named."""
+    named = args.words or args.prompt is not None or args.prompts_file is not None
+    return bool(named) or not (args.interactive or args.save is not None)
+
+
+def _check_new(folder: str) -> None:
+    """Refuse a place where --save would replace something, before a model is loaded."""
+    from .errors import GenerationError
+
+    path = Path(folder)
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise GenerationError(f"--save {folder}: that is no folder; name a new one")
+    held = sorted(entry.name for entry in path.iterdir())
+    if held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise GenerationError(
+            f"--save {folder}: that folder holds {held[0]}{more}, and nothing is overwritten: name "
+            "a new folder, or empty this one"
+        )
+    if path.samefile(os.curdir):
+        raise GenerationError(f"--save {folder}: that is the current folder; name a new one")
+
+
+def _save(generator: Generator, args: argparse.Namespace) -> None:
+    from .errors import GenerationError, WeightsError
+    from .files import new_directory
+
+    folder = args.save
+    try:
+        with new_directory(folder) as written:
+            generator.model.save_pretrained(written, generator.tokenizer)
+    except (OSError, WeightsError) as error:
+        raise GenerationError(
+            f"--save {folder}: the model cannot be saved there: {error}"
+        ) from error
+    # On a CPU, 16 bits are read as 32 unless they are asked for.
+    halves = args.dtype in ("bfloat16", "float16") and args.quantize is None
+    note(f"the model is saved in {folder}" + f"; it was read with --dtype {args.dtype}" * halves)
 
 
 def _load(args: argparse.Namespace) -> Generator:
@@ -340,7 +391,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     given = [name for name, there in sources.items() if there]
     if len(given) > 1:
         parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
-    for flag in ("model", "adapter", "tokenizer", "prompts_file"):
+    for flag in ("model", "adapter", "tokenizer", "prompts_file", "save"):
         if getattr(args, flag) == "":
             parser.error(f"--{flag.replace('_', '-')} is empty; leave it out, or give a name")
     if args.do_sample and (args.greedy or args.num_beams > 1):
@@ -354,7 +405,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error("--num-samples and --num-beams do not go with --interactive")
         if args.prompt is not None:
             args.words = [args.prompt]
-    elif not given and (sys.stdin is None or sys.stdin.isatty()):
+    elif not given and args.save is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error('there is no prompt; give one, as in "Once upon a time", or --interactive')
     return args
 
@@ -419,6 +470,13 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--backend", default="auto", help="implementation of the ops: auto (default), reference, …"
     )
+
+    model.add_argument(
+        "--save", metavar="DIR",
+        help="write the model as it was loaded, quantized or with its adapters merged, and its "
+        "tokenizer into a new folder, for --model DIR; without a prompt that is all (standard "
+        "input is not read)",
+    )  # fmt: skip
 
     length = parser.add_argument_group("length")
     length.add_argument(
