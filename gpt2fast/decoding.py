@@ -16,6 +16,7 @@ from . import ops
 from .errors import GenerationError
 from .graphs import Ahead, is_worthwhile
 from .sampling import Draw, Draws, Numbers, SamplingOptions
+from .scores import Scores, score
 from .tokenizer.foreign import Decoding
 
 if TYPE_CHECKING:
@@ -242,8 +243,8 @@ class Step:
     tokens: list[int]
     reasons: list[str | None]
     """Where the token is the continuation's last one, why: "eos", "stop" or "length"."""
-    logprobs: list[float] | None
-    """Log-probability of each token under the model, before any processor."""
+    scores: Scores | None
+    """Of each token, if they are asked for."""
 
 
 @dataclass
@@ -284,7 +285,7 @@ def decode(
     *,
     use_cache: bool = True,
     slides: bool = False,
-    logprobs: bool = False,
+    alternatives: int | None = None,
     vocab_size: int | None = None,
     draws: Sequence[Draw] | None = None,
     timing: Timing | None = None,
@@ -296,6 +297,7 @@ def decode(
 
     Args:
         limits: most new tokens for each prompt, at least one.
+        alternatives: give the tokens' `Scores`, with so many of the likeliest tokens each.
         vocab_size: take only tokens below this id; None allows all.
         draws: of the first continuation of each prompt; those of `Draws` if not given.
         timing: filled in as decoding goes on.
@@ -344,9 +346,7 @@ def decode(
                 if reason is None and step + 1 == limits[row // copies]:
                     reason = "length"
                 reasons.append(reason)
-            scores = None
-            if logprobs:
-                scores = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+            scores = None if alternatives is None else score(logits, chosen, alternatives)
             yield Step(rows, chosen, reasons, scores)
 
             start = time.perf_counter()
@@ -364,7 +364,7 @@ def decode(
                     kept = torch.tensor(live, device=model.device)
                     context.keep(kept)
                     tokens = tokens[kept]
-            if step == 0 and not (logprobs or options.reads_history):
+            if step == 0 and alternatives is None and not options.reads_history:
                 ahead = context.run_ahead(tokens, max(limits) - 1, numbers, **choice)
                 if ahead is not None:
                     leaving.callback(ahead.close)

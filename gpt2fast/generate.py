@@ -121,6 +121,11 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
     shared = {"stop": args.stop, **options}
+    if args.logprobs is not None:
+        most = generator.model.config.vocab_size
+        if args.logprobs > most:
+            return _fail(f"--logprobs is {args.logprobs}, and the model has {most} tokens", code=2)
+        shared.update(logprobs=True, top_logprobs=args.logprobs)
     if "eos_token_id" in args:
         shared["eos_token_id"] = args.eos_token_id
     if args.interactive:
@@ -136,7 +141,7 @@ def _run(args: argparse.Namespace) -> int:
             generator.check(prompt.text, _place(args, prompt), **{**shared, **prompt.options})
     if args.json:
         _write_json(generator, prompts, {**shared, "timing": timing})
-    elif len(prompts) == 1 and args.num_samples == 1 and args.num_beams == 1:
+    elif len(prompts) == 1 and _can_stream(args, prompts[0]):
         (only,) = prompts
         _stream(generator, only.text, {**shared, **only.options, "timing": timing})
     else:
@@ -150,6 +155,12 @@ def _has_prompt(args: argparse.Namespace) -> bool:
     """Whether there is a text to read; beside --interactive and --save it has to be named."""
     named = args.words or args.prompt is not None or args.prompts_file is not None
     return bool(named) or not (args.interactive or args.save is not None)
+
+
+def _can_stream(args: argparse.Namespace, prompt: Prompt) -> bool:
+    """Whether the text comes token by token."""
+    new_tokens = prompt.options.get("max_new_tokens", args.max_new_tokens)
+    return args.num_samples == 1 and args.num_beams == 1 and new_tokens > 0
 
 
 def _check_new(folder: str) -> None:
@@ -305,21 +316,87 @@ def _stream(generator: Generator, prompt: str, options: dict[str, Any]) -> None:
     for piece in pieces:
         _write(piece)
     _write("\n")
+    if pieces.logprobs is not None:
+        _write(_table(generator, pieces.tokens, pieces.logprobs, pieces.top_logprobs))
 
 
 def _write_all(generator: Generator, prompts: Sequence[Prompt], options: dict[str, Any]) -> None:
     for number, (_, result) in enumerate(_results(generator, prompts, options)):
         _write(f"---\n{result}\n" if number else f"{result}\n")
+        if result.prompt_logprobs is not None:
+            tops = result.prompt_top_logprobs
+            _write(_table(generator, result.prompt_token_ids, result.prompt_logprobs, tops))
+        elif result.logprobs is not None:
+            _write(_table(generator, result.tokens, result.logprobs, result.top_logprobs))
+
+
+def _table(
+    generator: Generator,
+    tokens: Sequence[int],
+    logprobs: Sequence[float | None],
+    tops: Sequence[dict[int, float] | None] | None,
+) -> str:
+    """A line for each token: log-probability, id, text; then the likeliest in its place."""
+    lines = ["   logprob     id  token" + ("   likeliest in its place" if tops else "")]
+    width = max((len(_quoted(generator, token)) for token in tokens), default=0)
+    for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        value = "none" if logprob is None else f"{logprob:.6f}"
+        line = f"{value:>10} {token:>6}  {_quoted(generator, token):<{width}}"
+        top = (tops[place] if tops else None) or {}
+        likely = ", ".join(f"{_quoted(generator, t)} {x:.6f}" for t, x in top.items())
+        lines.append(f"{line}   {likely}".rstrip())
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _quoted(generator: Generator, token: int) -> str:
+    """A token's text on one line, in quotes; null for ids that the tokenizer does not have."""
+    import json
+
+    from .errors import printable
+
+    return printable(json.dumps(_token_text(generator, token), ensure_ascii=False))
+
+
+def _token_text(generator: Generator, token: int) -> str | None:
+    """A token's text, in which bytes that are no whole character are U+FFFD."""
+    from .errors import TokenizerError
+
+    try:
+        return generator.tokenizer.decode([token])
+    except TokenizerError:  # the model's vocabulary is padded
+        return None
 
 
 def _write_json(generator: Generator, prompts: Sequence[Prompt], options: dict[str, Any]) -> None:
     copies = options["num_return_sequences"]
     for number, (prompt, result) in enumerate(_results(generator, prompts, options)):
-        _write(_json(prompt, result, number % copies) + "\n")
+        _write(_json(generator, prompt, result, number % copies) + "\n")
 
 
-def _json(prompt: Prompt, result: Generation, number: int) -> str:
+def _json(generator: Generator, prompt: Prompt, result: Generation, number: int) -> str:
     import json
+
+    def named(tops: Sequence[dict[int, float] | None]) -> list[list[dict[str, Any]] | None]:
+        return [
+            None
+            if top is None
+            else [
+                {"id": token, "text": _token_text(generator, token), "logprob": logprob}
+                for token, logprob in top.items()
+            ]
+            for top in tops
+        ]
+
+    scores: dict[str, Any] = {}
+    if result.logprobs is not None:
+        scores["logprobs"] = result.logprobs
+    if result.top_logprobs is not None:
+        scores["top_logprobs"] = named(result.top_logprobs)
+    if result.prompt_logprobs is not None:
+        scores["prompt_token_ids"] = result.prompt_token_ids
+        scores["prompt_logprobs"] = result.prompt_logprobs
+    if result.prompt_top_logprobs is not None:
+        scores["prompt_top_logprobs"] = named(result.prompt_top_logprobs)
 
     place = {} if prompt.index is None else {"index": prompt.index}
     return json.dumps(
@@ -334,6 +411,7 @@ def _json(prompt: Prompt, result: Generation, number: int) -> str:
             "new_tokens": result.new_tokens,
             "tokens": result.tokens,
             "seed": result.seed,
+            **scores,
         },
         ensure_ascii=False,
     )
@@ -394,12 +472,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for flag in ("model", "adapter", "tokenizer", "prompts_file", "save"):
         if getattr(args, flag) == "":
             parser.error(f"--{flag.replace('_', '-')} is empty; leave it out, or give a name")
+    if args.logprobs is not None and args.logprobs < 0:
+        parser.error(f"--logprobs is {args.logprobs}; it must be 0 or more")
     if args.do_sample and (args.greedy or args.num_beams > 1):
         other = "--greedy" if args.greedy else "--num-beams"
         parser.error(f"{other} and --do-sample contradict each other")
     if args.interactive:
-        for flag in ("prompts_file", "json", "stats"):
-            if getattr(args, flag):
+        for flag in ("prompts_file", "json", "stats", "logprobs"):
+            if getattr(args, flag) not in (None, False):
                 parser.error(f"--{flag.replace('_', '-')} does not go with --interactive")
         if args.num_samples != 1 or args.num_beams != 1:
             parser.error("--num-samples and --num-beams do not go with --interactive")
@@ -526,6 +606,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--logprobs", type=int, metavar="K",
+        help="the log-probability of each new token, and of the K likeliest in its place (0: "
+        "none), under the model itself: before temperature, top-k and the like; with "
+        "--max-new-tokens 0, of each token of the prompt",
+    )  # fmt: skip
     output.add_argument("--json", action="store_true", help="a JSON object on each line")
     output.add_argument("--stats", action="store_true", help="speed, on standard error")
     return parser

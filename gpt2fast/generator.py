@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, overload
 
 import torch
 
 from .beam_search import beam_search
-from .decoding import Step, StopCriteria, Timing, decode, evaluating
+from .decoding import Step, StopCriteria, Timing, decode
 from .errors import (
     ArgumentError,
     GenerationError,
@@ -25,6 +25,8 @@ from .lora import load_adapter, merge
 from .model import GPT2
 from .packed import PackedGPT2
 from .sampling import Draw, Draws, SamplingOptions
+from .scores import Scores
+from .teacher_forcing import score_sequences
 from .tokenizer import Tokenizer
 
 WINDOWS = ("error", "slide", "stop")
@@ -56,7 +58,17 @@ class Generation:
     seed: int | None
     """What the draws depended on; None where there were none."""
     logprobs: list[float] | None = None
-    """Log-probability of each token under the model, before temperature and the like."""
+    """Log-probability (nats) of each token under the model, before temperature and the like."""
+    top_logprobs: list[dict[int, float]] | None = None
+    """For each token the likeliest ids in its place with their log-probabilities, likeliest first;
+    where `top_logprobs` asked for them."""
+    prompt_token_ids: list[int] = field(default_factory=list)
+    """The prompt's token ids."""
+    prompt_logprobs: list[float | None] | None = None
+    """Log-probability of each of them after those before it, None for the first; with
+    `max_new_tokens=0, logprobs=True` alone."""
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
+    """As `top_logprobs`, in the places of the prompt's tokens."""
 
     @property
     def new_tokens(self) -> int:
@@ -195,6 +207,7 @@ class Generator:
         eos_token_id: EosTokenId = FROM_CONFIG,
         stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
+        top_logprobs: int = 0,
         timing: Timing | None = None,
         **options: Any,
     ) -> Generation | list[Generation] | list[list[Generation]]:
@@ -205,7 +218,10 @@ class Generator:
             eos_token_id: id or ids that end a continuation; None switches this off. By default
                 the end token of the model's configuration and the tokenizer's.
             stop: strings that end a continuation, and are left out of its text.
-            logprobs: give the tokens' log-probabilities too.
+            logprobs: give the tokens' log-probabilities too, under the model itself: log_softmax of
+                its logits, before temperature, top-k and penalties. With `max_new_tokens=0`, those
+                of the prompt's tokens, each after the ones before it (`prompt_logprobs`).
+            top_logprobs: name so many of the likeliest tokens in the place of each as well.
             timing: filled in with where the time went.
             options: see `SamplingOptions`; `DEFAULTS` holds for what is not given.
 
@@ -223,6 +239,7 @@ class Generator:
                 eos_token_id=eos_token_id,
                 stop=stop,
                 logprobs=logprobs,
+                top_logprobs=top_logprobs,
                 timing=timing,
                 **options,
             )
@@ -238,6 +255,7 @@ class Generator:
         eos_token_id: EosTokenId = FROM_CONFIG,
         stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
+        top_logprobs: int = 0,
         timing: Timing | None = None,
         **options: Any,
     ) -> Iterator[list[Generation]]:
@@ -245,8 +263,8 @@ class Generator:
 
         Arguments and errors are those of a call; all prompts are checked before the first result.
         """
-        request = self._request(eos_token_id, stop, options)
-        found = self._continue(prompts, request, logprobs, timing)
+        request = self._request(eos_token_id, stop, logprobs, top_logprobs, options)
+        found = self._continue(prompts, request, timing)
         while together := list(islice(found, request.options.num_return_sequences)):
             yield together
 
@@ -257,6 +275,7 @@ class Generator:
         eos_token_id: EosTokenId = FROM_CONFIG,
         stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
+        top_logprobs: int = 0,
         timing: Timing | None = None,
         draws: Draws | None = None,
         **options: Any,
@@ -265,8 +284,8 @@ class Generator:
 
         With the `draws` of an earlier call, a prompt that came there goes on with further samples.
         """
-        request = self._request(eos_token_id, stop, options)
-        return self._continue(prompts, request, logprobs, timing, draws)
+        request = self._request(eos_token_id, stop, logprobs, top_logprobs, options)
+        return self._continue(prompts, request, timing, draws)
 
     def check(self, prompt: str, name: str = "the prompt", **options: Any) -> None:
         """Raise what a call with this prompt would, before anything is computed.
@@ -276,8 +295,14 @@ class Generator:
             name: what errors call it.
             options: of the call.
         """
-        ends, stop = options.pop("eos_token_id", FROM_CONFIG), options.pop("stop", None)
-        self._encode(prompt, self._request(ends, stop, options), name)
+        request = self._request(
+            options.pop("eos_token_id", FROM_CONFIG),
+            options.pop("stop", None),
+            options.pop("logprobs", False),
+            options.pop("top_logprobs", 0),
+            options,
+        )
+        self._encode(prompt, request, name)
 
     def stream(
         self,
@@ -285,6 +310,8 @@ class Generator:
         *,
         eos_token_id: EosTokenId = FROM_CONFIG,
         stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         timing: Timing | None = None,
         **options: Any,
     ) -> TextStream:
@@ -293,7 +320,12 @@ class Generator:
         Joined, the pieces are the `text` that a call with the same options and seed returns.
         Arguments and errors are those of a call.
         """
-        request = self._request(eos_token_id, stop, options)
+        request = self._request(eos_token_id, stop, logprobs, top_logprobs, options)
+        if request.scores_prompt:
+            raise GenerationError(
+                "a stream scores the tokens that it gives, and max_new_tokens=0 gives none: call "
+                "the generator to score a prompt"
+            )
         if request.options.num_beams > 1 or request.options.num_return_sequences > 1:
             raise GenerationError(
                 "a stream is one continuation chosen token by token: set num_beams=1 and "
@@ -303,7 +335,7 @@ class Generator:
         draws = None
         if request.options.samples:
             draws = [Draws().take(tokens, request.options.seed, 1)]
-        steps = self._steps([tokens], request, logprobs=False, timing=timing, draws=draws)
+        steps = self._steps([tokens], request, timing=timing, draws=draws)
         return TextStream(
             prompt,
             len(tokens),
@@ -317,7 +349,6 @@ class Generator:
         self,
         prompts: str | Sequence[str],
         request: _Request,
-        logprobs: bool,
         timing: Timing | None,
         hand_out: Draws | None = None,
     ) -> Iterator[Generation]:
@@ -352,12 +383,18 @@ class Generator:
                     texts[chunk],
                     encoded[chunk],
                     part,
-                    logprobs,
                     timing,
                     None if draws is None else [draw.after(sample) for draw in draws[chunk]],
                 )
 
-    def _request(self, eos_token_id: EosTokenId, stop: Any, options: dict[str, Any]) -> _Request:
+    def _request(
+        self,
+        eos_token_id: EosTokenId,
+        stop: Any,
+        logprobs: bool,
+        top_logprobs: int,
+        options: dict[str, Any],
+    ) -> _Request:
         if "num_beams" in options and options["num_beams"] != 1:
             options = {"do_sample": False, **options}
         chosen = DEFAULTS.changed(options)
@@ -365,7 +402,27 @@ class Generator:
         own_end = self.tokenizer.eos_token_id
         if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
             ends += [own_end] if own_end < self.model.config.vocab_size else []
-        return _Request(chosen, StopCriteria(ends, stop, self.tokenizer))
+        alternatives = self._alternatives(logprobs, top_logprobs)
+        return _Request(chosen, StopCriteria(ends, stop, self.tokenizer), alternatives)
+
+    def _alternatives(self, logprobs: bool, top_logprobs: int) -> int | None:
+        """How many likely tokens to name beside each; None where nothing is scored."""
+        if type(logprobs) is not bool:
+            raise GenerationError(
+                f"logprobs is {logprobs!r:.80}; it must be True or False (top_logprobs says how "
+                "many of the likeliest tokens to name)"
+            )
+        most = self.model.config.vocab_size
+        if type(top_logprobs) is not int or not 0 <= top_logprobs <= most:
+            raise GenerationError(
+                f"top_logprobs is {top_logprobs!r:.80}; it must be a whole number from 0 to the "
+                f"model's vocab_size, {most}"
+            )
+        if top_logprobs and not logprobs:
+            raise GenerationError(
+                f"top_logprobs is {top_logprobs}, and logprobs is off: pass logprobs=True too"
+            )
+        return top_logprobs if logprobs else None
 
     def _encode(self, text: str, request: _Request, name: str) -> list[int]:
         """The prompt's tokens, checked for what the model can take."""
@@ -381,7 +438,14 @@ class Generator:
             tokens = [self.tokenizer.eos_token_id]
         check_vocabulary(self.model, tokens, name, self.tokenizer)
         room = self.model.config.n_positions
-        if self.window == "error" or request.options.num_beams > 1:
+        if request.scores_prompt:
+            if len(tokens) > room:
+                raise GenerationError(
+                    f"{name} has {len(tokens)} tokens, and the model scores no more than its "
+                    f"n_positions={room} at a time: shorten it; python -m gpt2fast.evaluate --task "
+                    "perplexity scores longer texts, window by window"
+                )
+        elif self.window == "error" or request.options.num_beams > 1:
             check_length(self.model, len(tokens), request.options.max_new_tokens, name)
         elif self.window == "stop" and len(tokens) >= room:
             raise GenerationError(
@@ -397,14 +461,16 @@ class Generator:
         texts: Sequence[str],
         prompts: Sequence[list[int]],
         request: _Request,
-        logprobs: bool,
         timing: Timing | None,
         draws: Sequence[Draw] | None,
     ) -> list[Generation]:
         options = request.options
         copies = options.num_return_sequences
         found = [_Continuation(self.tokenizer, request) for _ in range(len(prompts) * copies)]
-        scores: list[list[float]] = [[] for _ in found]
+        alternatives = request.alternatives
+        scored: list[Scores | None] = [None] * len(prompts)
+        if alternatives is not None and request.scores_prompt:
+            scored = list(score_sequences(self.model, prompts, alternatives, [1] * len(prompts)))
         if options.num_beams > 1 and options.max_new_tokens:
             beams = beam_search(
                 self.model,
@@ -418,16 +484,18 @@ class Generator:
                 reason = request.criteria.reason(tokens) or "length"
                 for place, token in enumerate(tokens, start=1):
                     found[row].push(token, reason if place == len(tokens) else None)
-                if logprobs:
-                    scores[row] = self._score(prompts[row // copies], tokens)
+            if alternatives is not None:
+                reads = [prompts[row // copies] for row in range(len(beams))]
+                whole = [read + tokens for read, tokens in zip(reads, beams, strict=True)]
+                each = score_sequences(self.model, whole, alternatives, list(map(len, reads)))
+                for continuation, scores in zip(found, each, strict=True):
+                    continuation.scores = scores
         else:
-            for step in self._steps(
-                prompts, request, logprobs=logprobs, timing=timing, draws=draws
-            ):
+            for step in self._steps(prompts, request, timing=timing, draws=draws):
                 for place, row in enumerate(step.rows):
                     found[row].push(step.tokens[place], step.reasons[place])
-                    if step.logprobs is not None:
-                        scores[row].append(step.logprobs[place])
+                    if step.scores is not None:
+                        found[row].scores.add(step.scores.of(place))
         return [
             Generation(
                 prompt=texts[row // copies],
@@ -436,7 +504,8 @@ class Generator:
                 prompt_tokens=len(prompts[row // copies]),
                 finish_reason=continuation.reason or "length",
                 seed=None if draws is None else draws[row // copies].seed,
-                logprobs=scores[row] if logprobs else None,
+                prompt_token_ids=prompts[row // copies],
+                **continuation.scored(scored[row // copies]),
             )
             for row, continuation in enumerate(found)
         ]
@@ -446,7 +515,6 @@ class Generator:
         prompts: Sequence[list[int]],
         request: _Request,
         *,
-        logprobs: bool,
         timing: Timing | None,
         draws: Sequence[Draw] | None,
     ) -> Iterator[Step]:
@@ -465,7 +533,7 @@ class Generator:
                 request.options,
                 request.criteria,
                 slides=self.window == "slide",
-                logprobs=logprobs,
+                alternatives=request.alternatives,
                 vocab_size=self._allowed,
                 draws=draws,
                 timing=timing,
@@ -476,16 +544,6 @@ class Generator:
                 if reason is None and len(prompts[row // copies]) + count > room:
                     self._tell_slide()
             yield step
-
-    def _score(self, prompt: list[int], tokens: list[int]) -> list[float]:
-        """Log-probability of each of `tokens` after those before it."""
-        if not tokens:
-            return []
-        read = torch.tensor([prompt + tokens[:-1]], device=self.model.device)
-        with torch.inference_mode(), evaluating(self.model):
-            logits = self.model(read, logits_to_keep=len(tokens)).logits[0]
-        chosen = torch.tensor(tokens, device=logits.device)[:, None]
-        return logits.float().log_softmax(-1).gather(1, chosen)[:, 0].tolist()
 
     def _compare_vocabularies(self) -> None:
         rows = self.model.config.vocab_size
@@ -543,6 +601,16 @@ class TextStream(Iterator[str]):
         return self._continuation.tokens
 
     @property
+    def logprobs(self) -> list[float] | None:
+        """As in `Generation`, so far."""
+        return self._continuation.scored(None).get("logprobs")
+
+    @property
+    def top_logprobs(self) -> list[dict[int, float]] | None:
+        """As in `Generation`, so far."""
+        return self._continuation.scored(None).get("top_logprobs")
+
+    @property
     def finish_reason(self) -> str | None:
         """As in `Generation`; None until the stream has ended."""
         return self._continuation.reason
@@ -550,6 +618,8 @@ class TextStream(Iterator[str]):
     def __next__(self) -> str:
         for step in self._steps:
             piece = self._continuation.push(step.tokens[0], step.reasons[0])
+            if step.scores is not None:
+                self._continuation.scores.add(step.scores)
             if piece:
                 return piece
         raise StopIteration
@@ -559,6 +629,13 @@ class TextStream(Iterator[str]):
 class _Request:
     options: SamplingOptions
     criteria: StopCriteria
+    alternatives: int | None
+    """How many likely tokens to name beside each; None where nothing is scored."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether it is the prompt's tokens that are scored."""
+        return self.alternatives is not None and self.options.max_new_tokens == 0
 
 
 class _Continuation:
@@ -568,6 +645,8 @@ class _Continuation:
         self.tokens: list[int] = []
         self.text = ""
         self.reason = "length" if request.options.max_new_tokens == 0 else None
+        self.scores = Scores()
+        self._alternatives = request.alternatives
         self._stops = request.criteria.strings
         self._tokenizer, self._decoder = tokenizer, tokenizer.decoder()
         self._held = ""
@@ -591,6 +670,23 @@ class _Continuation:
         piece, self._held = self._held[:certain], self._held[certain:]
         self.text += piece
         return piece
+
+    def scored(self, prompt: Scores | None) -> dict[str, Any]:
+        """The fields of `Generation` about scores.
+
+        Args:
+            prompt: those of the prompt's tokens after the first one.
+        """
+        if self._alternatives is None:
+            return {}
+        fields: dict[str, Any] = {"logprobs": self.scores.logprobs}
+        if prompt is not None:
+            fields["prompt_logprobs"] = [None, *prompt.logprobs]
+        if self._alternatives:
+            fields["top_logprobs"] = self.scores.top
+            if prompt is not None:
+                fields["prompt_top_logprobs"] = [None, *prompt.top]
+        return fields
 
     def _overlap(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

@@ -13,7 +13,10 @@ from .sampling import SamplingOptions
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 """What a line may say about its own continuation."""
 
-_RESULTS = ("sample", "text", "finish_reason", "prompt_tokens", "new_tokens", "tokens", "index")
+_RESULTS = (
+    "sample", "text", "finish_reason", "prompt_tokens", "new_tokens", "tokens", "index", "logprobs",
+    "top_logprobs", "prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs",
+)  # fmt: skip
 """What --json writes beside the prompt; its output may be read again."""
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from gpt2fast import GPT2, Error, GPT2Config
+from gpt2fast import GPT2, Error, GPT2Config, teacher_forcing
 from gpt2fast.decoding import Context, Timing
 from gpt2fast.errors import GenerationError
 from gpt2fast.generator import Generation, Generator
@@ -579,6 +579,80 @@ def test_logprobs_are_the_models(generator, tokenizer, options):
         logits = generator.model.eval()(torch.tensor([prompt + result.tokens])).logits[0]
     expected = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + 9), result.tokens]
     torch.testing.assert_close(torch.tensor(result.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["plain", "packed", "hooked"])
+def test_prompts_are_scored_as_transformers_does(generator, tokenizer, form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = generator.model
+    model.save_pretrained(tmp_path)
+    judge = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    handles = []
+    if form == "packed":
+        model = model.pack()
+    elif form == "hooked":
+        handles = [model.h[0].register_forward_hook(lambda *arguments: None)]
+    prompts = ["The dog sat", "", "Once upon a time there was a very small cat", "T", "The dog sat"]
+    results = Generator(model, tokenizer)(prompts, max_new_tokens=0, logprobs=True, top_logprobs=4)
+    for handle in handles:
+        handle.remove()
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
+        with torch.no_grad():
+            expected = judge(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        assert result.prompt_token_ids == tokens
+        assert result.logprobs == result.top_logprobs == result.tokens == []
+        assert result.prompt_logprobs[0] is result.prompt_top_logprobs[0] is None
+        wanted = expected[range(len(tokens) - 1), tokens[1:]].tolist()
+        assert result.prompt_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+        for place, top in enumerate(result.prompt_top_logprobs[1:]):
+            best = expected[place].topk(4)
+            assert list(top) == best.indices.tolist()
+            assert list(top.values()) == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_prompts_are_scored_in_as_many_batches_as_memory_wants(generator, monkeypatch):
+    prompts = ["The dog", "Once upon a time", "The", "The cat sat on the mat"]
+    together = generator(prompts, max_new_tokens=0, logprobs=True)
+    monkeypatch.setattr(teacher_forcing, "_MOST_BYTES", 1)
+    for one, other in zip(
+        generator(prompts, max_new_tokens=0, logprobs=True), together, strict=True
+    ):
+        assert one.prompt_logprobs[1:] == pytest.approx(other.prompt_logprobs[1:], abs=1e-5)
+
+
+@pytest.mark.parametrize("window", ["error", "slide", "stop"])
+def test_a_prompt_as_long_as_the_window_is_scored_and_a_longer_one_refused(generator, window):
+    scorer = Generator(generator.model, generator.tokenizer, window=window)
+    room = generator.model.config.n_positions
+    fits = scorer("<|endoftext|>" * room, max_new_tokens=0, logprobs=True)
+    assert len(fits.prompt_logprobs) == room
+    with pytest.raises(GenerationError, match=f"{room + 1} tokens.*n_positions={room}"):
+        scorer("<|endoftext|>" * (room + 1), max_new_tokens=0, logprobs=True)
+
+
+def test_logprobs_need_a_plain_answer(generator):
+    for options, part in (
+        ({"logprobs": 3}, "logprobs is 3"),
+        ({"top_logprobs": 3}, "logprobs is off"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs is -1"),
+        ({"logprobs": True, "top_logprobs": 10**6}, "vocab_size"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs is True"),
+    ):
+        with pytest.raises(GenerationError, match=part):
+            generator("The dog", **options)
+    with pytest.raises(GenerationError, match="score a prompt"):
+        generator.stream("The dog", logprobs=True, max_new_tokens=0)
+
+
+def test_a_stream_has_the_logprobs_of_a_call(generator):
+    options = {"max_new_tokens": 12, "seed": 2, "logprobs": True, "top_logprobs": 2}
+    stream = generator.stream("The dog", **options)
+    assert stream.logprobs == []
+    list(stream)
+    result = generator("The dog", **options)
+    assert (stream.logprobs, stream.top_logprobs) == (result.logprobs, result.top_logprobs)
+    assert generator.stream("The dog", max_new_tokens=1).logprobs is None
 
 
 @pytest.mark.parametrize(
