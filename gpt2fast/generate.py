@@ -479,7 +479,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{other} and --do-sample contradict each other")
     if args.interactive:
         for flag in ("prompts_file", "json", "stats", "logprobs"):
-            if getattr(args, flag) not in (None, False):
+            if getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag.replace('_', '-')} does not go with --interactive")
         if args.num_samples != 1 or args.num_beams != 1:
             parser.error("--num-samples and --num-beams do not go with --interactive")
