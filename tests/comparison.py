@@ -21,6 +21,7 @@ from gpt2fast.ops.native import unavailable
 from gpt2fast.ops.triton import DTYPES as TRITON_DTYPES
 from gpt2fast.ops.triton import interpreting
 from gpt2fast.ops.triton import unavailable as triton_unavailable
+from thread_order import THREAD_ORDER
 from tolerance import assert_close
 
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -73,6 +74,7 @@ def backend(name: str) -> Iterator[None]:
     """
     on_gpu = {"cuda": "native", "cuda-triton": "triton"}
     if name == "simulator":
+        THREAD_ORDER.simulated = True
         with simulated(simulated_library()), gpt2fast.backend("native"):
             yield
     else:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rotation
+from thread_order import THREAD_ORDER
 
 # The tests' tensors are small: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
@@ -37,6 +38,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     return (yield)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed and (order := THREAD_ORDER.explanation()):
+        report.sections.append(("simulator", order))
+    return report
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real texts and vocabularies; skips where there is none."""
@@ -51,6 +60,13 @@ def data_dir() -> Path:
 def seeded() -> None:
     """Every test draws the same random numbers, in whatever order the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs the simulator's threads in an order of its own."""
+    for variable, value in THREAD_ORDER.begin(request.node.nodeid, rotation.day()).items():
+        monkeypatch.setenv(variable, value)
 
 
 @pytest.fixture(autouse=True)

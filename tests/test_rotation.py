@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import rotation
+import thread_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +48,49 @@ def test_the_header_says_how_to_run_the_same_again(options, says, monkeypatch):
         [*command, *options, "tests/test_rotation.py"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and says in done.stdout
+
+
+def test_the_simulators_order_differs_between_tests_and_days():
+    names = [f"tests/ops/test_x.py::test[{i}]" for i in range(40)]
+    chosen = [thread_order.settings_of(name, day) for name in names for day in (7, 8)]
+    seeds = {each["GPT2FAST_SIM_SEED"] for each in chosen}
+    assert len(seeds) > 70 and {each["GPT2FAST_SIM_ORDER"] for each in chosen} == {"random"}
+    assert {each["GPT2FAST_SIM_ASYNC"] for each in chosen} == {"deferred", "immediate"}
+    assert thread_order.settings_of(names[0], 7) == chosen[0]
+
+
+FAILS = """
+import os
+from thread_order import THREAD_ORDER
+
+def test_without_the_simulator():
+    assert False
+
+def test_in_the_simulator():
+    print("seed", os.environ["GPT2FAST_SIM_SEED"])
+    THREAD_ORDER.simulated = True
+    assert False
+"""
+
+
+@pytest.mark.parametrize("named", [{}, {"GPT2FAST_SIM_ORDER": "lifo", "GPT2FAST_SIM_SEED": "5"}])
+def test_a_failure_names_the_order_that_repeats_it(tmp_path, named):
+    (tmp_path / "test_fails.py").write_text(FAILS)
+    environment = {k: v for k, v in os.environ.items() if k not in thread_order.VARIABLES}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-c"]
+    done = subprocess.run(
+        [*command, str(ROOT / "pyproject.toml"), str(tmp_path)],
+        cwd=tmp_path, env=environment | named, capture_output=True, text=True,
+    )  # fmt: skip
+    said = "The same order of the simulator's threads once more: "
+    assert done.stdout.count(said) == 1, done.stdout
+    order = done.stdout.partition(said)[2].partition("\n")[0]
+    seed = done.stdout.partition("seed ")[2].split()[0]
+    if named:
+        assert order == "GPT2FAST_SIM_ORDER=lifo GPT2FAST_SIM_SEED=5" and seed == "5"
+    else:
+        assert f"GPT2FAST_SIM_ORDER=random GPT2FAST_SIM_SEED={seed} GPT2FAST_SIM_ASYNC=" in order
 
 
 def test_a_slower_machine_has_longer_limits(request, monkeypatch):
