@@ -35,6 +35,7 @@ PARTS = {
     "test_distributed.py::test_a_run_goes_on_with_another_number_of_processes": 3,
     "test_distributed.py::test_two_processes_train_as_one": 3,
     "test_quantization.py::test_the_bundled_model_passes_the_gate": 2,
+    "test_packed_borders.py::test_a_step_of_odd_sizes": 3,
     "test_model.py::test_the_four_real_sizes_build_and_match": 2,
 }
 # What test-fast leaves out: processes that start others, compilers, whole models.

@@ -8,8 +8,10 @@ tensors compared together. `times` is 2 for outputs, 3 for gradients and whole-m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +22,37 @@ def assert_close(
     largest = max(float(tensor.double().norm()) for tensor in exact)
     for index, (mine, other, true) in enumerate(zip(ours, theirs, exact, strict=True)):
         assert mine.shape == true.shape, f"tensor {index}: {mine.shape} instead of {true.shape}"
-        assert mine.isfinite().all(), f"tensor {index} holds values that are not finite"
+        assert mine.isfinite().all(), (
+            f"tensor {index} holds values that are not finite; {worst(mine, true)}"
+        )
         error = float((mine.double() - true).norm())
         bound = times * float((other.double() - true).norm()) + 1e-6 * largest
-        assert error <= bound, f"tensor {index}: error {error:.3e} exceeds {bound:.3e}"
+        assert error <= bound, (
+            f"tensor {index}: error {error:.3e} exceeds {bound:.3e}; {worst(mine, true)}"
+        )
+
+
+def worst(ours: Tensor, exact: Tensor) -> str:
+    """In words, the element of `ours` that is furthest from `exact`."""
+    distance = (ours.detach().double() - exact.detach().double()).abs()
+    distance = distance.where(distance == distance, distance.new_full((), math.inf))
+    place = tuple(int(index) for index in torch.unravel_index(distance.argmax(), ours.shape))
+    return (
+        f"the worst of {ours.numel()} elements, at {place}, is {float(ours[place])!r} and not "
+        f"{float(exact[place])!r}"
+    )
+
+
+def assert_near(ours: Tensor, exact: Tensor, share: float, what: str) -> None:
+    """|ours - exact| <= share * |exact|, in L2 norms: where what is rounded is known.
+
+    Args:
+        ours, exact: of one shape; `exact` in float64.
+        share: most relative error.
+        what: a name for messages.
+    """
+    assert ours.shape == exact.shape, f"{what}: {tuple(ours.shape)}, not {tuple(exact.shape)}"
+    error, norm = float((ours.double() - exact).norm()), float(exact.norm())
+    assert error <= share * norm, (
+        f"{what}: error {error:.3e} exceeds {share:g} of {norm:.3e}; {worst(ours, exact)}"
+    )

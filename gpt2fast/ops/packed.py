@@ -30,6 +30,8 @@ from ..memory import zeros
 _PANEL = 32
 _MAGIC = int.from_bytes(b"gt2fast1", "little")
 _FORMATS = ("float32", "bfloat16", "int8", "int4")
+_GROUPS = (32, 64)
+"""Inputs that may share a scale: what the kernels have room for."""
 _ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 _ALIGNMENT = 4096
 _MATRIX_WORDS = 8
@@ -137,7 +139,11 @@ class PackedWeights:
 
     Args:
         shape: of the model.
-        formats: the format of every matrix of `shape.matrices()`.
+        formats: the format of every matrix of `shape.matrices()`. Groups have 32 or 64 inputs; the
+            last one of a matrix may have fewer.
+
+    Raises:
+        ArgumentError: the activation, or a format, cannot be packed.
     """
 
     def __init__(self, shape: ModelShape, formats: Mapping[str, MatrixFormat]):
@@ -202,9 +208,6 @@ class PackedWeights:
                 for name, matrix in zip(names, found, strict=True)
             },
         )
-        for form in self.formats.values():
-            if form.group not in ((32, 64) if form.name.startswith("int") else (0,)):
-                raise ArgumentError(f"{form.name} in groups of {form.group}")
         return self
 
     def _lay_out(self, shape: ModelShape, formats: Mapping[str, MatrixFormat]) -> int:
@@ -212,6 +215,8 @@ class PackedWeights:
         self.shape = shape
         self.formats = dict(formats)
         self._sizes = shape.matrices()
+        for name in self._sizes:
+            _check_format(name, self.formats[name])
         self._offsets: dict[str, int] = {}
         header_words = _MODEL_WORDS + len(shape.scales) * _LAYER_WORDS
         end = _aligned(8 * header_words)
@@ -241,7 +246,11 @@ class PackedWeights:
         )
 
     def put(self, name: str, value: Matrix) -> None:
-        """Store a vector, wpe, or a matrix (in, out) in the format that it was announced with."""
+        """Store a vector, wpe, or a matrix (in, out) in the format that it was announced with.
+
+        Raises:
+            ArgumentError: a matrix has another format or shape, or integers too large for it.
+        """
         if name not in self._sizes:
             self._floats(name).copy_(value if isinstance(value, Tensor) else value.dequantize())
             return
@@ -249,6 +258,7 @@ class PackedWeights:
         given = MatrixFormat.of(value)
         if given != form and form.group:
             raise ArgumentError(f"{name} was announced as {form}, not {given}")
+        _check_matrix(name, value, *self._sizes[name])
         for panels, begin, end in self._chunks(name):
             panels.copy_(_pack(_columns(value, begin, end), form))
 
@@ -351,6 +361,41 @@ def check_arena(arena: Tensor) -> None:
         )
     if arena.data_ptr() % 16:
         raise ArgumentError("packed weights must begin at an address that 16 divides; clone them")
+
+
+def _check_format(name: str, form: MatrixFormat) -> None:
+    if form.name not in _FORMATS:
+        raise ArgumentError(
+            f"{name} cannot be packed as {form.name}; these can: {', '.join(_FORMATS)}"
+        )
+    if form.group not in (_GROUPS if form.name.startswith("int") else (0,)):
+        groups = " or ".join(map(str, _GROUPS))
+        raise ArgumentError(
+            f"{name} cannot be packed as {form.name} in groups of {form.group}: int8 and int4 have "
+            f"groups of {groups} inputs, the other formats none"
+        )
+
+
+def _check_matrix(name: str, matrix: Matrix, inputs: int, outputs: int) -> None:
+    values = matrix.q if isinstance(matrix, QuantizedMatrix) else matrix
+    if values.shape != (inputs, outputs):
+        raise ArgumentError(f"{name} is {tuple(values.shape)}, not ({inputs}, {outputs})")
+    if not isinstance(matrix, QuantizedMatrix):
+        return
+    groups = -(-inputs // matrix.group)
+    if matrix.scales.shape != (groups, outputs) or matrix.scales.dtype != torch.float16:
+        raise ArgumentError(
+            f"{name} has {matrix.scales.dtype} scales {tuple(matrix.scales.shape)}; {inputs} "
+            f"inputs in groups of {matrix.group} have float16 ones ({groups}, {outputs})"
+        )
+    if values.dtype != torch.int8:
+        raise ArgumentError(f"{name} holds {values.dtype} and not the int8 of a quantized matrix")
+    if matrix.bits == 4 and values.numel():
+        least, most = (int(x) for x in values.aminmax())
+        if least < -8 or most > 7:
+            raise ArgumentError(
+                f"{name} holds integers from {least} to {most}; 4 bits hold those from -8 to 7"
+            )
 
 
 def _named(names: Sequence[str], index: int) -> str:
