@@ -955,7 +955,7 @@ def test_nanogpts_characters_come_with_its_data(tmp_path):
         data.check_tokenizer(CharTokenizer.train(["abc"]))
     (tmp_path / "train.bin").write_bytes(array("H", [0, len(ids)] * 20).tobytes())
     with (
-        pytest.raises(DataError, match=f"token 1 is {len(ids)}, beyond the vocabulary"),
+        pytest.raises(DataError, match=f"token 1 is {len(ids)}, outside the vocabulary"),
         pytest.warns(UserWarning),
     ):
         DataModule(tmp_path, block_size=8, batch_size=2)

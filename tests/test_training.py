@@ -957,7 +957,7 @@ def test_bad_data_is_caught_before_the_first_step(config, prepared, tmp_path, mo
     tokens[100:102] = b"\xff\xff"
     (damaged / "train.bin").write_bytes(bytes(tokens))
     assert command.main(settings_of(config, data=str(damaged))) == 1
-    assert "beyond the vocabulary" in capsys.readouterr().err
+    assert "outside the vocabulary" in capsys.readouterr().err
 
 
 def test_foreign_tokenizer_is_refused(config, trained, tmp_path):
