@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 
+_STRIDED = torch.strided
+_HOLD_TENSORS = (list, tuple)
 # Small vectors, such as the rows of a cache, are read faster one by one.
 _FEW = 64
 _MOST_STEPS = 10_000
@@ -43,29 +45,44 @@ class Memory:
 
     def check(self, arguments: Sequence[object]) -> None:
         """Raises ArgumentError unless these arguments can be read and written."""
-        index_of_device = None
-        spans: list[tuple[int, int, bool, Tensor, str]] = []
-        # On the way to every op: what is usual is settled first, and nothing is called twice.
-        for name, written, argument in zip(self._names, self._written, arguments, strict=False):
+        if self._writes:
+            self._check_thoroughly(arguments)
+            return
+        # On the way to every op: what is usual is settled here, with as few calls as can be.
+        device = None
+        for argument in arguments:
             if isinstance(argument, Tensor):
-                tensors: Sequence[Tensor] = (argument,)
-            elif type(argument) is list and argument and isinstance(argument[0], Tensor):
-                tensors = argument
-            else:
-                continue
-            for x in tensors:
-                if index_of_device is None:
-                    index_of_device = x.get_device()
-                elif x.get_device() != index_of_device:
-                    self.check_devices(arguments)
-                count = x.numel()
-                if not count:
+                place = argument.get_device()
+                if device is None:
+                    device = place
+                if place != device or argument.layout is not _STRIDED:
+                    break
+                last = argument.storage_offset()
+                if argument.is_contiguous():
+                    last += argument.numel()
+                else:
+                    last += 1
+                    for count, step in zip(argument.shape, argument.stride(), strict=True):
+                        last += (count - 1) * step
+                if last * argument.itemsize > argument.untyped_storage().nbytes():
+                    break
+            elif argument.__class__ in _HOLD_TENSORS:
+                break
+        else:
+            return
+        self._check_thoroughly(arguments)
+
+    def _check_thoroughly(self, arguments: Sequence[object]) -> None:
+        self.check_devices(arguments)
+        spans: list[tuple[int, int, bool, Tensor, str]] = []
+        for name, written, argument in zip(self._names, self._written, arguments, strict=False):
+            for x in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if not isinstance(x, Tensor) or not x.numel():
                     continue
-                if x.layout is not torch.strided:
+                if x.layout is not _STRIDED:
                     raise ArgumentError(f"{name} is a {x.layout} tensor; ops take strided ones")
-                if not x.is_contiguous():
-                    steps = zip(x.shape, x.stride(), strict=True)
-                    count = 1 + sum((n - 1) * step for n, step in steps)
+                steps = zip(x.shape, x.stride(), strict=True)
+                count = 1 + sum((n - 1) * step for n, step in steps)
                 size = x.element_size()
                 if (x.storage_offset() + count) * size > x.untyped_storage().nbytes():
                     raise _resized(name, x, (x.storage_offset() + count) * size)
