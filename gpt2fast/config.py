@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 """The activations that there are, by the names that ops give them."""
@@ -202,14 +202,19 @@ class GPT2Config:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{source}: expected a JSON object, found {type(values).__name__}")
-        model_type = values.get("model_type", "gpt2")
-        if model_type != "gpt2":
+        model_type, classes = values.get("model_type", "gpt2"), values.get("architectures")
+        other = model_type != "gpt2" and f"model_type={shown(model_type)}"
+        if "model_type" not in values and isinstance(classes, list) and classes:
+            # Old files do not say it. Other models may have all of the sizes that GPT-2 has.
+            other = "gpt" not in str(classes[0]).lower() and f"architectures={shown(classes)}"
+        if other:
             raise ConfigError(
-                f"{source}: model_type={model_type!r} is not a GPT-2; gpt2fast runs 'gpt2' only"
+                f"{source}: {other} is not a GPT-2, and gpt2fast runs GPT-2 only ('gpt2'); "
+                "transformers loads other models"
             )
         if values.get("add_cross_attention", False) is not False:
             raise ConfigError(
-                f"{source}: add_cross_attention={values['add_cross_attention']!r}: "
+                f"{source}: add_cross_attention={shown(values['add_cross_attention'])}: "
                 "cross-attention is not part of GPT-2's language model"
             )
         names = {field.name for field in fields(cls)} | set(_OTHER_NAMES)

@@ -19,7 +19,10 @@ BUNDLED = "adventures"
 CONNECT_SECONDS = 10.0
 """How long the hub may take to answer before we say that it cannot be reached."""
 
-_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt")
+_FILE_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".txt"),
+    *(".gguf", ".h5", ".index", ".msgpack", ".onnx"),
+)
 
 
 def resolve(

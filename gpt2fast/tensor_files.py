@@ -26,6 +26,7 @@ from torch import Tensor
 from . import llm_c, tensorflow_files
 from .errors import ConfigError, Error, WeightsError, shown
 from .files import atomic_write, open_file, read_file
+from .foreign_files import what_file_is
 from .tensor_names import names_blocks
 from .torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file
 from .unpickling import Objection
@@ -129,7 +130,7 @@ def file_kind(path: Path) -> str:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(head, path):
         return "safetensors"
     if head.startswith(llm_c.MAGIC):
         return "llm.c"
@@ -137,12 +138,20 @@ def file_kind(path: Path) -> str:
         return "tensorflow"
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         return "torch"
-    what = llm_c.OTHER_FILES.get(head[:4])
+    what = what_file_is(path, head)
     if what is not None:
-        raise WeightsError(f"{path} is {what}, not a model")
+        raise WeightsError(f"{path} is {what}")
     raise WeightsError(
-        f"{path} is not a checkpoint written by torch.save, and does not end in .safetensors"
+        f"{path} is not a checkpoint: neither safetensors nor what torch.save writes"
+        if head
+        else f"{path} is empty; download or copy it again"
     )
+
+
+def _is_safetensors(head: bytes, path: Path) -> bool:
+    """Whether a file of another name begins as safetensors does: the header's length, and it."""
+    length = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and length <= min(_LARGEST_HEADER, path.stat().st_size - 8)
 
 
 def write_safetensors(

@@ -169,7 +169,10 @@ class _Archive(_Tensors):
         if len(self.entries) != len(entries):
             raise Objection("has two entries of one name")
         if any(name.endswith("/constants.pkl") for name in self.entries):
-            raise Objection("is a TorchScript program, not a state dict")
+            raise Objection(
+                "is a TorchScript program, not a state dict: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt') makes one of it"
+            )
         # Compressed entries would be mapped as they are, or unpack to any size.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise Objection("is a compressed archive, which torch.save does not write")

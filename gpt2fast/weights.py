@@ -32,9 +32,11 @@ from torch import Tensor
 from .config import PRESETS, GPT2Config
 from .errors import ArgumentError, ConfigError, WeightsError, shown
 from .files import atomic_write_text, read_file
+from .foreign_files import ADAPTER_CONFIG, what_adapter_is, what_folder_is
 from .generation_config import first_end_token, read_generation_config
 from .hub import resolve
 from .lora.adapters import without_adapters
+from .lora.storage import WEIGHTS_FILES as ADAPTER_FILES
 from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .structure import check_held, why_not_configured
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
-_DESCRIPTIONS = ("config.json", "generation_config.json")
+# An adapter's, to say what a model on the hub is that has no weights of its own.
+_DESCRIPTIONS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 # Two rounds, so that a model on the hub that has both is not downloaded twice.
 _DOWNLOADS = (
     (*_DESCRIPTIONS, *_SAFETENSORS, "model-*.safetensors"),
@@ -115,6 +118,7 @@ def from_pretrained(
         values = read_json(described)
         settings = read_generation_config(file.parent, values)
         config = GPT2Config.from_dict(first_end_token(values), source=str(described))
+        _refuse_quantized(values.get("quantization_config"), described)
         stored_dtype = values.get("dtype", values.get("torch_dtype"))
         if wanted is None and stored_dtype is not None:
             wanted = _dtype(stored_dtype, f"{described}: dtype")
@@ -321,6 +325,8 @@ def _find(
             allow_patterns=patterns,
         )
         if not path.is_dir():
+            if path.name in ADAPTER_FILES and (path.parent / ADAPTER_CONFIG).is_file():
+                raise WeightsError(f"{path} is {what_adapter_is(path.parent)}")
             return path
         for name in patterns:
             if name not in _DESCRIPTIONS and (path / name).is_file():
@@ -329,10 +335,24 @@ def _find(
     if checkpoint is not None:
         return checkpoint
     held = sorted(entry.name for entry in path.iterdir())
+    what = what_folder_is(path, held)
+    if what is not None:
+        raise WeightsError(f"{path} is {what}")
     raise WeightsError(
         f"{path} has no weights: none of {', '.join(_SAFETENSORS + _PICKLES)} is there, "
         f"only {listed(held) or 'nothing'}; give the path of the file that holds the weights"
     )
+
+
+def _refuse_quantized(described: Any, file: Path) -> None:
+    """Raise WeightsError for weights that another program has quantised."""
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if described and method != "gpt2fast":
+        raise WeightsError(
+            f"{file}: the weights are quantised ({shown(method)}), which cannot be loaded; use the "
+            "checkpoint that they were made from, or save what transformers' model.dequantize() "
+            "makes of them"
+        )
 
 
 def _tensorflow_index(folder: Path) -> Path | None:

@@ -727,9 +727,9 @@ def test_a_run_directory_gives_its_final_model_or_its_newest_checkpoint(tmp_path
 
 
 def test_a_directory_without_weights_says_what_it_holds(tmp_path):
-    (tmp_path / "weights.h5").write_text("")
+    (tmp_path / "notes.md").write_text("")
     with pytest.raises(
-        WeightsError, match=r"has no weights: none of model\.safetensors.*weights\.h5"
+        WeightsError, match=r"has no weights: none of model\.safetensors.*notes\.md"
     ):
         GPT2.from_pretrained(tmp_path)
 

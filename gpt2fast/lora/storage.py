@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, WeightsError
 from ..files import atomic_write_text
+from ..foreign_files import ADAPTER_CONFIG
 from ..hub import resolve
 from ..tensor_files import read_json, read_tensors, write_safetensors
 from .adapters import (
@@ -38,7 +39,6 @@ from .adapters import (
 if TYPE_CHECKING:
     from ..model import GPT2
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model.transformer."
 
@@ -95,7 +95,7 @@ def save_adapter(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / WEIGHTS_FILES[0], tensors)
-        atomic_write_text(folder / CONFIG_FILE, json.dumps(described, indent=2) + "\n")
+        atomic_write_text(folder / ADAPTER_CONFIG, json.dumps(described, indent=2) + "\n")
     except OSError as error:
         raise WeightsError(f"the adapter cannot be saved to {folder}: {error}") from error
 
@@ -126,12 +126,12 @@ def load_adapter(
         name_or_path,
         revision=revision,
         local_files_only=local_files_only,
-        allow_patterns=(CONFIG_FILE, *WEIGHTS_FILES),
+        allow_patterns=(ADAPTER_CONFIG, *WEIGHTS_FILES),
     )
-    described = folder / CONFIG_FILE
+    described = folder / ADAPTER_CONFIG
     weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
     if not described.is_file() or weights is None:
-        missing = CONFIG_FILE if not described.is_file() else WEIGHTS_FILES[0]
+        missing = ADAPTER_CONFIG if not described.is_file() else WEIGHTS_FILES[0]
         hint = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter").is_dir() else ""
         raise WeightsError(f"{folder} holds no adapter in PEFT's format: no {missing}{hint}")
     values = read_json(described, WeightsError)
@@ -151,7 +151,7 @@ def load_adapter(
             if tuple(pair[part].shape) != shape:
                 raise WeightsError(
                     f"{weights}: {name}.{part} is {tuple(pair[part].shape)}, but must be {shape}: "
-                    f"the rank r is {rank} in {CONFIG_FILE}, and this model's {name} takes "
+                    f"the rank r is {rank} in {ADAPTER_CONFIG}, and this model's {name} takes "
                     f"{inputs} and gives {outputs}{origin}"
                 )
     model.requires_grad_(False)
