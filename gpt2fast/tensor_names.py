@@ -149,7 +149,7 @@ def _paths(stored: Iterable[str]) -> dict[str, Path]:
 
     def is_wrapper(path: Path, place: int) -> bool:
         part = path[place]
-        known = part in _OWN or part.isdecimal()
+        known = part in _OWN or (part.isdecimal() and path[place - 1 : place] == ("h",))
         return place < len(path) - 1 and not known and len(children[path[:place]]) == 1
 
     return {

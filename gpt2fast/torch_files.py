@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import shown
-from .unpickling import MOST_STEPS, Objection, ordered_dict, unpickle
+from .unpickling import MOST_STEPS, Objection, ordered_dict, record, unpickle
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -56,7 +56,8 @@ _DTYPES = {*_STORAGES.values(), torch.float8_e4m3fn, torch.float8_e5m2}
 def read_torch_file(file: IO[bytes]) -> Any:
     """What was saved in an opened file: tensors, numbers and texts in dicts, lists and tuples.
 
-    An OrderedDict is a dict, a Parameter a tensor, and a device its name.
+    An OrderedDict is a dict, a Parameter a tensor, a device its name, and a Namespace or path a
+    `Record`.
 
     Raises:
         Objection: the file is not one of those that are read.
@@ -88,6 +89,13 @@ class _Tensors:
         self.storages: dict[str, _Storage] = {}
         self.known: dict[str, Any] = {
             "collections OrderedDict": ordered_dict,
+            # Settings that are often saved beside the tensors.
+            "argparse Namespace": record("Namespace"),
+            "pathlib PosixPath": record("Path"),
+            "pathlib WindowsPath": record("Path"),
+            "lightning.fabric.utilities.data AttributeDict": ordered_dict,
+            "lightning_fabric.utilities.data AttributeDict": ordered_dict,
+            "pytorch_lightning.utilities.parsing AttributeDict": ordered_dict,
             "torch Size": _size,
             "torch device": _device,
             "torch.nn.parameter Parameter": None,

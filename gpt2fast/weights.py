@@ -480,7 +480,7 @@ def _advice(problems: list[str]) -> str:
             "Tensors are empty, as in a part of a checkpoint that several processes wrote: join "
             "the parts first (DeepSpeed puts a zero_to_fp32.py beside them for that)."
         )
-    if any(".lora_" in name for name in problems):
+    if any(".lora_" in name or ".base_layer." in name for name in problems):
         return (
             "They have adapters beside them: merge these first (PEFT: merge_and_unload), or load "
             "the base model with adapter=."

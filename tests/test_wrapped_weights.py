@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,8 +172,21 @@ def test_what_torch_wraps_around_a_model(tmp_path):
         block.attn = torch.compile(block.attn)
         block.mlp.c_fc = checkpoint_wrapper(block.mlp.c_fc)
     theirs.transformer.wte = nn.Sequential(theirs.transformer.wte)
-    state = {n.replace("wte.0.", "wte.inner."): t for n, t in theirs.state_dict().items()}
+    theirs.lm_head = nn.Sequential(theirs.lm_head)
+    theirs.transformer.h[1] = nn.Sequential(theirs.transformer.h[1])
+    state = theirs.state_dict()
+    assert {"lm_head.0.weight", "transformer.h.1.0.ln_1.weight"} < state.keys()
     assert_same_parameters(load_state(tmp_path, state), plain)
+
+
+def test_settings_beside_the_tensors_do_not_matter(tmp_path):
+    model = random_model()
+    content = {
+        "args": argparse.Namespace(lr=1e-3, path=Path("/data/x"), nested=argparse.Namespace(a=1)),
+        "again": {"path": Path("/data/x"), "size": torch.Size([2, 3])},
+        "model": model.state_dict(),
+    }
+    assert_same_parameters(load_state(tmp_path, content), model)
 
 
 def test_adapters_that_are_not_merged_are_refused_and_merged_ones_load(tmp_path):
@@ -260,7 +275,9 @@ def test_an_encoder_decoder_is_refused(tmp_path):
 # The output projection
 
 
-@pytest.mark.parametrize("name", ["lm_head", "lm_head.decoder", "model.lm_head", "lm_head.a.b"])
+@pytest.mark.parametrize(
+    "name", ["lm_head", "lm_head.decoder", "model.lm_head", "lm_head.a.b", "lm_head.0"]
+)
 def test_the_output_projection_under_any_module(tmp_path, name, left_out):
     model = random_model(replace(TINY, tie_word_embeddings=False, dropout=None))
     body = {f"transformer.{n}": t for n, t in model.state_dict().items() if "lm_head" not in n}
@@ -279,10 +296,11 @@ def test_the_output_projection_under_any_module(tmp_path, name, left_out):
 def test_what_may_be_an_output_projection_is_not_left_out(tmp_path, left_out):
     body = {f"transformer.{n}": t for n, t in random_model().state_dict().items()}
     embedding = body["transformer.wte.weight"]
-    for name in ("output.weight", "lm_head.0.weight", "head.weight"):
+    layers = {"lm_head.0.weight": torch.ones(24, 24), "lm_head.1.weight": torch.ones(24)}
+    for name in ("output.weight", "lm_head.2.weight", "head.weight"):
         with pytest.raises(WeightsError, match=f"{name} .61, 24. has the shape of an output proj"):
-            load_state(tmp_path, body | {name: embedding + 1, "lm_head.1.weight": torch.ones(2)})
-        load_state(tmp_path, body | {name: embedding.clone()})
+            load_state(tmp_path, body | layers | {name: embedding + 1})
+        load_state(tmp_path, body | layers | {name: embedding.clone()})
         assert name in left_out()
     # Where there is one, another matrix of its size is another head.
     load_state(tmp_path, body | {"lm_head.weight": embedding, "aux.weight": embedding + 1})
