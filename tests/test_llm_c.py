@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from dataclasses import replace
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.errors import WeightsError
+from gpt2fast.errors import TokenizerError, WeightsError
 from gpt2fast.generate import main as generate
-from gpt2fast.tokenizer import CharTokenizer
+from gpt2fast.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
+from gpt2fast.tokenizer.merges import BYTE_TO_CHAR
 from gpt2fast.train import main as train
 from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
 
@@ -141,3 +143,77 @@ def test_the_command_lines_take_a_model_file(tmp_path, capsys):
     assert trained(str(tmp_path / "beside")) == 0
     assert generate(["--model", str(path), *options]) == 0
     assert generate(["--model", str(tmp_path / "named"), *options]) == 0
+
+
+# gpt2_tokenizer.bin
+
+
+def tokenizer_file(folder: Path, tokenizer: BPETokenizer, version: int = 2) -> Path:
+    """As write_tokenizer of llm.c's train_gpt2.py."""
+    end = tokenizer.eos_token_id
+    bytes_of = {character: bytes([byte]) for byte, character in BYTE_TO_CHAR.items()}
+    tokenizer.save_pretrained(folder / "saved")
+    vocab = json.loads((folder / "saved" / "vocab.json").read_text())
+    tokens = [
+        END_OF_TEXT.encode() if token == END_OF_TEXT else b"".join(map(bytes_of.get, token))
+        for token in sorted(vocab, key=vocab.get)
+    ]
+    header = [20240328, version, len(tokens), end if version == 2 else 0]
+    path = folder / "gpt2_tokenizer.bin"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<256i", *header, *[0] * 252))
+        for token in tokens:
+            file.write(struct.pack("<B", len(token)) + token)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained() -> BPETokenizer:
+    pages = Path(__file__).parents[1].joinpath("docs").glob("*.md")
+    return BPETokenizer.train([page.read_text() for page in pages], vocab_size=3000)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_llm_cs_tokenizer_encodes_as_the_one_that_it_was_written_from(tmp_path, trained, version):
+    path = tokenizer_file(tmp_path, trained, version)
+    for place in (tmp_path, path):
+        loaded = Tokenizer.from_pretrained(place)
+        assert loaded.fingerprint() == trained.fingerprint()
+        text = Path(__file__).read_text() + "naïve 字 😀  \n\n<|endoftext|>\tx"
+        assert loaded.encode(text) == trained.encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+        assert loaded.eos_token_id == trained.eos_token_id
+
+
+def test_llm_cs_folder_generates(tmp_path, trained, capsys):
+    tokenizer_file(tmp_path, trained)
+    config = replace(CONFIG, vocab_size=trained.vocab_size, dropout=None)
+    path = model_file(tmp_path / "gpt2_124M.bin", random_model(config), rows=3072)
+    assert generate(["--model", str(path), "--greedy", "--max-new-tokens", "3", "The model"]) == 0
+    assert capsys.readouterr().out.startswith("The model")
+
+
+def test_a_broken_tokenizer_of_llm_c_is_one_error(tmp_path, trained):
+    path = tokenizer_file(tmp_path, trained)
+    whole = path.read_bytes()
+    twice = whole[:1024] + b"\x01!" * 3000
+    long = whole[:8] + struct.pack("<i", 3000) + whole[12:1024] + (b"\xff" + b"!" * 255) * 3000
+    strange = whole.replace(b"\x03the", b"\x03\xff\xfe\xfd")
+    assert strange != whole
+    for damaged in (
+        b"",
+        whole[:1023],
+        whole[:-1],
+        whole + b"\0",
+        twice,
+        long,
+        strange,
+        whole[1024:],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(TokenizerError, match="gpt2_tokenizer.bin"):
+            Tokenizer.from_pretrained(tmp_path)
+    for place, number in ((1, 3), (2, 2999), (2, 2**31 - 1), (2, -1), (3, 3000), (3, -1)):
+        path.write_bytes(whole[: 4 * place] + struct.pack("<i", number) + whole[4 * place + 4 :])
+        with pytest.raises(TokenizerError, match="gpt2_tokenizer.bin"):
+            Tokenizer.from_pretrained(tmp_path)

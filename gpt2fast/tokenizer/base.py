@@ -74,8 +74,9 @@ class Tokenizer(ABC):
         """The tokenizer of a directory, of a bundled model or of a model on the Hugging Face hub.
 
         Understands `tokenizer.json`, `vocab.json` with `merges.txt`, OpenAI's `encoder.json` with
-        `vocab.bpe`, the `vocab.json` that `CharTokenizer.save_pretrained` writes, and nanoGPT's
-        `meta.pkl`, beside a `ckpt.pt` or in the folder of the data set that it names.
+        `vocab.bpe`, the `vocab.json` that `CharTokenizer.save_pretrained` writes, llm.c's
+        `gpt2_tokenizer.bin`, and nanoGPT's `meta.pkl`, beside a `ckpt.pt` or in the folder of the
+        data set that it names.
 
         Args:
             name_or_path: as for `GPT2.from_pretrained`.

@@ -1,4 +1,4 @@
-"""Finding the tokenizer in a directory: Hugging Face layouts, OpenAI's, ours, nanoGPT's."""
+"""Finding the tokenizer in a directory: Hugging Face layouts, OpenAI's, ours, others'."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from .checks import (
     read_text,
 )
 from .huggingface import LibraryTokenizer, check_steps
+from .llm_c import NAME as LLM_C
+from .llm_c import load_llm_c
 from .merges import UnusualVocabularyError
 from .nanogpt import NAME as META
 from .nanogpt import find_meta, read_meta
@@ -37,6 +39,7 @@ FILE_NAMES = (
     "special_tokens_map.json",
     "added_tokens.json",
     META,
+    LLM_C,
 )
 """Every file that `load` may read."""
 
@@ -68,6 +71,8 @@ def _load(directory: Path, path: Path) -> Tokenizer:
             return _load_vocab_and_merges(directory, vocab_name, merges_name, config)
     if (directory / "vocab.json").is_file():
         return _load_char(directory / "vocab.json")
+    if (directory / LLM_C).is_file():
+        return load_llm_c(directory / LLM_C)
     meta = find_meta(path)
     if meta is not None:
         return CharTokenizer.of_characters(read_meta(meta), str(meta))
