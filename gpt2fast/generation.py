@@ -35,7 +35,7 @@ EosTokenId = int | Sequence[int] | None | _FromConfig
 
 def generate(
     model: GPT2,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int = 20,
@@ -67,7 +67,9 @@ def generate(
 
     Args:
         model: switched to evaluation mode meanwhile.
-        input_ids: (B, T) token ids.
+        input_ids: (B, T) token ids. None, as in transformers, is one row of the token that begins a
+            text: the `bos_token_id` of generation_config.json, or else of the configuration. An
+            empty row, of no columns or all masked, is continued from there as well.
         attention_mask: (B, T), 1 where a token is real; padding on either side, or holes.
         max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
             no_repeat_ngram_size, num_beams, length_penalty, early_stopping,
@@ -105,7 +107,7 @@ def generate(
     ends = end_tokens(model, eos_token_id)
     padding = _padding(model, ends, pad_token_id, num_beams)
     criteria = StopCriteria(ends, stop, tokenizer)
-    input_ids = _tensor("input_ids", input_ids)
+    input_ids, attention_mask = _with_beginning(model, input_ids, attention_mask)
     prompts = _real_tokens(model, input_ids, attention_mask)
     for index, prompt in enumerate(prompts):
         check_length(model, len(prompt), max_new_tokens, f"row {index} of input_ids")
@@ -154,6 +156,37 @@ def end_tokens(model: GPT2, eos_token_id: EosTokenId) -> list[int]:
     return [int(token) for token in ids]
 
 
+def beginning(model: GPT2) -> int | None:
+    """The token that a text begins with where nothing is given, or None if the model has none."""
+    named = model.generation_config.get("bos_token_id")
+    if named is None:
+        named = model.config.bos_token_id
+    # A small vocabulary under GPT-2's default of 50256 has no such token.
+    return named if named is not None and 0 <= named < model.config.vocab_size else None
+
+
+def _with_beginning(model: GPT2, input_ids: Any, mask: Any) -> tuple[Tensor, Any]:
+    """Both, or where there are no columns, one with the token that a text begins with."""
+    rows, device = 1, model.device
+    if input_ids is not None:
+        input_ids = _tensor("input_ids", input_ids)
+        if input_ids.dim() != 2 or input_ids.shape[1] or not len(input_ids):
+            return input_ids, mask
+        rows, device = len(input_ids), input_ids.device
+    mask = None if mask is None else _tensor("attention_mask", mask)
+    if mask is not None and mask.numel():
+        raise GenerationError(
+            f"attention_mask has shape {tuple(mask.shape)}, and there are no input_ids for it"
+        )
+    first = beginning(model)
+    if first is None:
+        raise GenerationError(
+            "input_ids is empty, and the model's configuration names no bos_token_id to begin with "
+            "(or one that its vocabulary lacks): give at least one token, such as the end token"
+        )
+    return torch.full((rows, 1), first, dtype=torch.int64, device=device), None
+
+
 def check_length(model: GPT2, tokens: int, new_tokens: int, name: str) -> None:
     """Refuse what does not fit the model's positions.
 
@@ -178,7 +211,7 @@ def _real_tokens(model: GPT2, input_ids: Tensor, mask: Tensor | None) -> list[li
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise GenerationError(
             f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, time) with at least "
-            "one token: begin an empty text with the end-of-text token"
+            "one token"
         )
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise GenerationError(f"input_ids has dtype {input_ids.dtype}; token ids are integers")
@@ -198,10 +231,13 @@ def _real_tokens(model: GPT2, input_ids: Tensor, mask: Tensor | None) -> list[li
         ]
     for index, tokens in enumerate(rows):
         if not tokens:
-            raise GenerationError(
-                f"row {index} of input_ids has no token that attention_mask keeps; begin an empty "
-                "text with the end-of-text token"
-            )
+            first = beginning(model)
+            if first is None:
+                raise GenerationError(
+                    f"row {index} of input_ids has no token that attention_mask keeps, and the "
+                    "model's configuration names no bos_token_id to begin with: give it a token"
+                )
+            tokens.append(first)
         check_vocabulary(model, tokens, f"row {index} of input_ids")
     return rows
 

@@ -20,7 +20,14 @@ from .errors import (
     TokenizerError,
     WeightsError,
 )
-from .generation import FROM_CONFIG, EosTokenId, check_length, check_vocabulary, end_tokens
+from .generation import (
+    FROM_CONFIG,
+    EosTokenId,
+    beginning,
+    check_length,
+    check_vocabulary,
+    end_tokens,
+)
 from .lora import load_adapter, merge
 from .model import GPT2
 from .packed import PackedGPT2
@@ -52,7 +59,7 @@ class Generation:
     tokens: list[int]
     """The continuation's token ids, with those of the end token or stop string."""
     prompt_tokens: int
-    """Number of tokens of the prompt; an empty one begins with the end-of-text token."""
+    """Number of tokens of the prompt; an empty one has the token that it begins with."""
     finish_reason: str
     """Why it ended: "eos" (end token), "stop" (stop string) or "length" (no more was allowed)."""
     seed: int | None
@@ -430,12 +437,16 @@ class Generator:
             raise GenerationError(f"{name} is {text!r:.80}; it must be a text (str)")
         tokens = self.tokenizer.encode(text)
         if not tokens:
-            if self.tokenizer.eos_token_id is None:
+            # As in transformers; what models without this token have learned follows the end token.
+            first = beginning(self.model)
+            first = self.tokenizer.eos_token_id if first is None else first
+            if first is None:
                 raise GenerationError(
-                    f"{name} is empty, and this tokenizer has no end-of-text token to begin with: "
-                    "give at least one character"
+                    f"{name} is empty, and neither is there a bos_token_id in the model's "
+                    "configuration nor an end-of-text token in the tokenizer to begin with: give "
+                    "at least one character"
                 )
-            tokens = [self.tokenizer.eos_token_id]
+            tokens = [first]
         check_vocabulary(self.model, tokens, name, self.tokenizer)
         room = self.model.config.n_positions
         if request.scores_prompt:

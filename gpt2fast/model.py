@@ -576,7 +576,12 @@ class GPT2(nn.Module):
         resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
         return self.wte
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Continue each row; see `gpt2fast.generation.generate` for the options."""
         from .generation import generate
 

@@ -308,7 +308,12 @@ class PackedGPT2(nn.Module):
         cache.advance(1, None, positions + 1)
         return logits, chosen
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any):
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Continue each row; see `gpt2fast.generation.generate` for the options."""
         from .generation import generate
 
