@@ -132,7 +132,7 @@ class Generator:
         cls,
         name_or_path: str | os.PathLike[str],
         *,
-        tokenizer: str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
@@ -152,7 +152,7 @@ class Generator:
                 preset too.
             dtype: of the weights; None means as stored, but float32 on a CPU where a half type
                 is stored, since many CPUs only emulate those.
-            tokenizer: where the tokenizer is, if not with the model.
+            tokenizer: where the tokenizer is, if not with the model; or a tokenizer.
             adapter: directory, or name on the hub, of LoRA adapters in PEFT's format, which are
                 merged into the model.
             quantize: "int8" or "int4" weights, on the CPU: `GPT2.quantize`.
@@ -184,6 +184,8 @@ class Generator:
             model = model.quantize(quantize, release=True)
         elif pack and isinstance(model, GPT2) and model.can_be_packed():
             model = model.pack(release=True)
+        if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+            return cls(model, tokenizer, window=window, notify=notify)
         place = name_or_path if tokenizer is None else tokenizer
         try:
             loaded = Tokenizer.from_pretrained(
@@ -439,7 +441,7 @@ class Generator:
         if not tokens:
             # As in transformers; what models without this token have learned follows the end token.
             first = beginning(self.model)
-            first = self.tokenizer.eos_token_id if first is None else first
+            first = self.tokenizer.start_token_id if first is None else first
             if first is None:
                 raise GenerationError(
                     f"{name} is empty, and neither is there a bos_token_id in the model's "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,6 @@ from .ops.native import fingerprint, unavailable
 from .packed import PackedGPT2, pack
 from .plain import is_plain, is_unwatched
 from .structure import check_held, layer_weights, why_not_read
-
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
 
 
 class GPT2Output:
@@ -594,9 +591,7 @@ class GPT2(nn.Module):
 
         return from_pretrained(name_or_path, **options)
 
-    def save_pretrained(
-        self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
-    ) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Write a directory that transformers loads; see `gpt2fast.weights.save_pretrained`."""
         from .weights import save_pretrained
 

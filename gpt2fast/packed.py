@@ -30,7 +30,6 @@ from .plain import is_unwatched
 if TYPE_CHECKING:
     from .model import GPT2, GPT2Output
     from .quantization import QuantizedWeights
-    from .tokenizer import Tokenizer
 
 # Tokens that pass through the model at once: more need more memory and gain nothing.
 _BLOCK = 512
@@ -346,9 +345,7 @@ class PackedGPT2(nn.Module):
             )
         return self
 
-    def save_pretrained(
-        self, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
-    ) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Write a directory that `GPT2.from_pretrained` loads; see `weights.save_packed`."""
         from .weights import save_packed
 

@@ -46,7 +46,6 @@ from .tensor_names import find_model, listed, same, with_shape
 if TYPE_CHECKING:
     from .model import GPT2
     from .packed import PackedGPT2
-    from .tokenizer import Tokenizer
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
@@ -161,20 +160,20 @@ def from_pretrained(
     return model
 
 
-def save_pretrained(
-    model: GPT2, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
-) -> None:
+def save_pretrained(model: GPT2, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
     """Write what `from_pretrained` here and in transformers read, weights bit for bit.
 
     The directory is made if need be, and gets config.json, generation_config.json,
-    model.safetensors, and the tokenizer's files if one is given. Each file appears whole or not at
-    all, config.json last. Saving over the files that the model was loaded from is safe.
+    model.safetensors, and the tokenizer's files if one is given; transformers' tokenizers write
+    their own. Each file appears whole or not at all, config.json last. Saving over the files that
+    the model was loaded from is safe.
 
     Adapters are merged into the weights; `gpt2fast.lora.save_adapter` writes them by themselves.
 
     Raises:
         ArgumentError: a configuration and weights cannot say what the model computes, since a
             module was replaced or parametrized; or the weights were released.
+        TokenizerError: `tokenizer` is none; nothing is written then.
         WeightsError: the directory cannot be written.
     """
     check_held(model)
@@ -205,7 +204,7 @@ def _check_described(model: GPT2) -> None:
 
 
 def save_packed(
-    model: PackedGPT2, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+    model: PackedGPT2, directory: str | os.PathLike[str], tokenizer: Any = None
 ) -> None:
     """Write packed weights into a directory that `from_pretrained` loads.
 
@@ -214,6 +213,7 @@ def save_packed(
     config.json says so under `quantization_config`.
 
     Raises:
+        TokenizerError: `tokenizer` is none; nothing is written then.
         WeightsError: the directory cannot be written.
     """
     packed = model.weights
@@ -252,8 +252,12 @@ def _save(
     described: Mapping[str, Any],
     metadata: Mapping[str, str],
     folder: Path,
-    tokenizer: Tokenizer | None,
+    tokenizer: Any,
 ) -> None:
+    from .tokenizer.foreign import save_tokenizer, tokenizer_of
+
+    if tokenizer is not None:
+        tokenizer_of(tokenizer)  # nothing is written beside what is none
     config = model.config
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     special.update(model.generation_config)
@@ -261,7 +265,7 @@ def _save(
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", tensors, metadata)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         atomic_write_text(folder / "generation_config.json", _json(special))
         atomic_write_text(folder / "config.json", _json(described))
     except OSError as error:

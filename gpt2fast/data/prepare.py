@@ -64,7 +64,7 @@ class PreparedData:
 def prepare_data(
     inputs: str | Path | Sequence[str | Path] | Mapping[str, float],
     out_dir: str | Path,
-    tokenizer: str = "char",
+    tokenizer: Any = "char",
     vocab_size: int = 2048,
     split: str | None = None,
     val_fraction: float | None = None,
@@ -96,7 +96,8 @@ def prepare_data(
             windows from each in proportion to its weight.
         out_dir: folder that gets the token files, the tokenizer and `meta.json`.
         tokenizer: "char" (the characters of the whole text), "bpe" (a byte-level BPE trained on
-            the training part only), or a directory or hub name such as "gpt2".
+            the training part only), a directory or hub name such as "gpt2", or a tokenizer; one of
+            transformers or tokenizers will do.
         vocab_size: tokens of a "bpe".
         split: "position" (the default) holds out the last `val_fraction` of the characters of all
             files, one after another, as nanoGPT does. "documents" holds out whole documents, drawn
@@ -135,6 +136,12 @@ def prepare_data(
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be at least 1")
     out_dir = Path(out_dir)
+    made: Tokenizer | None = None
+    if isinstance(tokenizer, os.PathLike):
+        tokenizer = os.fspath(tokenizer)
+    elif not isinstance(tokenizer, str):
+        made = Tokenizer.of(tokenizer)
+        tokenizer = f"{type(made).__name__} {made.fingerprint()}"
     given: list[int] = []
     weights = None
     sources: list[Source | None]
@@ -164,7 +171,7 @@ def prepare_data(
         "add_tokens": list(add_tokens) or None,
     }
     with _working_directory(out_dir, overwrite) as work:
-        run = _Run(work, sources, corpus_of, given, settings, progress or _silent, workers, notify)
+        run = _Run(work, sources, corpus_of, given, settings, progress or _silent, workers, notify, made)
         resumed = run.begin()
         run.finish(out_dir)
         meta = read_meta(out_dir / "meta.json")
@@ -263,6 +270,7 @@ class _Run:
         progress: Progress,
         workers: int,
         notify: Callable[[str], None],
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.work = work
         self.asked = sources
@@ -272,6 +280,7 @@ class _Run:
         self.progress = progress
         self.workers = workers
         self.notify = notify
+        self.tokenizer = tokenizer
         self.documents = settings["split"] == "documents"
 
     def begin(self) -> bool:
@@ -335,7 +344,9 @@ class _Run:
         if not (self.work / "meta.json").exists():
             name = self.settings["tokenizer"]
             if name not in ("char", "bpe"):  # a wrong name is told before a long text is read
-                tokenizer = self._kept(lambda: self._grown(Tokenizer.from_pretrained(name)))
+                tokenizer = self._kept(
+                    lambda: self._grown(self.tokenizer or Tokenizer.from_pretrained(name))
+                )
             plan = self._plan()
             if name in ("char", "bpe"):
                 tokenizer = self._kept(lambda: self._grown(self._trained(plan)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class Scorer:
     """A model with its tokenizer, asked for likelihoods.
 
     Args:
-        model, tokenizer: which belong together.
+        model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
         batch_size: sequences read at once; fewer where they are long. Results do not depend on it
             beyond rounding.
         progress: called with the number of requests answered so far and their total.
@@ -71,13 +71,13 @@ class Scorer:
     def __init__(
         self,
         model: GPT2 | PackedGPT2,
-        tokenizer: Tokenizer,
+        tokenizer: Any,
         *,
         batch_size: int = BATCH_SIZE,
         progress: Callable[[int, int], None] | None = None,
     ):
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = Tokenizer.of(tokenizer)
         self.batch_size = batch_size
         self._progress = progress
         self._done = self._total = 0
@@ -87,17 +87,18 @@ class Scorer:
 
         White space at the end of the context counts to the ending, the two are encoded together,
         and the ending is what comes after as many tokens as the context alone has. An empty
-        context becomes the end-of-text token.
+        context becomes the tokenizer's token for that, `start_token_id`.
         """
         bare = context.rstrip()
         context, ending = bare, context[len(bare) :] + ending
         if not context:
-            if self.tokenizer.eos_token_id is None:
+            first = self.tokenizer.start_token_id
+            if first is None:
                 raise DataError(
                     "an example has an empty context, and this tokenizer has no end-of-text token "
                     "to begin with: use a tokenizer that has one, such as GPT-2's"
                 )
-            return [self.tokenizer.eos_token_id], self._bare(ending)
+            return [first], self._bare(ending)
         tokens = self._bare(context)
         return tokens, self._bare(context + ending)[len(tokens) :]
 

@@ -55,7 +55,7 @@ class Result:
 
 def evaluate(
     model: GPT2 | PackedGPT2,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     tasks: Sequence[str | Task[Any]],
     *,
     data: Mapping[str, str | os.PathLike[str]] | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     """Score a model on tasks. The data of all of them are read before the first is scored.
 
     Args:
-        model, tokenizer: which belong together; the tokenizer's ids lie in the model's vocabulary.
+        model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
         tasks: names, or tasks of your own.
         data: files by the task's name; where else is looked, `sources.load` says. For perplexity
             also a folder of prepared data or of a training run, whose held-out part is scored.
@@ -82,7 +82,7 @@ def evaluate(
         DataError: no such task, or its data are missing or broken.
         ArgumentError: settings that the model cannot serve.
     """
-    settings = settings or Settings()
+    settings, tokenizer = settings or Settings(), Tokenizer.of(tokenizer)
     chosen = [_task(task) if isinstance(task, str) else task for task in tasks]
     trained = None if run is None else training_run(run)
     given = dict(data or {})

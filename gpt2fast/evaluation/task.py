@@ -36,7 +36,7 @@ class Settings:
     stride: int | None = None
     """Of texts: tokens that each window predicts; None means `context`."""
     first_token: bool | None = None
-    """Of texts: begin with the end-of-text token, so that the first token is predicted as well.
+    """Of texts: begin with `Tokenizer.start_token_id`, so that the first token is predicted, too.
     None: where the tokenizer has that token, and the task does not say otherwise."""
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ class TextTask(Task[Document]):
 
     metrics: ClassVar[Mapping[str, str]]
     first_token: ClassVar[bool] = True
-    """Begin with the end-of-text token unless the settings say otherwise."""
+    """Begin with the tokenizer's `start_token_id` unless the settings say otherwise."""
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
         """What --limit leaves: the first `count` of `documents`; `cut` shortens a text."""
@@ -239,17 +239,17 @@ class TextTask(Task[Document]):
                 f"stride is {stride}, more than the {context} tokens of a window: some tokens "
                 "would never be predicted"
             )
-        end = scorer.tokenizer.eos_token_id
+        first = scorer.tokenizer.start_token_id
         wanted = settings.first_token
-        if wanted and end is None:
+        if wanted and first is None:
             raise ArgumentError(
                 "this tokenizer has no end-of-text token to begin with: skip the first token"
             )
         if wanted is None:
-            wanted = self.first_token and end is not None
+            wanted = self.first_token and first is not None
         if not wanted and context < 2:
             raise ArgumentError("context is 1, which leaves no token to predict: take 2 or more")
-        return context, stride, end if wanted else None
+        return context, stride, first if wanted else None
 
 
 Cut = Callable[[str], str]

@@ -26,10 +26,14 @@ class Tokenizer(ABC):
         added_tokens: tokens that are matched whole in a text.
         eos_token_id: id of the token that ends a document, or None.
         around: ids that `encode` puts before and after a text.
+        bos_token_id: id of the token that begins a text, or None.
     """
 
     eos_token_id: int | None
     """Id of the token that ends a document, or None."""
+
+    bos_token_id: int | None
+    """Id of the token that begins a text, or None. `encode` puts it where `around` has it alone."""
 
     added_tokens: tuple[AddedToken, ...]
     """Tokens that are matched whole in a text, by id."""
@@ -43,12 +47,13 @@ class Tokenizer(ABC):
         added_tokens: Iterable[AddedToken],
         eos_token_id: int | None,
         around: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        bos_token_id: int | None = None,
     ) -> None:
         self._tokens = tokens
         self.vocab_size = max(tokens) + 1
         self.added_tokens = tuple(sorted(added_tokens, key=lambda token: token.id))
         self._splitter = AddedTokenSplitter(self.added_tokens)
-        self.eos_token_id = eos_token_id
+        self.eos_token_id, self.bos_token_id = eos_token_id, bos_token_id
         self._around = (list(around[0]), list(around[1]))
 
     @staticmethod
@@ -58,8 +63,6 @@ class Tokenizer(ABC):
         Raises:
             TokenizerError: it is neither.
         """
-        if isinstance(tokenizer, Tokenizer):
-            return tokenizer
         from .foreign import tokenizer_of
 
         return tokenizer_of(tokenizer)
@@ -135,6 +138,12 @@ class Tokenizer(ABC):
         except (KeyError, TypeError):
             joined = b"".join([self._token_bytes(id) for id in ids])  # says which id is wrong
         return joined.decode("utf-8", "replace")
+
+    @property
+    def start_token_id(self) -> int | None:
+        """What stands before a text where something has to: the token that begins texts, or else
+        the one that ends documents; None without either."""
+        return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def __contains__(self, id: int) -> bool:
         """Whether a token has this id: a model's vocabulary may be larger, or padded."""

@@ -78,6 +78,7 @@ class BPETokenizer(Tokenizer):
             added_tokens=added_tokens,
             eos_token_id=None if eos_token is None else by_content[eos_token],
             around=around,
+            bos_token_id=by_content.get(self._special_tokens.get("bos_token") or ""),
         )
 
     @classmethod

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError
+from ..files import atomic_write
 from .added_tokens import AddedToken
 from .base import StreamDecoder, Tokenizer, check_text
 from .huggingface import GenericStreamDecoder
@@ -32,6 +34,8 @@ def tokenizer_of(tokenizer: Any) -> Tokenizer:
     """
     import tokenizers
 
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "_tokenizer", tokenizer))
     plain = not hasattr(tokenizer, "special_tokens_map") or (
         type(tokenizer).__name__ in _PLAIN_CLASSES
@@ -43,8 +47,9 @@ def tokenizer_of(tokenizer: Any) -> Tokenizer:
     if isinstance(backend, tokenizers.Tokenizer) and plain:
         config: dict[str, Any] = {}
         for name in SPECIAL_NAMES:
-            token = getattr(tokenizer, name, None)
-            config[name] = None if token is None else str(token)
+            if hasattr(tokenizer, name):  # those of `tokenizers` know no parts
+                token = getattr(tokenizer, name)
+                config[name] = None if token is None else str(token)
         config["clean_up_tokenization_spaces"] = getattr(
             tokenizer, "clean_up_tokenization_spaces", False
         )
@@ -53,6 +58,29 @@ def tokenizer_of(tokenizer: Any) -> Tokenizer:
     if all(callable(getattr(tokenizer, name, None)) for name in needed):
         return ForeignTokenizer(tokenizer)
     raise _no_tokenizer(tokenizer)
+
+
+def save_tokenizer(tokenizer: Any, directory: str | PathLike[str]) -> None:
+    """Write a tokenizer's files: those of its own package, where that has such.
+
+    Args:
+        tokenizer: ours, or one that `tokenizer_of` takes.
+        directory: made if need be; each file appears whole or not at all.
+    """
+    if isinstance(tokenizer, Tokenizer) or not hasattr(tokenizer, "save_pretrained"):
+        tokenizer_of(tokenizer).save_pretrained(directory)
+        return
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as written:
+        tokenizer.save_pretrained(written)
+        for path in sorted(Path(written).rglob("*")):
+            place = folder / path.relative_to(written)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+                continue
+            with atomic_write(place) as file:
+                file.write(path.read_bytes())
 
 
 def _no_tokenizer(given: Any) -> TokenizerError:
@@ -114,6 +142,7 @@ class ForeignTokenizer(Tokenizer):
             tokens={id: token.encode("utf-8", "replace") for token, id in self._vocab.items()},
             added_tokens=[AddedToken(str(token), id) for id, token in added.items()],
             eos_token_id=getattr(tokenizer, "eos_token_id", None),
+            bos_token_id=getattr(tokenizer, "bos_token_id", None),
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -139,8 +168,11 @@ class ForeignTokenizer(Tokenizer):
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write the files that its own package writes."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self._foreign.save_pretrained(directory)
+        if not hasattr(self._foreign, "save_pretrained"):
+            raise TokenizerError(
+                f"a {type(self._foreign).__name__} has no save_pretrained to write its files with"
+            )
+        save_tokenizer(self._foreign, directory)
 
     def _fingerprint_below(self, size: int) -> str:
         added = {token.content for token in self.added_tokens if token.id >= size}

@@ -114,6 +114,7 @@ class LibraryTokenizer(Tokenizer):
                 for id, token in backend.get_added_tokens_decoder().items()
             ],
             eos_token_id=None if eos_token is None else vocab[eos_token],
+            bos_token_id=vocab.get(self._special_tokens.get("bos_token") or ""),
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
