@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,14 @@ from torch import Tensor
 from . import ops
 from .errors import GenerationError
 from .memory import zeros
+
+
+@dataclass
+class Constants:
+    """What a cache remembers of gradients: its keys and values have none."""
+
+    lost: bool = False
+    """Whether some that it holds had one where they came from."""
 
 
 class LayerCache(NamedTuple):
@@ -32,6 +41,8 @@ class LayerCache(NamedTuple):
     front: Tensor | None = None
     """(B, T) the order of the new tokens' positions in which those that are stored come first;
     None: they do already."""
+    constants: Constants | None = None
+    """Shared by all layers of the cache."""
 
 
 class KVCache:
@@ -46,6 +57,9 @@ class KVCache:
         max_length: entries that each row can hold, T_max.
         dtype, device: of keys and values. Of int8 each head's entry has a float32 factor, the
             largest of its elements being 127.
+
+    Keys and values are stored without their gradients: those of the tokens before do not flow back
+    through a cache. Where gradients are recorded, a backward pass that would need them is an error.
 
     Raises:
         GenerationError: a dtype that holds neither floating-point numbers nor int8.
@@ -82,6 +96,8 @@ class KVCache:
         """(B,) entries stored in each row."""
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) position that each row's next token has unless the caller says otherwise."""
+        self.constants = Constants()
+        """Whether gradients end at what it holds: a backward pass through that is an error."""
         # At least the longest row; known without asking the device.
         self._longest = 0
 
@@ -118,7 +134,15 @@ class KVCache:
             None if x is None else x[index] for x in (self.k_scales, self.v_scales)
         )
         return LayerCache(
-            self.k[index], self.v[index], self.lengths, counts, empty, k_scales, v_scales, front
+            self.k[index],
+            self.v[index],
+            self.lengths,
+            counts,
+            empty,
+            k_scales,
+            v_scales,
+            front,
+            self.constants,
         )
 
     def reserve(self, new_tokens: int, counts: Tensor | None = None) -> None:

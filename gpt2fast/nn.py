@@ -21,6 +21,7 @@ from .config import ACTIVATION_NAMES, plain_activation
 from .errors import ArgumentError
 from .ops.backend import statistics_dtype
 from .ops.decode import ACTIVATIONS
+from .ops.derivatives import is_transformed, refused
 from .ops.int8_cache import read as read_cache
 from .plain import is_plain, readable
 
@@ -339,15 +340,18 @@ class CausalSelfAttention(nn.Module):
         dropout = self.attn_dropout.p if fused and self.training else 0.0
         if cache is not None:
             scales = cache.k_scales, cache.v_scales
-            ops.append_to_cache(k, v, cache.k, cache.v, cache.lengths, cache.counts, *scales)
-            if fused and not dropout and not cache.empty:
-                return ops.attention_with_cache(
+            stored = _as_constants(k, v, cache)
+            ops.append_to_cache(*stored, cache.k, cache.v, cache.lengths, cache.counts, *scales)
+            if not cache.empty and fused and not dropout:
+                out = ops.attention_with_cache(
                     q, cache.k, cache.v, cache.lengths, self.scale, *scales
                 )
+                return _of_constants(out, cache)
             if not cache.empty:
                 k = read_cache(cache.k, cache.k_scales, q.dtype)
                 v = read_cache(cache.v, cache.v_scales, q.dtype)
-                return self._attend_openly(q, k, v, None, cache.lengths)
+                out = self._attend_openly(q, k, v, None, cache.lengths)
+                return _of_constants(out, cache)
         if not fused:
             return self._attend_openly(q, k, v, mask, None)
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
@@ -380,6 +384,29 @@ class CausalSelfAttention(nn.Module):
     def extra_repr(self) -> str:
         """What print shows."""
         return f"width={self.width}, heads={self.heads}, scale={self.scale:g}"
+
+
+def _as_constants(k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
+    """Keys and values as a cache stores them, which remembers if they had gradients."""
+    if is_transformed() or not torch.is_grad_enabled() or not (k.requires_grad or v.requires_grad):
+        return k, v
+    if cache.constants is not None:
+        cache.constants.lost = True
+    return k.detach(), v.detach()
+
+
+def _of_constants(out: Tensor, cache: LayerCache) -> Tensor:
+    """What was computed from a cache, whose backward pass is an error where it would be wrong."""
+    lost = cache.constants is not None and cache.constants.lost
+    if not torch.is_grad_enabled() or not (lost or out.requires_grad):
+        return out
+    anchor = out if out.requires_grad else out.new_zeros(()).requires_grad_()
+    return refused(
+        out,
+        anchor,
+        "a cache keeps keys and values without their gradients: to train, give all tokens to one "
+        "call without a cache; to compute without gradients, use torch.no_grad()",
+    )
 
 
 def _in_order(x: Tensor, order: Tensor) -> Tensor:

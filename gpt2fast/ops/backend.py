@@ -141,7 +141,6 @@ class Op:
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         self._no_gradient = "it writes in place" if self._writes else None
-        self._reads_constants = False
 
     def register_fake(self, fake: Callable) -> None:
         """Say which shapes and dtypes the op returns, for tracing without data."""
@@ -166,16 +165,16 @@ class Op:
         it be another one than the reference."""
         self._plain = plain
 
-    def refuse_gradient(self, why: str, *, reads_constants: bool = False) -> None:
+    def refuse_gradient(self, why: str) -> None:
         """Make it an error that says why to differentiate through this op.
+
+        Of an op that writes in place the call is the error: where its numbers come from cannot be
+        told of what it has written. Of others the backward pass is.
 
         Args:
             why: it has none.
-            reads_constants: what is read and not written may require gradients all the same: it
-                is a constant to the op.
         """
         self._no_gradient = why
-        self._reads_constants = reads_constants
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The results by an expression that torch differentiates to any order, in both modes, and
@@ -216,19 +215,22 @@ class Op:
             if anchor is not None and self._no_gradient is None:
                 return self.plain(*args)
         if anchor is not None and self._writes:
-            self._refuse_to_write(args, transformed)
+            raise self._writing_error(args)
         with _C._AutoDispatchBelowAutograd():
             result = self.call.redispatch(keyset & _C._after_autograd_keyset, *args)
         return result if anchor is None else self._refused(result, anchor, transformed)
 
-    def _refuse_to_write(self, args: Sequence[Any], transformed: bool) -> None:
-        if transformed or not (self.call._schema.returns or self._reads_constants):
-            raise self._gradient_error()
-        if differentiated(args[index] for index in self._writes if index < len(args)) is not None:
-            raise NotImplementedError(
-                f"gpt2fast.ops.{self.name} writes in place to a tensor that requires a gradient; "
-                "call it under torch.no_grad(), or pass x.detach()"
-            )
+    def _writing_error(self, args: Sequence[Any]) -> NotImplementedError:
+        """What to say where an argument of an op that writes in place requires a gradient."""
+        name = next(
+            argument.name
+            for argument, value in zip(self.call._schema.arguments, args, strict=False)
+            if differentiated((value,)) is not None
+        )
+        return NotImplementedError(
+            f"{self._gradient_error()}. It writes in place, and {name} requires a gradient: call "
+            f"it under torch.no_grad(), or detach {name}"
+        )
 
     def _refused(self, result: Any, anchor: Tensor, transformed: bool) -> Any:
         """The results, or an error where they would silently be constants."""

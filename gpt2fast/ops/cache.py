@@ -40,7 +40,8 @@ def append_to_cache(
     """Store new keys and values behind each row's end: cache[b, lengths[b] + t] = new[b, t].
 
     Args:
-        k, v: (B, T, H, D).
+        k, v: (B, T, H, D); where gradients are recorded, none that requires one, which would be
+            lost: detach it.
         k_cache, v_cache: (B, T_max, H, D), written in place.
         lengths: (B,) int64, entries stored before; not changed, so that all layers can share it.
         counts: (B,) int64, how many of the T entries of each row are stored; None means all.
@@ -341,9 +342,7 @@ _release = Op(
 )
 
 
-_append.refuse_gradient(
-    "what it stores is a constant; train with causal_attention", reads_constants=True
-)
+_append.refuse_gradient("what it stores are constants; train with causal_attention")
 
 
 @_append.register_fake

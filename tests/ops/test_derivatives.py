@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from comparison import BACKENDS, backend, random
 from gpt2fast import ops
 from gpt2fast.errors import ArgumentError
+from op_arguments import CPU_BACKENDS, LACKS, arguments
 from philox import cpu_factors, gpu_factors
 from tolerance import assert_close
 
@@ -274,3 +276,59 @@ def test_a_learned_number_is_refused_and_the_way_out_has_its_gradient():
     ours = torch.autograd.grad(ops.causal_attention(q * number, k, v, 1.0).sum(), number)[0]
     theirs = attend(q * (number * math.sqrt(8)), k, v).sum()
     assert torch.allclose(ours, torch.autograd.grad(theirs, number)[0])
+
+
+def _float_arguments(given: dict[str, object]) -> list[str]:
+    """Those that may require a gradient, by name."""
+    return [
+        name
+        for name, value in given.items()
+        if isinstance(value[0] if isinstance(value, list) else value, torch.Tensor)
+        and (value[0] if isinstance(value, list) else value).is_floating_point()
+    ]
+
+
+def _requiring(value: object) -> object:
+    if isinstance(value, list):
+        return [value[0].detach().requires_grad_(), *value[1:]]
+    assert isinstance(value, torch.Tensor)
+    return value.detach().requires_grad_()
+
+
+WRITING = [
+    (op, name)
+    for op in ("append_to_cache", "reorder_cache", "decode_step", "packed_next", "fused_adamw")
+    for name in _float_arguments(arguments()[op])
+]
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+@pytest.mark.parametrize(("op", "argument"), WRITING)
+def test_what_is_written_in_place_never_loses_a_gradient_in_silence(name, op, argument):
+    """As torch refuses `out=` where an argument requires a gradient."""
+    if op in LACKS.get(name, ()):
+        pytest.skip(f"{name} does not run {op} here")
+    given = arguments()[op]
+    plain = given[argument]
+    given[argument] = _requiring(copy.deepcopy(plain))
+    writes = [x for x in ("k_cache", "v_cache", "params", "exp_avgs") if x in given]
+    copies = {x: copy.deepcopy(given[x]) for x in writes}
+    with backend(name):
+        with pytest.raises(NotImplementedError, match=f"writes in place, and {argument} requires"):
+            getattr(ops, op)(**given)
+        for x, kept in copies.items():
+            pairs = zip(given[x], kept, strict=True)
+            assert all(torch.equal(now, then) for now, then in pairs)
+        with torch.no_grad():
+            getattr(ops, op)(**given)
+        given[argument] = plain
+        getattr(ops, op)(**given)
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_entries_that_are_detached_are_stored(name):
+    k = random(2, 3, 2, 8).float().requires_grad_()
+    with backend(name):
+        caches = torch.zeros(2, 6, 2, 8), torch.zeros(2, 6, 2, 8)
+        ops.append_to_cache(k.detach(), -k.detach(), *caches, torch.tensor([0, 3]))
+        assert torch.equal(caches[0][1, 3:], k[1]) and not caches[0].requires_grad
