@@ -379,8 +379,9 @@ class GPT2(nn.Module):
             (B, vocab) logits. Not differentiable.
 
         Where the native kernels run, the weights are packed first, and again when they have
-        changed; a change through `parameter.data` goes unnoticed until `for_decoding` or
-        `generate` is called.
+        changed; a change in place through `parameter.data`, which torch does not count, goes
+        unnoticed until `for_decoding` or `generate` is called: to look for it takes as long as a
+        step.
         """
         check_held(self)
         if self.why_not_read() is not None:
