@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .arguments import OneLineParser
+from .command import command
+from .output import say
+
 _COMMANDS = """\
 python -m gpt2fast.generate   continue a text
 python -m gpt2fast.prepare    turn text into tokens for training
@@ -14,5 +22,19 @@ python -m gpt2fast.benchmark  how fast it runs here, and how much of the memory'
 
 Each has --help."""
 
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """List the commands; returns the exit code."""
+    parser = OneLineParser(
+        prog="python -m gpt2fast",
+        description=_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    say(_COMMANDS)
+    return 0
+
+
 if __name__ == "__main__":
-    print(_COMMANDS)
+    sys.exit(main())

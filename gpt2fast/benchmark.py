@@ -20,13 +20,14 @@ import torch
 
 from . import __version__
 from .arguments import OneLineParser, ParagraphFormatter
+from .command import command
 from .config import PRESETS, GPT2Config
 from .decoding import StopCriteria, Timing, decode
 from .errors import Error
 from .generation import check_length
 from .model import GPT2
 from .ops import native
-from .output import say
+from .output import complain, say
 from .packed import PackedGPT2
 from .sampling import SamplingOptions
 
@@ -55,6 +56,7 @@ class Speed:
     """decode / allowed, of runs next to each other."""
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     options = _parse(argv)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

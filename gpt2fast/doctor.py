@@ -18,10 +18,12 @@ import torch
 
 from . import __version__, backend, ops
 from .arguments import OneLineParser
+from .command import command
 from .errors import Error
 from .ops import cuda, native, triton
 from .ops.backend import ORDER, Call, record_calls
 from .ops.packed import MatrixFormat, ModelShape, PackedWeights
+from .output import complain, say
 
 # What x86 kernels may use, under the names of /proc/cpuinfo, and the same for AArch64.
 _CPU_FEATURES = (
@@ -30,6 +32,7 @@ _CPU_FEATURES = (
 )  # fmt: skip
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     parser = OneLineParser(prog="python -m gpt2fast.doctor", description=__doc__)
@@ -50,16 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--device {options.device}: torch cannot use it here: {reason:.200}")
     try:
         for name, value in _environment():
-            print(f"{name:<14}{value}")
-        print()
+            say(f"{name:<14}{value}")
+        say("")
         with backend(options.backend):
             _print_table(_try_ops(options.device))
     except Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
-    except BrokenPipeError:
-        # Whoever read our output has enough; Python would complain again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -193,10 +195,10 @@ def _try_ops(device: str) -> list[Call]:
 
 
 def _print_table(calls: Sequence[Call]) -> None:
-    print(f"{'op':<23}{'backend':<12}why")
+    say(f"{'op':<23}{'backend':<12}why")
     for call in calls:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in call.refused)
-        print(f"{call.op:<23}{call.backend:<12}{reasons or 'first in the order'}")
+        say(f"{call.op:<23}{call.backend:<12}{reasons or 'first in the order'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
-from .output import note, say
+from .command import command
+from .output import complain, note, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ tasks:
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     from .errors import Error
@@ -104,7 +106,7 @@ def _load(args: argparse.Namespace) -> tuple[Generator, str]:
     backend(args.backend)
     name = BUNDLED if args.model is None else args.model
     if args.model is None:
-        _note(f"scoring the bundled model {BUNDLED!r}; --model gpt2 gets OpenAI's GPT-2")
+        complain(f"scoring the bundled model {BUNDLED!r}; --model gpt2 gets OpenAI's GPT-2")
     generator = Generator.from_pretrained(
         name,
         tokenizer=args.tokenizer,
@@ -174,13 +176,8 @@ def _progress() -> Iterator[Report | None]:
         yield report
 
 
-def _note(line: str) -> None:
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
 def _fail(error: object, code: int = 1) -> int:
-    _note("error: " + " ".join(str(error).split()))
+    complain("error: " + " ".join(str(error).split()))
     return code
 
 

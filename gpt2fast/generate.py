@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
-from .output import note
+from .command import command, output_is_closed
+from .output import complain, drop_output, held, note
 
 if TYPE_CHECKING:
     from .decoding import Timing
     from .generator import Generation, Generator
+    from .prompt_progress import PromptProgress
     from .prompts import Prompt
 
 _DESCRIPTION = """\
@@ -45,27 +47,23 @@ _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "storage 
 """What torch says, on a GPU and on a CPU."""
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
-        # A closed descriptor is None in Python, and print() would take standard output instead.
-        if sys.stdin is None:
-            sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-        if sys.stderr is None:
-            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        if sys.stdout is None:
+        if output_is_closed() and (_has_prompt(args) or args.interactive):
             return _fail("standard output is closed: there is nowhere to write the text")
         return _report(args)
     except KeyboardInterrupt:
-        if sys.stderr is not None and sys.stderr.isatty():
-            _say("")  # the terminal shows ^C in the middle of the text
+        if sys.stderr.isatty():
+            complain("")  # the terminal shows ^C in the middle of the text
         return 130
     except BrokenPipeError:
-        _drop_output()  # whoever read it has enough
+        drop_output()  # whoever read it has enough
         return 0
     except OSError as error:
-        _drop_output()
+        drop_output()
         return _fail(f"reading or writing failed: {error}")
 
 
@@ -90,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     import time
 
     from .errors import GenerationError
+    from .prompt_progress import PromptProgress
     from .prompts import PromptFileError
     from .sampling import SamplingOptions
 
@@ -117,8 +116,6 @@ def _run(args: argparse.Namespace) -> int:
         _save(generator, args)
         if prompts is None and not args.interactive:
             return 0
-    with contextlib.suppress(AttributeError):  # a replaced stdout may lack it
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
     shared = {"stop": args.stop, **options}
     if args.logprobs is not None:
@@ -135,19 +132,22 @@ def _run(args: argparse.Namespace) -> int:
     assert prompts is not None
     from .decoding import Timing
 
-    timing = Timing()
+    timing = _progress(args, prompts) if args.progress else Timing()
     if any(prompt.options for prompt in prompts):
         for prompt in prompts:
             generator.check(prompt.text, _place(args, prompt), **{**shared, **prompt.options})
-    if args.json:
-        _write_json(generator, prompts, {**shared, "timing": timing})
+    if args.json or args.progress:
+        write = _write_json if args.json else _write_all
+        write(generator, prompts, {**shared, "timing": timing})
     elif len(prompts) == 1 and _can_stream(args, prompts[0]):
         (only,) = prompts
         _stream(generator, only.text, {**shared, **only.options, "timing": timing})
     else:
         _write_all(generator, prompts, {**shared, "timing": timing})
+    if isinstance(timing, PromptProgress):
+        timing.end()
     if args.stats:
-        _say(_stats(timing, load_seconds))
+        complain(_stats(timing, load_seconds))
     return 0
 
 
@@ -208,7 +208,7 @@ def _load(args: argparse.Namespace) -> Generator:
     backend(args.backend)
     device = usable_device(args.device)
     if args.model is None:
-        _say(
+        complain(
             f"writing with the bundled model {BUNDLED!r}, which is small and knows old adventure "
             "books only; --model gpt2 gets OpenAI's GPT-2"
         )
@@ -279,19 +279,30 @@ def _place(args: argparse.Namespace, prompt: Prompt) -> str:
     return f"{args.prompts_file}, line {(prompt.index or 0) + 1}"
 
 
+def _progress(args: argparse.Namespace, prompts: Sequence[Prompt]) -> PromptProgress:
+    from .prompt_progress import PromptProgress
+
+    limits = [prompt.options.get("max_new_tokens", args.max_new_tokens) for prompt in prompts]
+    return PromptProgress([limit for limit in limits for _ in range(args.num_samples)])
+
+
 def _results(
     generator: Generator, prompts: Sequence[Prompt], options: dict[str, Any]
 ) -> Iterator[tuple[Prompt, Generation]]:
     """The continuations in order; prompts with equal options are computed together."""
+    from .prompt_progress import PromptProgress
     from .sampling import Draws
 
-    draws = Draws()
+    draws, timing = Draws(), options["timing"]
     for own, together in itertools.groupby(prompts, key=lambda prompt: prompt.options):
         group = list(together)
         found = generator.one_by_one(
             [prompt.text for prompt in group], draws=draws, **{**options, **own}
         )
         for number, result in enumerate(found):
+            if isinstance(timing, PromptProgress):
+                timing.add_result(result)
+                timing.line.clear()
             yield group[number // options["num_return_sequences"]], result
 
 
@@ -312,10 +323,12 @@ def _read(name: str) -> str:
 
 def _stream(generator: Generator, prompt: str, options: dict[str, Any]) -> None:
     pieces = generator.stream(prompt, **options)
-    _write(prompt)
-    for piece in pieces:
-        _write(piece)
-    _write("\n")
+    begin = next(pieces, "")  # what there is to say of kernels and the like comes before the text
+    with held():
+        _write(prompt + begin)
+        for piece in pieces:
+            _write(piece)
+        _write("\n")
     if pieces.logprobs is not None:
         _write(_table(generator, pieces.tokens, pieces.logprobs, pieces.top_logprobs))
 
@@ -437,19 +450,8 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _drop_output() -> None:
-    """Python writes what is left when it ends, and would complain again."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
 def _fail(error: object, code: int = 1) -> int:
-    _say("error: " + " ".join(str(error).split()))
+    complain("error: " + " ".join(str(error).split()))
     return code
 
 
@@ -474,6 +476,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} is empty; leave it out, or give a name")
     if args.logprobs is not None and args.logprobs < 0:
         parser.error(f"--logprobs is {args.logprobs}; it must be 0 or more")
+    if args.progress and args.prompts_file is None:
+        parser.error("--progress is for --prompts-file; other texts are shown as they are written")
     if args.do_sample and (args.greedy or args.num_beams > 1):
         other = "--greedy" if args.greedy else "--num-beams"
         parser.error(f"{other} and --do-sample contradict each other")
@@ -573,8 +577,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     length.add_argument(
         "--window", choices=("error", "slide", "stop"), default="slide",
-        help="text longer than the model can see: refuse it, go on with the newest half "
-        "(default), or stop there",
+        help="text longer than the model can see: refuse it before it begins (as Generator and "
+        "GPT2.generate do by default), go on with the newest half (slide, the default here), or "
+        "stop there",
     )  # fmt: skip
 
     choice = parser.add_argument_group("choice of tokens (none switches an option off)")
@@ -613,6 +618,11 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens 0, of each token of the prompt",
     )  # fmt: skip
     output.add_argument("--json", action="store_true", help="a JSON object on each line")
+    output.add_argument(
+        "--progress", action="store_true",
+        help="with --prompts-file: how many results are there, speed and time left, in a line on "
+        "standard error",
+    )  # fmt: skip
     output.add_argument("--stats", action="store_true", help="speed, on standard error")
     return parser
 

@@ -96,8 +96,10 @@ class Generator:
 
     Args:
         model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
-        window: what happens to a text longer than the model's `n_positions`: "error" refuses it
-            in advance, "slide" goes on with the newest half of its tokens, "stop" ends it there.
+        window: what happens to a text longer than the model's `n_positions`: "error", the default
+            here, refuses it in advance, as `GPT2.generate` does; "slide", the default of
+            `python -m gpt2fast.generate`, goes on with the newest half of its tokens; "stop" ends
+            it there.
         notify: told once, when a text has slid; and when the tokenizer has a much smaller
             vocabulary than the model.
 

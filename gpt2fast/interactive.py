@@ -10,6 +10,7 @@ from typing import Any
 from .errors import Error
 from .files import atomic_write_text
 from .generator import Generator
+from .output import complain, held
 from .sampling import SamplingOptions
 
 _HELP = """\
@@ -45,7 +46,7 @@ class Conversation:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() a history and editing
         if sys.stdin.isatty():
-            print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
+            complain("/help lists the commands, Ctrl-D leaves")
         if first is not None:
             print(first, end="")
             self._answer(first)
@@ -58,12 +59,12 @@ class Conversation:
                     return 0
             except EOFError:
                 if sys.stdin.isatty():
-                    print(file=sys.stderr)
+                    complain("")
                 return 0
             except KeyboardInterrupt:
-                print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
+                complain("\n(Ctrl-D or /quit leaves)")
             except UnicodeDecodeError as error:
-                print(f"error: that line is not UTF-8 text: {error}", file=sys.stderr)
+                complain(f"error: that line is not UTF-8 text: {error}")
 
     def _answer(self, line: str) -> None:
         before = self.text
@@ -77,14 +78,15 @@ class Conversation:
         try:
             pieces = self._generator.stream(before + line, **options)
         except Error as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
             return
-        try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            pass
-        print(flush=True)
+        with held():
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            print(flush=True)
         self.text = before + line + pieces.text
 
     def _command(self, name: str, argument: str = "") -> bool:
@@ -92,39 +94,39 @@ class Conversation:
         if name == "/quit":
             return True
         if name == "/help":
-            print(_HELP, file=sys.stderr)
+            complain(_HELP)
         elif name == "/reset":
             self.text = ""
-            print("the text so far is forgotten", file=sys.stderr)
+            complain("the text so far is forgotten")
         elif name == "/save":
             self._save(argument.strip())
         elif name == "/set":
             self._set(argument)
         else:
-            print(f"error: there is no command {name}; /help lists them", file=sys.stderr)
+            complain(f"error: there is no command {name}; /help lists them")
         return False
 
     def _save(self, path: str) -> None:
         if not path:
-            print("error: /save needs a file name, as in /save story.txt", file=sys.stderr)
+            complain("error: /save needs a file name, as in /save story.txt")
             return
         try:
             atomic_write_text(path, self.text)
         except OSError as error:
-            print(f"error: {path} cannot be written: {error.strerror}", file=sys.stderr)
+            complain(f"error: {path} cannot be written: {error.strerror}")
         else:
-            print(f"{len(self.text)} characters written to {path}", file=sys.stderr)
+            complain(f"{len(self.text)} characters written to {path}")
 
     def _set(self, argument: str) -> None:
         if not argument:
             for name in (*_INTEGERS, *_NUMBERS):
-                print(f"  {name} {_shown(self._options.get(name))}", file=sys.stderr)
+                complain(f"  {name} {_shown(self._options.get(name))}")
             return
         name, _, word = argument.partition(" ")
         name, word = name.replace("-", "_"), word.strip()
         if name not in _INTEGERS + _NUMBERS:
             known = ", ".join((*_INTEGERS, *_NUMBERS))
-            print(f"error: there is no option {name}; choose from {known}", file=sys.stderr)
+            complain(f"error: there is no option {name}; choose from {known}")
             return
         try:
             kind = int if name in _INTEGERS else float
@@ -135,10 +137,10 @@ class Conversation:
                 | {name: value}
             )
         except Error as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
         except ValueError:
             kind_name = "a whole number" if name in _INTEGERS else "a number"
-            print(f"error: {name} takes {kind_name} or none, not {word!r}", file=sys.stderr)
+            complain(f"error: {name} takes {kind_name} or none, not {word!r}")
         else:
             self._options[name] = value
 

@@ -13,12 +13,12 @@ nor Python's is part of it: the libraries use torch's stable ABI and nothing of 
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import platform
 import shutil
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -48,6 +48,8 @@ from .compilation import (
 from .errors import BackendError
 from .files import atomic_write_text
 from .lock import only_process
+
+_log = logging.getLogger(__name__)
 
 INSTALLED = "installed with the package"
 
@@ -100,11 +102,10 @@ def is_switched_off() -> bool:
     return os.environ.get("GPT2FAST_NATIVE", "").lower() in ("0", "off", "no", "false")
 
 
-def notice(text: str) -> None:
-    """A line on standard error, from the main one of the processes that would all say it."""
+def notice(text: str, level: int = logging.WARNING) -> None:
+    """Log a line, in the main one of the processes that would all say it."""
     if multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0":
-        with suppress(OSError, ValueError):
-            print(f"gpt2fast: {text}", file=sys.stderr, flush=True)
+        _log.log(level, "%s", text)
 
 
 def build_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Library:
@@ -164,7 +165,7 @@ def _build(path: Path, toolchain: Toolchain, part: Part) -> Path:
             if error is not busy:
                 raise
         if not waited:
-            notice("another process is compiling the kernels; waiting for it")
+            notice("another process is compiling the kernels; waiting for it", logging.INFO)
             waited = True
         time.sleep(0.1)
 
@@ -172,7 +173,7 @@ def _build(path: Path, toolchain: Toolchain, part: Part) -> Path:
 def _compile(path: Path, toolchain: Toolchain, part: Part, log: Path) -> None:
     seconds = max(10, 10 * round(part.work / min(processors(), 4) / 10))
     kernels = "its kernels" if part is CPU else f"its {part.name} kernels"
-    notice(f"compiling {kernels} for this machine, once (about {seconds} s)")
+    notice(f"compiling {kernels} for this machine, once (about {seconds} s)", logging.INFO)
     for left in path.parent.glob(f".{path.stem}-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:

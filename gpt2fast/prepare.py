@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import OneLineParser, ParagraphFormatter
+from .command import command
 from .data.inputs import parse_weights
 from .data.opening import COMPRESSED_SUFFIXES
 from .errors import Error
-from .output import note, say
+from .output import StatusLine, complain, note, say
 
 EXAMPLES = """\
 examples:
@@ -114,52 +115,53 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    command = parser()
+    known = parser()
     given = sys.argv[1:] if arguments is None else arguments
-    args = command.parse_args([_hyphens(argument) for argument in given])
+    args = known.parse_args([_hyphens(argument) for argument in given])
     if args.vocab_size is not None and args.tokenizer != "bpe":
-        command.error(f"--vocab-size is for --tokenizer bpe, not {args.tokenizer}")
+        known.error(f"--vocab-size is for --tokenizer bpe, not {args.tokenizer}")
     if args.vocab_size is not None and args.vocab_size < 1:
-        command.error(f"--vocab-size is {args.vocab_size}, but must be at least 1 (2048 is usual)")
+        known.error(f"--vocab-size is {args.vocab_size}, but must be at least 1 (2048 is usual)")
     if args.out == "":
-        command.error("--out is empty; name a folder, such as data/book")
+        known.error("--out is empty; name a folder, such as data/book")
     if args.seed is not None and args.split != "documents":
-        command.error("--seed chooses the documents to hold out; it needs --split documents")
+        known.error("--seed chooses the documents to hold out; it needs --split documents")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        command.error(f"--val-fraction {args.val_fraction}: it must lie between 0 and 1")
+        known.error(f"--val-fraction {args.val_fraction}: it must lie between 0 and 1")
     if args.workers is not None and args.workers < 1:
-        command.error(f"--workers is {args.workers}, but must be at least 1")
+        known.error(f"--workers is {args.workers}, but must be at least 1")
     if not args.inputs and args.dataset is None:
         last = args.add_tokens[-1:]
         swallowed = f" ({last[0]!r} was taken for one of --add-tokens)" if last else ""
-        command.error(f"no INPUT was given; name a text file or folder, or a --dataset{swallowed}")
+        known.error(f"no INPUT was given; name a text file or folder, or a --dataset{swallowed}")
     if args.inputs and args.dataset is not None:
-        command.error(f"both {args.inputs[0]} and --dataset {args.dataset} were given; choose one")
+        known.error(f"both {args.inputs[0]} and --dataset {args.dataset} were given; choose one")
     if args.dataset_config is not None and args.dataset is None:
-        command.error("--dataset-config chooses a part of a --dataset; name that, too")
+        known.error("--dataset-config chooses a part of a --dataset; name that, too")
     try:
         inputs = parse_weights(args.inputs)
     except Error as error:
-        command.error(str(error))
+        known.error(str(error))
     out = Path(args.out or f"data/{_default_name(args.dataset or next(iter(inputs)))}")
-    line = _ProgressLine()
+    progress = _Progress()
     try:
-        return _prepare(args, inputs, out, line)
+        return _prepare(args, inputs, out, progress)
     except Error as error:
-        line.clear()
-        print(f"error: {error}", file=sys.stderr)
+        progress.line.clear()
+        complain(f"error: {error}")
         return 1
     except OSError as error:
-        line.clear()
-        print(f"error: {error}", file=sys.stderr)
+        progress.line.clear()
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        line.clear()
+        progress.line.clear()
         again = "" if "-" in args.inputs else "; give the same command again to continue"
         again += " (without --overwrite)" if again and args.overwrite else ""
-        print(f"interrupted{again}", file=sys.stderr)
+        complain(f"interrupted{again}")
         return 130
 
 
@@ -167,13 +169,13 @@ def _prepare(
     args: argparse.Namespace,
     inputs: list[str] | dict[str, float],
     out: Path,
-    line: _ProgressLine,
+    progress: _Progress,
 ) -> int:
     from .data.encoding import available_cores
     from .data.prepare import prepare_data
 
     if "-" in args.inputs and sys.stdin is not None and sys.stdin.isatty():
-        print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr)
+        complain("reading the text from the terminal; Ctrl-D ends it")
     started = time.monotonic()
     prepared = prepare_data(
         inputs,
@@ -184,17 +186,17 @@ def _prepare(
         val_fraction=args.val_fraction,
         seed=args.seed or 0,
         overwrite=args.overwrite,
-        progress=line,
+        progress=progress,
         dataset=args.dataset,
         dataset_config=args.dataset_config,
         text_field=args.text_field,
         records=args.records,
         encoding=args.encoding,
-        notify=line.note,
+        notify=note,
         workers=args.workers or available_cores(),
         add_tokens=args.add_tokens,
     )
-    line.clear()
+    progress.line.clear()
     meta = prepared.meta
     took = time.monotonic() - started
     resumed = ", continuing an interrupted run" if prepared.resumed else ""
@@ -237,39 +239,27 @@ def _default_name(first: str) -> str:
     return path.stem or "text"
 
 
-class _ProgressLine:
-    """One line on a terminal that is written over; silent elsewhere."""
+class _Progress:
+    """The stages of the work, on one line of a terminal; silent elsewhere."""
 
     LABELS = {"count": "reading", "tokenizer": "training the tokenizer", "encode": "encoding"}
 
     def __init__(self) -> None:
-        self.shown = 0.0
+        self.line = StatusLine()
         self.stage = ""
         self.began = (0.0, 0)
-        self.visible = sys.stderr.isatty()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if stage != self.stage:
             self.stage, self.began = stage, (now, done)
-        if not self.visible or now - self.shown < 0.1:
+        if not self.line.is_due:
             return
-        self.shown = now
         rate = (done - self.began[1]) / max(now - self.began[0], 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
         percent = 100 * done / max(total, 1)
         text = f"{self.LABELS[stage]}: {percent:3.0f} % of {total / 1e6:,.1f} MB"
-        sys.stderr.write(f"\r\x1b[K{text}, {rate / 1e6:.1f} MB/s{left}")
-        sys.stderr.flush()
-
-    def note(self, message: str) -> None:
-        self.clear()
-        note(message)
-
-    def clear(self) -> None:
-        if self.visible and self.shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+        self.line.show(f"{text}, {rate / 1e6:.1f} MB/s{left}")
 
 
 if __name__ == "__main__":

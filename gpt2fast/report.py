@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from .arguments import OneLineParser
+from .command import command
 from .errors import ConfigError, Error
-from .output import say
+from .output import complain, say
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     parser = OneLineParser(prog="python -m gpt2fast.report", description=__doc__)
@@ -29,21 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the picture's curves are drawn over (default: %(default)s)",
     )
     options = parser.parse_args(argv)
-    with suppress(AttributeError):  # a replaced stdout may lack it, and there may be none
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         _check_target("--out", options.out, (".html", ".htm"))
         if options.png is not None:
             _check_target("--png", options.png, (".png",))
         _report(options.runs, Path(options.out), options.png, options.axis)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except OSError as error:
-        print(f"error: the report cannot be written: {error}", file=sys.stderr)
+        complain(f"error: the report cannot be written: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from .arguments import ParagraphFormatter, did_you_mean
+from .command import command
 from .errors import ArgumentError, ConfigError, Error
 from .files import atomic_write_text
 from .output import complain
@@ -263,13 +264,14 @@ def _tell(error: Error) -> None:
         )
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     try:
         try:
             config, resume = parse(sys.argv[1:] if argv is None else argv)
         except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
             return 2
 
         from .training import Interrupted, train

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import OneLineParser, ParagraphFormatter
+from .command import command
 from .errors import ConfigError, Error
 from .output import complain, say
 
@@ -99,17 +100,17 @@ def settings_of(argv: Sequence[str]) -> Settings:
     from .tuning.space import read_space
     from .tuning.study import Settings
 
-    command = parser()
-    options, others = command.parse_known_args([_hyphens(argument) for argument in argv])
+    known = parser()
+    options, others = known.parse_known_args([_hyphens(argument) for argument in argv])
     if options.trials < 0:
-        command.error(f"--trials is {options.trials}, but must be 0 or more")
+        known.error(f"--trials is {options.trials}, but must be 0 or more")
     hours = options.timeout_hours
     if hours is not None and not (hours > 0 and math.isfinite(hours)):
-        command.error(f"--timeout-hours is {hours:g}, but must be above 0")
+        known.error(f"--timeout-hours is {hours:g}, but must be above 0")
     if options.out == "" or options.study_name == "":
-        command.error("--out and --study-name need a name")
+        known.error("--out and --study-name need a name")
     if any(argument.partition("=")[0] == "--resume" for argument in others):
-        command.error("--resume is for gpt2fast.train; a study goes on with the same command")
+        known.error("--resume is for gpt2fast.train; a study goes on with the same command")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a trial runs in one process; start this command several times instead")
     base, _ = train.parse(others)
@@ -127,6 +128,7 @@ def settings_of(argv: Sequence[str]) -> Settings:
     )
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     try:
@@ -189,10 +191,7 @@ def _code(study: object, settings: Settings) -> int:
     states = {trial.state for trial in study.get_trials(deepcopy=False)}
     if TrialState.FAIL not in states or states & {TrialState.COMPLETE, TrialState.PRUNED}:
         return 0
-    print(
-        f"error: every trial failed; {settings.out / 'trials'} has an output.log of each",
-        file=sys.stderr,
-    )
+    complain(f"error: every trial failed; {settings.out / 'trials'} has an output.log of each")
     return 1
 
 

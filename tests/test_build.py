@@ -18,6 +18,7 @@ from fake_compiler import FakeCompiler
 from gpt2fast import compilation, library
 from gpt2fast.errors import BackendError
 from gpt2fast.ops import native
+from gpt2fast.output import shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +58,8 @@ def run(code: str, **environment: str | None) -> subprocess.CompletedProcess[str
 
 
 def test_it_is_built_once_and_announced_in_one_line(compiler, tmp_path, capsys):
-    first = library.find_library()
+    with shown():
+        first = library.find_library()
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith("gpt2fast: compiling its kernels for this machine, once (about")
@@ -248,7 +250,7 @@ def test_a_named_cache_that_cannot_be_written_is_an_error(compiler, monkeypatch)
 
 def test_two_processes_build_once(tmp_path, compiler):
     slow = FakeCompiler(tmp_path / "slow", seconds=0.3)
-    code = "from gpt2fast import library; print(library.find_library().path)"
+    code = LOGGED + "from gpt2fast import library; print(library.find_library().path)"
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "CXX": str(slow.path)}
     both = [
@@ -294,6 +296,18 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
+LOGGED = "import logging; logging.basicConfig(level=logging.INFO, format='gpt2fast: %(message)s');"
+
+
+def test_a_program_that_logs_nothing_hears_of_failures_alone(compiler):
+    code = "from gpt2fast.library import find_library; find_library()"
+    assert run(code).stderr == ""  # it was compiled
+    compiler.behave("broken")
+    assert run(USE).stderr.startswith("no compiled kernels, torch's operations run instead")
+    quiet = "import logging; logging.getLogger('gpt2fast').setLevel(logging.ERROR);"
+    assert run(quiet + USE).stderr == ""
+
+
 def test_importing_builds_nothing(compiler, tmp_path):
     done = run("import gpt2fast.ops, gpt2fast.model, gpt2fast.nn, gpt2fast.generator")
     assert done.returncode == 0 and done.stderr == "" and compiler.links == 0
@@ -307,7 +321,7 @@ USE = (
 
 def test_a_failed_build_leaves_the_other_backends_and_one_line(compiler):
     compiler.behave("broken")
-    done = run(USE + "gpt2fast.backend('native')")
+    done = run(LOGGED + USE + "gpt2fast.backend('native')")
     assert float(done.stdout) == pytest.approx(31.27, abs=0.01)
     lines = done.stderr.splitlines()
     assert lines[0].startswith("gpt2fast: compiling its kernels")

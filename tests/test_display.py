@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import math
 import os
 import re
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from gpt2fast.command import suit_streams
+from gpt2fast.output import shown
 from gpt2fast.training import progress
 
 ROOT = Path(__file__).parents[1]
@@ -95,14 +98,19 @@ def test_the_panel_before_the_first_step_and_without_unicode(clock):
     assert line.isascii() and line.startswith("loss 3.0000  val")
 
 
-def test_piped_output_is_plain_lines(capsys):
-    display = progress.open_display(100, 0)
-    display.message("data: [bold]x[/bold]")
-    display.step(1, 3.0, 100.0)
-    display.row(make_row(10, val_loss=2.5, val_loss_per_char=None, utilisation=0.375))
-    display.row({"step": 20, "tokens": 5, "val_loss": 2.0, "val_loss_per_char": 1.0})
-    display.close()
-    assert capsys.readouterr().out.splitlines() == [
+@pytest.mark.parametrize("command", [True, False])
+def test_output_is_plain_lines_when_piped_and_in_a_log(capsys, caplog, command):
+    with shown() if command else caplog.at_level(logging.INFO, "gpt2fast"):
+        display = progress.open_display(100, 0)
+        display.message("data: [bold]x[/bold]")
+        display.step(1, 3.0, 100.0)
+        display.row(make_row(10, val_loss=2.5, val_loss_per_char=None, utilisation=0.375))
+        display.row({"step": 20, "tokens": 5, "val_loss": 2.0, "val_loss_per_char": 1.0})
+        display.close()
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert bool(printed.out) == command != bool(caplog.messages)
+    assert printed.out.splitlines() + caplog.messages == [
         "data: [bold]x[/bold]",
         "step  10/100  loss 2.9000  val 2.5000  lr 1.00e-03  grad 1.00  500 tok/s  38% of peak",
         "step  20/100  val 2.0000 (1.0000 per character)",
@@ -116,18 +124,22 @@ def test_a_sample_that_the_terminal_cannot_show_does_not_end_the_run(monkeypatch
     monkeypatch.setattr(stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setenv("TERM", "xterm")
-    display = progress.open_display(10, 0)
-    display.message("sea Ω \x1b[2J\n\tstorm")
-    display.close()
+    suit_streams()
+    with shown():
+        display = progress.open_display(10, 0)
+        display.message("sea Ω \x1b[2J\n\tstorm")
+        display.close()
     stdout.flush()
-    assert b"sea ? " in written.getvalue() and b"storm" in written.getvalue()
+    assert b"sea \\u03a9 " in written.getvalue() and b"storm" in written.getvalue()
     assert (b"\x1b[2J" in written.getvalue()) == (not terminal)
 
 
 ON_A_TERMINAL = """
 import sys, time
+from gpt2fast.output import shown
 from gpt2fast.training.progress import open_display
-display = open_display(40, 0)
+with shown():
+    display = open_display(40, 0)
 try:
     display.message("begin [1/2]")
     print("a line from elsewhere")
@@ -216,7 +228,8 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch, capsys):
             self.write("")
 
     monkeypatch.setattr(sys, "stdout", Gone())
-    display = progress.open_display(3, 0)
+    with shown():
+        display = progress.open_display(3, 0)
     display.message("hello")
     display.step(1, 3.0, 1.0)
     display.row(make_row(1, val_loss=2.0, val_loss_per_char=None))

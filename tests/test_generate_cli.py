@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -18,9 +20,10 @@ import pytest
 import torch
 import transformers
 
-from gpt2fast import GPT2, GPT2Config, Tokenizer, backend, config, hub
+from gpt2fast import GPT2, GPT2Config, Tokenizer, backend, config, hub, prompt_progress
+from gpt2fast import generator as generator_module
 from gpt2fast.generate import main
-from gpt2fast.generator import Generator
+from gpt2fast.generator import Generation, Generator
 from gpt2fast.lora import add_adapters, save_adapter
 from gpt2fast.ops.backend import requested_backend
 from gpt2fast.tokenizer import BPETokenizer
@@ -511,6 +514,7 @@ def test_help_lists_every_option(run):
         "--no-repeat-ngram-size", "--greedy", "--do-sample", "--num-samples", "--num-beams",
         "--length-penalty", "--stop", "--eos-token-id", "--window", "--device", "--dtype",
         "--backend", "--json", "--stats", "--interactive", "--save", "--logprobs",
+        "--progress",
     ):  # fmt: skip
         assert flag in out
 
@@ -605,6 +609,110 @@ def test_logprobs_that_cannot_be_given_are_refused(run):
     assert_one_error(run("--interactive", "--logprobs", 0), 2, "--logprobs does not go")
     long = run(TEXT * 5, "--logprobs", 0, "--max-new-tokens", 0)
     assert_one_error(long, 1, "n_positions=64", "perplexity")
+
+
+# How far it is, and what there is to say
+
+
+def test_progress_counts_on_standard_error(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n" * 40)
+    for flags in (["--json"], [], ["--num-samples", 2], ["--num-beams", 2]):
+        options = ["--prompts-file", file, "--max-new-tokens", 3, "--seed", 1, *flags]
+        code, out, err = run(*options, "--progress")
+        assert (code, out) == run(*options)[:2]
+        *notes, line = err.splitlines()
+        assert re.fullmatch(r"(\d+)/\1 done, [\d,]+\.\d tok/s, 0:00 left", line), err
+        assert line.startswith("80/" if "--num-samples" in flags else "40/")
+        assert run(*options)[2].splitlines() == notes
+    assert_one_error(run(PROMPT, "--progress"), 2, "--progress is for --prompts-file")
+
+
+def test_progress_counts_prompts_that_are_scored_and_a_single_one(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(PROMPT)
+    for tokens in (0, 5):
+        flags = ["--prompts-file", file, "--max-new-tokens", tokens, "--logprobs", 0, "--progress"]
+        code, out, err = run(*flags)
+        assert code == 0
+        assert out.startswith(PROMPT)
+        assert err.startswith("1/1 done")
+
+
+def test_the_time_left_is_that_of_the_tokens_left(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(prompt_progress.time, "monotonic", lambda: now[0])
+    progress = prompt_progress.PromptProgress([11, 11, 21, 21])
+    progress.add_prefill(1.0, [[1], [1]])
+    for _ in range(10):
+        now[0] += 1
+        progress.add_step(1.0, 2, 1)
+    # 20 tokens in 10 s, and 44 of 64 may still come.
+    assert progress._text() == "0/4 done, 2.0 tok/s, 0:22 left"
+    ended = Generation("", "", list(range(11)), 1, "length", None)
+    progress.add_result(ended)
+    progress.add_result(ended)
+    now[0] += 1
+    assert progress._text() == "2/4 done, 2.0 tok/s, 0:21 left"
+
+
+def test_progress_is_written_over_on_a_terminal_and_never_within_a_result(model_dir, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n" * 70)
+    terminal = Terminal(
+        command(model_dir, "--prompts-file", str(file), "--max-new-tokens", "40", "--progress")
+    )
+    screen = terminal.wait_for(b"70/70 done") + terminal.wait_for(b"left")
+    assert terminal.process.wait(60) == 0
+    assert b"\r\x1b[K0/70 done" in screen
+    # Once the line is taken off, what is left are whole results.
+    kept = re.sub(rb"\r\x1b\[K[^\r\n\x1b]*(?=\r\x1b\[K)", b"", screen).replace(b"\r\x1b[K", b"")
+    texts = kept.split(b"---\r\n")
+    assert len(texts) == 70
+    assert all(text.startswith(PROMPT.encode()) for text in texts)
+    assert b"tok/s" not in b"".join(texts[:-1])
+
+
+def test_notes_come_before_or_after_a_streamed_text(model_dir):
+    arguments = command(model_dir, PROMPT, "--max-new-tokens", "150", "--eos-token-id", "none")
+    done = subprocess.run(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, check=True
+    )
+    text, note, rest = done.stdout.partition(b"\nnote: ")
+    assert text.startswith(PROMPT.encode())
+    assert note
+    assert rest.startswith(b"the text is longer than the model's 64 positions")
+    assert rest.count(b"\n") == 1
+
+
+def test_notes_of_the_library_come_before_a_streamed_text(model_dir, monkeypatch, capfd):
+    """Kernels that are looked for at the first step, say."""
+    decode = generator_module.decode
+
+    def noisy(*arguments, **options):
+        logging.getLogger("gpt2fast.library").warning("something about kernels")
+        yield from decode(*arguments, **options)
+
+    monkeypatch.setattr(generator_module, "decode", noisy)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    assert main(["--model", str(model_dir), PROMPT, "--max-new-tokens", "5"]) == 0
+    assert capfd.readouterr().out.startswith(f"gpt2fast: something about kernels\n{PROMPT}")
+
+
+def test_as_a_library_nothing_is_printed(model_dir):
+    script = (
+        "from gpt2fast import Generator\n"
+        f"generator = Generator.from_pretrained({str(model_dir)!r}, window='slide')\n"
+        "generator('The cat', max_new_tokens=10)\n"
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    generator('The cat', max_new_tokens=100, eos_token_id=None)\n"
+        "assert 'newest 32 tokens' in str(told[0].message)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env=ENVIRONMENT, check=True
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
 
 
 # Saving
@@ -892,6 +1000,14 @@ class Terminal:
         before, _, self.screen = self.screen.partition(text)
         return before + text
 
+    def wait_for_more(self, count):
+        """Read until so many bytes have come; they stay on the screen."""
+        end = time.monotonic() + 60
+        while len(self.screen) < count:
+            assert time.monotonic() < end, self.screen
+            if select.select([self._main], [], [], 0.1)[0]:
+                self.screen += os.read(self._main, 4096)
+
     def type(self, text):
         os.write(self._main, text)
 
@@ -905,8 +1021,10 @@ def test_a_terminal_conversation_survives_ctrl_c(model_dir):
     terminal.wait_for(b"> ")
     terminal.type(b"The cat\n")
     terminal.wait_for(b"The cat\r\n")
-    terminal.wait_for(b"note: ")  # the window has slid, so the answer is on its way
+    terminal.wait_for_more(1000)  # the window has slid, so the answer is on its way
     terminal.interrupt()
+    # What there is to say comes after the answer, on a line of its own.
+    assert b"note: " not in terminal.wait_for(b"\r\nnote: ")[:-8]
     terminal.wait_for(b"\r\n> ")
     # Just after it has written the prompt, readline overlooks a signal until the next key.
     time.sleep(0.5)
@@ -927,9 +1045,10 @@ def test_a_terminal_conversation_survives_ctrl_c(model_dir):
 def test_text_streams_on_a_terminal(model_dir):
     terminal = Terminal(command(model_dir, PROMPT, *ENDLESS))
     terminal.wait_for(PROMPT.encode())
-    terminal.wait_for(b"note: ")  # the window slides after 60 tokens
+    terminal.wait_for_more(1000)  # the window slides after 60 tokens
     assert terminal.process.poll() is None
     terminal.interrupt()
+    assert b"note: " not in terminal.wait_for(b"\r\nnote: ")[:-8]
     assert terminal.process.wait(60) == 130
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import logging
 import math
 import os
 import pty
@@ -970,11 +971,13 @@ def test_foreign_tokenizer_is_refused(config, trained, tmp_path):
 
 
 def test_progress_bar_shows_on_a_terminal(config, monkeypatch, capsys):
+    from gpt2fast import output
     from gpt2fast.training import progress
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert isinstance(progress.open_display(3, 0), progress._Bar)
-    train(config)
+    with output.shown():
+        assert isinstance(progress.open_display(3, 0), progress._Bar)
+        train(config)
     shown = capsys.readouterr().out
     assert "tok/s" in shown and "val" in shown
 
@@ -982,14 +985,15 @@ def test_progress_bar_shows_on_a_terminal(config, monkeypatch, capsys):
 # -- resuming from an older checkpoint, or from the best one --------------------------------------
 
 
-def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(config, capsys):
+def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(config, caplog, capsys):
     config = changed(config, max_steps=8, checkpoint_interval=2, keep_checkpoints=4)
     train(config)
     folder = Path(config.out) / "checkpoints"
-    train(
-        changed(config, max_steps=5, keep_checkpoints=1, lr=1e-3), resume=folder / "step-00000004"
-    )
-    assert "set aside the checkpoints of later steps" in capsys.readouterr().out
+    shorter = changed(config, max_steps=5, keep_checkpoints=1, lr=1e-3)
+    with caplog.at_level(logging.INFO, "gpt2fast"):
+        train(shorter, resume=folder / "step-00000004")
+    assert "set aside the checkpoints of later steps" in caplog.text
+    assert capsys.readouterr() == ("", ""), "a program that trains says itself what it prints"
     assert checkpoint.find_checkpoint(Path(config.out)).name == "step-00000005"
     assert sorted(path.name for path in folder.iterdir()) == [
         "best", "replaced-step-00000006", "replaced-step-00000008", "step-00000005"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import signal
 from pathlib import Path
@@ -34,30 +35,37 @@ def config(tmp_path) -> TrainConfig:
     return TrainConfig(data=str(text), out=str(tmp_path / "run"), **{**TINY, "max_steps": 12})
 
 
-def assert_stopped(config: TrainConfig, result, capsys, flag: str) -> None:
+@pytest.fixture
+def told(caplog):
+    """What the library logs."""
+    with caplog.at_level(logging.INFO, "gpt2fast"):
+        yield caplog
+
+
+def assert_stopped(config: TrainConfig, result, told, flag: str) -> None:
     """Early, saying why, with a checkpoint of the last step and a model."""
     assert 0 < result.steps < 12
-    assert flag in capsys.readouterr().out
+    assert flag in told.text
     newest = checkpoint.find_checkpoint(Path(config.out))
     assert newest.name == f"step-{result.steps:08d}"
     assert GPT2.from_pretrained(config.out).config.n_layer == 1
 
 
-def test_the_clock_ends_a_run_that_can_go_on(config, capsys):
+def test_the_clock_ends_a_run_that_can_go_on(config, told):
     config = changed(config, max_hours=1e-9)
-    assert_stopped(config, train(config), capsys, "--max-hours")
+    assert_stopped(config, train(config), told, "--max-hours")
     assert train(changed(config, max_hours=None), resume=config.out).steps == 12
 
 
-def test_a_low_enough_loss_ends_a_run(config, capsys):
+def test_a_low_enough_loss_ends_a_run(config, told):
     config = changed(config, target_loss=100.0)
-    assert_stopped(config, train(config), capsys, "--target-loss")
+    assert_stopped(config, train(config), told, "--target-loss")
 
 
-def test_losses_that_do_not_fall_end_a_run(config, capsys):
+def test_losses_that_do_not_fall_end_a_run(config, told):
     config = changed(config, early_stopping=2, eval_interval=1, lr=1.0, min_lr=1.0)
     result = train(config)
-    assert_stopped(config, result, capsys, "--early-stopping")
+    assert_stopped(config, result, told, "--early-stopping")
     losses = [row["val_loss"] for row in read_rows(Path(config.out) / "log.csv")][1:]
     assert losses.index(min(losses)) == len(losses) - 3
 
@@ -219,10 +227,10 @@ def test_state_is_weights_gradients_and_averages():
     assert muon.state == 16 * count - 4 * (12 * 12 * 768**2)
 
 
-def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, capsys):
+def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, told):
     monkeypatch.setattr(memory, "available", lambda device: 1000)
     train(changed(config, max_steps=1))
-    assert "warning: that may not fit. Lower --batch-size (now 4" in capsys.readouterr().out
+    assert "warning: that may not fit. Lower --batch-size (now 4" in told.text
 
 
 def test_a_second_signal_is_the_same_wish_for_a_second(monkeypatch):

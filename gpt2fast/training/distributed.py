@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import pickle
 import time
@@ -19,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Error
-from ..output import note
+from ..output import warn
 
 if TYPE_CHECKING:
     from ..model import GPT2
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -88,7 +91,7 @@ class Group:
     def notify(self, message: str) -> None:
         """Tell the user something, once for all processes."""
         if self.is_main:
-            note(message)
+            warn(_log, message)
 
     def close(self) -> None:
         if self._opened:

@@ -1,7 +1,8 @@
-"""What a run shows while it goes: a live panel on a terminal, plain lines when piped."""
+"""What a run shows while it goes: a live panel on a terminal, plain lines when piped or logged."""
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -10,10 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..output import say
+from ..output import clock, is_shown, say
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+_log = logging.getLogger(__name__)
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LOSSES = 240
@@ -42,7 +45,7 @@ class Display(Protocol):
 def open_display(
     steps: int, done: int, elapsed: float = 0.0, max_hours: float | None = None
 ) -> Display:
-    """The display that suits standard output.
+    """The display that suits standard output; for a program that imports us, the log.
 
     Args:
         steps: length of the run.
@@ -50,9 +53,8 @@ def open_display(
         elapsed: seconds that those took.
         max_hours: when the run ends at the latest; `elapsed` counts.
     """
-    with suppress(AttributeError):  # a replaced stdout may lack it, and there may be none
-        # A sample of text may hold what the terminal's encoding does not.
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if not is_shown():
+        return _Logged(steps)
     if sys.stdout and sys.stdout.isatty():
         return _Bar(steps, done, elapsed, max_hours)
     return _Lines(steps)
@@ -98,13 +100,6 @@ def _machine(row: dict[str, Any]) -> list[str]:
     return [form.format(row[name]) for name, form in shown if row.get(name) is not None]
 
 
-def _clock(seconds: float) -> str:
-    """75 as 1:15, a day and a half as 36:00:00."""
-    minutes, left = divmod(max(0, int(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
-
-
 class _Lines:
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -117,6 +112,25 @@ class _Lines:
 
     def row(self, row: dict[str, Any]) -> None:
         say(format_row(row, self._steps))
+
+    def close(self) -> None:
+        pass
+
+
+class _Logged:
+    """What a program gets that trains by calling `train`: lines in its log (INFO)."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def message(self, text: str) -> None:
+        _log.info("%s", text)
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        pass
+
+    def row(self, row: dict[str, Any]) -> None:
+        _log.info("%s", format_row(row, self._steps))
 
     def close(self) -> None:
         pass
@@ -205,7 +219,7 @@ class _Panel:
         elapsed = time.perf_counter() - self._opened
         left, by_time = self._time_left(elapsed)
         counted = f"step {self._done}/{self.steps}"
-        times = f"{_clock(elapsed)}, {'?' if left is None else _clock(left)} left"
+        times = f"{clock(elapsed)}, {'?' if left is None else clock(left)} left"
         room = width - len(counted) - len(times) - 2
         if room < 8:
             yield Text(f"{counted} {times}", no_wrap=True, overflow="crop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 from contextlib import suppress
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, Error, MissingTokenizerError
-from ..output import note, say
+from ..output import tell, warn
 from .config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from ..data import DataMeta
+
+_log = logging.getLogger(__name__)
 
 KNOWN_TEXTS = {
     "tinyshakespeare.txt": (
@@ -116,7 +119,7 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
     from ..data.encoding import available_cores
     from ..data.prepare import OtherRunError, prepare_data
 
-    say(f"preparing {what} in {out}")
+    tell(_log, f"preparing {what} in {out}")
     prepare = functools.partial(
         prepare_data,
         inputs,
@@ -129,7 +132,7 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
         dataset_config=config.dataset_config,
         text_field=config.text_field,
         records=config.records,
-        notify=note,
+        notify=functools.partial(warn, _log),
         add_tokens=config.add_tokens or (),
         workers=available_cores(),
     )

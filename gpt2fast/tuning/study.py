@@ -6,7 +6,9 @@ Any number of processes can run trials of one study: what they share is its data
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
+import logging
 import math
 import shlex
 import shutil
@@ -23,7 +25,7 @@ from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..files import atomic_write_text
 from ..lock import only_process
-from ..output import note, say
+from ..output import tell, warn
 from ..training import Interrupted, TrainConfig, TrainResult, train
 from ..training.config import DATA_SETTINGS
 from ..training.source import located, prepared_data, source_of
@@ -46,6 +48,8 @@ from .table import setting
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
+
+_log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.yaml"
 BEST_FILE = "best.yaml"
@@ -148,7 +152,11 @@ class _Tuning:
         require_same(kept, {**asked, **made}, f"the study in {self.out}")
         data = prepared_data(config, resuming=there)
         module = DataModule(
-            data, config.block_size, config.batch_size, seed=config.seed, notify=note
+            data,
+            config.block_size,
+            config.batch_size,
+            seed=config.seed,
+            notify=functools.partial(warn, _log),
         )
         url = settings.storage or _sqlite(self.out / "study.db")
         study = open_study(url, settings.name, None, None)
@@ -199,7 +207,10 @@ class _Tuning:
             except KeyboardInterrupt:
                 self.signum = self.signum or signal.SIGINT
             except UpdateFinishedTrialError:
-                say(f"trial {self.number}: taken for lost, as nothing was heard of it; made again")
+                tell(
+                    _log,
+                    f"trial {self.number}: taken for lost, as nothing was heard of it; made again",
+                )
                 continue
             finally:
                 self.turn.close()
@@ -237,9 +248,10 @@ class _Tuning:
             return True
         turn.close()
         if missing > 0:
-            say(
+            tell(
+                _log,
                 f"{running} of the last trials are run by other workers; if one of them was "
-                "killed, give the same command again in two minutes"
+                "killed, give the same command again in two minutes",
             )
         return False
 
@@ -255,7 +267,7 @@ class _Tuning:
             folder.mkdir()
             values = self.space.suggest(trial)
             shown = "  ".join(f"{name} {setting(value)}" for name, value in values.items())
-            say(f"trial {trial.number}: {shown}")
+            tell(_log, f"trial {trial.number}: {shown}")
             config = dataclasses.replace(
                 self.common,
                 out=str(folder),
@@ -315,7 +327,7 @@ class _Tuning:
         else:
             ended = f"failed: {trial.user_attrs.get('error')}"
         seconds = 0.0 if trial.duration is None else trial.duration.total_seconds()
-        say(f"trial {trial.number}: {ended} ({seconds:,.0f} s)")
+        tell(_log, f"trial {trial.number}: {ended} ({seconds:,.0f} s)")
         if best is not None:
             self._write_best(best)
         if not self.settings.keep_checkpoints:
