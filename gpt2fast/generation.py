@@ -63,9 +63,9 @@ def generate(
     has no position, and neither `repetition_penalty` nor `no_repeat_ngram_size` sees it. So each
     row of a batch gives what it gives alone. A text never outgrows `n_positions`: what might is
     refused in advance, as by a `Generator` with its default window="error", which can also slide
-    or stop, while `python -m gpt2fast.generate` slides by default. Sampling draws for sample i of a prompt from the seed
-    and i alone; rows with equal prompts are further samples of it. Without a seed, each row of
-    `input_ids` has one of its own.
+    or stop, while `python -m gpt2fast.generate` slides by default. Sampling draws for sample i of a
+    prompt from the seed and i alone; rows with equal prompts are further samples of it. Without a
+    seed, each row of `input_ids` has one of its own.
 
     Args:
         model: switched to evaluation mode meanwhile.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,3 +83,69 @@ def test_a_forked_child_computes_what_its_parent_has_computed(job):
 
 def test_a_pool_of_forked_processes_computes():
     run(SCRIPT + POOL)
+
+
+# An application as `gunicorn --preload` imports it: it has written before its workers are forked.
+APPLICATION = (
+    SCRIPT
+    + """
+import json
+EXPECTED = JOBS["long text"]()
+BATCH = JOBS["batch"]()
+
+def application(environ, start_response):
+    found = {
+        "worker": os.getpid(), "parent": os.getppid(),
+        "long text": JOBS["long text"]() == EXPECTED, "batch": JOBS["batch"]() == BATCH,
+    }
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(found).encode()]
+"""
+)
+SECONDS = 120
+
+
+def test_workers_of_a_gunicorn_that_has_written_before_the_fork_write(tmp_path):
+    pytest.importorskip("gunicorn", reason='needs gunicorn: pip install "gpt2fast[test]"')
+    (tmp_path / "application.py").write_text(APPLICATION)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", "2"]
+    # A worker answers one request at a time, and waits for none that a client keeps open.
+    options = ["--worker-class", "sync", "--timeout", str(SECONDS), "--bind", "127.0.0.1:0"]
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(
+            [*command, *options, "application:application"],
+            cwd=tmp_path, env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + SECONDS
+        port = None
+        while port is None:
+            said = (tmp_path / "log").read_text(errors="replace")
+            assert server.poll() is None and time.monotonic() < deadline, said
+            port = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", said)
+            time.sleep(0.05)
+        answered: dict[int, dict] = {}
+        while len(answered) < 2:
+            assert time.monotonic() < deadline, f"only {list(answered)} answered: {said}"
+            # Two at once, so that both workers have something to do.
+            with ThreadPoolExecutor(2) as pool:
+                for found in pool.map(lambda _: ask(int(port[1]), deadline), range(2)):
+                    answered[found["worker"]] = found
+        assert {found["parent"] for found in answered.values()} == {server.pid}
+        for found in answered.values():
+            assert found["long text"] and found["batch"], "a worker writes what its parent wrote"
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def ask(port: int, deadline: float) -> dict:
+    left = max(1.0, deadline - time.monotonic())
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=left) as answer:
+        return json.loads(answer.read())
