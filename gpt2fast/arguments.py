@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import textwrap
 from collections.abc import Iterable
 from typing import NoReturn
+
+from .errors import printable, shown
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -52,13 +55,29 @@ class OneLineParser(argparse.ArgumentParser):
         if message.startswith(_UNKNOWN):
             given = message.removeprefix(_UNKNOWN).split()[0]
             message += did_you_mean(given.partition("=")[0], self._option_string_actions)
-        self.exit(2, f"error: {message} (--help lists all options)\n")
+        self.exit(2, f"error: {printable(message)} (--help lists all options)\n")
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """What to append to a message about an unknown name: the most similar of the known ones."""
     similar = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
     return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def text_argument(given: str) -> str:
+    """An argument that is a text (and no file's name): its bytes are UTF-8, whatever the locale is.
+
+    Raises:
+        argparse.ArgumentTypeError: they are not.
+    """
+    if not any("\udc80" <= character <= "\udcff" for character in given):
+        return given
+    try:
+        return os.fsencode(given).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{shown(given)} is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+        ) from None
 
 
 def usable_device(name: str) -> str:

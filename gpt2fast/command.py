@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from .errors import shown as shown_value
 from .output import complain, drop_output, shown
 
 Main = Callable[[Sequence[str] | None], int]
@@ -28,7 +29,7 @@ def command(main: Main) -> Callable[..., int]:
         suit_streams()
         with shown():
             try:
-                return _delivered(main(argv))
+                return _delivered(_run(main, argv))
             except SystemExit as leaving:
                 raise SystemExit(_delivered(leaving.code)) from None
 
@@ -36,6 +37,20 @@ def command(main: Main) -> Callable[..., int]:
 
 
 _no_output = False
+
+
+def _run(main: Main, argv: Sequence[str] | None) -> int:
+    try:
+        return main(argv)
+    except UnicodeEncodeError as error:
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        # Such names come out of files; those of the command line are bytes that are known.
+        complain(
+            f"error: the locale's {error.encoding} has no way to name the file "
+            f"{shown_value(error.object)}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        )
+        return 1
 
 
 def output_is_closed() -> bool:

@@ -20,7 +20,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
     Args:
         path: the file to create or replace.
-        mode: "wb" (bytes) or "w" (UTF-8 text).
+        mode: "wb" (bytes) or "w" (UTF-8 text). Lone surrogates, which stand for bytes in the names
+            of files, are escaped as JSON and YAML do it.
 
     The data are flushed to the disk before the rename. If the block raises, the temporary file
     is removed and `path` is left as it was.
@@ -28,7 +29,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     target = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with open(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with open(descriptor, mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             os.fsync(file.fileno())

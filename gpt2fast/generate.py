@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .arguments import OneLineParser, ParagraphFormatter, usable_device
+from .arguments import OneLineParser, ParagraphFormatter, text_argument, usable_device
 from .command import command, output_is_closed
 from .output import complain, drop_output, held, note
 
@@ -517,8 +517,10 @@ def _parser() -> argparse.ArgumentParser:
     unset: Any = argparse.SUPPRESS
 
     text = parser.add_argument_group("text")
-    text.add_argument("words", nargs="*", metavar="PROMPT", help="the text to continue")
-    text.add_argument("--prompt", metavar="TEXT", help="the same, as an option")
+    text.add_argument(
+        "words", nargs="*", type=text_argument, metavar="PROMPT", help="the text to continue"
+    )
+    text.add_argument("--prompt", type=text_argument, metavar="TEXT", help="the same, as an option")
     text.add_argument(
         "--prompts-file", metavar="FILE",
         help='a prompt on each line, which may be empty; of a .jsonl file, texts or objects with a '
@@ -636,7 +638,7 @@ def _optional(kind: type) -> Any:
 
 
 def _unescape(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
+    return text_argument(text).replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _leave(code: int) -> NoReturn:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import OneLineParser, ParagraphFormatter
+from .arguments import OneLineParser, ParagraphFormatter, text_argument
 from .command import command
 from .data.inputs import parse_weights
 from .data.opening import COMPRESSED_SUFFIXES
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset-config", metavar="NAME", help="its configuration, such as wikitext-2-raw-v1")
     add(
         "--text-field",
+        type=text_argument,
         default="text",
         metavar="NAME",
         help="field or column that holds the text of a record (default: text)",

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from .arguments import ParagraphFormatter, did_you_mean
+from .arguments import ParagraphFormatter, did_you_mean, text_argument
 from .command import command
 from .errors import ArgumentError, ConfigError, Error
 from .files import atomic_write_text
@@ -25,6 +25,8 @@ from .output import complain
 if TYPE_CHECKING:
     from .training.config import TrainConfig
 
+_TEXTS = ("text_field", "sample_prompt", "wandb")
+"""Settings that are texts; other strings name files, or one of a few words."""
 _SECTIONS = {
     "data": "data",
     "init_from": "model",
@@ -155,6 +157,12 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
         except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
             files = "".join(f" (in {item})" for item in arguments if item.endswith(".yaml"))
             raise ConfigError(" ".join(str(error).split()) + files) from None
+        for name in _TEXTS:
+            if isinstance(values[name], str):
+                try:
+                    values[name] = text_argument(values[name])
+                except argparse.ArgumentTypeError as error:
+                    raise ConfigError(f"{name} is wrong: {error}") from None
         if values["resume"] is not None:
             raise ConfigError("resume is a flag, not a setting of a recipe; use --resume PATH")
         return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import OneLineParser, ParagraphFormatter
+from .arguments import OneLineParser, ParagraphFormatter, text_argument
 from .command import command
 from .errors import ConfigError, Error
 from .output import complain, say
@@ -72,7 +72,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="database of the study, such as sqlite:///study.db (default: DIR/study.db)",
     )
-    add("--study-name", default="study", metavar="NAME", help="its name there (default: study)")
+    add(
+        "--study-name",
+        type=text_argument,
+        default="study",
+        metavar="NAME",
+        help="its name there (default: study)",
+    )
     add(
         "--sampler",
         choices=("tpe", "random"),
