@@ -8,16 +8,21 @@
 
 A build is kept under the hash of the sources, the flags and the compiler. Neither torch's version
 nor Python's is part of it: the libraries use torch's stable ABI and nothing of Python.
+
+What is in the cache is loaded only where nobody else can have put it there: the folder and the file
+are opened once, without following links, and what was opened is what is looked at and loaded.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import multiprocessing
 import os
 import platform
 import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -52,6 +57,7 @@ from .lock import only_process
 _log = logging.getLogger(__name__)
 
 INSTALLED = "installed with the package"
+BUILT = "built at first use"
 
 # After this time a build that failed is tried again: something else may have been installed.
 _RETRY = 3600
@@ -122,26 +128,110 @@ def build_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Librar
         # Without a compiler, whichever one built these sources.
         name = f"{stem}-{sources}-*.so"
     for folder in _cache_folders():
-        if not _is_ours(folder):
+        if _why_not_ours(folder):
             continue
         for path in sorted(folder.glob(name)):
-            if _is_whole(path):
-                return Library(path, "built at first use")
-            with suppress(OSError):
-                path.unlink()
+            try:
+                os.close(_opened(path))
+                return Library(path, BUILT)
+            except OSError:
+                with suppress(OSError):
+                    path.unlink()
     toolchain = find_toolchain(part, architectures)
     folder = _writable_folder()
-    return Library(_build(folder / name, toolchain, part), "built at first use")
+    return Library(_build(folder / name, toolchain, part), BUILT)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether its end is there: a library cut short kills the process that loads it."""
+def opened(library: Library) -> int | None:
+    """A descriptor of a library in the cache, to be loaded; None for one that is trusted by name.
+
+    Raises:
+        OSError: it is not what was found there, or cut short.
+    """
+    if library.origin == BUILT and os.path.isdir("/proc/self/fd"):
+        return _opened(library.path)
+    descriptor = os.open(library.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
-        with path.open("rb") as file:
-            head = file.read(64)
-            size = os.fstat(file.fileno()).st_size
-    except OSError:
-        return False
+        _require_whole(descriptor, library.path)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of a library in the cache, which nobody but us (and root) can have written.
+
+    Raises:
+        OSError: somebody else can, or it is cut short.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    if os.open in os.supports_dir_fd:
+        folder = _opened_folder(path.parent)
+        try:
+            owner = os.fstat(folder).st_uid
+            descriptor = os.open(path.name, flags | os.O_NONBLOCK, dir_fd=folder)
+        finally:
+            os.close(folder)
+    else:
+        owner = _user()
+        descriptor = os.open(path, flags)
+    try:
+        found = os.fstat(descriptor)
+        trusted = {_user(), 0, owner} if os.environ.get("GPT2FAST_CACHE") else {_user(), 0}
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EPERM, "it is not a file", str(path))
+        if os.name == "posix" and (found.st_uid not in trusted or found.st_mode & 0o022):
+            raise OSError(errno.EPERM, "others can have written it", str(path))
+        _require_whole(descriptor, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _opened_folder(folder: Path) -> int:
+    """A descriptor of a folder of the cache that is ours alone, or was named.
+
+    Raises:
+        OSError: it is not there, or others can put libraries there.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(folder, flags)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and folder.is_symlink():
+            raise OSError(errno.EPERM, "it is a link, not a folder", str(folder)) from None
+        raise
+    found = os.fstat(descriptor)
+    if os.environ.get("GPT2FAST_CACHE"):
+        # Its owner and group are the choice of whoever named it; in /tmp files are their owners'.
+        bad = bool(found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX)
+    else:
+        bad = found.st_uid not in (_user(), 0) or bool(found.st_mode & 0o022)
+    if bad:
+        os.close(descriptor)
+        raise OSError(errno.EPERM, "others can write there", str(folder))
+    return descriptor
+
+
+def _why_not_ours(folder: Path) -> str | None:
+    """Why libraries in `folder` may be somebody else's, or None."""
+    if os.open not in os.supports_dir_fd:
+        return None
+    try:
+        os.close(_opened_folder(folder))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _require_whole(descriptor: int, path: Path) -> None:
+    """Raise OSError unless its end is there: one cut short kills the process that loads it."""
+    if not _is_whole(os.pread(descriptor, 64, 0), os.fstat(descriptor).st_size):
+        raise OSError(errno.EINVAL, "it is only the beginning of a library", str(path))
+
+
+def _is_whole(head: bytes, size: int) -> bool:
     if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:  # 64 bits, little-endian
         return size > 0 and head[:4] != b"\x7fELF"
     (sections,) = struct.unpack_from("<Q", head, 0x28)  # the last thing in the file
@@ -182,6 +272,7 @@ def _compile(path: Path, toolchain: Toolchain, part: Part, log: Path) -> None:
         with suppress(OSError):
             atomic_write_text(log, f"{error}\n{_AGAIN}\n\n{error.output}")
         raise BackendError(_failure(error, log)) from None
+        path.chmod(path.stat().st_mode & ~0o022)  # whatever the umask is
     except OSError as error:
         raise BackendError(f"compiling the kernels in {path.parent} failed: {error}") from None
     with suppress(OSError):
@@ -240,30 +331,20 @@ def _cache_folders() -> Iterator[Path]:
     """Where builds may be: the one that was named, or the user's, or else a temporary one."""
     named = os.environ.get("GPT2FAST_CACHE")
     if named:
-        yield Path(named).absolute()
+        yield Path(os.path.realpath(named))
         return
     xdg = os.environ.get("XDG_CACHE_HOME")
     if xdg and os.path.isabs(xdg):
-        yield Path(xdg, "gpt2fast")
+        yield Path(os.path.realpath(os.path.join(xdg, "gpt2fast")))
     else:
         with suppress(RuntimeError):  # no HOME, and a user of whom the system knows none
-            yield Path.home() / ".cache" / "gpt2fast"
-    yield Path(tempfile.gettempdir(), f"gpt2fast-{_user()}")
+            yield Path(os.path.realpath(Path.home() / ".cache" / "gpt2fast"))
+    # A link of this name could be anybody's, and is not followed.
+    yield Path(os.path.realpath(tempfile.gettempdir()), f"gpt2fast-{_user()}")
 
 
 def _user() -> int:
     return os.getuid() if hasattr(os, "getuid") else 0
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether nobody but us (and root) can have put libraries there; what was named is trusted."""
-    if os.environ.get("GPT2FAST_CACHE"):
-        return True
-    try:
-        found = folder.stat()
-    except OSError:
-        return False
-    return found.st_uid in (_user(), 0) and not found.st_mode & 0o002
 
 
 def _writable_folder() -> Path:
@@ -271,14 +352,15 @@ def _writable_folder() -> Path:
     for folder in _cache_folders():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if reason := _why_not_ours(folder):
+                reasons.append(f"{folder}: {reason}")
+                continue
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror}")
             continue
-        if _is_ours(folder):
-            return folder
-        reasons.append(f"{folder}: others can write there")
+        return folder
     raise BackendError(
         f"there is nowhere to keep compiled kernels ({'; '.join(reasons)}); "
         "name a folder of your own in GPT2FAST_CACHE"

@@ -242,6 +242,126 @@ def test_without_a_writable_home_a_temporary_folder_serves(compiler, tmp_path, m
         library.find_library()
 
 
+@pytest.fixture
+def temporary(compiler, tmp_path, monkeypatch) -> Path:
+    """Where the cache in the shared temporary folder is, with a library in it."""
+    monkeypatch.delenv("GPT2FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nobody/writes/here")
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
+    return library.find_library().path.parent
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o775, 0o777, 0o702, 0o720, 0o1777])
+def test_a_folder_that_others_can_write_is_not_loaded_from(temporary, mode):
+    built = library.find_library()
+    temporary.chmod(mode)
+    with pytest.raises(BackendError, match="others can write there"):
+        library.find_library()
+    with pytest.raises(OSError, match="others can write there"):
+        library.opened(built)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives files away")
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_somebody_else_owns_is_not_loaded(temporary, compiler, what):
+    built = library.find_library()
+    os.chown(temporary if what == "folder" else built.path, 12345, 12345)
+    with pytest.raises(OSError, match="others can"):
+        library.opened(built)
+    if what == "folder":
+        with pytest.raises(BackendError, match="others can write there"):
+            library.find_library()
+    else:
+        assert library.find_library() == built and compiler.links == 2
+        assert built.path.stat().st_uid == os.getuid()
+
+
+def test_links_in_the_temporary_folder_are_not_followed(temporary, tmp_path):
+    built = library.find_library()
+    theirs = tmp_path / "theirs"
+    temporary.rename(theirs)
+    temporary.symlink_to(theirs)
+    with pytest.raises(BackendError, match="it is a link, not a folder"):
+        library.find_library()
+    with pytest.raises(OSError, match="it is a link"):
+        library.opened(built)
+    temporary.unlink()
+    temporary.mkdir(mode=0o700)
+    built.path.symlink_to(theirs / built.path.name)  # swapped between look and load
+    with pytest.raises(OSError):
+        library.opened(built)
+
+
+def test_what_was_looked_at_is_what_is_loaded(temporary, monkeypatch):
+    built = library.find_library()
+    loaded = []
+
+    def swapped(path: str) -> None:
+        other = built.path.with_name("other")
+        other.write_text("theirs")
+        other.replace(built.path)
+        loaded.append(Path(path).read_text())
+
+    monkeypatch.setattr(native.ctypes, "CDLL", swapped)
+    monkeypatch.setattr(native, "_kept_open", [])
+    native.load_library(built, "gpt2fast_native", compilation.CPU)
+    assert loaded == ["compiled\n"] and built.path.read_text() == "theirs"
+    os.close(native._kept_open[0])
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o666])
+def test_a_library_that_others_can_write_is_built_again(temporary, compiler, mode):
+    built = library.find_library()
+    built.path.chmod(mode)
+    with pytest.raises(OSError, match="others can have written it"):
+        library.opened(built)
+    assert library.find_library() == built and compiler.links == 2
+    assert not built.path.stat().st_mode & 0o022
+
+
+def test_a_named_cache_may_be_a_groups_and_not_everybodys(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2FAST_CACHE", str(tmp_path / "link"))
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "shared")
+    (tmp_path / "shared").chmod(0o775)
+    os.close(library.opened(library.find_library()))
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(BackendError, match="others can write there"):
+        library.find_library()
+
+
+def test_a_foreign_library_is_named(tmp_path):
+    if native.unavailable():
+        pytest.skip(str(native.unavailable()))
+    import _ctypes
+
+    for content, told in (
+        (b"text", "does not load"),
+        (Path(_ctypes.__file__).read_bytes(), "lacks the op gpt2fast_native::"),
+        (Path(_ctypes.__file__).read_bytes()[:20_000], "only the beginning of a library"),
+    ):
+        path = tmp_path / "foreign.so"
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        done = run(USE, GPT2FAST_LIBRARY=str(path))
+        assert done.returncode == 0 and float(done.stdout) > 0
+        assert told in done.stderr and str(path) in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_library_of_another_version_is_named(monkeypatch):
+    if native.unavailable():
+        pytest.skip(str(native.unavailable()))
+    found = native.loaded().library
+    named = library.Library(found.path, "named by GPT2FAST_LIBRARY")
+    native.load_library(named, "gpt2fast_native", compilation.CPU)
+    schemas = native._schemas(compilation.CPU)
+    assert len(schemas) > 20
+    changed = [text.replace("Tensor wpe", "Tensor wpe, Tensor more") for text in schemas]
+    monkeypatch.setattr(native, "_schemas", lambda part: changed)
+    with pytest.raises(BackendError, match="another form of the op .*embedding.*this version"):
+        native.load_library(named, "gpt2fast_native", compilation.CPU)
+
+
 def test_a_named_cache_that_cannot_be_written_is_an_error(compiler, monkeypatch):
     monkeypatch.setenv("GPT2FAST_CACHE", "/proc/nobody/writes/here")
     with pytest.raises(BackendError, match="nowhere to keep compiled kernels.*/proc/nobody"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compilation import CPU, Part, source_files, source_folder
 from ..errors import BackendError
-from ..library import INSTALLED, Library, build_library, find_library, is_switched_off, notice
+from ..library import (
+    BUILT,
+    INSTALLED,
+    Library,
+    build_library,
+    find_library,
+    is_switched_off,
+    notice,
+    opened,
+)
 from .backend import AVAILABILITY, Implementation
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -76,11 +88,59 @@ def _find_and_load() -> Loaded:
 
 def does_not_load(library: Library, error: OSError) -> str:
     # torch's own words name the file only.
-    return f"{library.path} ({library.origin}) does not load: {error.__cause__ or error}"
+    reason = error.strerror or error.__cause__ or error
+    return f"{library.path} ({library.origin}) does not load: {reason}"
+
+
+# The descriptors of what was loaded: the loader takes a second file of one name for the first.
+_kept_open: list[int] = []
+
+
+def load_library(library: Library, namespace: str, part: Part) -> None:
+    """Load a library into the process, which registers its ops.
+
+    Args:
+        library: of the cache, of which the very file that was looked at is loaded, or another one.
+        namespace: of its ops.
+        part: of csrc, which says what ops there are.
+
+    Raises:
+        OSError: it does not load.
+        BackendError: its ops are not those of this version.
+    """
+    descriptor = opened(library)
+    if descriptor is None:
+        torch.ops.load_library(library.path)
+    else:
+        _kept_open.append(descriptor)
+        ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    ops = getattr(torch.ops, namespace)
+    for text in _schemas(part) if library.origin != BUILT else ():
+        schema = torch._C.parse_schema(f"{namespace}::{text}")
+        found = getattr(ops, schema.name.partition("::")[2], None)
+        if found is None or found.default._schema != schema:
+            lacks = "lacks the op" if found is None else "has another form of the op"
+            raise BackendError(
+                f"{library.path} ({library.origin}) {lacks} {schema.name}: it is not a library of "
+                "this version of gpt2fast; build it again, or leave it out"
+            )
+
+
+def _schemas(part: Part) -> list[str]:
+    """What the sources say of their ops, where the sources are here."""
+    try:
+        files = source_files(source_folder(), part)
+    except BackendError:
+        return []
+    text = "".join(path.read_text(encoding="utf-8") for path in files if "binding" in path.parts)
+    return [
+        "".join(re.findall(r'"([^"]*)"', literals))
+        for literals in re.findall(r'm\.def\(\s*("[^;]*"(?=[,)]))', text)
+    ]
 
 
 def _load(library: Library) -> Loaded:
-    torch.ops.load_library(library.path)
+    load_library(library, "gpt2fast_native", CPU)
     try:
         return Loaded(library, torch.ops.gpt2fast_native.isa())
     except RuntimeError as error:  # GPT2FAST_ISA names none that this processor has

@@ -62,7 +62,7 @@ def _find_and_load() -> Library:
         raise BackendError("there is no CUDA GPU")
     library = find_library(CUDA, _architectures())
     try:
-        torch.ops.load_library(library.path)
+        native.load_library(library, "gpt2fast_cuda", CUDA)
     except OSError as error:
         raise BackendError(native.does_not_load(library, error)) from None
     return library
