@@ -103,7 +103,7 @@ class GPT2Config:
             )
         if self.activation_function not in ACTIVATION_NAMES:
             raise ConfigError(
-                f"activation_function={self.activation_function!r} is not supported; "
+                f"activation_function={shown(self.activation_function)} is not supported; "
                 f"choose one of {', '.join(ACTIVATION_NAMES)}"
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -121,11 +121,13 @@ class GPT2Config:
             "tie_word_embeddings",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false")
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-                raise ConfigError(f"{name}={token!r} must be a token id (an integer) or null")
+                raise ConfigError(f"{name}={shown(token)} must be a token id (an integer) or null")
+            if token is not None and abs(token) >= 1 << 63:
+                raise ConfigError(f"{name}={shown(token)} must be a token id below 2^63")
 
     @property
     def head_dim(self) -> int:
@@ -235,16 +237,21 @@ class GPT2Config:
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
+            raise ConfigError(
+                f"{name}={shown(value)} must be an integer, not {type(value).__name__}"
+            )
         largest = _LARGEST.get(name, _LARGEST_SIZE)
         if not 1 <= value <= largest:
-            raise ConfigError(f"{name}={value} must lie between 1 and {largest}")
+            raise ConfigError(f"{name}={shown(value)} must lie between 1 and {largest}")
 
     def _check_number(self, name: str) -> float:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{name}={value!r} must be a number, not {type(value).__name__}")
-        return value
+            raise ConfigError(f"{name}={shown(value)} must be a number, not {type(value).__name__}")
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{name}={shown(value)} is beyond the largest float") from None
 
 
 def plain_activation(name: str) -> str:
@@ -278,8 +285,8 @@ def _under_other_names(construct: Any) -> Any:
             name, value = _OTHER_NAMES[other], named.pop(other)
             if named.setdefault(name, value) != value:
                 raise ConfigError(
-                    f"{name}={named[name]!r} and {other}={value!r} are two names of one size; "
-                    "leave one out"
+                    f"{name}={shown(named[name])} and {other}={shown(value)} are two names of one "
+                    "size; leave one out"
                 )
         construct(self, *values, **named)
 

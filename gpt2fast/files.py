@@ -106,7 +106,11 @@ def read_file(path: str | os.PathLike[str], largest: int) -> bytes:
         OSError: as of `open_file`, and where the file is larger.
     """
     with open_file(path) as file:
-        content = file.read(largest + 1)
+        # Not largest + 1 at once: that much memory is set aside before anything is read.
+        size = min(os.fstat(file.fileno()).st_size, largest)
+        content = file.read(size + 1)
+        if len(content) > size:  # it has grown, or is none that has a size
+            content += file.read(largest + 1 - len(content))
     if len(content) > largest:
         reason = f"it has more than {largest} bytes, the most that are read of such a file"
         raise OSError(errno.EFBIG, reason, os.fspath(path))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import llm_c
 from .errors import Error, shown
+from .parsing import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -141,8 +142,6 @@ def what_folder_is(folder: Path, held: list[str]) -> str | None:
 
 def what_adapter_is(folder: Path) -> str:
     """What to say of a folder with an adapter in PEFT's format."""
-    from .tensor_files import read_json
-
     base: object = None
     with suppress(Error):  # load_adapter says what is wrong with the file
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, shown
-from .tensor_files import read_json
+from .parsing import read_json
 
 NAME = "generation_config.json"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import GenerationError
+from .errors import GenerationError, shown
+from .parsing import Unreadable, parse_json
 from .sampling import SamplingOptions
 
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
@@ -64,14 +64,16 @@ def parse_prompts(name: str, content: str, shared: Mapping[str, Any]) -> list[Pr
 
 def _parse(place: str, index: int, line: str, shared: Mapping[str, Any]) -> Prompt:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
+        value = parse_json(line)
+    except Unreadable as error:
+        raise GenerationError(
+            f'{place}: {shown(line)} is neither a JSON text nor an object with a "prompt": {error}'
+        ) from None
     values = dict(value) if isinstance(value, dict) else {"prompt": value}
     text = values.pop("prompt", None)
     if not isinstance(text, str):
         raise GenerationError(
-            f'{place}: {line[:60]!r} is neither a JSON text nor an object with a "prompt"'
+            f'{place}: {shown(line)} is neither a JSON text nor an object with a "prompt"'
         )
     labels = {"id": values.pop("id")} if "id" in values else {}
     if "finish_reason" in values:
@@ -81,14 +83,15 @@ def _parse(place: str, index: int, line: str, shared: Mapping[str, Any]) -> Prom
     unknown = [option for option in values if option not in OPTIONS]
     if unknown:
         raise PromptFileError(
-            f"{place}: there is no option {unknown[0]!r}; a line takes prompt, id, "
+            f"{place}: there is no option {shown(unknown[0])}; a line takes prompt, id, "
             f"{', '.join(OPTIONS)}"
         )
     stop = values.get("stop")
     texts = stop if isinstance(stop, list) else [] if stop is None else [stop]
     if not all(isinstance(one, str) and one for one in texts):
         raise PromptFileError(
-            f"{place}: stop is {stop!r:.60}; it must be a text that is not empty, or a list of them"
+            f"{place}: stop is {shown(stop)}; it must be a text that is not empty, or a "
+            "list of them"
         )
     try:
         SamplingOptions(**{**shared, **{key: values[key] for key in values if key != "stop"}})

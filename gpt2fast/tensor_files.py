@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from . import llm_c, tensorflow_files
-from .errors import ConfigError, Error, WeightsError, shown
-from .files import atomic_write, open_file, read_file
+from .errors import WeightsError, shown
+from .files import atomic_write, open_file
 from .foreign_files import what_file_is
+from .parsing import read_json
 from .tensor_names import names_blocks
 from .torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file
 from .unpickling import Objection
 
 # Far more than any GPT-2 needs; parsing takes about twelve times as much memory.
 _LARGEST_HEADER = 8 << 20
-_LARGEST_JSON = 8 << 20
 _MOST_TENSORS = 10_000  # gpt2-xl has 580
 
 _DEEPEST = 6  # dicts around a state dict
@@ -48,26 +48,6 @@ _SAFETENSORS_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-
-
-def read_json(path: Path, error: type[Error] = ConfigError) -> dict[str, Any]:
-    """The object in a JSON file; `error`, naming the file, for anything else."""
-    values = read_json_value(path, error)
-    if not isinstance(values, dict):
-        raise error(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def read_json_value(path: Path, error: type[Error], largest: int = _LARGEST_JSON) -> Any:
-    """What is in a JSON file of at most `largest` bytes; `error`, naming the file, otherwise."""
-    try:
-        values = json.loads(read_file(path, largest).decode("utf-8"))
-        repr(values)  # what is nested too deeply to be shown in an error fails here
-    except FileNotFoundError:
-        raise error(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as cause:  # UTF-8 and JSON errors are ValueErrors
-        raise error(f"{path} cannot be read as JSON: {_brief(cause)}") from None
-    return values
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
@@ -198,7 +178,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{index} has no weight_map from tensor names to files")
     for name, shard in weight_map.items():
         # A shard lies beside its index; "../x" or "/etc/x" is somebody's mistake or worse.
-        if not isinstance(shard, str) or not shard or shard != os.path.basename(shard):
+        is_name = isinstance(shard, str) and shard not in ("", ".", "..") and "\0" not in shard
+        if not is_name or shard != os.path.basename(shard):
             raise WeightsError(
                 f"{index}: {shown(shard)}, the file of {shown(name)}, is no file name"
             )

@@ -29,6 +29,7 @@ from torch import Tensor
 from .config import PRESETS, GPT2Config
 from .errors import ConfigError, WeightsError, shown
 from .files import open_file, read_file
+from .parsing import read_json
 
 FOOTER_MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
 """How the index of a checkpoint ends."""
@@ -127,8 +128,6 @@ def read_description(folder: Path) -> GPT2Config | None:
     Raises:
         ConfigError: it cannot be read, or describes no GPT-2.
     """
-    from .tensor_files import read_json
-
     path = folder / DESCRIPTION
     if not path.exists():
         return None

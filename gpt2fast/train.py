@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from .arguments import ParagraphFormatter, did_you_mean, text_argument
 from .command import command
-from .errors import ArgumentError, ConfigError, Error
+from .errors import ArgumentError, ConfigError, Error, shown
 from .files import atomic_write_text
 from .output import complain
+from .parsing import read_yaml
 
 if TYPE_CHECKING:
     from .training.config import TrainConfig
@@ -55,6 +56,14 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(
         f"--config {name!r} is neither a file nor a shipped recipe ({', '.join(shipped)})"
     )
+
+
+def _checked_recipe(path: Path) -> str:
+    """The path of a YAML file that the parser below can stand, and that asks for no other file."""
+    values = read_yaml(path)
+    if isinstance(values, dict) and "config" in values:
+        raise ConfigError(f"{path}: config is a flag, not a setting of a recipe; use --config")
+    return str(path)
 
 
 def _parser() -> Any:
@@ -148,7 +157,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     parser = _parser()
     arguments = []
     for name in chosen.config:
-        arguments += ["--config", str(recipe_path(name))]
+        arguments += ["--config", _checked_recipe(recipe_path(name))]
     arguments += flags + _others_off(flags)
 
     def settings(arguments: list[str]) -> TrainConfig:
@@ -171,8 +180,9 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
         return settings(arguments), None
     checkpoint = find_checkpoint(Path(chosen.resume or settings(arguments).out))
     run = checkpoint.parent.parent
-    if (run / "config.yaml").is_file():
-        arguments = ["--config", str(run / "config.yaml"), "--out", str(run), *arguments]
+    if (run / "config.yaml").exists():
+        kept = _checked_recipe(run / "config.yaml")
+        arguments = ["--config", kept, "--out", str(run), *arguments]
     elif not chosen.config:
         raise ConfigError(
             f"{run / 'config.yaml'}, which holds the settings of the run, is missing; name a file "
@@ -300,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(error)
         return 2 if isinstance(error, (ArgumentError, ConfigError)) else 1
     except OSError as error:
-        complain(f"error: {error}")
+        where = "" if error.filename is None else f"{shown(error.filename, 300)}: "
+        complain(f"error: {where}{error.strerror or error}")
         return 1
     except KeyboardInterrupt:
         complain("stopped")

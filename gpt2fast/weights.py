@@ -38,9 +38,10 @@ from .hub import resolve
 from .lora.adapters import without_adapters
 from .lora.storage import WEIGHTS_FILES as ADAPTER_FILES
 from .ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
+from .parsing import read_json
 from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .structure import check_held, why_not_configured
-from .tensor_files import describes_itself, file_kind, read_json, read_tensors, write_safetensors
+from .tensor_files import describes_itself, file_kind, read_tensors, write_safetensors
 from .tensor_names import find_model, listed, same, with_shape
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def from_pretrained(
 
     described = file.parent / "config.json"
     settings: dict[str, Any] = {}
-    if config is None and described.is_file() and not describes_itself(file):
+    if config is None and described.exists() and not describes_itself(file):
         values = read_json(described)
         settings = read_generation_config(file.parent, values)
         config = GPT2Config.from_dict(first_end_token(values), source=str(described))

@@ -299,7 +299,7 @@ def test_enwik8_is_its_last_five_megabytes(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "task, name, content, words",
     [
-        ("lambada", "a.jsonl", "{broken", "line 1: not JSON"),
+        ("lambada", "a.jsonl", "{broken", "line 1: it is not valid JSON"),
         ("lambada", "a.jsonl", '["text"]', "not a JSON object"),
         ("lambada", "a.jsonl", '{"words": 1}', "needs 'text'"),
         ("lambada", "a.jsonl", '{"text": "ends in a space "}', "ends in no word"),

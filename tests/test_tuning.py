@@ -113,7 +113,7 @@ def test_a_file_may_be_short(tmp_path):
     with pytest.raises(ConfigError, match="neither a file nor a shipped space"):
         read_space("nowhere")
     file.write_text("lr: [")
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match="cannot be read as YAML: it is not valid YAML"):
         read_space(str(file))
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, shown
+from ..parsing import read_json_value
 
 FORMAT = 1
+LARGEST = {"largest": 64 << 20, "most_values": 2_000_000}
+"""Of a file that names all sources: there may be a hundred thousand."""
 ITEM_SIZE = {"uint16": 2, "uint32": 4}
 
 
@@ -84,24 +87,31 @@ def read_meta(path: Path) -> DataMeta:
     """Read a meta.json. Raises DataError that names the file, the field and the value."""
     again = "Prepare the data again with `python -m gpt2fast.prepare`"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}. {again}") from None
+        values = read_json_value(path, DataError, **LARGEST)
+    except DataError as error:
+        raise DataError(f"{error}. {again}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise DataError(f"{path}: format is {found!r}, this version reads {FORMAT}. {again}")
+        raise DataError(f"{path}: format is {shown(found)}, this version reads {FORMAT}. {again}")
     known = {f.name: f for f in fields(DataMeta)}
     kept = {name: value for name, value in values.items() if name in known}
     for name, value in kept.items():
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-            raise DataError(f"{path}: {name} is {value!r}, of the wrong type. {again}")
-        if isinstance(value, int) and name != "seed" and value < 0:
-            raise DataError(f"{path}: {name} is {value}, it cannot be negative. {again}")
+            raise DataError(f"{path}: {name} is {shown(value)}, of the wrong type. {again}")
+        if isinstance(value, int) and not (0 <= value < 1 << 63 or name == "seed"):
+            raise DataError(f"{path}: {name} is {shown(value)}, not from 0 to 2^63 - 1. {again}")
     missing = [n for n in list(known)[:10] if n not in kept]
     if missing:
         raise DataError(f"{path}: {', '.join(missing)} missing. {again}")
     if kept["dtype"] not in ITEM_SIZE:
-        raise DataError(f"{path}: dtype is {kept['dtype']!r}, not uint16 or uint32. {again}")
+        raise DataError(f"{path}: dtype is {shown(kept['dtype'])}, not uint16 or uint32. {again}")
+    for name in ("sources", "files"):
+        if not all(isinstance(item, str) for item in kept.get(name, ())):
+            raise DataError(f"{path}: {name} is {shown(kept[name])}, not a list of names. {again}")
+    for item in kept.get("files", ()):
+        # Files are moved and replaced by these names: none may lead out of the folder.
+        if item in ("", ".", "..") or {*item} & {*"/\\\0"}:
+            raise DataError(f"{path}: {shown(item)} among files is no file's name. {again}")
     meta = DataMeta(**kept)
     _check_corpora(path, meta, again)
     return meta
@@ -110,14 +120,17 @@ def read_meta(path: Path) -> DataMeta:
 def _check_corpora(path: Path, meta: DataMeta, again: str) -> None:
     if meta.corpora is None:
         return
-    try:
-        weights = [float(corpus["weight"]) for corpus in meta.corpora]
-        sums = [
-            sum(corpus[f"{split}_tokens"] for corpus in meta.corpora) for split in ("train", "val")
-        ]
-        fine = all(math.isfinite(weight) and weight > 0 for weight in weights)
-        fine = fine and sums == [meta.train_tokens, meta.val_tokens] and bool(weights)
-    except (KeyError, TypeError, ValueError):
-        fine = False
+    fine = bool(meta.corpora)
+    for corpus in meta.corpora:
+        fine = fine and isinstance(corpus, dict) and isinstance(corpus.get("name"), str)
+        fine = fine and type(corpus.get("weight")) in (int, float)
+        fine = fine and 0 < corpus["weight"] <= sys.float_info.max
+        for split in ("train", "val"):
+            count = corpus.get(f"{split}_tokens") if fine else None
+            fine = type(count) is int and count >= 0
+    if fine:
+        for split in ("train", "val"):
+            told = sum(corpus[f"{split}_tokens"] for corpus in meta.corpora)
+            fine = fine and told == getattr(meta, f"{split}_tokens")
     if not fine:
         raise DataError(f"{path}: corpora does not fit the rest of the file. {again}")

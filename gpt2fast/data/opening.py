@@ -35,6 +35,8 @@ from .kinds import (
 )  # fmt: skip
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
+LARGEST = 2 << 30
+"""Bytes of a text that is read as a whole: twice enwik9."""
 _READ_BYTES = 1 << 20
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
@@ -90,8 +92,17 @@ class TextInput:
 
     def read_bytes(self) -> bytes:
         """All of it, in UTF-8 unless it is not text."""
+        pieces, size = [], 0
         with self.open() as file:
-            return file.read()
+            while piece := file.read(_READ_BYTES):
+                pieces.append(piece)
+                size += len(piece)
+                if size > LARGEST:  # packed, it may be a thousand times smaller
+                    raise DataError(
+                        f"{self.path} has more than {LARGEST >> 20} MB of text, the most that are "
+                        "read at once; cut it into smaller files"
+                    )
+        return b"".join(pieces)
 
     def _decompressed(self, raw: Any) -> Any:
         magic = raw.peek(PEEK)[:PEEK]

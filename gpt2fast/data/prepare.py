@@ -25,11 +25,13 @@ from typing import IO, Any
 from ..errors import DataError, Error
 from ..files import atomic_write_text, sync_directory
 from ..lock import only_process
+from ..parsing import read_json
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from ..tokenizer.loading import FILE_NAMES
 from .encoding import Encoded, Encoders, typecode
 from .encodings import known_encoding
 from .inputs import checked_weight, file_source, find_sources
-from .meta import DataMeta, read_meta
+from .meta import LARGEST, DataMeta, read_meta
 from .sources import Records, Source, changed_meanwhile
 from .split import TRAIN, VAL, DocumentCount, Part, Plan, Position, PositionCount, require_text
 from .text import END_OF_TEXT, Cuts, Segment
@@ -171,7 +173,9 @@ def prepare_data(
         "add_tokens": list(add_tokens) or None,
     }
     with _working_directory(out_dir, overwrite) as work:
-        run = _Run(work, sources, corpus_of, given, settings, progress or _silent, workers, notify, made)
+        run = _Run(
+            work, sources, corpus_of, given, settings, progress or _silent, workers, notify, made
+        )
         resumed = run.begin()
         run.finish(out_dir)
         meta = read_meta(out_dir / "meta.json")
@@ -286,11 +290,11 @@ class _Run:
     def begin(self) -> bool:
         """Start, or check that what was started is the same; True if there is work to reuse."""
         path = self.work / "run.json"
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        begun: dict[str, Any] | None = None
+        with contextlib.suppress(DataError):  # there is none, or a crash damaged it
+            begun = read_json(path, DataError, **LARGEST)
+        if begun is None or not {"names", "settings", "signatures"} <= begun.keys():
             begun = None
-        if begun is None:
             _clear(self.work)
         # What comes through a pipe next time cannot be compared.
         names = [str(Path("-").resolve()) if s is None else s.identity for s in self.asked]
@@ -385,8 +389,10 @@ class _Run:
         path = self.work / "plan.json"
         if path.exists():
             # An older version wrote one boundary, not a list.
-            boundaries = json.loads(path.read_text(encoding="utf-8"))["boundary"]
+            boundaries = read_json(path, DataError).get("boundary")
             boundaries = boundaries if isinstance(boundaries, list) else [boundaries]
+            if not all(type(boundary) is int for boundary in boundaries):
+                raise DataError(f"{path} is damaged; {_START_OVER}")
             return Plan(self.corpus_of, boundaries, (self.work / "assignment").read_bytes())
         corpora = self._corpora()
         count = (DocumentCount if self.documents else PositionCount)(len(corpora))
@@ -482,8 +488,8 @@ class _Run:
             yield parts, replace(at, held_out=list(at.held_out))
 
     def _saved_position(self, item_size: int) -> Position:
-        with contextlib.suppress(FileNotFoundError):
-            at = Position(**json.loads((self.work / "position.json").read_text(encoding="utf-8")))
+        with contextlib.suppress(OSError, DataError, TypeError, ValueError):
+            at = Position(**read_json(self.work / "position.json", DataError))
             sizes = [(self.work / name).stat().st_size for name in _BIN_FILES]
             if all(size >= n * item_size for size, n in zip(sizes, at.tokens, strict=True)):
                 return at
@@ -601,7 +607,8 @@ def _files_of(meta: Path) -> list[str]:
         names = read_meta(meta).files
     except DataError:
         return []
-    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    # A file that was not made here stays, whatever the other one says.
+    return [name for name in names if name in (*_BIN_FILES, *FILE_NAMES)]
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError, shown
+from ..parsing import Unreadable, parse_json
 from .encodings import not_utf8
 from .opening import TextInput
 from .text import END_OF_TEXT, Block, Cuts, Segment, last_cut, read_blocks, segments_of
@@ -417,12 +418,12 @@ def _text_of_line(line: bytes, field: str, first: bool) -> str:
             "(`jq -c '.[]'` makes that of a JSON array)"
         )
     try:
-        record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+        record = parse_json(line.decode("utf-8-sig" if first else "utf-8"), unique=False)
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at place {error.start}"
         raise BadRecord(f"not UTF-8 ({found} of the line); mend or leave out this line") from None
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"not JSON ({error}); each line must be an object with {field!r}") from None
+    except Unreadable as error:
+        raise BadRecord(f"{error}; each line must be an object with {field!r}") from None
     return _text_of_object(record, field, "each line")
 
 

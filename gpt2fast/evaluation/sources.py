@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ..data.huggingface import silent_attempts
 from ..data.opening import TextInput
 from ..errors import DataError
+from ..parsing import Unreadable, parse_json
 from .task import ExampleT, Hub, Task
 
 
@@ -65,9 +65,9 @@ def read_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+            row = parse_json(line)
+        except Unreadable as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: {line[:60]!r} is not a JSON object")
         placed = Row(row)

@@ -26,7 +26,8 @@ from ..errors import ArgumentError, WeightsError
 from ..files import atomic_write_text
 from ..foreign_files import ADAPTER_CONFIG
 from ..hub import resolve
-from ..tensor_files import read_json, read_tensors, write_safetensors
+from ..parsing import read_json
+from ..tensor_files import read_tensors, write_safetensors
 from .adapters import (
     LoRAProjection,
     adapted,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..errors import DataError
+from ..parsing import read_yaml
 from ..training.log import read_json_lines, read_rows
+
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Run:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether this is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether this is a finite number, and none that overflows when a million are added."""
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -105,11 +107,9 @@ def _read(folder: Path, name: str) -> Run:
 
 def _settings(path: Path) -> dict[str, Any]:
     """A report is worth having without them."""
-    import yaml
-
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        settings = read_yaml(path, DataError)
+    except DataError:
         return {}
     if not isinstance(settings, dict):
         return {}

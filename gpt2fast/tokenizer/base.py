@@ -236,9 +236,9 @@ class Tokenizer(ABC):
             return self._tokens[index(id)]
         except (KeyError, TypeError):
             raise TokenizerError(
-                f"token id {id!r:.80}: this tokenizer has {len(self._tokens)} tokens with ids from "
-                f"{min(self._tokens)} to {self.vocab_size - 1}; is it the one that belongs to the "
-                "model? (Of a padded vocabulary, leave out what is not `in` the tokenizer.)"
+                f"token id {shown(id)}: this tokenizer has {len(self._tokens)} tokens with ids "
+                f"from {min(self._tokens)} to {self.vocab_size - 1}; is it the one that belongs to "
+                "the model? (Of a padded vocabulary, leave out what is not `in` the tokenizer.)"
             ) from None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..errors import TokenizerError
+from ..errors import TokenizerError, shown
 from .added_tokens import END_OF_TEXT, WHITESPACE, AddedToken
 from .base import Tokenizer
 from .merges import BYTE_TO_CHAR, merge_ranks, token_bytes
@@ -68,7 +68,7 @@ class BPETokenizer(Tokenizer):
         eos_token = self._special_tokens.get("eos_token")
         by_content = vocab | {token.content: token.id for token in added_tokens}
         if eos_token is not None and eos_token not in by_content:
-            raise TokenizerError(f"{source}: eos_token is {eos_token!r:.80}, which is no token")
+            raise TokenizerError(f"{source}: eos_token is {shown(eos_token)}, which is no token")
         tokens = {id: token for token, id in ids.items()}
         for token, id in by_content.items():
             if id not in tokens:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingTokenizerError, TokenizerError
+from ..errors import MissingTokenizerError, TokenizerError, shown
 from .added_tokens import END_OF_TEXT, AddedToken
 from .base import Tokenizer
 from .bpe import BPETokenizer
@@ -61,15 +61,15 @@ def load(path: Path) -> Tokenizer:
 
 def _load(directory: Path, path: Path) -> Tokenizer:
     config_path = directory / "tokenizer_config.json"
-    config = read_json_object(config_path) if config_path.is_file() else {}
+    config = read_json_object(config_path) if config_path.exists() else {}
     if config.get(KIND) == "char":
         return _load_char(directory / "vocab.json")
-    if (directory / "tokenizer.json").is_file():
+    if (directory / "tokenizer.json").exists():
         return _load_tokenizer_json(directory, config)
     for vocab_name, merges_name in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (directory / vocab_name).is_file() and (directory / merges_name).is_file():
             return _load_vocab_and_merges(directory, vocab_name, merges_name, config)
-    if (directory / "vocab.json").is_file():
+    if (directory / "vocab.json").exists():
         return _load_char(directory / "vocab.json")
     if (directory / LLM_C).is_file():
         return load_llm_c(directory / LLM_C)
@@ -99,7 +99,7 @@ def _load_tokenizer_json(directory: Path, config: dict[str, Any]) -> Tokenizer:
         add_prefix_space = _prefix_space(config, str(path))
         if content["model"].get("type", "BPE") != "BPE":
             raise TokenizerError(
-                f"{path}: model.type is {content['model']['type']!r:.80}, and the class that "
+                f"{path}: model.type is {shown(content['model']['type'])}, and the class that "
                 f"tokenizer_config.json names, {config['tokenizer_class']}, has BPE: make them "
                 "agree"
             )
@@ -136,7 +136,7 @@ def _load_vocab_and_merges(
             added_token(token, int(id) if id.isdecimal() and len(id) < 10 else id, f"{field}.{id}")
             for id, token in by_id.items()
         ]
-    elif added_path.is_file():
+    elif added_path.exists():
         special = {_content(token) for token in _special_tokens(described, str(path))[0].values()}
         added = [
             added_token({"content": content, "special": content in special}, id, str(added_path))
@@ -251,8 +251,8 @@ def _with_added(
         expected = ids.get(token.content, len(ids))
         if token.id != expected and numbered:
             raise TokenizerError(
-                f"{source}: the added token {token.content!r:.80} has id {token.id}, where it must "
-                f"have {expected}: added tokens keep the id that they have in "
+                f"{source}: the added token {shown(token.content)} has id {token.id}, where it "
+                f"must have {expected}: added tokens keep the id that they have in "
                 "the vocabulary, or follow it one by one"
             )
         ids[token.content] = token.id
@@ -278,7 +278,7 @@ def _asked_around(
     for name, place in (("bos", around[0]), ("eos", around[1])):
         asked = config.get(f"add_{name}_token", False)
         if not isinstance(asked, bool | None):
-            raise TokenizerError(f"{source}: add_{name}_token is {asked!r:.80}, not true or false")
+            raise TokenizerError(f"{source}: add_{name}_token is {shown(asked)}, not true or false")
         token = special_tokens.get(f"{name}_token")
         if asked and token is not None:
             place.append(ids[token])
@@ -288,13 +288,13 @@ def _asked_around(
 def _prefix_space(config: dict[str, Any], source: str) -> bool:
     value = config.get("add_prefix_space", False)
     if not isinstance(value, bool):
-        raise TokenizerError(f"{source}: add_prefix_space is {value!r:.80}, not true or false")
+        raise TokenizerError(f"{source}: add_prefix_space is {shown(value)}, not true or false")
     return value
 
 
 def _with_special_tokens_map(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     map_path = directory / "special_tokens_map.json"
-    if "added_tokens_decoder" in config or not map_path.is_file():
+    if "added_tokens_decoder" in config or not map_path.exists():
         return config
     return {**config, **read_json_object(map_path)}
 
@@ -314,11 +314,11 @@ def _special_tokens(config: dict[str, Any], source: str) -> tuple[dict[str, Any]
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):
-        raise TokenizerError(f"{source}: extra_special_tokens is {extra!r:.80}, not a list")
+        raise TokenizerError(f"{source}: extra_special_tokens is {shown(extra)}, not a list")
     for name, value in (*named.items(), *(("extra_special_tokens", value) for value in extra)):
         content = _content(value)
         if content == "" or not isinstance(content, str | None):
-            raise TokenizerError(f"{source}: {name} is {value!r:.80}, not a token's text")
+            raise TokenizerError(f"{source}: {name} is {shown(value)}, not a token's text")
     return named, extra
 
 

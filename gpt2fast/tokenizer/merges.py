@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import TokenizerError
+from ..errors import TokenizerError, shown
 
 
 class UnusualVocabularyError(TokenizerError):
@@ -69,8 +69,8 @@ def merge_ranks(vocab: dict[str, int], merges: Sequence[str], source: str) -> di
             for name in (left_token, right_token, token):
                 if name not in vocab:
                     raise TokenizerError(
-                        f"{source}: merge {rank} ({merge!r:.80}) needs "
-                        f"the token {name!r:.80}, which the vocabulary lacks; are vocabulary and "
+                        f"{source}: merge {rank} ({shown(merge)}) needs "
+                        f"the token {shown(name)}, which the vocabulary lacks; are vocabulary and "
                         "merges of the same model, and complete?"
                     )
             for name in {left_token, right_token} - order.keys():
@@ -78,7 +78,7 @@ def merge_ranks(vocab: dict[str, int], merges: Sequence[str], source: str) -> di
         elif token not in order and _boundary_survives(left, right, lefts, rights, made):
             if token in awaited:
                 raise UnusualVocabularyError(
-                    f"{source}: merge {awaited[token]} uses the token {token!r:.80}, which only "
+                    f"{source}: merge {awaited[token]} uses the token {shown(token)}, which only "
                     f"merge {rank} makes; supported are merges in the order in which BPE training "
                     "finds them"
                 )

@@ -6,12 +6,13 @@ import ast
 import dataclasses
 import inspect
 import math
+import sys
 import textwrap
 import types
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,17 @@ class TrainConfig:
         for name in _POSITIVE_INTEGERS:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            _require(value is None or value <= most, name, value, f"at most {most}")
+        tokens = self.batch_size * self.block_size
+        _require(
+            tokens <= _MOST_TOKENS,
+            "batch_size",
+            self.batch_size,
+            f"at most {_MOST_TOKENS} / block_size ({self.block_size}); --grad-accumulation makes "
+            "larger steps of several batches",
+        )
         for name in ("dropout", "lora_dropout", "beta1", "beta2", "momentum"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "in [0, 1)")
@@ -183,8 +195,6 @@ class TrainConfig:
             _require(value >= 0, name, value, "0 or more")
         if self.val_fraction is not None:
             _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "in (0, 1)")
-        if self.threads is not None:
-            _require(self.threads <= 1024, "threads", self.threads, "at most 1024")
         _require(self.lr > 0, "lr", self.lr, "above 0; 1e-3 is usual for a small model")
         if self.min_lr is not None:
             _require(
@@ -302,7 +312,7 @@ class TrainConfig:
         _require(bool(self.mixture), "mixture", self.mixture, limit)
         for name, weight in self.mixture.items():
             fine = type(name) is str and name and type(weight) in (int, float)
-            _require(bool(fine) and 0 < weight < math.inf, "mixture", self.mixture, limit)
+            _require(bool(fine) and 0 < weight <= _LARGEST_FLOAT, "mixture", self.mixture, limit)
         object.__setattr__(self, "mixture", {n: float(w) for n, w in self.mixture.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -382,6 +392,22 @@ _POSITIVE_INTEGERS = (
 )
 
 
+# Far above what anybody trains with, and far below what overflows where they are multiplied.
+_LARGEST: dict[str, float] = {
+    **dict.fromkeys(_POSITIVE_INTEGERS, (1 << 31) - 1),
+    "warmup_steps": (1 << 31) - 1,
+    "batch_warmup_steps": 1_000_000,
+    "max_steps": 1 << 40,
+    "max_tokens": 1 << 53,
+    "max_epochs": 1e9,
+    "max_hours": 1e6,
+    "threads": 1024,
+}
+_MOST_TOKENS = 1 << 28
+"""Of a batch: two gigabytes of their ids alone."""
+_LARGEST_FLOAT = sys.float_info.max
+
+
 def field_help() -> dict[str, str]:
     """Help text of each field of TrainConfig: the docstring below it in the source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(TrainConfig))).body[0]
@@ -397,7 +423,7 @@ def field_help() -> dict[str, str]:
 
 def _require(holds: bool, name: str, value: Any, limit: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} is {value!r}, but must be {limit}")
+        raise ConfigError(f"{name} is {shown(value)}, but must be {limit}")
 
 
 def _checked_type(name: str, value: Any, hint: Any) -> Any:
@@ -412,11 +438,12 @@ def _checked_type(name: str, value: Any, hint: Any) -> Any:
         )
         return value
     if kind is float and type(value) in (int, float):
-        _require(math.isfinite(value), name, value, "a finite number")
+        _require(abs(value) <= _LARGEST_FLOAT, name, value, "a finite number")
         return float(value)
     kind = get_origin(kind) or kind
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
     words[dict], words[list] = "names with numbers", "a list of texts"
     or_null = " or null" if type(None) in options else ""
     _require(type(value) is kind, name, value, words[kind] + or_null)
+    _require(kind is not str or "\0" not in value, name, value, "text without NUL characters")
     return value

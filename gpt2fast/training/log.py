@@ -10,19 +10,26 @@ import importlib.util
 import io
 import json
 import math
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import ConfigError
-from ..files import atomic_write
+from ..errors import ConfigError, DataError
+from ..files import atomic_write, read_file
+from ..parsing import Unreadable, parse_json
 from .columns import COLUMNS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .config import TrainConfig
+
+
+# A row has some hundred bytes and a dozen values.
+_LARGEST_LOG = 128 << 20
+_MOST_VALUES = 1000
 
 
 class Sink(Protocol):
@@ -240,28 +247,41 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in _whole_lines(path):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line, most_values=_MOST_VALUES)
+        except Unreadable:
             continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
+        if isinstance(row, dict) and type(row.get("step")) is int and _is_step(row["step"]):
             rows.append(row)
     return rows
 
 
 def _whole_lines(path: Path) -> list[str]:
     """A crash may cut the last line short; a power cut may leave zeros in the place of others."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and "\0" not in line]
+    text = read_file(path, _LARGEST_LOG).decode("utf-8", errors="replace")
+    # Not splitlines(), which takes what a sample of text may hold for ends of lines.
+    return [f"{line}\n" for line in text.split("\n")[:-1] if "\0" not in line]
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    return list(csv.DictReader(io.StringIO("".join(_whole_lines(path)), newline="")))
+    reader = csv.DictReader(io.StringIO("".join(_whole_lines(path)), newline=""))
+    try:
+        columns = len(reader.fieldnames or ())
+        if columns > _MOST_VALUES:
+            raise csv.Error(f"{columns} columns, of which {_MOST_VALUES} are read")
+        return list(reader)
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as a log: {error}") from None
 
 
 def _step(row: dict[str, Any]) -> float:
     """A row's step; a row that a crash cut short counts as later than every step."""
     step = row.get("step") or ""
-    return int(step) if step.isdigit() and None not in row.values() else math.inf
+    whole = None not in row.values() and re.fullmatch("[0-9]{1,19}", step)
+    return int(step) if whole and _is_step(int(step)) else math.inf
+
+
+def _is_step(number: int) -> bool:
+    return 0 <= number < 1 << 63
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +292,7 @@ def _number(cell: str | None) -> int | float | None:
     if not cell:
         return None
     try:
-        return int(cell) if cell.isdigit() else float(cell)
+        return int(cell) if re.fullmatch("[0-9]{1,19}", cell) else float(cell)
     except ValueError:
         return None
 

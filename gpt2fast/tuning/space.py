@@ -19,7 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+from ..parsing import read_yaml
 from ..training.config import DATA_SETTINGS, TrainConfig
 
 Kind = Literal["float", "int", "categorical"]
@@ -41,6 +42,10 @@ _REFUSED = {
 }
 _KEYS = ("type", "low", "high", "log", "step", "choices", "when")
 _DRAWS = 200
+_MOST_CHOICES = 1000
+_MOST_STEPS = 10**9
+# Differences of two such numbers, and their quotients, are numbers still.
+_LARGEST = {"float": 1e150, "int": 1 << 53}
 
 
 class Suggesting(Protocol):
@@ -202,21 +207,13 @@ def spaces() -> dict[str, Path]:
 
 def read_space(name: str) -> Space:
     """The space in a YAML file, or a shipped one. Raises ConfigError that says what is wrong."""
-    import yaml
-
     path = Path(name) if Path(name).is_file() else spaces().get(name)
     if path is None:
         raise ConfigError(
-            f"--space {name!r} is neither a file nor a shipped space ({', '.join(spaces())})"
+            f"--space {shown(name)} is neither a file nor a shipped space ({', '.join(spaces())})"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return parse_space(content)
+        return parse_space(read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -234,7 +231,7 @@ def parse_space(content: Any) -> Space:
             near = difflib.get_close_matches(str(name), hints, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"{name!r} is no setting{meant} (python -m gpt2fast.train --help lists them)"
+                f"{shown(name)} is no setting{meant} (python -m gpt2fast.train --help lists them)"
             )
         if name in _REFUSED:
             raise ConfigError(f"{name} cannot be tuned: {_REFUSED[name]}")
@@ -249,20 +246,20 @@ def _parameter(
         asked = {"choices": asked}
     if not isinstance(asked, dict):
         raise ConfigError(
-            f"{name} is {asked!r}; give a range, {{low: …, high: …}}, or choices, [a, b]"
+            f"{name} is {shown(asked)}; give a range, {{low: …, high: …}}, or choices, [a, b]"
         )
     for key in asked:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
             meant = f"; did you mean {near[0]}?" if near else f"; it may have {', '.join(_KEYS)}"
-            raise ConfigError(f"{name} has {key!r}{meant}")
+            raise ConfigError(f"{name} has {shown(key)}{meant}")
     field = _field_type(hint)
     allowed = {float: ("float", "int", "categorical"), int: ("int", "categorical")}.get(
         field, ("categorical",)
     )
     kind = asked.get("type", "categorical" if "choices" in asked else allowed[0])
     if kind not in allowed:
-        raise ConfigError(f"{name}: type is {kind!r}, but must be {' or '.join(allowed)}")
+        raise ConfigError(f"{name}: type is {shown(kind)}, but must be {' or '.join(allowed)}")
     when = _conditions(name, asked.get("when", {}), before, names)
     if kind == "categorical":
         return Parameter(name, kind, choices=_choices(name, asked, field), when=when)
@@ -272,16 +269,18 @@ def _parameter(
 def _choices(name: str, asked: dict[str, Any], field: type) -> tuple[Value, ...]:
     given = asked.get("choices")
     if not isinstance(given, list) or not given:
-        raise ConfigError(f"{name}: choices is {given!r}, but must be a list, such as [a, b]")
+        raise ConfigError(f"{name}: choices is {shown(given)}, but must be a list, such as [a, b]")
+    if len(given) > _MOST_CHOICES:
+        raise ConfigError(f"{name} has {len(given)} choices; at most {_MOST_CHOICES} can be tried")
     for key in ("low", "high", "log", "step"):
         if key in asked:
             raise ConfigError(f"{name} has choices and {key}; drop one of the two")
     choices = tuple(_number(value) if field in (int, float) else value for value in given)
     for place, value in enumerate(choices):
         if not isinstance(value, (bool, int, float, str, type(None))):
-            raise ConfigError(f"{name}: {value!r} among the choices is no plain value")
+            raise ConfigError(f"{name}: {shown(value)} among the choices is no plain value")
         if any(value == other and type(value) is type(other) for other in choices[:place]):
-            raise ConfigError(f"{name}: {value!r} is twice among the choices; drop one")
+            raise ConfigError(f"{name}: {shown(value)} is twice among the choices; drop one")
     if field is float:
         return tuple(float(v) if type(v) is int else v for v in choices)
     return choices
@@ -298,14 +297,17 @@ def _range(name: str, kind: Kind, asked: dict[str, Any], when: Any) -> Parameter
             raise ConfigError(f"{name} has no {key}; a range needs low and high")
         value = _number(asked[key])
         right = type(value) is int or (kind == "float" and type(value) is float)
-        if not right or not math.isfinite(value):
+        if not right or not abs(value) <= _LARGEST[kind]:
             what = "a number" if kind == "float" else "a whole number"
-            raise ConfigError(f"{name}: {key} is {asked[key]!r}, but must be {what}")
+            raise ConfigError(
+                f"{name}: {key} is {shown(asked[key])}, but must be {what} of at most "
+                f"{_LARGEST[kind]:g}"
+            )
         numbers[key] = float(value) if kind == "float" else value
     low, high, step = numbers["low"], numbers["high"], numbers.get("step")
     log = asked.get("log", False)
     if type(log) is not bool:
-        raise ConfigError(f"{name}: log is {log!r}, but must be true or false")
+        raise ConfigError(f"{name}: log is {shown(log)}, but must be true or false")
     if low > high:
         raise ConfigError(f"{name}: low is {low:g}, above high, {high:g}; exchange them")
     if step is not None and step <= 0:
@@ -314,6 +316,11 @@ def _range(name: str, kind: Kind, asked: dict[str, Any], when: Any) -> Parameter
         raise ConfigError(f"{name}: low is {low:g}, but must be above 0 with log: true")
     if log and step is not None:
         raise ConfigError(f"{name} has log and step; drop one of the two, or give choices")
+    if step is not None and (high - low) / step > _MOST_STEPS:
+        raise ConfigError(
+            f"{name}: step is {step:g}, which divides the range from {low:g} to {high:g} into more "
+            f"than {_MOST_STEPS} parts; make it larger, or leave it out"
+        )
     found = Parameter(name, kind, low, high, step, log, when=when)
     return dataclasses.replace(found, high=found.high_reached())
 
@@ -323,7 +330,7 @@ def _conditions(
 ) -> tuple[tuple[str, tuple[Value, ...]], ...]:
     if not isinstance(asked, dict):
         raise ConfigError(
-            f"{name}: when is {asked!r}, but must name settings and their values, such as "
+            f"{name}: when is {shown(asked)}, but must name settings and their values, such as "
             "{optimizer: muon}"
         )
     found = []
@@ -345,7 +352,7 @@ def _conditions(
         for value in values or (None,):
             if not before[other].holds(value):
                 raise ConfigError(
-                    f"{name} has a condition on {other}: {value!r}, which {other} never is"
+                    f"{name} has a condition on {other}: {shown(value)}, which {other} never is"
                 )
         found.append((other, values))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import warnings
@@ -11,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, Error
+from ..errors import ConfigError, Error, shown
+from ..files import open_file
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -45,7 +47,7 @@ def open_study(url: str, name: str, sampler: Any, pruner: Any) -> Study:
     """The study `name` in the database `url`, made if it is not there.
 
     Raises ConfigError for a URL that is none, a driver that is not installed, a place that cannot
-    be opened.
+    be opened; StudyError for a database that holds something else, or is damaged.
     """
     import optuna
     from sqlalchemy import exc
@@ -53,7 +55,10 @@ def open_study(url: str, name: str, sampler: Any, pruner: Any) -> Study:
 
     try:
         parsed = make_url(url)
-        shown = parsed.render_as_string(hide_password=True)
+        place = parsed.render_as_string(hide_password=True)
+        file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+        if file and file != ":memory:" and os.path.exists(file):
+            open_file(file).close()  # a pipe would be waited for
         connect = {"timeout": 60} if parsed.get_backend_name() == "sqlite" else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -72,13 +77,54 @@ def open_study(url: str, name: str, sampler: Any, pruner: Any) -> Study:
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None)
         raise ConfigError(
-            f"--storage {shown} needs a driver that is not installed"
+            f"--storage {place} needs a driver that is not installed"
             + (f": pip install {missing}" if missing else "")
         ) from None
     except exc.SQLAlchemyError as error:
-        raise ConfigError(f"--storage {shown} cannot be opened: {one_line(error)}") from None
-    return optuna.create_study(
-        study_name=name, storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True
+        raise ConfigError(f"--storage {place} cannot be opened: {one_line(error)}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--storage {place} cannot be opened: {reason}") from None
+    except Exception as error:  # a database of somebody else's fails in any way it likes
+        raise _strange(place, one_line(error)) from None
+    try:
+        study = optuna.create_study(
+            study_name=name, storage=storage, sampler=sampler, pruner=pruner, load_if_exists=True
+        )
+        _check_content(study, place)
+    except (Error, exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        raise
+    except Exception as error:  # states, distributions and values that Optuna does not know
+        raise _strange(place, f"{type(error).__name__}: {one_line(error)}") from None
+    return study
+
+
+def _check_content(study: Study, place: str) -> None:
+    """Raise StudyError where the trials are not as this program writes them."""
+    from optuna.trial import TrialState
+
+    for part, values in study.user_attrs.items():
+        if not isinstance(values, dict):
+            raise _strange(place, f"{shown(part)} of the study is {shown(values)}")
+    for place_in_list, trial in enumerate(study.get_trials(deepcopy=False)):
+        if trial.number != place_in_list:
+            raise _strange(place, f"trial {place_in_list} has the number {shown(trial.number)}")
+        told = trial.user_attrs
+        for key, kind in _ATTRIBUTES.items():
+            if key in told and type(told[key]) is not kind:
+                raise _strange(place, f"{key} of trial {trial.number} is {shown(told[key])}")
+        if trial.state == TrialState.COMPLETE and not math.isfinite(trial.value or math.nan):
+            raise _strange(place, f"the result of trial {trial.number} is {shown(trial.values)}")
+
+
+_ATTRIBUTES = {"machine": str, "process": int, "repeats": int, "lost": int, "error": str}
+"""What is noted of a trial."""
+
+
+def _strange(place: str, found: str) -> StudyError:
+    return StudyError(
+        f"the study in {place} cannot be read ({found}): the database is damaged, or not one that "
+        "gpt2fast.tune has made; name another --storage or --out"
     )
 
 
@@ -88,13 +134,15 @@ def require_same(kept: dict[str, Any], asked: dict[str, Any], where: str) -> Non
         before = kept.get(part)
         if before is None or before == now:
             continue
+        if not isinstance(before, dict):
+            raise ConfigError(f"{where} was begun with another {part}: {shown(before)}")
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         first = names[0]
         more = f" (and {', '.join(names[1:])})" if names[1:] else ""
         raise ConfigError(
-            f"{where} was begun with another {part}: {first} was {before.get(first)!r} and is "
-            f"{now.get(first)!r} now{more}. Give back the old value, or begin a new study with "
-            "another --out (and --study-name, where the storage is shared)"
+            f"{where} was begun with another {part}: {first} was {shown(before.get(first))} and is "
+            f"{shown(now.get(first))} now{more}. Give back the old value, or begin a new study "
+            "with another --out (and --study-name, where the storage is shared)"
         )
 
 

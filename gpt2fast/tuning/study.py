@@ -26,6 +26,7 @@ from ..errors import ConfigError, Error
 from ..files import atomic_write_text
 from ..lock import only_process
 from ..output import tell, warn
+from ..parsing import read_yaml
 from ..training import Interrupted, TrainConfig, TrainResult, train
 from ..training.config import DATA_SETTINGS
 from ..training.source import located, prepared_data, source_of
@@ -144,7 +145,9 @@ class _Tuning:
         settings = self.settings
         asked: dict[str, Any] = {"space": self.space.to_dict(), "config": _compared(self.base)}
         file = self.out / STUDY_FILE
-        kept = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        kept = read_yaml(file) if file.exists() else {}
+        if not isinstance(kept, dict):
+            raise ConfigError(f"{file} is damaged; delete it, or name another --out")
         config = dataclasses.replace(self.base, out=str(self.out))
         there = (self.out / "data" / "meta.json").is_file()
         # Of text that is prepared here only its result is known to the other workers.
