@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import TokenizerError
+from ..errors import TokenizerError, shown
 from .added_tokens import AddedToken
 from .base import StreamDecoder, Tokenizer, check_text
 from .merges import token_bytes
@@ -84,8 +85,9 @@ class LibraryTokenizer(Tokenizer):
     ) -> None:
         content = {**tokenizer_json, "padding": None, "truncation": None}
         backend = _backend(content, source)
-        backend.add_special_tokens([_library_token(token) for token in more_tokens])
-        vocab = backend.get_vocab(with_added_tokens=True)
+        with _failures(f"{source}: the library does not take it"):
+            backend.add_special_tokens([_library_token(token) for token in more_tokens])
+            vocab = backend.get_vocab(with_added_tokens=True)
         if not vocab or max(vocab.values()) >= MOST_IDS:
             raise TokenizerError(
                 f"{source}: the vocabulary has {len(vocab)} tokens with ids up to "
@@ -98,7 +100,7 @@ class LibraryTokenizer(Tokenizer):
         self._is_bytes = is_byte_level_decoder(content) and not self._clean_up
         eos_token = self._special_tokens.get("eos_token")
         if eos_token is not None and eos_token not in vocab:
-            raise TokenizerError(f"{source}: eos_token is {eos_token!r:.80}, which is no token")
+            raise TokenizerError(f"{source}: eos_token is {shown(eos_token)}, which is no token")
         super().__init__(
             tokens={id: token_bytes(token) for token, id in vocab.items()},
             added_tokens=[
@@ -125,10 +127,8 @@ class LibraryTokenizer(Tokenizer):
                 for what is unknown.
         """
         check_text(text)
-        try:
+        with _failures("the text cannot be encoded"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:
-            raise TokenizerError(f"the text cannot be encoded: {str(error):.200}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """As `Tokenizer.decode`, with the spaces that the tokenizer's own decoder puts."""
@@ -137,7 +137,8 @@ class LibraryTokenizer(Tokenizer):
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         for id in ids:
             self._token_bytes(id)  # says which id is wrong
-        text = self._backend.decode(ids, skip_special_tokens=False)
+        with _failures("the tokens cannot be decoded"):
+            text = self._backend.decode(ids, skip_special_tokens=False)
         if self._clean_up:
             for old, new in _CLEAN_UP:
                 text = text.replace(old, new)
@@ -194,15 +195,22 @@ def check_steps(content: Mapping[str, Any], source: str) -> None:
 def _backend(content: Mapping[str, Any], source: str) -> Any:
     import tokenizers
 
-    try:
+    with _failures(
+        f"{source}: neither GPT-2's byte-level BPE nor a tokenizer that Hugging Face's "
+        f"tokenizers {tokenizers.__version__} reads"
+    ):
         return tokenizers.Tokenizer.from_str(json.dumps(content))
-    except BaseException as error:  # a panic of the library's is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        raise TokenizerError(
-            f"{source}: neither GPT-2's byte-level BPE nor a tokenizer that Hugging Face's "
-            f"tokenizers {tokenizers.__version__} reads: {str(error):.200}"
-        ) from None
+
+
+@contextmanager
+def _failures(told: str) -> Iterator[None]:
+    """Turn what the library raises, its panics included, which are no Exceptions, into one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{told}: {str(error):.200}") from None
 
 
 def _library_token(token: AddedToken) -> Any:
