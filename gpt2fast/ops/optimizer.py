@@ -247,10 +247,32 @@ def _triton_refuses(
     return unsuitable_for_triton(*updated, *grads, may_be_empty=True)
 
 
-def _torch_refuses(params: list[Tensor], *rest: list[Tensor]) -> str | None:
+def _torch_refuses(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+) -> str | None:
     if len({(tensor.device, tensor.dtype) for tensor in params}) != 1:
         return "torch's fused AdamW takes tensors of one dtype on one device"
+    # It walks through the memory of all of them at once, whatever their strides are.
+    for param, *moments in zip(params, exp_avgs, exp_avg_sqs, strict=True):
+        if not _is_dense(param) or any(each.stride() != param.stride() for each in moments):
+            return "torch's fused AdamW takes parameters and moments that lie alike, without gaps"
     return None
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory, in some order of the dimensions."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return x.permute(order).is_contiguous()
+
+
+def _lying_like(x: Tensor, other: Tensor) -> Tensor:
+    """x, or a copy of it, with the strides of `other`, which is dense."""
+    if x.stride() == other.stride():
+        return x
+    return torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
 def _torch(
@@ -268,7 +290,7 @@ def _torch(
     steps = [torch.full((), step, dtype=torch.float32, device=params[0].device)] * len(params)
     torch._fused_adamw_(
         params,
-        grads,
+        [_lying_like(grad, param) for grad, param in zip(grads, params, strict=True)],
         exp_avgs,
         exp_avg_sqs,
         [],

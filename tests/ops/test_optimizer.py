@@ -6,6 +6,7 @@ from torch.library import opcheck
 
 from comparison import BACKENDS, backend, random
 from gpt2fast import ops
+from gpt2fast.errors import BackendError
 from gpt2fast.ops.optimizer import _adamw
 from tolerance import assert_close
 
@@ -92,3 +93,50 @@ def test_bad_arguments_are_named():
 def test_nothing_to_update_is_no_mistake(name):
     with backend(name):
         ops.fused_adamw([], [], [], [], step=1, **SETTINGS)
+
+
+def turned(x):
+    return x.t().contiguous().t()
+
+
+def with_gaps(x):
+    return torch.stack([x, torch.full_like(x, 9.0)], -1)[..., 0]
+
+
+def expanded_row(x):
+    return x[:1].expand(x.shape)
+
+
+ROLES = ["params", "grads", "exp_avgs", "exp_avg_sqs", "masters"]
+LAID = [(layout, role) for layout in (turned, with_gaps) for role in ROLES]
+LAID.append((expanded_row, "grads"))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("layout", "role"), LAID)
+@pytest.mark.parametrize("masters", [False, True])
+def test_tensors_of_one_call_may_lie_differently(name, layout, role, masters):
+    if role == "masters" and not masters:
+        pytest.skip("there are no masters")
+    which = ROLES.index(role)
+    numbers = [[random(6, 5).float().abs() + 1], [random(6, 5).float()]]
+    numbers += [[random(6, 5).float().abs()] for _ in range(2)]
+    numbers += [[numbers[0][0].clone()] if masters else []]
+    expected = [[x.clone() for x in each] for each in numbers]
+    if layout is expanded_row:
+        expected[1] = [layout(x) for x in expected[1]]
+    if masters:
+        for each in (numbers, expected):
+            each[0] = [each[0][0].bfloat16()]
+            each[1] = [each[1][0].bfloat16()]
+    numbers[which] = [layout(x) for x in numbers[which]]
+    for given, chosen in ((expected, "reference"), (numbers, name)):
+        with backend(chosen):
+            try:
+                ops.fused_adamw(*given[:4], masters=given[4] or None, step=1, **SETTINGS)
+            except BackendError as refusal:
+                assert "takes" in str(refusal) and role != "grads"
+                return
+    for place in (0, 2, 3, 4):
+        for found, right in zip(numbers[place], expected[place], strict=True):
+            torch.testing.assert_close(found, right)
