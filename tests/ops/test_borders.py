@@ -145,6 +145,8 @@ def test_causal_attention(name, time, width, shape, scale, hidden, laid, dtype):
 @example([700, 64, 0], 5, 64, 2, (plain,) * 3, 0.2, torch.float32, torch.float32)
 @example([129, 511], 17, 64, 2, (plain, plain, padded), 0.2, torch.bfloat16, torch.bfloat16)
 @example([63, 0], 1, 17, 2, (plain, heads_first, time_first), 0.0, torch.float32, torch.bfloat16)
+@example([63, 0], 1, 17, 2, (plain, heads_first, time_first), 0.2, torch.float32, torch.float32)
+@example([65, 0], 1, 33, 17, (plain,) * 3, 0.2, torch.bfloat16, torch.bfloat16)
 def test_attention_with_cache(name, lengths, time, width, heads, laid, scale, dtype, stored):
     entries = max(lengths) + time + 1
     caches = random(2, len(lengths), entries, heads, width)
@@ -197,6 +199,8 @@ def test_attention_with_an_int8_cache(name, width, time):
 )
 @example(33, 513, (plain, padded, strided, plain), True, torch.float32)
 @example(65, 1025, (padded, plain, plain, strided), True, torch.bfloat16)
+@example(3, 8192, (plain,) * 4, True, torch.float32)
+@example(17, 8193, (plain, padded, plain, plain), False, torch.float32)
 def test_residual_layer_norm(name, rows, columns, laid, with_residual, dtype):
     def ours(x, residual, weight, bias):
         x, residual, weight, bias = (
@@ -266,6 +270,7 @@ def test_gelu_mlp(name, rows, inputs, inner, laid, dtype):
 )
 @example(33, 2049, "all but one", (plain, padded), torch.float32)
 @example(5, 4097, "first", (time_first, plain), torch.bfloat16)
+@example(2, 8193, "none", (plain, plain), torch.float32)
 def test_linear_cross_entropy(name, rows, vocab, ignored, laid, dtype):
     targets = torch.randint(vocab, (rows,))
     targets[-1] = vocab - 1
@@ -352,3 +357,68 @@ def test_ties_at_a_threshold(name, options, vocab):
     else:
         different = (expected != found).nonzero()[:, 0].tolist()
         assert len(different) <= 2, f"rows {different}: {found.tolist()}, {expected.tolist()}"
+
+
+# Weights of 1, of which every sum and every share is exact, in any order.
+EXACT = [
+    {"top_k": 1}, {"top_k": 3}, {"top_p": 0.25}, {"top_p": 0.5}, {"top_p": 0.75}, {"min_p": 1.0},
+    {"top_k": 2, "top_p": 0.5, "min_p": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("options", EXACT, ids=str)
+@pytest.mark.parametrize("vocab", [8, 64, 128, 2048, 8192])
+@pytest.mark.parametrize("others", [None, -1.0, -math.inf])
+def test_what_lies_exactly_at_a_threshold(name, options, vocab, others):
+    """Of equal scores top-k and min-p keep all, top-p the last ones; a draw may fall on an end."""
+    logits = torch.full((8, vocab), 0.75)
+    candidates = torch.arange(vocab)
+    if others is not None:
+        if "top_p" in options and not options.get("top_k") and others > -math.inf:
+            pytest.skip("lower scores are a part of what top-p measures")
+        logits[:, 1::2] += others
+        candidates = candidates[::2]
+    first = round((1 - options.get("top_p", 1.0)) * len(candidates))
+    kept = candidates[first:]
+    uniform = (torch.arange(8) + 0.5) / 8
+    with backend(name):
+        found = ops.sample(logits, torch.empty(8, 0, dtype=torch.int64), uniform, **options)
+    assert found.tolist() == [int(kept[int(u * len(kept))]) for u in uniform.tolist()]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_fused_adamw(name, dtype, masters, eps):
+    """Sizes around the pieces of 8192 and 16384 elements that a program takes."""
+    if masters and dtype == torch.float32:
+        pytest.skip("float32 is its own master")
+    sizes = [1, 16384, 8193, 16385, 32769, 7, 8191]
+    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.97, "eps": eps, "weight_decay": 0.3}
+    initial = [random(n) for n in sizes]
+    gradients = [[random(n) / 64 for n in sizes] for _ in range(3)]
+    held = torch.float32 if masters else dtype
+
+    def torchs(dtype):
+        params = [p.to(dtype, copy=True).requires_grad_() for p in initial]
+        optimizer = torch.optim.AdamW(
+            params, lr=1e-2, betas=(0.9, 0.97), eps=eps, weight_decay=0.3, foreach=False
+        )
+        for step in gradients:
+            for param, grad in zip(params, step, strict=True):
+                param.grad = grad.to(dtype)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    params = [p.to(dtype, copy=True) for p in initial]
+    kept = [p.to(held) for p in initial] if masters else None
+    moments = [[torch.zeros(n, dtype=held) for n in sizes] for _ in range(2)]
+    with backend(name):
+        for step, grads in enumerate(gradients, start=1):
+            grads = [g.to(dtype) for g in grads]
+            ops.fused_adamw(params, grads, *moments, masters=kept, step=step, **settings)
+    assert_close(kept or params, torchs(held), torchs(torch.float64), times=2.0)
+    for param, master in zip(params, kept or params, strict=True):
+        assert torch.equal(param, master.to(dtype))

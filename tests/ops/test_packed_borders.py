@@ -52,8 +52,9 @@ def random_weights(form, heads, size, inner, vocab, tied):
         weights.put(name, random_matrix(form, inputs, outputs))
     for name, dims in shape.vectors().items():
         values = torch.randn(dims)
-        if "c_attn" in name:
+        if "c_attn" in name:  # the last element, and the last head, are larger than the others
             values.view(3, heads, size)[..., -1] += 3.0
+            values.view(3, heads, size)[:, -1] *= 4.0
         weights.put(name, values)
     return weights
 
