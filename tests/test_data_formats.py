@@ -370,7 +370,7 @@ def test_standard_input_that_is_closed_is_told(tmp_path):
     script = f"exec {sys.executable} -m gpt2fast.prepare - --out {tmp_path / 'out'} <&-"
     done = subprocess.run(["sh", "-c", script], capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (
-        1, b"error: standard input (-) is closed; pipe the text in\n",
+        1, b"error: there is no text in the input (-)\n",
     )  # fmt: skip
 
 
