@@ -44,6 +44,7 @@ _MASKS = ("bias", "masked_bias")
 _HEADS = re.compile("head|score|classif|qa_outputs|reward|critic|value|logit|summary")
 _BLOCK_NAME = re.compile(r"(?:^|[./])h[./]?\d+[./]")
 _DEEPEST = 24  # parts of a name; real ones have fewer than 15
+_MOST_COPIES = 16
 _LONGEST_LIST = 8
 
 
@@ -172,6 +173,8 @@ def _roots(stored: Mapping[str, Tensor], paths: Mapping[str, Path], source: str)
             f"{source} holds no GPT-2: no tensor in it is one of a block (such as "
             f"h.0.attn.c_attn.weight); it has {listed([shown(key) for key in stored]) or 'none'}"
         )
+    if len(roots) > _MOST_COPIES:
+        raise WeightsError(f"{source} holds blocks of {len(roots)} models; save one by itself")
     (first, blocks), *others = roots.items()
     for other, copies in others:
         if blocks.keys() != copies.keys() or not all(
@@ -219,7 +222,7 @@ def _put_head(
         found.left_out.update((key, stored[key]) for key in tensors.values())
         return
     bias = tensors.get("bias")
-    if bias is not None and bool(stored[bias].to(torch.float64).any()):
+    if bias is not None and bool(stored[bias].to(torch.complex128).any()):
         raise WeightsError(
             f"{source}: {with_shape(bias, stored[bias])} is an output projection's bias, which "
             "GPT-2 does not have: without it the logits would be others; remove it from the file "

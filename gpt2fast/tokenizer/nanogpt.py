@@ -33,7 +33,7 @@ def find_meta(checkpoint: Path) -> Path | None:
     places = [directory / NAME]
     name = _data_set(file) if file.suffix == ".pt" and file.is_file() else None
     if name is not None:
-        places += [base / "data" / name / NAME for base in (directory.resolve().parent, Path.cwd())]
+        places += [base / "data" / name / NAME for base in (directory / "..", Path())]
     return next((place for place in places if place.is_file()), None)
 
 
