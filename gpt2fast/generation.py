@@ -16,6 +16,7 @@ from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from .model import GPT2
+    from .packed import PackedGPT2
     from .tokenizer import Tokenizer
 
 
@@ -245,7 +246,10 @@ def _real_tokens(model: GPT2, input_ids: Tensor, mask: Tensor | None) -> list[li
 
 
 def check_vocabulary(
-    model: GPT2, tokens: Sequence[int], name: str, tokenizer: Tokenizer | None = None
+    model: GPT2 | PackedGPT2,
+    tokens: Sequence[int],
+    name: str,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Refuse token ids that the model does not have.
 
@@ -253,6 +257,8 @@ def check_vocabulary(
         GenerationError: names the first of them, with its text if there is a `tokenizer`.
     """
     vocab_size = model.config.vocab_size
+    if not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
+        return
     for token in tokens:
         if 0 <= token < vocab_size:
             continue

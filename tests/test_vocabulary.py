@@ -14,7 +14,7 @@ from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import ArgumentError, ConfigError
 from gpt2fast.graph_pool import addresses, pool_of
 from gpt2fast.graphs import Steps
-from gpt2fast.lora import add_adapters, merge
+from gpt2fast.lora import add_adapters, merge, save_adapter
 from gpt2fast.lora.adapters import adapted
 
 OLD = 61
@@ -246,6 +246,22 @@ def test_adapters_stay_beside_a_resized_model(tmp_path):
     other = theirs(model, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(other(ids).logits, model(ids).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_adapters_alone_are_not_saved_where_embeddings_are_trained_as_well(tmp_path):
+    model = make()
+    model.resize_token_embeddings(OLD + 1)
+    add_adapters(model, rank=2)
+    save_adapter(model, tmp_path / "frozen")  # what was resized is the mean, which can be made anew
+    again = make()
+    state = merge(model).state_dict()
+    again.load_state_dict({**state, "wte.weight": state["wte.weight"][:OLD]})
+    again.resize_token_embeddings(OLD + 1)
+    assert torch.equal(again(IDS + 1).logits, model(IDS + 1).logits)
+    model.wte.weight.requires_grad_(True)
+    with pytest.raises(ArgumentError, match="wte.weight is trained beside the adapters"):
+        save_adapter(model, tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -195,6 +195,9 @@ def test_an_id_without_a_token_is_still_an_error_to_decode():
     with pytest.raises(TokenizerError, match="padded vocabulary, leave out what is not `in`"):
         BPE.decode([1, PADDED])
     assert PADDED not in BPE and SIZE - 1 in BPE and -1 not in BPE
+    ids = torch.tensor([1, PADDED, 2])
+    assert BPE.decode([id for id in ids if id in BPE]) == BPE.decode([1, 2])
+    assert "a" not in BPE and None not in BPE
 
 
 def test_scores_take_the_tokens_that_there_are(folder):
@@ -208,3 +211,11 @@ def test_scores_take_the_tokens_that_there_are(folder):
     places = range(len(context) - 1, len(context) + len(ending) - 1)
     expected = sum(logits[at, token].item() for at, token in zip(places, ending, strict=True))
     assert found.total == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_scored_token_that_the_model_lacks_is_named(lacking):
+    generator = Generator.from_pretrained(lacking)
+    scorer = Scorer(generator.model, generator.tokenizer)
+    for request in (Request([1], [scorer.encode("a", "<|pad|>")[1]]), Request([SIZE], [[1], [2]])):
+        with pytest.raises(GenerationError, match="an example has the token '<.pad.>'"):
+            scorer.score([request])

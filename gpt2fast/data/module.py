@@ -132,7 +132,8 @@ class DataModule:
             raise DataError(
                 f"{self.directory} has a vocabulary of {self.meta.vocab_size} tokens, the model's "
                 f"vocab_size is {config.vocab_size}; prepare the data with the model's tokenizer "
-                "(--tokenizer) or train a model with the vocabulary of the data"
+                "(--tokenizer), train a model with the vocabulary of the data, or, where that "
+                "only adds tokens, grow the model (resize_token_embeddings)"
             )
         self._check_ids(config.vocab_size, "the model's vocab_size")
 

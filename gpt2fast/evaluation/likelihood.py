@@ -16,6 +16,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..decoding import check_numbers, evaluating
 from ..errors import DataError
+from ..generation import check_vocabulary
 from ..model import GPT2
 from ..ops.backend import statistics_dtype
 from ..packed import PackedGPT2
@@ -133,6 +134,8 @@ class Scorer:
                 together.append(number)
             else:
                 alone += [(number, place) for place, ending in enumerate(endings) if ending]
+            for tokens in (context, *endings):
+                check_vocabulary(self.model, tokens, "an example", self.tokenizer)
         self._done, self._total = 0, len(alone) + sum(len(requests[n].endings) for n in together)
 
         def length(item: tuple[int, int]) -> int:

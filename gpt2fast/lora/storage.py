@@ -69,12 +69,23 @@ def save_adapter(
             who load them.
 
     Raises:
-        ArgumentError: the model has no adapters.
+        ArgumentError: the model has no adapters, or other parameters that are trained with them.
         WeightsError: the directory cannot be written.
     """
     found = adapted(model)
     if not found:
         raise ArgumentError("the model has no adapters to save; save_pretrained saves it whole")
+    beside = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_" not in name
+    ]
+    if beside:
+        raise ArgumentError(
+            f"{', '.join(beside[:3])} is trained beside the adapters, and their files hold nothing "
+            "else: save_pretrained saves the whole model; or freeze it (requires_grad_(False)), if "
+            "it is as it was loaded"
+        )
     first = next(iter(found.values()))
     described = {
         "peft_type": "LORA",

@@ -147,7 +147,10 @@ class Tokenizer(ABC):
 
     def __contains__(self, id: int) -> bool:
         """Whether a token has this id: a model's vocabulary may be larger, or padded."""
-        return id in self._tokens
+        try:
+            return index(id) in self._tokens  # those of tensors, too
+        except TypeError:
+            return False
 
     def decoder(self) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
