@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import shown
-from .unpickling import MOST_STEPS, Objection, ordered_dict, record, unpickle
+from .unpickling import MOST_STEPS, Objection, Record, ordered_dict, record, unpickle
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -50,14 +50,15 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
+_NumPyType = record("dtype", has_state=True)
 _DTYPES = {*_STORAGES.values(), torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 def read_torch_file(file: IO[bytes]) -> Any:
     """What was saved in an opened file: tensors, numbers and texts in dicts, lists and tuples.
 
-    An OrderedDict is a dict, a Parameter a tensor, a device its name, and a Namespace or path a
-    `Record`.
+    An OrderedDict is a dict, a Parameter a tensor, a device its name, a set a tuple, a number of
+    NumPy's one of Python's; an array of NumPy's, a Namespace or a path is a `Record`.
 
     Raises:
         Objection: the file is not one of those that are read.
@@ -89,13 +90,7 @@ class _Tensors:
         self.storages: dict[str, _Storage] = {}
         self.known: dict[str, Any] = {
             "collections OrderedDict": ordered_dict,
-            # Settings that are often saved beside the tensors.
-            "argparse Namespace": record("Namespace"),
-            "pathlib PosixPath": record("Path"),
-            "pathlib WindowsPath": record("Path"),
-            "lightning.fabric.utilities.data AttributeDict": ordered_dict,
-            "lightning_fabric.utilities.data AttributeDict": ordered_dict,
-            "pytorch_lightning.utilities.parsing AttributeDict": ordered_dict,
+            **_BESIDE,
             "torch Size": _size,
             "torch device": _device,
             "torch.nn.parameter Parameter": None,
@@ -311,9 +306,54 @@ def _parameter(data: Any, *_: Any) -> Any:  # whether it has a gradient, and hoo
     return data
 
 
+def _bytes(text: Any, encoding: Any) -> bytes:
+    """_codecs.encode, by which bytes are written into older pickles."""
+    if type(text) is not str or encoding != "latin1":
+        raise Objection("encodes text otherwise than as bytes are pickled")
+    return text.encode("latin1")
+
+
+def _number(kind: Any, data: Any) -> Any:
+    """A number of NumPy's, as Python's."""
+    formats = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "u1": "<B", "b1": "<?"}
+    if not isinstance(kind, _NumPyType) or kind.arguments[:1] not in {(f,) for f in formats}:
+        return Record(kind, data)
+    if type(kind.state) is not tuple or kind.state[1:2] == (">",) or type(data) is not bytes:
+        raise Objection("holds a number of NumPy's that cannot be")
+    return struct.unpack(formats[kind.arguments[0]], data)[0]
+
+
+def _members(items: Any = ()) -> tuple[Any, ...]:
+    """set(items) and frozenset(items), whose members are hashed by nobody here."""
+    if type(items) is not list:
+        raise Objection("makes a set of what is no list")
+    return tuple(items)
+
+
 def _is_size(number: Any) -> bool:
     return type(number) is int and 0 <= number <= _LARGEST_SIZE
 
 
 def _are_sizes(numbers: Any) -> bool:
     return type(numbers) in (tuple, list) and all(map(_is_size, numbers))
+
+
+# What training programs keep beside the tensors, as nothing that could do anything.
+_BESIDE: dict[str, Any] = {
+    "argparse Namespace": record("Namespace"),
+    "pathlib PosixPath": record("Path"),
+    "pathlib WindowsPath": record("Path"),
+    "collections defaultdict": lambda *_: {},
+    **{f"__builtin__ {name}": None for name in ("bool", "dict", "float", "int", "list", "str")},
+    "__builtin__ set": _members,
+    "__builtin__ frozenset": _members,
+    "_codecs encode": _bytes,
+    "numpy dtype": _NumPyType,
+    "numpy ndarray": None,
+    "lightning.fabric.utilities.data AttributeDict": ordered_dict,
+    "lightning_fabric.utilities.data AttributeDict": ordered_dict,
+    "pytorch_lightning.utilities.parsing AttributeDict": ordered_dict,
+}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    _BESIDE[f"{_module} scalar"] = _number
+    _BESIDE[f"{_module} _reconstruct"] = record("ndarray", has_state=True)

@@ -40,6 +40,9 @@ class Objection(ValueError):
 class Record:
     """In place of an object: the arguments it was to be made with, and its state."""
 
+    has_state = False
+    """Whether a state follows also where there are arguments."""
+
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
         self.state: Any = None
@@ -56,9 +59,9 @@ def ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
     raise Objection("makes an OrderedDict of what is no list of pairs")
 
 
-def record(name: str) -> type[Record]:
+def record(name: str, *, has_state: bool = False) -> type[Record]:
     """A kind of record of its own, so that one is not taken for another."""
-    return type(name, (Record,), {})
+    return type(name, (Record,), {"has_state": has_state})
 
 
 @dataclass
@@ -194,7 +197,7 @@ class _Machine:
             raise TypeError("the arguments of a call are no tuple")
         made = function.value(*arguments.value)
         kind = "container" if type(made) in (dict, list) else "value"
-        if isinstance(made, Record) and not made.arguments:  # its state is still to come
+        if isinstance(made, Record) and (made.has_state or not made.arguments):  # still to come
             kind = "record"
         self.push(_Cell(made, kind, arguments.size, arguments.depth + 1))
 

@@ -70,13 +70,52 @@ def test_torch_files_are_what_torch_reads(tmp_path):
         assert len({view.untyped_storage().data_ptr() for view in views}) == 1  # still shared
 
 
+def program(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+NUMBER = b"cnumpy\ndtype\n" + text("f8") + b"\x89\x88\x87R(K\x03%sNNNJ\xff\xff\xff\xffK\0tb"
+BESIDE = {
+    "a class as a function": b"c__builtin__\nlist\n)R",
+    "an array's class": b"cnumpy\nndarray\n)R",
+    "another encoding": b"c_codecs\nencode\n" + text("abc") + text("rot13") + b"\x86R",
+    "no text": b"c_codecs\nencode\nK\x07" + text("latin1") + b"\x86R",
+    "a set of a text": b"c__builtin__\nset\n" + text("abc") + b"\x85R",
+    "a set's items after it": b"]q\0c__builtin__\nset\nh\0\x85R",
+    "a short number": b"cnumpy.core.multiarray\nscalar\n"
+    + NUMBER % text("<")
+    + b"c_codecs\nencode\n"
+    + text("abc")
+    + text("latin1")
+    + b"\x86R\x86R",
+    "a big-endian number": b"cnumpy.core.multiarray\nscalar\n"
+    + NUMBER % text(">")
+    + b"c_codecs\nencode\n"
+    + text("12345678")
+    + text("latin1")
+    + b"\x86R\x86R",
+    "a type without its state": b"cnumpy\ndtype\n" + text("f8") + b"\x85Rq\0h\0\x86",
+    "a state twice": b"cargparse\nNamespace\n)\x81}b}b",
+    "a path with a state": b"cpathlib\nPosixPath\n" + text("x") + b"\x85R}b",
+}
+
+
+@pytest.mark.parametrize("content", BESIDE.values(), ids=BESIDE)
+def test_what_lies_beside_tensors_is_not_made_otherwise_than_it_was(tmp_path, content):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", program(content))
+    with pytest.raises(WeightsError, match=r"x\.pt"):
+        read_torch(path)
+
+
 class Setter:
     def __reduce__(self):
         return (Path, (), {"exists": 7})
-
-
-def program(*parts: bytes) -> bytes:
-    return b"\x80\x02" + b"".join(parts) + b"."
 
 
 HOSTILE = {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+from collections import OrderedDict, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import WeightsError
-from gpt2fast.tensor_files import write_safetensors
+from gpt2fast.tensor_files import read_torch, write_safetensors
 from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
 
 
@@ -184,9 +186,45 @@ def test_settings_beside_the_tensors_do_not_matter(tmp_path):
     content = {
         "args": argparse.Namespace(lr=1e-3, path=Path("/data/x"), nested=argparse.Namespace(a=1)),
         "again": {"path": Path("/data/x"), "size": torch.Size([2, 3])},
+        "best": numpy.float64(1.5),
+        "numbers": [numpy.float32(2), numpy.int64(-3), numpy.bool_(True), numpy.float64(1.5)],
+        "random": (numpy.random.RandomState(0).get_state(), torch.get_rng_state()),
+        "counts": defaultdict(list, {"x": [1]}),
         "model": model.state_dict(),
     }
     assert_same_parameters(load_state(tmp_path, content), model)
+    torch.save(content, tmp_path / "x.pt")
+    read = read_torch(tmp_path / "x.pt")
+    assert (read["best"], read["numbers"]) == (1.5, [2.0, -3, True, 1.5])
+    assert read["counts"] == {"x": [1]}
+
+
+def test_a_checkpoint_as_deepspeed_writes_it(tmp_path):
+    """The entries of mp_rank_00_model_states.pt (runtime/engine.py, _save_checkpoint)."""
+    model = random_model()
+    state = OrderedDict((f"transformer.{n}", t.half()) for n, t in model.state_dict().items())
+    content = {
+        "module": state,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [OrderedDict((name, tensor.shape) for name, tensor in state.items())],
+        "frozen_param_shapes": None,
+        "shared_params": OrderedDict({"lm_head.weight": "transformer.wte.weight"}),
+        "frozen_param_fragments": None,
+        "lr_scheduler": {"last_batch_iteration": 9, "max_lr": [1e-3]},
+        "data_sampler": None,
+        "random_ltd": None,
+        "sparse_tensor_module_names": {"transformer.wte"},
+        "skipped_steps": 0,
+        "global_steps": 10,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_config": {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
+        "ds_version": "0.15.4",
+        "epoch": numpy.int64(3),
+    }
+    loaded = load_state(tmp_path, content)
+    assert_same_parameters(loaded, model.half())
 
 
 def test_adapters_that_are_not_merged_are_refused_and_merged_ones_load(tmp_path):
