@@ -91,7 +91,10 @@ def describes_itself(path: Path) -> bool:
     kind = file_kind(path)
     if kind == "tensorflow":
         return (path.parent / tensorflow_files.DESCRIPTION).exists()
-    return kind == "llm.c" or path.name == "ckpt.pt"
+    if path.name == "ckpt.pt" and kind == "torch":
+        content = read_torch(path)
+        return isinstance(content, dict) and isinstance(content.get("model_args"), dict)
+    return kind == "llm.c"
 
 
 def file_kind(path: Path) -> str:

@@ -442,6 +442,15 @@ def test_nanogpts_checkpoint_gives_nanogpts_logits(tmp_path, bias, prefix, where
         torch.testing.assert_close(model(ids).logits, theirs(ids), rtol=1e-5, atol=1e-5)
 
 
+def test_a_ckpt_that_is_not_nanogpts_is_described_by_config_json(tmp_path):
+    model = random_model()
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "ckpt.pt")
+    write_config(tmp_path)
+    assert_same_parameters(GPT2.from_pretrained(tmp_path), model)
+    theirs = nanogpt_checkpoint(tmp_path / "ckpt.pt", True)  # which describes itself
+    assert GPT2.from_pretrained(tmp_path).config.vocab_size == len(theirs.transformer.wte.weight)
+
+
 def test_a_variant_of_nanogpt_is_refused(tmp_path):
     nanogpt_checkpoint(tmp_path / "ckpt.pt", True, use_rotary=True)
     with pytest.raises(WeightsError, match="'use_rotary'=True is not nanoGPT's"):

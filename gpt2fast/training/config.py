@@ -55,7 +55,7 @@ class TrainConfig:
     """For text: share that is held out for validation, in (0, 1) (default 0.1)."""
 
     init_from: str | None = None
-    """Start from these weights (folder, hub name or bundled name) instead of random ones."""
+    """Start from these weights (folder, file, hub name or bundled name) instead of random ones."""
     n_layer: int | None = None
     """Layers (default 6; with init_from, the checkpoint's)."""
     n_head: int | None = None
