@@ -41,7 +41,9 @@ _OWN = {"h", *_OUTER, *_BLOCK, "c_attn", "c_proj", "c_fc"}
 _LEAVES = {"g": "weight", "gamma": "weight", "w": "weight", "b": "bias", "beta": "bias"}
 _MASKS = ("bias", "masked_bias")
 # What a head is called in a model that has no module of its own to keep it out of.
-_HEADS = re.compile("head|score|classif|qa_outputs|reward|critic|value|logit|summary")
+_HEADS = re.compile(
+    "(?!.*emb).*(head|score|classif|qa_outputs|reward|critic|value|logit|summary)", re.IGNORECASE
+)
 _BLOCK_NAME = re.compile(r"(?:^|[./])h[./]?\d+[./]")
 _DEEPEST = 24  # parts of a name; real ones have fewer than 15
 _MOST_COPIES = 16
@@ -87,14 +89,14 @@ def find_model(stored: Mapping[str, Tensor], source: str) -> NamedTensors:
         if within[:1] == ("h",):
             if not _is_mask(within, tensor):
                 _put(found, spelled, _name(within), key, tensor, source)
-        elif "lm_head" in path[:-1]:
+        elif _is_head(path, roots):
             end = path.index("lm_head") + 1
             heads.setdefault(path[:end], {})[path[end:]] = key
-        elif within[:1] and within[0] in _OUTER:
+        elif within and within[0] in _OUTER:
             _put(found, spelled, _name(within), key, tensor, source)
-        elif path[-2:-1] and path[-2] in _OUTER:
+        elif path[-2:-1] and path[-2] in ("wte", "wpe", "ln_f"):
             elsewhere[key] = _name(path[-2:])
-        elif within and not _HEADS.search(within[0]):
+        elif within and not _HEADS.match(within[0]):
             _put(found, spelled, _name(within), key, tensor, source)
         else:
             found.left_out[key] = tensor
@@ -187,6 +189,14 @@ def _roots(stored: Mapping[str, Tensor], paths: Mapping[str, Path], source: str)
                 "torch.save(actor.state_dict(), 'actor.pt')"
             )
     return sorted(roots, key=len, reverse=True)
+
+
+def _is_head(path: Path, roots: list[Path]) -> bool:
+    """Whether a tensor is of a module `lm_head` in the model, or in a module around it."""
+    if "lm_head" not in path[:-1]:
+        return False
+    around = path[: path.index("lm_head")]
+    return any(root[: len(around)] == around for root in roots)
 
 
 def _name(path: Path) -> str:

@@ -111,7 +111,13 @@ def test_heads_beside_any_spelling_are_left_out_by_name(tmp_path, prefix, head, 
 
 def test_what_may_change_the_body_is_refused(tmp_path):
     state = random_model().state_dict()
-    for name in ("emb_ln.weight", "transformer.wtte.weight", "h.1.attn.q_norm.weight", "h.2.x"):
+    for name in (
+        "emb_ln.weight",
+        "value_embeds.0",
+        "transformer.wtte.weight",
+        "h.1.attn.q_norm.weight",
+        "h.2.x",
+    ):
         prefixed = {f"transformer.{n.removeprefix('transformer.')}": t for n, t in state.items()}
         prefixed[f"transformer.{name.removeprefix('transformer.')}"] = torch.ones(24)
         with pytest.raises(WeightsError, match="1 unexpected"):
@@ -314,7 +320,7 @@ def test_an_encoder_decoder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["lm_head", "lm_head.decoder", "model.lm_head", "lm_head.a.b", "lm_head.0"]
+    "name", ["lm_head", "lm_head.decoder", "transformer.lm_head", "lm_head.a.b", "lm_head.0"]
 )
 def test_the_output_projection_under_any_module(tmp_path, name, left_out):
     model = random_model(replace(TINY, tie_word_embeddings=False, dropout=None))
@@ -341,15 +347,26 @@ def test_what_may_be_an_output_projection_is_not_left_out(tmp_path, left_out):
         load_state(tmp_path, body | layers | {name: embedding.clone()})
         assert name in left_out()
     # Where there is one, another matrix of its size is another head.
-    load_state(tmp_path, body | {"lm_head.weight": embedding, "aux.weight": embedding + 1})
+    tied = {"lm_head.weight": embedding}
+    load_state(tmp_path, body | tied | {"aux.weight": embedding + 1})
     assert "aux.weight" in left_out()
     untied = replace(TINY, tie_word_embeddings=False, dropout=None)
     with pytest.raises(WeightsError, match="1 missing: lm_head.weight"):
         load_state(tmp_path, body | {"score.weight": torch.ones(2, 24)}, config=untied)
     with pytest.raises(WeightsError, match="both mean lm_head.weight"):
         load_state(
-            tmp_path, body | {"a.lm_head.weight": embedding, "b.lm_head.weight": embedding + 1}
+            tmp_path,
+            body | {"lm_head.weight": embedding, "transformer.lm_head.weight": embedding + 1},
         )
+    # Nor is that of another module taken for this model's.
+    for more, reason in (({}, "mtp.lm_head.weight .61, 24. has the shape"), (tied, None)):
+        state = body | more | {"mtp.lm_head.weight": embedding + 1}
+        if reason is None:
+            assert_same_parameters(load_state(tmp_path, state), random_model())
+            assert "mtp.lm_head.weight" in left_out()
+        else:
+            with pytest.raises(WeightsError, match=reason):
+                load_state(tmp_path, state)
 
 
 # Masks
