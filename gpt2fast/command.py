@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from .errors import UTF8_LOCALE, why_not_written
 from .errors import shown as shown_value
 from .output import complain, drop_output, shown
 
@@ -43,13 +44,16 @@ def _run(main: Main, argv: Sequence[str] | None) -> int:
     try:
         return main(argv)
     except UnicodeEncodeError as error:
-        if error.encoding != sys.getfilesystemencoding():
+        if reason := why_not_written(error.object):
+            complain(f"error: {reason}")
+        elif error.encoding == sys.getfilesystemencoding():
+            # The name comes out of a file; those of the command line are bytes that are known.
+            complain(
+                f"error: the locale's {error.encoding} has no way to name the file "
+                f"{shown_value(error.object)}: {UTF8_LOCALE}"
+            )
+        else:
             raise
-        # Such names come out of files; those of the command line are bytes that are known.
-        complain(
-            f"error: the locale's {error.encoding} has no way to name the file "
-            f"{shown_value(error.object)}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
-        )
         return 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 _LONGEST_MESSAGE = 4000
 
 
@@ -32,6 +34,27 @@ def shown(value: object, longest: int = 80) -> str:
     except (RecursionError, ValueError):  # a long integer within something
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+UTF8_LOCALE = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+"""What helps where the locale's encoding does not do."""
+
+
+def why_not_written(name: str) -> str | None:
+    """Why the name of a file cannot be written down in a text, and what to do; None if it can.
+
+    Python decodes bytes that are not in the locale's encoding as lone surrogates.
+    """
+    try:
+        name.encode("utf-8")
+        return None
+    except UnicodeEncodeError:
+        pass
+    try:
+        os.fsencode(name).decode("utf-8")
+    except UnicodeError:
+        return f"{shown(name)} is not UTF-8: rename it, or make a link to it (ln -s) and name that"
+    return f"{shown(name)} cannot be read in this locale: {UTF8_LOCALE}"
 
 
 class Error(ValueError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
 from .command import command
-from .output import complain, note, say
+from .output import complain, note, say, takes_unicode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,7 +141,8 @@ def _write_json(place: str, value: dict[str, Any]) -> None:
     from .files import atomic_write_text
 
     # A perplexity beyond all bounds has no number in JSON.
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    narrow = place == "-" and not takes_unicode()
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=narrow)
     if place == "-":
         say(text)
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .arguments import OneLineParser, ParagraphFormatter, text_argument, usable_device
 from .command import command, output_is_closed
-from .output import complain, drop_output, held, note
+from .output import complain, drop_output, held, note, takes_unicode
 
 if TYPE_CHECKING:
     from .decoding import Timing
@@ -426,7 +426,7 @@ def _json(generator: Generator, prompt: Prompt, result: Generation, number: int)
             "seed": result.seed,
             **scores,
         },
-        ensure_ascii=False,
+        ensure_ascii=not takes_unicode(),
     )
 
 

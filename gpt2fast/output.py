@@ -56,6 +56,12 @@ def say(text: str) -> None:
         drop_output()
 
 
+def takes_unicode() -> bool:
+    """Whether standard output encodes every character; what it cannot is escaped, which no JSON is
+    to be after."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def drop_output() -> None:
     """Send standard output nowhere: what is still buffered would fail again when Python ends."""
     with suppress(OSError, ValueError):

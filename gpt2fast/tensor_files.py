@@ -230,7 +230,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: its header of {length} bytes is beyond the limit of {_LARGEST_HEADER}"
         )
     try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
+        with (
+            _open(path) as file,
+            safe_open(_in_utf8(path, file), framework="pt", device="cpu") as opened,
+        ):
             names = opened.keys()
             if len(names) > _MOST_TENSORS:
                 raise WeightsError(
@@ -242,6 +245,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as cause:
         raise _damaged(path, cause) from cause
+
+
+def _in_utf8(path: Path, file: IO[bytes]) -> str:
+    """A name of an open file that is UTF-8, as safetensors wants it."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return f"/dev/fd/{file.fileno()}"
+    return str(path)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

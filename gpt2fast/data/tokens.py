@@ -9,6 +9,7 @@ little-endian tokens.
 from __future__ import annotations
 
 import glob
+import mmap
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -94,8 +95,9 @@ class TokenFile:
         signed = _SIGNED[self.dtype]
         # Masking restores the unsigned value. One of 64 bits that is negative is no token anyway.
         self._mask = -1 if signed == torch.int64 else (1 << 8 * self._item_size) - 1
-        first = skipped // self._item_size
-        self._signed = torch.from_file(str(path), size=first + self.count, dtype=signed)[first:]
+        with open(path, "rb") as file:  # torch.from_file takes names in UTF-8 alone
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        self._signed = torch.frombuffer(mapped, dtype=signed)[skipped // self._item_size :]
 
     @property
     def _item_size(self) -> int:

@@ -12,7 +12,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, shown, why_not_written
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked_type(name, getattr(self, name), hint))
+        for name in ("data", "dataset", "out", "tokenizer", "init_from", "mixture"):
+            value = getattr(self, name)
+            for path in [value] if isinstance(value, str) else value or ():
+                if reason := why_not_written(path):
+                    raise ConfigError(f"{name} goes into config.yaml, but {reason}")
         for name in _POSITIVE_INTEGERS:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
