@@ -31,6 +31,7 @@ from .nn import (
     LayerNorm,
     LinearCrossEntropy,
     OutputProjection,
+    TiedOutputProjection,
     add_and_normalize,
     drop,
 )
@@ -156,7 +157,10 @@ class GPT2(nn.Module):
             # What is added to the residual stream (Radford et al., 2019, section 2.3).
             block.attn.c_proj.std = block.mlp.c_proj.std = std / (2 * config.n_layer) ** 0.5
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, **factory)
-        if not config.tie_word_embeddings:
+        self.lm_head: OutputProjection | TiedOutputProjection
+        if config.tie_word_embeddings:
+            self.lm_head = TiedOutputProjection(self)
+        else:
             self.lm_head = OutputProjection(config.n_embd, config.vocab_size, std, **factory)
         self.loss = LinearCrossEntropy()
         self.reset_parameters()
@@ -347,10 +351,7 @@ class GPT2(nn.Module):
 
     def _reads_projection(self) -> bool:
         """Whether logits are a product with `projection`, and no module that is to be called."""
-        head = self._modules.get("lm_head")
-        if self.config.tie_word_embeddings:
-            return head is None  # one that somebody has added is called
-        return head is not None and is_plain(head, OutputProjection)
+        return is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
 
     def _loss_of_logits(self, logits: Tensor, wanted: Tensor) -> Tensor:
         if not is_plain(self.loss, LinearCrossEntropy):
@@ -636,6 +637,12 @@ class GPT2(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": None}  # type: ignore[misc]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for module in self.modules():
+            if isinstance(module, TiedOutputProjection) and not module.is_tied:
+                module.tie(self)
 
 
 def _stream(x: Tensor, residual: Tensor | None) -> Tensor:

@@ -6,9 +6,10 @@ projections are stored (in, out) as there.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,57 @@ class OutputProjection(nn.Linear):
         """Draw the weight from N(0, std^2)."""
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=self.std)
+
+
+@readable
+class TiedOutputProjection(nn.Module):
+    """The output projection of a model whose weight is that of another module: it has none itself,
+    so that the weight is there once, in `parameters()` and in `state_dict()`.
+
+    Args:
+        model: whose `projection` (vocab, width) it multiplies with. It is not kept alive.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.tie(model)
+
+    def tie(self, model: nn.Module) -> None:
+        """Take the weight from this model."""
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the model is there that it takes the weight from."""
+        return self._model() is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """(vocab, width): that of the token embedding.
+
+        Raises:
+            ArgumentError: the model is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ArgumentError("this lm_head was tied to a model that is gone: keep the model")
+        return cast("Tensor", model.projection)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., width) hidden states -> (..., vocab) logits."""
+        return F.linear(hidden, self.weight)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return "tied to the token embedding"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model ties it again when it is copied or loaded.
+        return {**super().__getstate__(), "_model": _nothing}  # type: ignore[misc]
+
+
+def _nothing() -> None:
+    """In place of a reference to a model."""
 
 
 @readable

@@ -23,6 +23,7 @@ from .nn import (
     LinearCrossEntropy,
     OutputProjection,
     Projection,
+    TiedOutputProjection,
 )
 from .ops.decode import LAYER_WEIGHTS
 from .plain import is_plain, is_unwatched, why_not_plain
@@ -41,6 +42,7 @@ _PARTS = (
     LoRAProjection,
     OutputProjection,
     Projection,
+    TiedOutputProjection,
     nn.Dropout,
 )
 """What a model is made of, and adapters."""
@@ -63,9 +65,9 @@ def why_not_configured(model: GPT2) -> str | None:
         return f"ln_f is a {type(model.ln_f).__name__}"
     if model.ln_f.eps != config.layer_norm_epsilon or model.ln_f.bias is None:
         return "ln_f has another epsilon than the configuration, or no bias"
-    head = model._modules.get("lm_head")
-    if config.tie_word_embeddings and head is not None:
-        return "it has an lm_head, though tie_word_embeddings is true"
+    head = model.lm_head
+    if config.tie_word_embeddings and not isinstance(head, TiedOutputProjection):
+        return f"lm_head is a {type(head).__name__}, though tie_word_embeddings is true"
     if not config.tie_word_embeddings and not (isinstance(head, nn.Linear) and head.bias is None):
         return f"lm_head is a {type(head).__name__}, or has a bias"
     return None

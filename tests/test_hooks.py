@@ -331,6 +331,59 @@ def test_checkpointed_blocks_are_called_where_they_are_watched(models):
     close(ours.wte.weight.grad, theirs.transformer.wte.weight.grad)
 
 
+HEADS = {
+    "hook": lambda model: change_output(model.lm_head),
+    "pre-hook": lambda model: model.lm_head.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0] * 0.5 + 0.1,)
+    ),
+    "wrapped forward": lambda model: wrap_forward(model.lm_head),
+    "replaced": lambda model: setattr(model, "lm_head", Wrapper(model.lm_head)),
+}
+
+
+@pytest.mark.parametrize("way", HEADS)
+def test_a_tied_head_is_watched_and_changed_as_in_transformers(models, way):
+    for model in models:
+        HEADS[way](model)
+    assert_same(models)
+
+
+def test_a_tied_head_sees_what_transformers_head_sees(models):
+    seen = [[], []]
+    for model, calls in zip(models, seen, strict=True):
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, output, calls=calls: calls.append((inputs[0], output))
+        )
+    with torch.no_grad():
+        assert_same_tokens(models)
+        models[0](TOKENS, labels=TOKENS)
+        models[1](TOKENS, labels=TOKENS)
+    for mine, other in zip(seen[0][-1], seen[1][-1], strict=True):
+        close(mine, other)
+    assert len(seen[0]) > STEPS
+
+
+def test_a_tied_head_has_no_weight_of_its_own(models, tmp_path):
+    ours, theirs = models
+    assert ours.lm_head.weight is ours.wte.weight
+    assert not list(ours.lm_head.parameters()) and "lm_head.weight" not in ours.state_dict()
+    hidden = torch.randn(2, 32)
+    close(ours.lm_head(hidden), theirs.lm_head(hidden))  # what a logit lens does
+    with record_calls() as calls:
+        ours.generate(TOKENS, max_new_tokens=2)
+    if ours.can_be_packed():  # nobody watches it
+        assert any(call.op == "packed_next" for call in calls)
+    torch.save(ours, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(ours), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert twin.lm_head.weight is twin.wte.weight is not ours.wte.weight
+    shallow = copy.copy(ours)
+    del shallow
+    assert ours.lm_head.weight is ours.wte.weight
+    alone = copy.deepcopy(ours).lm_head  # its model is gone without a collection of garbage
+    with pytest.raises(ArgumentError, match="model that is gone"):
+        alone(hidden)
+
+
 def test_an_untied_heads_hooks_are_in_effect(tmp_path):
     torch.manual_seed(5)
     config = GPT2Config(

@@ -57,8 +57,8 @@ def _beginnings(name: str) -> list[str]:
 
 
 def _nothing(pattern: str, names: dict[str, nn.Parameter], model: nn.Module) -> str:
-    tied = pattern.startswith("lm_head") and "wte.weight" in names
-    if tied and not hasattr(model, "lm_head"):
+    tied = "wte.weight" in names and "lm_head.weight" not in names
+    if tied and pattern.startswith("lm_head"):
         return (
             f"the pattern {pattern!r:.80} matches nothing: the output projection is the token "
             "embedding (they are tied), which 'wte' freezes"
