@@ -106,13 +106,14 @@ def read_file(path: str | os.PathLike[str], largest: int) -> bytes:
         OSError: as of `open_file`, and where the file is larger.
     """
     with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         # Not largest + 1 at once: that much memory is set aside before anything is read.
-        size = min(os.fstat(file.fileno()).st_size, largest)
-        content = file.read(size + 1)
+        content = file.read(size + 1) if size <= largest else b""
         if len(content) > size:  # it has grown, or is none that has a size
             content += file.read(largest + 1 - len(content))
-    if len(content) > largest:
-        reason = f"it has more than {largest} bytes, the most that are read of such a file"
+            size = len(content)
+    if size > largest:
+        reason = f"it has {size} bytes or more; {largest} are the most that are read of such a file"
         raise OSError(errno.EFBIG, reason, os.fspath(path))
     return content
 
