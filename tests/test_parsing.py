@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from gpt2fast import Error, GPT2Config, report, train, tune
+from gpt2fast.data import prepare_data
 from gpt2fast.data.meta import read_meta
+from gpt2fast.data.tokens import TokenFile
 from gpt2fast.errors import ConfigError, DataError
 from gpt2fast.evaluation import sources
 from gpt2fast.parsing import Unreadable, parse_json, parse_yaml, read_json
@@ -138,6 +140,24 @@ def test_what_is_no_file_is_not_waited_for(instead, tmp_path, kind):
         instead(kind, model / name)
         message = told(Error, from_pretrained, model)
         assert name in message and f"a {kind}, not a file" in message
+
+
+@NO_FILES
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_what_is_no_text_is_not_waited_for(instead, tmp_path, kind, name):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    instead(kind, texts / name)
+    if kind == "folder":
+        (texts / name / "y.txt").mkdir()
+    told(DataError, prepare_data, texts, tmp_path / "out")
+
+
+@NO_FILES
+def test_what_is_no_file_of_tokens_is_not_waited_for(instead, tmp_path, kind):
+    path = instead(kind, tmp_path / "train.bin")
+    for dtype in (None, "uint16"):
+        told(DataError, TokenFile, path, dtype)
 
 
 def run(main, *arguments: str) -> tuple[int, str]:

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError, shown
+from ..files import open_file
 from ..parsing import Unreadable, parse_json
 from .encodings import not_utf8
 from .opening import TextInput
@@ -390,8 +392,8 @@ def file_signature(path: Path) -> dict[str, Any]:
     edge = 1 << 16
     digest = hashlib.sha256()
     try:
-        stat = path.stat()
-        with open(path, "rb") as file:
+        with open_file(path) as file:  # a pipe within a folder would be waited for
+            stat = os.fstat(file.fileno())
             digest.update(file.read(edge))
             file.seek(max(0, stat.st_size - edge))
             digest.update(file.read(edge))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, shown
+from ..files import open_file
 
 MAGIC = 20240520
 HEADER_BYTES = 1024
@@ -232,7 +233,7 @@ def is_pattern(path: Path | str) -> bool:
 
 def _read_header(path: Path) -> tuple[str, int, int] | None:
     """dtype, number of tokens and bytes before them, or None for a file without a header."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(12)
     if start.startswith(NPY_MAGIC):
         return _read_npy_header(path)
