@@ -7,7 +7,7 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: setup check format test test-fast docs kernels bench gpu-check constraints
+.PHONY: setup check format test test-fast fuzz docs kernels bench gpu-check constraints
 
 setup: .venv/ready  ## an environment to develop in
 
@@ -25,6 +25,9 @@ test: .venv/ready  ## the test suite
 
 test-fast: .venv/ready  ## the quick part of it, in two minutes
 	GPT2FAST_TEST_FAST=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests
+
+fuzz: .venv/ready  ## every reader of files, or TARGET=config; SECONDS=60 for each
+	$(BIN)/python tests/fuzz/run.py $(TARGET) $(if $(SECONDS),--seconds $(SECONDS))
 
 docs: .venv/ready  ## the API reference, in build/docs
 	$(BIN)/python docs/reference.py

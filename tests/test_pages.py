@@ -31,7 +31,7 @@ BEGIN_WITH_A_MINUTE = (
 )
 """Pages for people who use gpt2fast."""
 
-OTHERS = {"STATUS", "architecture", "performance", "simulator"}
+OTHERS = {"STATUS", "architecture", "performance", "security", "simulator"}
 """Pages about it."""
 
 INSTEAD = {
