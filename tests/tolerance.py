@@ -3,7 +3,9 @@
     |ours - exact| <= times * |torch in that precision - exact| + 1e-6 * |exact|
 
 with L2 norms over a tensor, `exact` computed in float64, and the last norm the largest among the
-tensors compared together. `times` is 2 for outputs, 3 for gradients and whole-model logits.
+tensors compared together. `times` is 2 for outputs, 3 for gradients and whole-model logits. Of a
+tensor of a few 16-bit numbers torch's error may be nothing, by chance: where sizes are drawn at
+random, the last share is a step of the dtype (`step_of`) instead of 1e-6.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from torch import Tensor
 
 
 def assert_close(
-    ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Sequence[Tensor], times: float
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    times: float,
+    least: float = 1e-6,
 ) -> None:
-    """Hold each of our tensors against the rule above."""
+    """Hold each of our tensors against the rule above; `least` is its last share."""
     largest = max(float(tensor.double().norm()) for tensor in exact)
     for index, (mine, other, true) in enumerate(zip(ours, theirs, exact, strict=True)):
         assert mine.shape == true.shape, f"tensor {index}: {mine.shape} instead of {true.shape}"
@@ -26,10 +32,15 @@ def assert_close(
             f"tensor {index} holds values that are not finite; {worst(mine, true)}"
         )
         error = float((mine.double() - true).norm())
-        bound = times * float((other.double() - true).norm()) + 1e-6 * largest
+        bound = times * float((other.double() - true).norm()) + least * largest
         assert error <= bound, (
             f"tensor {index}: error {error:.3e} exceeds {bound:.3e}; {worst(mine, true)}"
         )
+
+
+def step_of(dtype: torch.dtype) -> float:
+    """The distance of 1 from the next number in `dtype`, but 1e-6 at least."""
+    return max(1e-6, torch.finfo(dtype).eps)
 
 
 def worst(ours: Tensor, exact: Tensor) -> str:
