@@ -82,7 +82,9 @@ def attend(q, k, v, scale, mask=None):
     if mask is not None:
         visible = visible & mask[:, None, None, :]
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    # A query that sees nothing has weights of zero.
+    seen = visible.any(-1, keepdim=True)
+    weights = scores.masked_fill(~visible, -math.inf).masked_fill(~seen, 0.0).softmax(-1) * seen
     return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
@@ -96,7 +98,9 @@ def attend(q, k, v, scale, mask=None):
     width=st.sampled_from([5, 16, 17, 32, 64]),
     shape=st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]),
     scale=st.sampled_from([0.0, 0.2, -0.3]),
-    hidden=st.sampled_from(["nothing", "all but the first", "every other", "the end"]),
+    hidden=st.sampled_from(
+        ["nothing", "all but the first", "every other", "the end", "the first tiles"]
+    ),
     laid=st.tuples(layouts, layouts, layouts),
     dtype=dtypes,
 )
@@ -107,6 +111,27 @@ def attend(q, k, v, scale, mask=None):
 @example(33, 64, (2, 2), 0.0, "every other", (plain, unaligned, plain), torch.bfloat16)
 @example(33, 17, (1, 2), 0.0, "nothing", (plain,) * 3, torch.float32)
 def test_causal_attention(name, time, width, shape, scale, hidden, laid, dtype):
+    check_causal_attention(name, time, width, shape, scale, hidden, laid, dtype)
+
+
+# One case of each kind, small enough for every day. Tiles have 32, 56 or 64 keys.
+SMALL = {
+    "values laid out unlike keys": (33, 16, (2, 2), 0.2, "nothing", (plain, plain, heads_first)),
+    "keys laid out unlike queries": (17, 17, (2, 2), 0.2, "nothing", (plain, time_first, padded)),
+    "a scale of 0": (33, 16, (1, 2), 0.0, "every other", (plain,) * 3),
+    "a first tile that is hidden": (97, 16, (2, 1), 0.2, "the first tiles", (plain,) * 3),
+    "one visible key in the last tile": (65, 16, (2, 1), -0.3, "all but the last", (plain,) * 3),
+    "a mask for each row": (65, 16, (2, 2), 0.2, "the end", (plain,) * 3),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY_BACKEND if name != "torch"])
+@pytest.mark.parametrize("case", SMALL)
+def test_attention_of_several_rows_and_heads(name, case):
+    check_causal_attention(name, *SMALL[case], torch.float32)
+
+
+def check_causal_attention(name, time, width, shape, scale, hidden, laid, dtype):
     batch, heads = shape
     mask = None
     if hidden != "nothing":
@@ -116,7 +141,11 @@ def test_causal_attention(name, time, width, shape, scale, hidden, laid, dtype):
             mask[:, ::2] = True
         elif hidden == "the end":
             mask[:, : max(1, time - 3)] = True
+        elif hidden == "the first tiles":
+            mask[:, 0] = False
+            mask[:, time * 2 // 3 :] = True
         elif hidden == "all but the last":
+            mask[:, 0] = False
             mask[:, -1] = True
         mask[-1] = torch.arange(time) < max(1, time // 2)
     compare(
@@ -148,6 +177,24 @@ def test_causal_attention(name, time, width, shape, scale, hidden, laid, dtype):
 @example([63, 0], 1, 17, 2, (plain, heads_first, time_first), 0.2, torch.float32, torch.float32)
 @example([65, 0], 1, 33, 17, (plain,) * 3, 0.2, torch.bfloat16, torch.bfloat16)
 def test_attention_with_cache(name, lengths, time, width, heads, laid, scale, dtype, stored):
+    check_cached_attention(name, lengths, time, width, heads, laid, scale, dtype, stored)
+
+
+# Lengths, queries, head size, heads, layouts. A tile has 32 or 64 entries, a share of them at most.
+SMALL_CACHED = {
+    "several queries and shares": ([140, 3, 64], 5, 16, 2, (plain, plain, time_first)),
+    "two blocks of queries": ([31, 0], 33, 16, 2, (padded, plain, heads_first)),
+    "one query of an odd head": ([64, 129, 0], 1, 17, 3, (plain, heads_first, padded)),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+@pytest.mark.parametrize("case", SMALL_CACHED)
+def test_cached_attention_of_several_rows_and_heads(name, case):
+    check_cached_attention(name, *SMALL_CACHED[case], -0.3, torch.float32, torch.float32)
+
+
+def check_cached_attention(name, lengths, time, width, heads, laid, scale, dtype, stored):
     entries = max(lengths) + time + 1
     caches = random(2, len(lengths), entries, heads, width)
     q = random(len(lengths), time, heads, width)
@@ -177,7 +224,11 @@ def test_attention_with_cache(name, lengths, time, width, heads, laid, scale, dt
 def test_attention_with_an_int8_cache(name, width, time):
     lengths = torch.tensor([0, 31, 32, 64])
     caches = torch.randint(-127, 128, (2, 4, 65 + time, 3, width)).to(torch.int8)
-    scales = torch.rand(2, 4, 65 + time, 3) / 50
+    # Factors of keys that lie in memory as their entries do, of values that do not.
+    scales = [
+        torch.rand(4, 65 + time, 3) / 50,
+        (torch.rand(3, 65 + time, 4) / 50).permute(2, 1, 0),
+    ]
     q = random(4, time, 3, width)
     values = [c.double() * s.double()[..., None] for c, s in zip(caches, scales, strict=True)]
     with backend("reference"):
