@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import open_file
 from .encodings import known_encoding
 from .kinds import PARQUET, begins_with_json_objects
 from .opening import COMPRESSED_SUFFIXES, TextInput
@@ -107,7 +108,7 @@ def file_source(
         return DelimitedText(path, field, lines, encoding, name)
     if plain.endswith(TEXT_SUFFIXES):
         return TextFile(path, encoding, name)
-    with open(path, "rb") as raw:
+    with open_file(path) as raw:
         if raw.read(len(PARQUET)) == PARQUET or plain.endswith(".parquet"):
             return Parquet(path, field, lines)
     with TextInput(path, encoding).open() as file:

@@ -254,7 +254,7 @@ def _read_header(path: Path) -> tuple[str, int, int] | None:
 def _read_npy_header(path: Path) -> tuple[str, int, int]:
     from numpy.lib import format as npy
 
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             version = npy.read_magic(file)
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
