@@ -42,7 +42,7 @@ from .parsing import read_json
 from .quantization.storage import from_tensors, is_quantized, to_tensors
 from .structure import check_held, why_not_configured
 from .tensor_files import describes_itself, file_kind, read_tensors, write_safetensors
-from .tensor_names import find_model, listed, same, with_shape
+from .tensor_names import NamedTensors, find_model, listed, same, with_shape
 
 if TYPE_CHECKING:
     from .model import GPT2
@@ -148,7 +148,7 @@ def from_pretrained(
     config = _tie(named, config)
     if _is_biasless_nanogpt(extra):
         _add_zero_biases(named, config)
-    _check_fit(named, config, file)
+    _check_fit(found, config, file)
     widest = _widest(named, file)
     if found.left_out:
         _log.warning(
@@ -455,7 +455,8 @@ def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
     return config
 
 
-def _check_fit(named: Mapping[str, Tensor], config: GPT2Config, file: Path) -> None:
+def _check_fit(found: NamedTensors, config: GPT2Config, file: Path) -> None:
+    named = found.tensors
     expected = parameter_shapes(config)
     missing = [f"{name} {_shape(shape)}" for name, shape in expected.items() if name not in named]
     unexpected = [
@@ -466,20 +467,28 @@ def _check_fit(named: Mapping[str, Tensor], config: GPT2Config, file: Path) -> N
         for name, shape in expected.items()
         if name in named and named[name].shape != shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items() if names]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
+        if found.left_out:
+            names = [with_shape(*item) for item in found.left_out.items()]
+            problems.append(f"{len(names)} left out as not GPT-2's: {listed(names)}")
         raise WeightsError(
             f"{file} does not fit a GPT-2 of {config.n_layer} layers, width {config.n_embd}, "
             f"{config.n_positions} positions and {config.vocab_size} token ids.\n  "
             + "\n  ".join(problems)
             + "\n"
-            + _advice(unexpected + misshapen)
+            + _advice(missing, unexpected + misshapen)
         )
 
 
-def _advice(problems: list[str]) -> str:
+def _advice(missing: list[str], problems: list[str]) -> str:
     """What to do about tensors that do not fit."""
+    if not problems and len(missing) == 1 and missing[0].startswith("lm_head.weight "):
+        return (
+            "The configuration says that the output projection is not tied to the token embedding. "
+            "Set tie_word_embeddings to true if they are to be the same."
+        )
     if any(" is (0,), not" in problem for problem in problems):
         return (
             "Tensors are empty, as in a part of a checkpoint that several processes wrote: join "

@@ -351,8 +351,10 @@ def test_what_may_be_an_output_projection_is_not_left_out(tmp_path, left_out):
     load_state(tmp_path, body | tied | {"aux.weight": embedding + 1})
     assert "aux.weight" in left_out()
     untied = replace(TINY, tie_word_embeddings=False, dropout=None)
-    with pytest.raises(WeightsError, match="1 missing: lm_head.weight"):
+    with pytest.raises(WeightsError, match="1 missing: lm_head.weight") as caught:
         load_state(tmp_path, body | {"score.weight": torch.ones(2, 24)}, config=untied)
+    assert "1 left out as not GPT-2's: score.weight (2, 24)" in str(caught.value)
+    assert "tie_word_embeddings to true" in str(caught.value)
     with pytest.raises(WeightsError, match="both mean lm_head.weight"):
         load_state(
             tmp_path,
