@@ -140,9 +140,7 @@ def end_tokens(model: GPT2, eos_token_id: EosTokenId) -> list[int]:
         return []
     vocab_size = model.config.vocab_size
     if isinstance(eos_token_id, _FromConfig):
-        named = model.generation_config.get("eos_token_id")
-        if named is None:
-            named = model.config.eos_token_id
+        named = model.generation_config.get("eos_token_id", model.config.eos_token_id)
         # A small vocabulary under GPT-2's default of 50256 has no such token.
         tokens = named if isinstance(named, list) else [named]
         return [token for token in tokens if token is not None and 0 <= token < vocab_size]

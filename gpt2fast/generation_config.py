@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, shown
 from .parsing import read_json
+from .sampling import SamplingOptions
 
 NAME = "generation_config.json"
 
@@ -35,6 +37,7 @@ _NEUTRAL: dict[str, Any] = {
     "suppress_tokens": None, "temperature": 1.0, "token_healing": False, "top_h": None,
     "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "watermarking_config": None,
 }  # fmt: skip
+_PASSED = frozenset(option.name for option in fields(SamplingOptions))
 _MOST_IDS = 1000
 
 
@@ -43,8 +46,7 @@ def read_generation_config(folder: Path, config_json: Mapping[str, Any]) -> dict
 
     Args:
         folder: where generation_config.json may lie.
-        config_json: content of config.json, whose list of end tokens counts where the other file
-            names none.
+        config_json: content of config.json, which counts where the other file is missing.
 
     Raises:
         ConfigError: a file that cannot be read, or token ids that are none.
@@ -53,21 +55,34 @@ def read_generation_config(folder: Path, config_json: Mapping[str, Any]) -> dict
     values = read_json(path) if path.exists() else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         _check_ids(values.get(name), f"{path}: {name}", several=name == "eos_token_id")
-    if values.get("eos_token_id") is None and isinstance(config_json.get("eos_token_id"), list):
+    if path.exists():
+        values.setdefault(
+            "eos_token_id", None
+        )  # where there is this file, the other does not count
+    elif isinstance(config_json.get("eos_token_id"), list):
         values["eos_token_id"] = config_json["eos_token_id"]
         _check_ids(values["eos_token_id"], f"{folder / 'config.json'}: eos_token_id", several=True)
-    ignored = [
-        f"{name}={shown(values[name], 40)}"
+    # Without a file of their own, transformers takes these settings out of config.json.
+    _tell_ignored(values if path.exists() else config_json, path if path.exists() else path.parent)
+    return values
+
+
+def _tell_ignored(values: Mapping[str, Any], source: Path) -> None:
+    set_here = {
+        name: f"{name}={shown(values[name], 40)}"
         for name, neutral in _NEUTRAL.items()
         if values.get(name) is not None and values[name] != neutral
-    ]
-    if ignored:
-        _log.warning(
-            "%s sets %s, which transformers' generate takes over and this one does not: pass them",
-            path,
-            ", ".join(ignored),
-        )
-    return values
+    }
+    if not set_here:
+        return
+    passed = ", ".join(text for name, text in set_here.items() if name in _PASSED)
+    others = ", ".join(text for name, text in set_here.items() if name not in _PASSED)
+    ways = (passed and f"{passed} (pass them)", others and f"{others} (it has no such settings)")
+    _log.warning(
+        "%s sets what transformers' generate takes over and this one does not: %s",
+        source,
+        ", ".join(filter(None, ways)),
+    )
 
 
 def first_end_token(config_json: Mapping[str, Any]) -> Mapping[str, Any]:

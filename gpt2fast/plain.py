@@ -61,7 +61,7 @@ def why_not_plain(module: nn.Module, *kinds: type[nn.Module]) -> str:
     if hasattr(module, "parametrizations"):
         return "has a parametrization"
     if kind not in kinds:
-        return f"is a {kind.__name__} in place of a {kinds[0].__name__}"
+        return f"is of the class {kind.__name__}, which is not one of GPT-2's parts"
     if "forward" in module.__dict__ or _FORWARDS[kind] is not kind.forward:
         return "has another forward"
     return "has a hook"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .arguments import OneLineParser, ParagraphFormatter, text_argument
 from .command import command
+from .data.encodings import known_encoding
 from .data.inputs import parse_weights
 from .data.opening import COMPRESSED_SUFFIXES
 from .errors import Error
@@ -124,8 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = known.parse_args([_hyphens(argument) for argument in given])
     if args.vocab_size is not None and args.tokenizer != "bpe":
         known.error(f"--vocab-size is for --tokenizer bpe, not {args.tokenizer}")
-    if args.vocab_size is not None and args.vocab_size < 1:
-        known.error(f"--vocab-size is {args.vocab_size}, but must be at least 1 (2048 is usual)")
     if args.out == "":
         known.error("--out is empty; name a folder, such as data/book")
     if args.seed is not None and args.split != "documents":
@@ -142,7 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known.error(f"both {args.inputs[0]} and --dataset {args.dataset} were given; choose one")
     if args.dataset_config is not None and args.dataset is None:
         known.error("--dataset-config chooses a part of a --dataset; name that, too")
+    if args.inputs.count("-") > 1:
+        known.error("standard input (-) was given more than once")
+    if args.vocab_size is not None and args.vocab_size < 257:
+        known.error(
+            f"--vocab-size is {args.vocab_size}; a bpe needs 257, the bytes and <|endoftext|>"
+        )
     try:
+        known_encoding(args.encoding)
         inputs = parse_weights(args.inputs)
     except Error as error:
         known.error(str(error))

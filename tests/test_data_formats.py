@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -29,7 +30,7 @@ from gpt2fast.errors import DataError
 from gpt2fast.evaluation.sources import read_text
 
 TEXT = 'The sea was high.\r\n"Aye, café", he said; 海\n<|endoftext|>\nSecond text\n' * 60
-DOCUMENTS = [f'Document {i}, with "quotes";\nlines\tand café' for i in range(90)]
+DOCUMENTS = [f'Document\t{i}, with "quotes";\nlines and café' for i in range(90)]
 
 
 def zipped(data: bytes, name: str = "folder/book.txt") -> bytes:
@@ -123,6 +124,70 @@ SAMPLES = {
     "koi8-r": "Все люди рождаются свободными и равными в своем достоинстве и правах.",
     "cp1252": "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Größe, für",
 }
+
+
+@pytest.mark.parametrize("text", [
+    "Все счастливые семьи похожи друг на друга.\n" * 30, "كل الناس\n" * 9, "सभी मनुष्य\n" * 9,
+    "hi there", "Latin, and more\n" * 40, "自由，平等\n" * 30,
+])  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_wide_text_without_a_mark_is_never_text_full_of_zeros(tmp_path, text, encoding):
+    path = tmp_path / "book.txt"
+    for data in (text.encode(encoding), b"A preface.\n" * 500 + text.encode(encoding)):
+        path.write_bytes(data)
+        for read in (lambda: prepare_data(path, tmp_path / "out"), lambda: read_text(path)):
+            with pytest.raises(DataError, match="not UTF-8"):
+                read()
+    path.write_bytes(text.encode(encoding))
+    other = "utf-16-be" if encoding == "utf-16-le" else "utf-16-le"
+    with pytest.raises(DataError, match="other order|cannot be read as"):
+        prepare_data(path, tmp_path / "out", encoding=other)
+    if len(text) > 10:
+        prepare_data(path, tmp_path / "out", encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["iso2022_jp", "iso2022_kr", "hz"])
+def test_encodings_of_seven_bits_are_told(tmp_path, encoding):
+    text = SAMPLES[{"iso2022_jp": "cp932", "iso2022_kr": "cp949", "hz": "gb18030"}[encoding]]
+    text = text.replace("；", "。")
+    path = tmp_path / "book.txt"
+    path.write_bytes((f"In English.\n{text}\n" * 20).encode(encoding))
+    with pytest.raises(DataError, match=rf"--encoding {encoding}"):
+        prepare_data(path, tmp_path / "out")
+    data = prepare_data(path, tmp_path / "out", encoding=encoding)
+    assert data.meta.train_characters + data.meta.val_characters == 20 * (len(text) + 13)
+
+
+@pytest.mark.parametrize("zeros", [b"\0" * 1000, b"\0"])
+def test_a_zero_byte_is_told_with_a_way_out(tmp_path, zeros):
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"Some text\n" * 300 + zeros + b"Some text\n" * 300)
+    with pytest.raises(DataError, match=r"byte 3000 is 0") as caught:
+        prepare_data(path, tmp_path / "out")
+    command = re.search("`(.*)`", str(caught.value))[1]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "cleaned.txt").read_bytes() == b"Some text\n" * 600
+
+
+def test_advice_on_packed_text_unpacks_it(tmp_path):
+    path = tmp_path / "a book.txt.gz"
+    path.write_bytes(gzip.compress((SAMPLES["cp1252"] + "\n").encode("cp1252") * 30))
+    with pytest.raises(DataError) as caught:
+        prepare_data(path, tmp_path / "out")
+    command = re.search("`(gzip.*)`", str(caught.value))[1]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "converted.txt").read_text() == (SAMPLES["cp1252"] + "\n") * 30
+
+
+def test_a_mark_wins_over_the_encoding_and_utf8_is_not_recoded(tmp_path, plain):
+    path = tmp_path / "book.txt"
+    for number, stored in enumerate(("utf-16", "utf-8-sig")):
+        path.write_bytes(TEXT.encode(stored))
+        assert tokens(path, tmp_path / str(number), encoding="cp1252") == plain
+    path.write_bytes(TEXT.encode())
+    for encoding in ("cp1252", "latin1", "gb18030"):
+        with pytest.raises(DataError, match=r"is UTF-8, and would become|cannot be read as"):
+            prepare_data(path, tmp_path / "out", encoding=encoding)
 
 
 @pytest.mark.parametrize("encoding", SAMPLES)
@@ -232,11 +297,17 @@ def test_an_interruption_among_records_loses_nothing(tmp_path, records, kind, mo
 BROKEN = {
     "short row": ("a.csv", "id,text\n1,x\n2\n", r"a\.csv, row 2 \(line 3\): 1 values, .* 2 colu"),
     "long row": ("a.csv", "text\nx\ny, z\n", r"row 2 \(line 3\): 2 values, .* 1 columns"),
-    "open quote": ("a.csv", 'id,text\n1,"x\n', r"a\.csv, row 1 \(line 2\): unexpected end"),
+    "open quote": ("a.csv", 'id,text\n1,y\n2,"x\n3,z\n', r"row 2 \(line 3\): a double quote is"),
+    "quote in tsv": (
+        "a.tsv",
+        'id\ttext\n1\t"He said\n2\tand left"\n',
+        r"row 1 \(line 2\): .* a tab",
+    ),
+    "list within": ("a.json", '{"data": [{"text": "a"}]}', r"`jq -c '\.data\[\]'"),
     "two columns": ("a.csv", "text,text\nx,y\n", "two columns are called 'text'"),
-    "blank": ("a.csv", "\n\n", "the first row must name the columns"),
+    "blank": ("a.csv", "\n\n", "no first row that names the columns"),
     "no table": ("a.csv", "It was a dark night\n", "names no column 'text', only 'It was a"),
-    "cut array": ("a.json", '[{"text": "a"}, {"text": ', r"a\.json, item 2: not JSON, .* cut sho"),
+    "cut array": ("a.json", '[{"text": "a"}, {"text": ', r"a\.json, item 2: not JSON, or cut sho"),
     "open array": ("a.json", '[{"text": "a"}', "item 2: not JSON"),
     "two arrays": ("a.json", '[{"text": "a"}] [1]', "something follows the end of the JSON array"),
     "no comma": ("a.json", '[{"text": "a"} {"text": "b"}]', "item 2: not JSON"),
@@ -245,7 +316,7 @@ BROKEN = {
     "array of texts": ("a.json", '["a", "b"]', "item 1: a JSON str, but each item must be an obj"),
     "null": ("a.json", '[{"text": null}]', "item 1: 'text' is null"),
     "deep": ("a.json", "[" * 200_000, "item 1: nested too deeply"),
-    "object": ("a.json", '{"data": \n[{"text": "a"}]}', "neither an array of objects nor one obj"),
+    "object": ("a.json", '{"data": \n[{"text": "a"}]}', "neither an array of .*one object a line"),
     "empty array": ("a.json", "[ ]", "no text in the input"),
     "latin1": ("a.csv", b"text\n" + b"caf\xe9\n" * 9, r"a\.csv is not UTF-8 text: at byte 8, 0xe9"),
 }
@@ -289,12 +360,14 @@ OTHERS = {
     "b.tgz": (lambda: gzip.compress(tar()), "a tar archive"),
     "b.7z": (lambda: b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive"),
     "b.png": (lambda: b"\x89PNG\r\n\x1a\n\0", "an image"),
-    "b.npy": (lambda: saved(np.save, np.arange(9)), r"a NumPy array .*--data b\.npy"),
+    "b.npy": (lambda: saved(np.save, np.arange(9)), r"a NumPy array .*train --data FOLDER"),
     "b.pkl": (lambda: pickle.dumps({"a": 1}), "a Python pickle"),
     "b.pt": (lambda: saved(lambda f, v: torch.save(v, f), {"a": 1}), "a PyTorch checkpoint"),
     "b.gguf": (lambda: b"GGUF\3\0\0\0", "a GGUF file"),
     "b.sqlite": (lambda: b"SQLite format 3\0", "an SQLite database"),
     "b.bin": (lambda: (20240520).to_bytes(4, "little") * 9, "llm.c's format"),
+    "n.bin": (lambda: bytes([5, 0, 9, 1] * 99), "a file of tokens or weights|is 0, as in UTF-16LE"),
+    "b.txt.gz.gz": (lambda: gzip.compress(gzip.compress(b"text")), "is compressed twice"),
     "b.zip": (lambda: zipped(b"a", "b.txt")[:-22] + b"", "cannot be unpacked"),
 }
 
@@ -326,13 +399,71 @@ def test_text_that_begins_like_another_kind_is_text(tmp_path, text):
     assert data.meta.train_characters + data.meta.val_characters == len(text * 20)
 
 
+def test_records_are_found_by_what_is_in_a_file(tmp_path, records):
+    """Where no name says it: standard input, a zip archive's file, unknown suffixes."""
+    bpe = {"tokenizer": "bpe", "vocab_size": 300}
+    for kind in ("csv", "tsv", "array", "jsonl"):
+        path = save(kind, tmp_path / f"the {kind}.data", DOCUMENTS)
+        told: list[str] = []
+        assert tokens(path, tmp_path / kind, notify=told.append, **bpe) == records
+        assert len(told) == 1 and f"the {kind}.data is read as" in told[0]
+        archive = tmp_path / f"{kind}.zip"
+        archive.write_bytes(zipped(path.read_bytes(), f"folder/{Path(KINDS[kind]).name}"))
+        assert tokens(archive, tmp_path / f"{kind} zip", **bpe) == records
+    for suffix, kind in ((".tab", "tsv"), (".psv", "csv of bars")):
+        path = save(kind, tmp_path / f"a{suffix}", DOCUMENTS)
+        assert tokens(path, tmp_path / suffix, **bpe) == records
+
+
+def test_json_lines_that_are_called_text_are_told_or_read(tmp_path, records):
+    bpe = {"tokenizer": "bpe", "vocab_size": 300}
+    path = save("jsonl", tmp_path / "a.txt", DOCUMENTS, field="body")
+    assert tokens(path, tmp_path / "out", text_field="body", **bpe) == records
+    with pytest.warns(UserWarning, match=r"a\.txt holds JSON lines, and is read as plain text"):
+        data = prepare_data(path, tmp_path / "text")
+    assert data.meta.train_characters + data.meta.val_characters == len(path.read_text())
+
+
+def test_new_lines_in_records_are_those_of_text(tmp_path):
+    for number, newline in enumerate(("\n", "\r\n", "\r")):
+        records = [{"text": f"one{newline}two {n}{newline}"} for n in range(40)]
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    first, *others = (tokens(tmp_path / f"{n}.jsonl", tmp_path / str(n)) for n in range(3))
+    assert others == [first, first]
+
+
+def test_a_text_that_does_not_end_its_line_is_not_glued_to_the_next(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"An essay {name}" * 9)
+    (tmp_path / "one.txt").write_text("\n".join(f"An essay {name}" * 9 for name in "abc"))
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+    assert tokens(files, tmp_path / "three") == tokens(tmp_path / "one.txt", tmp_path / "joined")
+    assert prepare_data(files, tmp_path / "weighted-no").meta.train_characters
+
+
+def test_a_folder_of_records_is_not_its_readme(tmp_path, records):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("A data set.\n" * 50)
+    (folder / "LICENSE.txt").write_text("Do as you like.\n" * 50)
+    save("jsonl", folder / "data" / "train.jsonl", DOCUMENTS)
+    told: list[str] = []
+    bpe = {"tokenizer": "bpe", "vocab_size": 300}
+    assert tokens(folder, tmp_path / "out", notify=told.append, **bpe) == records
+    assert len(told) == 1 and "reading 1 files (.jsonl), not LICENSE.txt, README.md" in told[0]
+    (folder / "book.txt").write_text("A book.\n" * 50)
+    with pytest.warns(UserWarning, match=r"not data/train\.jsonl"):
+        prepare_data(folder, tmp_path / "text")
+
+
 def test_a_folder_reads_regular_files_of_one_tier(tmp_path, plain):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "book.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     (folder / "table.csv").write_text("text\nnot read\n")
     os.mkfifo(folder / "pipe.txt")
-    assert tokens(folder, tmp_path / "out") == plain
+    with pytest.warns(UserWarning, match=r"reading 1 files \(\.gz\), not table\.csv"):
+        assert tokens(folder, tmp_path / "out") == plain
 
 
 def test_one_file_twice_is_refused_and_a_copy_is_told(tmp_path):
@@ -362,7 +493,7 @@ def test_standard_input_of_records_is_read_as_such(tmp_path, records):
         out = tmp_path / str(number)
         done = run("-", "--out", str(out), "--tokenizer", "bpe", "--vocab-size", "300", input=given)
         assert done.returncode == 0
-        assert b"note: standard input is JSON lines: 'text' of each is a document" in done.stderr
+        assert b"note: - is read as JSON lines: 'text' of each is a document" in done.stderr
         assert (out / "train.bin").read_bytes() + (out / "val.bin").read_bytes() == records
 
 
@@ -380,7 +511,7 @@ def test_the_encoding_is_named_on_the_command_line(tmp_path):
     done = run(str(path), "--encoding", "shift_jis", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     done = run(str(path), "--encoding", "sjizz", "--out", str(tmp_path / "no"))
-    assert done.returncode == 1 and b"there is no encoding 'sjizz'" in done.stderr
+    assert done.returncode == 2 and b"there is no encoding 'sjizz'" in done.stderr
 
 
 # -- token files of NumPy ------------------------------------------------------------------------

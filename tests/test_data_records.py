@@ -240,9 +240,10 @@ def test_a_folder_without_text_files_stands_for_its_records(tmp_path):
     save(folder / "a.jsonl.gz", DOCUMENTS[5:9])
     data = prepare_data(folder, tmp_path / "out")
     assert data.meta.sources == ["a.jsonl.gz", "b.jsonl"]
-    (folder / "readme.md").write_text("Some text. " * 9)
-    data = prepare_data(folder, tmp_path / "out", overwrite=True)
-    assert data.meta.sources == ["readme.md"]
+    (folder / "essay.md").write_text("Some text. " * 9)
+    with pytest.warns(UserWarning, match=r"not a\.jsonl\.gz, b\.jsonl"):
+        data = prepare_data(folder, tmp_path / "out", overwrite=True)
+    assert data.meta.sources == ["essay.md"]
 
 
 @pytest.mark.slow

@@ -135,6 +135,10 @@ def test_what_is_gone_or_no_data_is_told(runs, tmp_path, capsys):
     (tmp_path / "moved/config.yaml").write_text(config.replace(str(runs), "/nowhere"))
     assert main(["--task", "perplexity", "--model", str(tmp_path / "moved")]) == 1
     assert "data are no longer where they were" in capsys.readouterr().err
+    _, remarks = score(
+        capsys, "--model", str(tmp_path / "moved"), "--data", str(runs / "a.txt"), "--limit", "2"
+    )
+    assert "was trained on this text is not known" in remarks[1]
     (tmp_path / "empty").mkdir()
     tokenizer = Tokenizer.from_pretrained(str(runs / "bpe"))
     with pytest.raises(DataError, match="neither prepared data nor a training run"):
@@ -145,6 +149,22 @@ def test_what_is_gone_or_no_data_is_told(runs, tmp_path, capsys):
         np.arange(200, 500, dtype="<u2").tofile(raw / f"{split}.bin")
     with pytest.raises(DataError, match="token 299 is 499, and the tokenizer has 300"):
         held_out_text(raw, tokenizer)
+
+
+@pytest.mark.parametrize("run", ["char-run", "bpe-run"])
+def test_records_are_scored_as_they_are_trained_on(runs, capsys, tmp_path, run):
+    paragraphs = (runs / "a.txt").read_text().split("<|endoftext|>\n")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": p} for p in paragraphs]))
+    (tmp_path / "a.txt").write_text("".join(p + "<|endoftext|>\n" for p in paragraphs))
+    found = [
+        score(
+            capsys, "--model", str(runs / run), "--data", str(tmp_path / f"a.{end}"), "--limit", "9"
+        )
+        for end in ("txt", "json", "jsonl")
+    ]
+    assert found[0] == found[1] == found[2]
+    assert any("warning" in remark for remark in found[1][1])
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,43 @@ def test_what_is_not_taken_over_is_named_once(folder, caplog):
     with caplog.at_level(logging.WARNING, logger="gpt2fast"):
         GPT2.from_pretrained(folder)
     (record,) = caplog.records
-    for part in ("do_sample=True", "temperature=0.7", "forced_bos_token_id=4"):
-        assert part in record.getMessage()
+    assert record.getMessage().endswith(
+        "temperature=0.7 (pass them), forced_bos_token_id=4 (it has no such settings)"
+    )
     assert "top_k" not in record.getMessage() and "eos_token_id" not in record.getMessage()
+
+
+def test_old_settings_in_config_json_are_named_where_transformers_takes_them(folder, caplog):
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"repetition_penalty": 1.3, "min_length": 5}
+    (folder / "config.json").write_text(json.dumps(values))
+    with caplog.at_level(logging.WARNING, logger="gpt2fast"):
+        GPT2.from_pretrained(folder)
+    (record,) = caplog.records
+    assert "repetition_penalty=1.3 (pass them), min_length=5 (it has" in record.getMessage()
+    say(folder, eos_token_id=3)
+    caplog.clear()
+    GPT2.from_pretrained(folder)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("content", [{}, {"eos_token_id": None}, {"pad_token_id": 0}, {"eos": 1}])
+def test_without_an_end_token_in_it_config_json_has_none_either(folder, content):
+    """As in transformers, which is asked here."""
+    values = json.loads((folder / "config.json").read_text())
+    ids = torch.tensor([[1, 2, 3]])
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    free = GPT2.from_pretrained(folder).generate(ids, max_new_tokens=12, eos_token_id=None)
+    values["eos_token_id"] = free[0, 5].item()
+    (folder / "config.json").write_text(json.dumps(values))
+    assert GPT2.from_pretrained(folder).generate(ids, max_new_tokens=12).shape[1] < 15
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    theirs = GPT2LMHeadModel.from_pretrained(folder).generate(
+        ids, max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    ours = GPT2.from_pretrained(folder).generate(ids, max_new_tokens=12)
+    assert torch.equal(ours, theirs) and ours.shape[1] == 15
 
 
 def test_what_gpt2s_own_file_says_is_not_worth_a_word(folder, caplog):

@@ -8,10 +8,11 @@ it looks like, and read when that is named.
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 
 from ..errors import DataError, printable, shown
-from .kinds import PEEK, quoted
+from .kinds import PEEK, piped
 
 MARKS = (
     # UTF-32 first: its little-endian mark begins with that of UTF-16.
@@ -32,6 +33,11 @@ _NAMES = {
     "cp1256": "Windows-1256 (Arabic)", "cp874": "Windows-874 (Thai)",
 }  # fmt: skip
 _SAMPLE_BYTES = 1 << 16
+_SEVEN_BITS = (
+    (re.compile(rb"\x1b\$(?:[@B]|\([@-D])"), "iso2022_jp"),
+    (re.compile(rb"\x1b\$\)C"), "iso2022_kr"),
+    (re.compile(rb"(?:~\{(?:[!-w][!-~])+~\}.*?){3}", re.DOTALL), "hz"),
+)
 
 
 def known_encoding(name: str | None) -> str | None:
@@ -59,12 +65,58 @@ def marked_encoding(beginning: bytes) -> str | None:
     return next((name for mark, name in MARKS if beginning.startswith(mark)), None)
 
 
-def refuse_wide(path: Path, beginning: bytes) -> None:
-    """Raise DataError where a file, which begins with `beginning`, has two or four bytes a
-    character without a mark: such Latin text is valid UTF-8 that is full of NULs."""
-    beginning = beginning[:PEEK]
-    if len(beginning) < 16:
+def check_text(path: Path, data: bytes, start: int) -> None:
+    """Raise DataError where bytes in UTF-8 are no text all the same: they hold NULs, or the escapes
+    of an encoding in seven bits.
+
+    Args:
+        path: the file.
+        data: bytes of it.
+        start: byte of the file at which they begin.
+    """
+    if 0 in data:
+        raise _zeros(path, data, start)
+    if b"\x1b" in data or b"~{" in data:
+        for pattern, encoding in _SEVEN_BITS:
+            if pattern.search(data):
+                raise DataError(
+                    f"{path} is text in {encoding.upper()}, whose escapes are ASCII. "
+                    f"{_ways(path, encoding)}"
+                )
+
+
+def _zeros(path: Path, data: bytes, start: int) -> DataError:
+    place = data.find(0)
+    # Latin text of two bytes a character has a NUL in each, other text in each space.
+    places = [at for at in range(place, min(len(data), place + PEEK)) if not data[at]]
+    encoding = _wide_encoding(data[:PEEK], start) or _by_parity([start + at for at in places])
+    found = f"{path} is not UTF-8 text: byte {start + place} is 0"
+    if encoding is not None:
+        return DataError(
+            f"{found}, as in {encoding.upper()} without a byte order mark. {_ways(path, encoding)}"
+        )
+    clean = piped(path, "tr -d '\\000' <").removesuffix(" <")
+    return DataError(
+        f"{found}, which no text has; if this is one, `{clean} > cleaned.txt` leaves such bytes out"
+    )
+
+
+def check_decoded(path: Path, text: str, encoding: str) -> None:
+    """Raise DataError where the beginning of a decoded text shows that its bytes were swapped."""
+    if not encoding.startswith("utf-16"):
         return
+    # The space and the new line, with their bytes in the other order.
+    if text.count("\u2000") + text.count("\u0a00") > text.count(" ") + text.count("\n"):
+        raise DataError(
+            f"{path} is not {encoding}: its bytes are in the other order; name utf-16-le or "
+            "utf-16-be, whichever this is not"
+        )
+
+
+def _wide_encoding(beginning: bytes, start: int) -> str | None:
+    """The encoding of Latin text with two or four bytes a character, if this is it."""
+    if len(beginning) < 8 or start % 4:
+        return None
     # How many bytes are 0 at each of the four places in a group of four.
     shares = [part.count(0) / len(part) for part in (beginning[i::4] for i in range(4))]
     for encoding, zero, rest in (
@@ -74,10 +126,16 @@ def refuse_wide(path: Path, beginning: bytes) -> None:
         ("utf-16be", (0, 2), (1, 3)),
     ):
         if min(shares[i] for i in zero) > 0.6 and max(shares[i] for i in rest) < 0.1:
-            raise DataError(
-                f"{path} is not UTF-8 text: so many of its first bytes are 0 as in "
-                f"{encoding.upper()} without a byte order mark. {_ways(path, encoding)}"
-            )
+            return encoding
+    return None
+
+
+def _by_parity(places: list[int]) -> str | None:
+    """UTF-16 of either order where zeros stand at even, or at odd places alone."""
+    odd = sum(place % 2 for place in places)
+    if len(places) < 2 or 0 < odd < len(places):
+        return None
+    return "utf-16le" if odd else "utf-16be"
 
 
 def not_utf8(path: Path, data: bytes, error: UnicodeDecodeError, start: int) -> DataError:
@@ -89,6 +147,8 @@ def not_utf8(path: Path, data: bytes, error: UnicodeDecodeError, start: int) -> 
         error: of decoding `data`.
         start: byte of the file at which `data` begins.
     """
+    if 0 in data[: error.start + PEEK]:
+        return _zeros(path, data, start)
     place = f"{path} is not UTF-8 text: at byte {start + error.start}"
     if error.reason == "unexpected end of data":
         found = f"0x{data[error.start]:02x} begins a character that the end of the file cuts"
@@ -97,9 +157,9 @@ def not_utf8(path: Path, data: bytes, error: UnicodeDecodeError, start: int) -> 
     if _mostly_utf8(data[max(0, error.start - _SAMPLE_BYTES) :][: 2 * _SAMPLE_BYTES]):
         return DataError(
             f"{place}, {found}, though the text around it is UTF-8: this place is damaged. "
-            f"`iconv -c -f utf-8 -t utf-8 {quoted(path)} > converted.txt` leaves it out"
+            f"`{piped(path, 'iconv -c -f utf-8 -t utf-8')} > converted.txt` leaves it out"
         )
-    return DataError(f"{place}, {found}. {_guess(path, data[error.start :][:_SAMPLE_BYTES])}")
+    return DataError(f"{place}, {found}. {guess(path, data[error.start :][:_SAMPLE_BYTES])}")
 
 
 def not_encoded(path: Path, error: UnicodeError, encoding: str) -> DataError:
@@ -116,7 +176,13 @@ def _mostly_utf8(sample: bytes) -> bool:
     return sum(not c.isascii() for c in text) - broken > 10 * broken
 
 
-def _guess(path: Path, sample: bytes) -> str:
+def guess(path: Path, sample: bytes) -> str:
+    """What the encoding of a text looks like, and how to have it read.
+
+    Args:
+        path: the file.
+        sample: of it, from a byte on that is not UTF-8.
+    """
     from charset_normalizer import from_bytes
 
     # The letters decide, not the English around them.
@@ -128,14 +194,16 @@ def _guess(path: Path, sample: bytes) -> str:
     if name in _NAMES:
         words = " ".join(str(found).split())[:40]
         return f"It looks like {_NAMES[name]}: {words!r}. {_ways(path, name)}"
+    words = " ".join(lines[0].decode("cp1252", "replace").split())[:40] if lines else ""
     return (
-        "It may be in one of the older encodings: cp1252 for Western European languages, cp1250 "
-        f"for Central European ones. {_ways(path, 'cp1252')}"
+        f"As cp1252 (Western European) it says {words!r}; if those are the wrong letters, try "
+        "cp1250 (Central European), cp1254 (Turkish), cp1257 (Baltic), cp1258 (Vietnamese), "
+        f"mac_roman or cp850. {_ways(path, 'cp1252')}"
     )
 
 
 def _ways(path: Path, encoding: str) -> str:
     return (
         f"Let `python -m gpt2fast.prepare` read it with --encoding {encoding}, or convert it: "
-        f"`iconv -f {encoding} -t utf-8 {quoted(path)} > converted.txt`"
+        f"`{piped(path, f'iconv -f {encoding} -t utf-8')} > converted.txt`"
     )

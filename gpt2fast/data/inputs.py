@@ -5,23 +5,33 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import open_file
+from .detection import (
+    RECORD_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    file_source,
+    uncompressed_name,
+)
 from .encodings import known_encoding
-from .kinds import PARQUET, begins_with_json_objects
-from .opening import COMPRESSED_SUFFIXES, TextInput
-from .sources import DelimitedText, JsonArray, JsonLines, Parquet, Source, TextFile
+from .sources import Source
 
-TEXT_SUFFIXES = (".txt", ".md")
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-TABLE_SUFFIXES = (".csv", ".tsv", ".json")
 OUTPUT_MARKS = ("meta.json", "config.json", "tokenizer.json")
 """A folder that holds one of these is prepared data, a model or a tokenizer, not text."""
-_LONGEST_SNIFFED = 1 << 20
+_ABOUT = (
+    "readme",
+    "license",
+    "licence",
+    "notice",
+    "copying",
+    "changelog",
+    "contributing",
+    "authors",
+)
+"""Files called so are about the data, where there are records."""
 
 
 def parse_weights(inputs: Sequence[str]) -> list[str] | dict[str, float]:
@@ -68,16 +78,21 @@ def find_sources(
 ) -> tuple[list[Source | None], list[int]]:
     """The sources to read, in order, and the corpus (0, 1, …) that each belongs to.
 
-    None stands for standard input. `notify` is told of files that are copies. Raises DataError
-    where there is no source, where one is no text, and where a file is named twice.
+    None stands for standard input. `notify` is told of files that are copies, that a folder holds
+    and that are not read, and that are read as something that their names do not say. Raises
+    DataError where there is no source, where one is no text, and where a file is named twice.
     """
     encoding = known_encoding(encoding)
     sources: list[Source | None] = []
     corpus_of: list[int] = []
     items: Iterable[str | Path] = [inputs] if isinstance(inputs, (str, Path)) else inputs
     for number, item in enumerate(items):
-        for path in _files(Path(item), out_dir):
-            sources.append(None if path == Path("-") else file_source(path, field, lines, encoding))
+        for path in _files(Path(item), out_dir, notify):
+            sources.append(
+                None
+                if path == Path("-")
+                else file_source(path, field, lines, encoding, notify=notify)
+            )
             corpus_of.append(number if isinstance(inputs, Mapping) else 0)
     if not sources:
         raise DataError("no input was given; name a text file, a folder, or - for standard input")
@@ -85,51 +100,6 @@ def find_sources(
         raise DataError("standard input (-) was given more than once")
     _check_copies([source for source in sources if source is not None], notify)
     return sources, corpus_of
-
-
-def file_source(
-    path: Path, field: str, lines: bool, encoding: str | None, name: str | None = None
-) -> Source:
-    """The source that a file is: by its name, whether or not it is compressed, else by how it
-    begins.
-
-    Args:
-        path: the file.
-        field: of its records, that holds the text.
-        lines: its records are the lines of one text.
-        encoding: as `known_encoding` gives it.
-        name: what it is called; None means the file's own name. A file with another name than
-            its own has no suffix that tells what it is.
-    """
-    plain = "" if name else uncompressed_name(path)
-    if plain.endswith((".jsonl", ".ndjson")):
-        return JsonLines(path, field, lines, encoding, name)
-    if plain.endswith((".csv", ".tsv")):
-        return DelimitedText(path, field, lines, encoding, name)
-    if plain.endswith(TEXT_SUFFIXES):
-        return TextFile(path, encoding, name)
-    with open_file(path) as raw:
-        if raw.read(len(PARQUET)) == PARQUET or plain.endswith(".parquet"):
-            return Parquet(path, field, lines)
-    with TextInput(path, encoding).open() as file:
-        beginning = file.readline(_LONGEST_SNIFFED) + file.readline(_LONGEST_SNIFFED)
-    if begins_with_json_objects(beginning):
-        return JsonLines(path, field, lines, encoding, name)
-    if plain.endswith(".json") and beginning.lstrip(BOM_UTF8 + b" \n\r\t").startswith(b"["):
-        return JsonArray(path, field, lines, encoding, name)
-    if plain.endswith(".json"):
-        raise DataError(
-            f"{path} is neither an array of objects nor one object a line; `jq -c '.records[]' "
-            "FILE > records.jsonl` makes that of an array within an object"
-        )
-    return TextFile(path, encoding, name)
-
-
-def uncompressed_name(path: Path) -> str:
-    """The name of a file in small letters, without the suffix that says how it is compressed."""
-    name = path.name.lower()
-    suffix = next((end for end in COMPRESSED_SUFFIXES if name.endswith(end)), "")
-    return name.removesuffix(suffix)
 
 
 def _check_copies(sources: Sequence[Source], notify: Callable[[str], None]) -> None:
@@ -148,11 +118,11 @@ def _check_copies(sources: Sequence[Source], notify: Callable[[str], None]) -> N
         )
 
 
-def _files(path: Path, out_dir: Path) -> list[Path]:
+def _files(path: Path, out_dir: Path, notify: Callable[[str], None]) -> list[Path]:
     if path == Path("-") or path.is_file():
         return [path]
     if path.is_dir():
-        files = _files_below(path, out_dir)
+        files = _files_below(path, out_dir, notify)
         if not files:
             known = (*TEXT_SUFFIXES, *RECORD_SUFFIXES, *TABLE_SUFFIXES)
             raise DataError(
@@ -166,13 +136,15 @@ def _files(path: Path, out_dir: Path) -> list[Path]:
     raise DataError(f"{path} does not exist")
 
 
-def _files_below(folder: Path, out_dir: Path) -> list[Path]:
-    """Text files below `folder`, sorted, or its records where it holds no text file, or its tables
-    where it holds neither; compressed or not.
+def _files_below(folder: Path, out_dir: Path, notify: Callable[[str], None]) -> list[Path]:
+    """Text files below `folder`, sorted, or its records where it holds no text file (but such as
+    README.md), or its tables where it holds neither; compressed or not.
 
-    Nothing hidden, nothing that this package wrote, and regular files only.
+    Nothing hidden, nothing that this package wrote, and regular files only. `notify` is told what
+    is left out.
     """
     files: list[Path] = []
+    left: list[Path] = []
     for directory, folders, names in os.walk(folder):
         here = Path(directory)
         folders[:] = [
@@ -180,10 +152,30 @@ def _files_below(folder: Path, out_dir: Path) -> list[Path]:
             for name in folders
             if not name.startswith(".") and (here / name).resolve() != out_dir.resolve()
         ]
-        if not any(mark in names for mark in OUTPUT_MARKS):
-            files += [here / name for name in names if not name.startswith(".")]
-    for suffixes in (TEXT_SUFFIXES, RECORD_SUFFIXES, TABLE_SUFFIXES):
-        named = (path for path in files if uncompressed_name(path).endswith(suffixes))
-        if found := sorted(path for path in named if path.is_file()):
-            return found
-    return []
+        left += [here / name for name in folders if (here / name).is_symlink()]
+        visible = [here / name for name in names if not name.startswith(".")]
+        if any(mark in names for mark in OUTPUT_MARKS):
+            left += [path for path in visible if _has(path, TEXT_SUFFIXES + RECORD_SUFFIXES)]
+        else:
+            files += [path for path in visible if path.is_file()]
+    texts, records, tables = (
+        sorted(path for path in files if _has(path, suffixes))
+        for suffixes in (TEXT_SUFFIXES, RECORD_SUFFIXES, TABLE_SUFFIXES)
+    )
+    about = all(path.stem.lower().split(".")[0] in _ABOUT for path in texts)
+    chosen = ((records or tables) if about else texts) or texts
+    read = set(chosen)
+    left += [path for path in files if path not in read]
+    if chosen and left:
+        named = ", ".join(str(path.relative_to(folder)) for path in sorted(left)[:5])
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        kinds = ", ".join(sorted({path.suffix.lower() for path in chosen}))
+        notify(
+            f"{folder}: reading {len(chosen)} files ({kinds}), not {named}{more}; name those that "
+            "belong to the text themselves"
+        )
+    return chosen
+
+
+def _has(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return uncompressed_name(path).endswith(suffixes)

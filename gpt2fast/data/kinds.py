@@ -13,15 +13,12 @@ from ..errors import DataError, printable
 
 PEEK = 4096
 """Bytes from the beginning of a file by which its kind is told."""
-GZIP, BZIP2, XZ, ZSTD, ZIP = (
-    b"\x1f\x8b\x08",
-    b"BZh",
-    b"\xfd7zXZ\0",
-    b"\x28\xb5\x2f\xfd",
-    b"PK\x03\x04",
-)
-EMPTY_ZIP = b"PK\x05\x06"
 PARQUET = b"PAR1"
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # the first block of data, or the end at once
+_MAGICS = (
+    (b"\x1f\x8b\x08", "gzip"), (b"\xfd7zXZ\0", "xz"), (b"\x5d\0\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\x03\x04", "zip"), (b"PK\x05\x06", "zip"),
+)  # fmt: skip
 
 
 class _Kind(NamedTuple):
@@ -42,7 +39,10 @@ _DOCUMENTS_IN_ZIP = {
     "Index/Document.iwa": _Kind("an Apple Pages or Numbers file", _OFFICE),
     "META-INF/MANIFEST.MF": _Kind("a Java archive", _NO_TEXT),
 }
-_TOKENS = "token files are not text: `python -m gpt2fast.train --data FILE` takes them as they are"
+_TOKENS = (
+    "`python -m gpt2fast.train --data FOLDER` takes a folder of such files, with train and val in "
+    "their names"
+)
 _WEIGHTS = "weights are not text: give the text to train on; --init-from takes weights"
 _KINDS: tuple[tuple[bytes, _Kind], ...] = (
     (b"%PDF-", _Kind("a PDF", "extract its text first, e.g. `pdftotext FILE text.txt`")),
@@ -81,6 +81,10 @@ _KINDS_WITH_ZEROS: tuple[tuple[bytes, _Kind], ...] = (
     (b"BM", _Kind("an image", _NO_TEXT)),
     (b"wOF", _Kind("a font", _NO_TEXT)),
 )
+_UNPACK = {
+    ".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc", ".lzma": "xz -dc", ".zst": "zstd -dc",
+    ".zip": "unzip -p",
+}  # fmt: skip
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x95}\](cK\x8c\x8a]")
 
 
@@ -92,6 +96,15 @@ def refuse_other_than_text(path: Path, beginning: bytes) -> None:
     kind = _kind_of(beginning)
     if kind is not None:
         raise refused(path, kind.name, kind.way)
+
+
+def compression_of(beginning: bytes) -> str | None:
+    """How a file that begins so is compressed; None where it is not."""
+    if beginning.startswith(b"BZh") and beginning[4:10] in _BZIP2_BLOCKS:
+        return "bzip2"
+    if beginning[1:4] == b"\x2a\x4d\x18" and beginning[0] & 0xF0 == 0x50:
+        return "zstd"
+    return next((name for magic, name in _MAGICS if beginning.startswith(magic)), None)
 
 
 def refused(path: Path, what: str, way: str) -> DataError:
@@ -109,6 +122,12 @@ def quoted(path: Path) -> str:
     """The name of a file as a shell reads it, printable."""
     name = printable(path.name)
     return name if re.fullmatch(r"[\w./+@-]+", name) else "'" + name.replace("'", "'\\''") + "'"
+
+
+def piped(path: Path, command: str) -> str:
+    """A command on a file, or on what is packed in it."""
+    unpack = _UNPACK.get(path.suffix.lower())
+    return f"{command} {quoted(path)}" if unpack is None else f"{unpack} {quoted(path)} | {command}"
 
 
 def document_in_zip(archive: zipfile.ZipFile) -> tuple[str, str] | None:

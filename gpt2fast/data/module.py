@@ -15,7 +15,7 @@ from .dataset import SAMPLINGS, SPLITS, OrderedBatches, TokenDataset, TrainingBa
 from .inputs import checked_weight
 from .meta import DataMeta, read_meta
 from .order import ORDERS
-from .tokens import TokenRange, is_pattern
+from .tokens import TOKEN_SUFFIXES, TokenRange, is_pattern
 
 if TYPE_CHECKING:
     from ..config import GPT2Config
@@ -201,7 +201,7 @@ class _Folder:
     ) -> None:
         self.path = path
         self.block_size = block_size
-        if not path.is_dir() and not is_pattern(path) and path.suffix != ".bin":
+        if not path.is_dir() and not is_pattern(path) and path.suffix not in TOKEN_SUFFIXES:
             raise DataError(
                 f"{path} is not a directory of prepared data; make one with "
                 f"`python -m gpt2fast.prepare TEXT --out {path}`"

@@ -19,22 +19,17 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from ..errors import DataError, shown
-from .encodings import marked_encoding, not_encoded, not_utf8, refuse_wide
+from .encodings import check_decoded, check_text, marked_encoding, not_encoded, not_utf8
 from .kinds import (
-    BZIP2,
-    EMPTY_ZIP,
-    GZIP,
     PEEK,
-    XZ,
-    ZIP,
-    ZSTD,
+    compression_of,
     document_in_zip,
     quoted,
     refuse_other_than_text,
     refused,
-)  # fmt: skip
+)
 
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zip")
 LARGEST = 2 << 30
 """Bytes of a text that is read as a whole: twice enwik9."""
 _READ_BYTES = 1 << 20
@@ -71,11 +66,14 @@ class TextInput:
             file = stack.enter_context(self._decompressed(raw))
             self.as_stored = file is raw
             beginning = file.peek(PEEK)
+            if not self.as_stored and compression_of(beginning) is not None:
+                raise DataError(f"{self.path} is compressed twice; unpack it once and give that")
             refuse_other_than_text(self.path, beginning)
-            encoding = self.encoding or marked_encoding(beginning)
-            if encoding is None:
-                refuse_wide(self.path, beginning)
-            else:
+            # A mark says more than a name that holds for several files.
+            encoding = marked_encoding(beginning)
+            if encoding is None and not beginning.startswith(codecs.BOM_UTF8):
+                encoding = self.encoding
+            if encoding is not None:
                 self.as_stored = False
                 recoded = _Recoded(file, encoding, self.path)
                 file = stack.enter_context(io.BufferedReader(recoded, _READ_BYTES))
@@ -86,9 +84,11 @@ class TextInput:
         """All of it. Ends of lines stay as they are; a byte order mark is dropped."""
         data = self.read_bytes()
         try:
-            return data.decode("utf-8-sig")
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise not_utf8(self.path, data, error, 0) from None
+        check_text(self.path, data, 0)
+        return text
 
     def read_bytes(self) -> bytes:
         """All of it, in UTF-8 unless it is not text."""
@@ -105,19 +105,19 @@ class TextInput:
         return b"".join(pieces)
 
     def _decompressed(self, raw: Any) -> Any:
-        magic = raw.peek(PEEK)[:PEEK]
+        compression = compression_of(raw.peek(PEEK)[:PEEK])
         opened: Any
-        if magic.startswith(GZIP):
+        if compression == "gzip":
             opened = gzip.GzipFile(fileobj=raw)
-        elif magic.startswith(BZIP2) and magic[4:10] == b"1AY&SY":
+        elif compression == "bzip2":
             opened = bz2.BZ2File(raw)
-        elif magic.startswith(XZ):
+        elif compression == "xz":
             opened = lzma.LZMAFile(raw)  # noqa: SIM115
-        elif magic.startswith(ZSTD):
+        elif compression == "zstd":
             opened = _zstd(self.path, raw)
-        elif magic.startswith((ZIP, EMPTY_ZIP)):
+        elif compression == "zip":
             opened = _only_member(self.path, raw)
-        elif self.path.suffix.lower() in COMPRESSED_SUFFIXES:
+        elif self.path.suffix.lower() in COMPRESSED_SUFFIXES and raw.peek(1):
             raise DataError(
                 f"{self.path} cannot be unpacked: it is not what its name says; it is damaged, or "
                 f"text that was unpacked already: then take {self.path.suffix} off its name"
@@ -146,6 +146,10 @@ class _Recoded(io.RawIOBase):
     def __init__(self, file: io.BufferedReader, encoding: str, path: Path) -> None:
         self._file, self._encoding, self._path = file, encoding, path
         self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._as_utf8: codecs.IncrementalDecoder | None = None
+        if not encoding.startswith("utf"):
+            self._as_utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._only_ascii = self._first = True
         self._ready = b""
         self._ended = False
 
@@ -156,14 +160,35 @@ class _Recoded(io.RawIOBase):
         while not self._ready and not self._ended:
             data = self._file.read(_READ_BYTES)
             self._ended = not data
+            self._watch(data)
             try:
-                self._ready = self._decoder.decode(data, final=self._ended).encode()
+                text = self._decoder.decode(data, final=self._ended)
+                self._ready = text.encode()
             except UnicodeError as error:
                 raise not_encoded(self._path, error, self._encoding) from None
+            if self._first:
+                check_decoded(self._path, text, self._encoding)
+                self._first = False
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
+
+    def _watch(self, data: bytes) -> None:
+        """Raise DataError at the end of a text that has been UTF-8 all along."""
+        self._only_ascii = self._only_ascii and data.isascii()
+        if self._as_utf8 is None:
+            return
+        try:
+            self._as_utf8.decode(data, final=self._ended)
+        except UnicodeDecodeError:
+            self._as_utf8 = None
+            return
+        if self._ended and not self._only_ascii:
+            raise DataError(
+                f"{self._path} is UTF-8, and would become something else as {self._encoding}; give "
+                "it without --encoding (encoding=None), apart from files that need it"
+            )
 
 
 class _CountingFile(io.FileIO):
@@ -242,11 +267,7 @@ def _only_member(path: Path, raw: IO[bytes]) -> Any:
     document = document_in_zip(archive)
     if document is not None:
         raise refused(path, *document)
-    files = [
-        info
-        for info in archive.infolist()
-        if not info.is_dir() and not info.filename.startswith("__MACOSX/")
-    ]
+    files = members(archive)
     if len(files) != 1:
         names = ", ".join(shown(info.filename) for info in files[:3])
         more = ", …" if len(files) > 3 else ""
@@ -260,3 +281,12 @@ def _only_member(path: Path, raw: IO[bytes]) -> Any:
         raise DataError(
             f"{path} cannot be unpacked: {error}; unpack it and name the file"
         ) from None
+
+
+def members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a zip archive, without what macOS puts there of its own."""
+    return [
+        info
+        for info in archive.infolist()
+        if not info.is_dir() and not info.filename.startswith("__MACOSX/")
+    ]

@@ -28,11 +28,12 @@ from ..lock import only_process
 from ..parsing import read_json
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from ..tokenizer.loading import FILE_NAMES
+from .detection import file_source
 from .encoding import Encoded, Encoders, typecode
 from .encodings import known_encoding
-from .inputs import checked_weight, file_source, find_sources
+from .inputs import checked_weight, find_sources
 from .meta import LARGEST, DataMeta, read_meta
-from .sources import Records, Source, changed_meanwhile
+from .sources import Source, TextFile, changed_meanwhile
 from .split import TRAIN, VAL, DocumentCount, Part, Plan, Position, PositionCount, require_text
 from .text import END_OF_TEXT, Cuts, Segment
 
@@ -159,6 +160,10 @@ def prepare_data(
             inputs, out_dir, text_field, records == "lines", encoding, notify
         )
     split = split or ("given" if given else "position")
+    if split == "position":
+        for source, corpus, following in zip(sources, corpus_of, corpus_of[1:], strict=False):
+            if isinstance(source, TextFile):
+                source.ends_line = corpus == following
     settings = {
         "tokenizer": tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
@@ -337,11 +342,8 @@ class _Run:
             shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
         field = self.settings["text_field"] or "text"
         lines = self.settings["records"] == "lines"
-        source = file_source(path, field, lines, self.settings["encoding"], name="-")
-        if isinstance(source, Records):
-            each = "a line of one text" if lines else "a document"
-            self.notify(f"standard input is JSON lines: {field!r} of each is {each}")
-        return source
+        encoding = self.settings["encoding"]
+        return file_source(path, field, lines, encoding, "-", self.notify)
 
     def finish(self, out_dir: Path) -> None:
         """Do what has not been done yet."""

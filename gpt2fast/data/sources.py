@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -19,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import DataError, shown
+from ..errors import DataError, printable, shown
 from ..files import open_file
 from ..parsing import Unreadable, parse_json
-from .encodings import not_utf8
+from .encodings import guess, not_utf8
 from .opening import TextInput
 from .text import END_OF_TEXT, Block, Cuts, Segment, last_cut, read_blocks, segments_of
 
@@ -88,11 +89,23 @@ class _File(Source):
 class TextFile(_File):
     """A file of text; see `text.read_blocks`."""
 
+    ends_line = False
+    """Another text follows: end the last line of this one, where it does not end itself."""
+
     def blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
         text_input = self._input()
+        last: Block | None = None
         for block in read_blocks(text_input, cuts, start):
             self._note_progress(text_input, block.end)
-            yield block
+            if last is not None:
+                yield last
+            last = block
+        if last is None:
+            return
+        *_, end = last.segments
+        if self.ends_line and not end.separator and not end.text.endswith("\n"):
+            last.segments[-1] = end._replace(text=end.text + "\n")
+        yield last
 
 
 class Records(Source):
@@ -186,7 +199,7 @@ class JsonLines(_RecordFile):
 
     def _text(self, line: bytes, begin: int) -> str:
         try:
-            return _text_of_line(line, self.field, first=begin == 0)
+            return _text_of_line(line, self.field, begin == 0, self.path)
         except BadRecord as error:
             number = self._line_number(begin)
             raise DataError(f"{self.path}, line {number}: {error}") from None
@@ -234,54 +247,93 @@ class JsonArray(_DecodedFile):
 class DelimitedText(_DecodedFile):
     """A table in text, whose first row names its columns (CSV, RFC 4180; TSV).
 
-    The delimiter is the one of comma, semicolon, tab and bar that makes a column `field` of the
-    first row, else the one that makes most columns of it.
+    The delimiter is the one of `delimiters` that makes a column `field` of the first row, else the
+    one that makes most columns of it.
     """
+
+    def __init__(
+        self,
+        path: Path,
+        field: str,
+        lines: bool,
+        encoding: str | None,
+        name: str | None,
+        delimiters: str,
+    ) -> None:
+        super().__init__(path, field, lines, encoding, name)
+        self._delimiters = delimiters
 
     def records(self, start: int) -> Iterator[tuple[str, int]]:
         # The limit is one for the whole process; others may rely on a higher one.
         csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
         with self._text() as (file, text_input):
-            rows, column, width, first_line = self._header(file)
-            row = 0
-            try:
-                for row, values in enumerate(rows, 1):
+            names, lines, delimiter = self._header(file)
+            column = names.index(self.field)
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            for row in itertools.count(1):
+                begin = rows.line_num
+                try:
+                    values = next(rows, None)
+                    if values is None:
+                        return
                     self._note_progress(text_input)
                     if row <= start or not values:
                         continue
-                    if len(values) != width:
-                        raise BadRecord(
-                            f"{len(values)} values, but the first row names {width} columns; a "
-                            "value with a delimiter or a new line in it needs double quotes"
-                        )
-                    yield text_of(values[column], self.field), row
-            except (csv.Error, BadRecord) as error:
-                row += isinstance(error, csv.Error)
-                raise DataError(
-                    f"{self.path}, row {row} (line {first_line + rows.line_num}): {error}"
-                ) from None
+                    self._check_row(values, names, delimiter)
+                    text = text_of(values[column], self.field)
+                except (csv.Error, BadRecord) as error:
+                    why = str(error)
+                    if why == "unexpected end of data":
+                        why = "a double quote is opened and not closed"
+                    raise DataError(
+                        f"{self.path}, row {row} (line {lines + begin + 1}): {why}"
+                    ) from None
+                yield text, row
 
-    def _header(self, file: TextIO) -> tuple[Any, int, int, int]:
-        """The rows after the first, the column's place in each, how many values each has, and how
-        many lines come before them."""
-        line, lines = file.readline(LONGEST_LINE), 1
-        if line.startswith("sep=") and len(line.strip()) <= 5:  # for Excel
-            line, lines = file.readline(LONGEST_LINE), 2
+    def _check_row(self, values: list[str], names: list[str], delimiter: str) -> None:
+        if len(values) != len(names):
+            raise BadRecord(
+                f"{len(values)} values, but the first row names {len(names)} columns; a value with "
+                "a delimiter or a new line in it needs double quotes"
+            )
+        if delimiter == "\t" and any(
+            _looks_like_rows(value, place, len(names)) for place, value in enumerate(values)
+        ):
+            raise BadRecord(
+                "a value in double quotes goes on over lines that look like rows of their own, as "
+                "where a text begins with a quote in a table without quoting; double such quotes "
+                'and put the value in quotes (""" at its beginning), or save the table as .csv '
+                "with commas"
+            )
+
+    def _header(self, file: TextIO) -> tuple[list[str], int, str]:
+        """The names of the columns, how many lines they and what stands before them take, and the
+        delimiter."""
+        lines = 0
+        text = ""
+        while line := file.readline(LONGEST_LINE):
+            lines += 1
+            text += line
+            if text.strip() and text.count('"') % 2 == 0:
+                if not re.fullmatch(r"sep=.?\s*", text):  # which Excel reads
+                    break
+                text = ""
+            elif not text.strip():
+                text = ""
         best: list[str] = []
-        delimiter = ","
-        for candidate in ",;\t|":
+        delimiter = self._delimiters[0]
+        for candidate in self._delimiters:
             try:
-                names = next(csv.reader([line], delimiter=candidate, strict=True), [])
+                reader = csv.reader(io.StringIO(text, newline=""), delimiter=candidate, strict=True)
+                names = [name.strip() for name in next(reader, [])]
             except csv.Error:
                 continue
-            names = [name.strip() for name in names]
+            if len(names) > len(best) or self.field in names:
+                best, delimiter = names, candidate
             if self.field in names:
-                best, delimiter = names, candidate
                 break
-            if len(names) > len(best):
-                best, delimiter = names, candidate
-        if not best or not any(best):
-            raise DataError(f"{self.path}: the first row must name the columns, and it is blank")
+        if not any(best):
+            raise DataError(f"{self.path}: there is no first row that names the columns")
         if self.field not in best:
             raise DataError(
                 f"{self.path}: its first row names no column {self.field!r}, only "
@@ -290,8 +342,7 @@ class DelimitedText(_DecodedFile):
             )
         if best.count(self.field) > 1:
             raise DataError(f"{self.path}: two columns are called {self.field!r}; rename one")
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        return rows, best.index(self.field), len(best), lines
+        return best, lines, delimiter
 
 
 class Table(Records):
@@ -379,6 +430,8 @@ def text_of(value: Any, field: str) -> str:
 def missing(field: str, names: Iterable[str]) -> str:
     """What to say where records have no field of that name."""
     known = ", ".join(sorted(names)[:20])
+    if not known:
+        return f"there is no {field!r}, nor any other field"
     return f"there is no {field!r}, only {known}; name the one that holds the text (--text-field)"
 
 
@@ -413,7 +466,7 @@ def changed_meanwhile(what: str | Path) -> DataError:
     )
 
 
-def _text_of_line(line: bytes, field: str, first: bool) -> str:
+def _text_of_line(line: bytes, field: str, first: bool, path: Path) -> str:
     if len(line) >= LONGEST_LINE:
         raise BadRecord(
             f"longer than {LONGEST_LINE >> 20} MB; every record needs a line of its own "
@@ -423,7 +476,10 @@ def _text_of_line(line: bytes, field: str, first: bool) -> str:
         record = parse_json(line.decode("utf-8-sig" if first else "utf-8"), unique=False)
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at place {error.start}"
-        raise BadRecord(f"not UTF-8 ({found} of the line); mend or leave out this line") from None
+        raise BadRecord(
+            f"not UTF-8 ({found} of the line); mend or leave out this line, or read all of the "
+            f"file otherwise: {guess(path, line[error.start :])}"
+        ) from None
     except Unreadable as error:
         raise BadRecord(f"{error}; each line must be an object with {field!r}") from None
     return _text_of_object(record, field, "each line")
@@ -433,15 +489,28 @@ def _text_of_object(record: Any, field: str, each: str) -> str:
     if not isinstance(record, dict):
         found = type(record).__name__
         raise BadRecord(f"a JSON {found}, but {each} must be an object with {field!r}")
+    value = record.get(field)
+    inner = (
+        value
+        if isinstance(value, list)
+        else next((other for other in record.values() if isinstance(other, list)), None)
+    )
+    if inner and isinstance(inner[0], dict) and not isinstance(value, str):
+        key = next(name for name, other in record.items() if other is inner)
+        raise BadRecord(
+            f"it holds a list of objects, {shown(key)}, and each line must be a record itself; "
+            f"`jq -c '.{printable(key)}[]' FILE > records.jsonl` makes that"
+        )
     if field not in record:
         raise BadRecord(missing(field, record))
-    return text_of(record[field], field)
+    return text_of(value, field)
 
 
 def _items_of_array(file: TextIO, path: Path) -> Iterator[Any]:
     """The items of a JSON array, decoded one by one."""
     decoder = json.JSONDecoder()
     text, expected, number = "", "[", 0
+    why = "there is no array"
     while True:
         # As much again as could not be decoded, which keeps the work linear.
         piece = file.read(max(_READ_BYTES, len(text)))
@@ -457,27 +526,59 @@ def _items_of_array(file: TextIO, path: Path) -> Iterator[Any]:
                     raise DataError(f"{path}: something follows the end of the JSON array")
                 return
             if mark[1] != expected:
+                why = f"a {expected!r} is missing before {text[mark.end() - 1 :][:20]!r}"
                 break
             try:
                 record, end = decoder.raw_decode(text, mark.end())
             except RecursionError:
                 raise DataError(f"{path}, item {number + 1}: nested too deeply") from None
-            except ValueError:
+            except ValueError as error:
+                why = getattr(error, "msg", str(error))
                 break
+            why = "the array does not end"
             if piece and end == len(text):  # a number may go on
                 break
             place, expected, number = end, ",", number + 1
             yield record
         text = text[place:]
-        if not piece or len(text) > LONGEST_LINE:
-            raise DataError(
-                f"{path}, item {number + 1}: not JSON, longer than {LONGEST_LINE >> 20} MB, or cut "
-                "short; the file must be an array of objects, or hold one object a line"
-            )
+        if len(text) > LONGEST_LINE:
+            why = f"longer than {LONGEST_LINE >> 20} MB, or not JSON ({why})"
+        elif not piece:
+            why = f"not JSON, or cut short ({why})"
+        else:
+            continue
+        raise DataError(
+            f"{path}, item {number + 1}: {why}; the file must be an array of objects, or hold one "
+            "object a line"
+        )
+
+
+def _looks_like_rows(value: str, place: int, columns: int) -> bool:
+    """Whether a value of a table with tabs could be the end of a row, whole rows, and the beginning
+    of another up to the column `place`."""
+    _, *lines = value.split("\n")
+    return (
+        columns > 1
+        and bool(lines)
+        and lines[-1].count("\t") == place
+        and (place > 0 or len(lines) > 1)
+        and all(line.count("\t") == columns - 1 for line in lines[:-1])
+    )
+
+
+def joined_text(source: Source) -> str:
+    """All the text of a source, with the end-of-text token's text where that stands."""
+    return "".join(
+        segment.text + END_OF_TEXT if segment.separator else segment.text
+        for block in source.blocks(Cuts(any_character=True), 0)
+        for segment in block.segments
+    )
 
 
 def _document(text: str) -> list[Segment]:
     """A record as a document that an `<|endoftext|>` ends; one that it holds itself counts, too."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     *ended, rest = text.split(END_OF_TEXT)
     segments = [Segment(part, True, False) for part in ended]
     if rest and not rest.isspace() or not segments:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .encodings import not_utf8
+from .encodings import check_text, not_utf8
 from .opening import TextInput
 
 END_OF_TEXT = "<|endoftext|>"
@@ -85,6 +85,7 @@ def read_blocks(
                 text, used = codecs.utf_8_decode(pending, "strict", not data)
             except UnicodeDecodeError as error:
                 raise not_utf8(text_input.path, pending, error, start) from None
+            check_text(text_input.path, pending, start)
             if not data:
                 if text:
                     yield Block(segments_of(text), start + used)
@@ -140,9 +141,3 @@ def segments_of(text: str) -> list[Segment]:
     if begin < len(text):
         segments.append(Segment(text[begin:], False, False))
     return segments
-
-
-def as_prepared(text: str) -> str:
-    """A text as training on it sees it: "\\n" for every kind of newline, and no newline between a
-    `<|endoftext|>` and the document that follows."""
-    return "".join(s.text + END_OF_TEXT if s.separator else s.text for s in segments_of(text))

@@ -49,6 +49,8 @@ def _choice(row: Mapping[str, Any]) -> Choice:
     first, second = field(row, "ctx_a", str), field(row, "ctx_b", str)
     context = f"{field(row, 'activity_label', str)}: {first} {second.capitalize()}"
     endings = [" " + prepare(ending) for ending in field(row, "endings", list)]
+    if not all(ending.strip() for ending in endings):
+        raise DataError("one of the endings is empty")
     label = row.get("label")
     if not str(label).isdigit() or int(str(label)) >= len(endings):
         raise DataError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.text import as_prepared
-from .sources import read_text
+from ..data.detection import read_as_prepared
 from .task import Cut, Document, TextTask
 
 
@@ -19,7 +18,7 @@ def plain(text: str) -> Document:
 
 
 class Perplexity(TextTask):
-    """The whole file as one text, as `prepare` reads it."""
+    """The whole file as one text, as `prepare` reads it: of records, the text of each."""
 
     name = "perplexity"
     about = "any text file (--data FILE): per token, word, byte and character"
@@ -35,7 +34,7 @@ class Perplexity(TextTask):
 
     def read(self, path: Path) -> list[Document]:
         """As `Task.read`."""
-        return [plain(as_prepared(read_text(path)))]
+        return [plain(read_as_prepared(path))]
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
         """What --limit leaves: as much of the text as that many windows hold."""

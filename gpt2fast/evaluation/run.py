@@ -133,6 +133,11 @@ def _remarks(
     if isinstance(task, Perplexity):
         remarks.append(_meaning(metrics["token_perplexity"].value, tokens, scorer, trained))
     found, looked_for = (0, 0) if trained is None else trained.seen(tokens, scorer.tokenizer)
+    if trained is not None and not looked_for:
+        remarks.append(
+            f"whether {trained.run.folder} was trained on this text is not known: its training "
+            "data are no longer there, or were made again with another tokenizer"
+        )
     if trained is not None and found > looked_for // 4:
         remarks.append(
             f"warning: {found} of {looked_for} samples of this text are in what "

@@ -103,7 +103,7 @@ def held_out_text(folder: Path, tokenizer: Tokenizer) -> tuple[str, str]:
         )
     parts = []
     for one in folders:
-        if not (one / "meta.json").is_file() and not any(one.glob("*val*")):
+        if not (one / "meta.json").is_file() and not _holds_tokens(one, "val"):
             raise DataError(
                 f"{one} is neither prepared data nor a training run; name one of these, or a text"
             )
@@ -165,9 +165,9 @@ def _data_of(run: Run) -> tuple[Path, ...]:
     return ()
 
 
-def _holds_tokens(folder: Path) -> bool:
+def _holds_tokens(folder: Path, split: str = "train") -> bool:
     try:
-        return folder.is_dir() and bool(token_files(folder, "train"))
+        return folder.is_dir() and bool(token_files(folder, split))
     except (DataError, OSError):
         return False
 
