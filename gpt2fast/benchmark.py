@@ -27,7 +27,7 @@ from .errors import Error
 from .generation import check_length
 from .model import GPT2
 from .ops import native
-from .output import complain, say
+from .output import complain, deliver
 from .packed import PackedGPT2
 from .sampling import SamplingOptions
 
@@ -126,9 +126,9 @@ def _run(options: argparse.Namespace) -> int:
     }
     if not options.json:
         kernels = f"{library.isa} kernels" if library else "torch's operations"
-        say(f"gpt2fast {__version__}, {kernels}, {about['threads']} threads: {about['model']}")
-        say(f"{options.batch} x ({prompt} tokens read + {new} written)\n")
-        say(f"{'weights':<10}{'decoding':>16}{'memory':>16}{'allows':>18}{'share':>8}  reading")
+        deliver(f"gpt2fast {__version__}, {kernels}, {about['threads']} threads: {about['model']}")
+        deliver(f"{options.batch} x ({prompt} tokens read + {new} written)\n")
+        deliver(f"{'weights':<10}{'decoding':>16}{'memory':>16}{'allows':>18}{'share':>8}  reading")
     found: list[Speed] = []
     missing: dict[str, str] = {}
     for weights in formats:
@@ -137,15 +137,15 @@ def _run(options: argparse.Namespace) -> int:
         except Error as error:
             missing[weights] = str(error)
             if not options.json:
-                say(f"{weights:<10}missing: {error}")
+                deliver(f"{weights:<10}missing: {error}")
         else:
             if not options.json:
-                say(_row(found[-1]))
+                deliver(_row(found[-1]))
     if options.json:
         rows = [asdict(speed) for speed in found]
-        say(json.dumps({**about, "speeds": rows, "missing": missing}))
+        deliver(json.dumps({**about, "speeds": rows, "missing": missing}))
     else:
-        say(_summary(found))
+        deliver(_summary(found))
     return 0
 
 

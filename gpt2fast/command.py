@@ -55,6 +55,10 @@ def _run(main: Main, argv: Sequence[str] | None) -> int:
         else:
             raise
         return 1
+    except OSError as error:
+        drop_output()
+        complain(f"error: {error}")
+        return 1
 
 
 def output_is_closed() -> bool:

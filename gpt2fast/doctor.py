@@ -23,7 +23,7 @@ from .errors import Error
 from .ops import cuda, native, triton
 from .ops.backend import ORDER, Call, record_calls
 from .ops.packed import MatrixFormat, ModelShape, PackedWeights
-from .output import complain, say
+from .output import complain, deliver
 
 # What x86 kernels may use, under the names of /proc/cpuinfo, and the same for AArch64.
 _CPU_FEATURES = (
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--device {options.device}: torch cannot use it here: {reason:.200}")
     try:
         for name, value in _environment():
-            say(f"{name:<14}{value}")
-        say("")
+            deliver(f"{name:<14}{value}")
+        deliver("")
         with backend(options.backend):
             _print_table(_try_ops(options.device))
     except Error as error:
@@ -195,10 +195,10 @@ def _try_ops(device: str) -> list[Call]:
 
 
 def _print_table(calls: Sequence[Call]) -> None:
-    say(f"{'op':<23}{'backend':<12}why")
+    deliver(f"{'op':<23}{'backend':<12}why")
     for call in calls:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in call.refused)
-        say(f"{call.op:<23}{call.backend:<12}{reasons or 'first in the order'}")
+        deliver(f"{call.op:<23}{call.backend:<12}{reasons or 'first in the order'}")
 
 
 if __name__ == "__main__":

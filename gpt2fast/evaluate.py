@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import OneLineParser, ParagraphFormatter, usable_device
 from .command import command
-from .output import complain, note, say, takes_unicode
+from .output import complain, deliver, note, takes_unicode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     size = published_size(name, generator.model.config)
     if args.json != "-":
-        say(as_table(results, size))
+        deliver(as_table(results, size))
     else:
         for result in results:
             for remark in result.remarks:
@@ -144,7 +144,7 @@ def _write_json(place: str, value: dict[str, Any]) -> None:
     narrow = place == "-" and not takes_unicode()
     text = json.dumps(_finite(value), indent=2, ensure_ascii=narrow)
     if place == "-":
-        say(text)
+        deliver(text)
     else:
         atomic_write_text(place, text + "\n")
 

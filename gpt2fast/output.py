@@ -56,6 +56,18 @@ def say(text: str) -> None:
         drop_output()
 
 
+def deliver(text: str) -> None:
+    """Print a line at once that is what a command is for. A reader may leave, as after `| head`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
+
+
 def takes_unicode() -> bool:
     """Whether standard output encodes every character; what it cannot is escaped, which no JSON is
     to be after."""

@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError, Error, MissingTokenizerError
+from ..errors import ConfigError, DataError, Error, MissingTokenizerError, why_not_written
 from ..output import tell, warn
 from .config import DATA_SETTINGS, TrainConfig
 
@@ -49,7 +49,10 @@ def locate(data: str | None) -> Path:
 
 
 def located(config: TrainConfig) -> dict[str, Any]:
-    """The settings that name data, with whole paths: they hold in any folder."""
+    """The settings that name data, with whole paths: they hold in any folder.
+
+    A path is left as it was given where a recipe cannot hold the whole one.
+    """
     values: dict[str, Any] = {}
     with suppress(Error):
         if config.data is not None:
@@ -58,7 +61,10 @@ def located(config: TrainConfig) -> dict[str, Any]:
             values["mixture"] = {str(locate(name)): w for name, w in config.mixture.items()}
         elif config.dataset is not None and Path(config.dataset).expanduser().exists():
             values["dataset"] = str(Path(config.dataset).expanduser().resolve())
-    return values
+    paths = [
+        path for value in values.values() for path in ([value] if isinstance(value, str) else value)
+    ]
+    return {} if any(map(why_not_written, paths)) else values
 
 
 def source_of(config: TrainConfig) -> dict[str, Any]:
