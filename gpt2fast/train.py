@@ -197,7 +197,7 @@ def _check_names(flags: list[str]) -> None:
     known = ["--" + field.name for field in fields(TrainConfig)]
     for flag in flags:
         name = flag.partition("=")[0]
-        if name.startswith("--") and name.partition(".")[0] not in (*known, "--help"):
+        if name.startswith("--") and name not in (*known, "--help"):
             shown = [option.replace("_", "-") for option in (name, *known)]
             hint = did_you_mean(shown[0], shown[1:])
             raise ConfigError(f"there is no option {shown[0]}{hint} (--help lists all options)")

@@ -427,6 +427,8 @@ def test_max_epochs_replaces_the_steps_of_a_recipe():
     [
         (["--max-stepz", "3"], "no option --max-stepz; did you mean --max-steps?"),
         (["--lr", "fast"], "lr is 'fast'"),
+        (["--lr.x", "3"], "no option --lr.x"),
+        (["--mixture.x", "3"], "no option --mixture.x"),
         (["--lr"], "--lr"),
         (["stray"], "stray"),
         (["--config", "nowhere"], "neither a file nor a shipped recipe"),
