@@ -354,12 +354,12 @@ class GPT2(nn.Module):
         return is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
 
     def _loss_of_logits(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        if not is_plain(self.loss, LinearCrossEntropy):
+        if not isinstance(self.loss, LinearCrossEntropy):
             raise ArgumentError(
-                "lm_head and loss are both watched or replaced, and loss takes the head's weight, "
-                "not its output: remove one of them, or compute the loss from the logits"
+                f"loss is a {type(self.loss).__name__}, which takes the head's weight, and lm_head "
+                "is watched or replaced: remove one of them, or compute the loss from the logits"
             )
-        return self.loss.of_logits(logits, wanted)
+        return self.loss(logits, None, wanted)
 
     def why_not_read(self) -> str | None:
         """Why decoding has to call the modules, where it would read their weights; or None."""

@@ -648,17 +648,19 @@ class LinearCrossEntropy(nn.Module):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, weight: Tensor | None, targets: Tensor) -> Tensor:
         """The loss of hidden states.
 
         Args:
             hidden: (..., C).
-            weight: (V, C), the output projection.
+            weight: (V, C), the output projection; None where `hidden` are logits (..., V) already.
             targets: (...) int64.
 
         Returns:
             Scalar, in nats; of the shape of `targets` with reduction "none".
         """
+        if weight is None:
+            return self.of_logits(hidden, targets)
         rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         if self.label_smoothing or self.reduction == "none":
             return self._reduced(self._chunked(rows, weight, flat), targets)

@@ -133,12 +133,35 @@ def test_a_watched_head_is_called_once(labels):
     assert len(calls) == 1 and torch.equal(out.logits, calls[0])
 
 
-def test_a_watched_loss_beside_a_watched_head_is_refused():
-    model = make(tie_word_embeddings=False)
-    for module in (model.lm_head, model.loss):
-        module.register_forward_hook(lambda *args: None)
-    with pytest.raises(ArgumentError, match="lm_head and loss"):
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_watched_loss_beside_a_watched_head_gets_its_logits(tied):
+    model = make(tie_word_embeddings=tied)
+    expected = model(TOKENS, labels=TOKENS).loss
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.loss.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    torch.testing.assert_close(model(TOKENS, labels=TOKENS).loss, expected)
+    assert torch.equal(seen[0][:, :-1], seen[1])
+
+
+def test_another_loss_beside_a_watched_head_is_refused():
+    model = make()
+    model.lm_head.register_forward_hook(lambda *args: None)
+    model.loss = Wrapper(model.loss)
+    with pytest.raises(ArgumentError, match="loss is a Wrapper"):
         model(TOKENS, labels=TOKENS)
+
+
+def test_all_modules_may_be_watched_at_once():
+    model = make()
+    expected = model(TOKENS, labels=TOKENS)
+    called = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *args, name=name: called.append(name))
+    found = model(TOKENS, labels=TOKENS)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert {"wte", "h.0.attn", "lm_head", "loss", ""} <= set(called)
 
 
 def test_a_model_whose_weights_were_released_says_so(tmp_path):
