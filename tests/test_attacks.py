@@ -30,6 +30,7 @@ from gpt2fast.tensor_files import read_tensors
 from gpt2fast.tokenizer import CharTokenizer
 from gpt2fast.torch_files import _Storage, _Tensors
 from gpt2fast.training import checkpoint
+from gpt2fast.training.position import Position
 from gpt2fast.unpickling import Objection
 
 CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2, dropout=0.0)
@@ -289,6 +290,18 @@ def test_sizes_of_a_configuration_are_bounded(folder, name, value):
     change(folder / "config.json", **{name: value})
     with pytest.raises(Error, match="config.json"):
         GPT2.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -5}, {"tokens": 1 << 70}, {"batches": 1.5}, {"step": True}, {"elapsed": "1"},
+     {"order": 3}, {"val_loss": [1]}, {"nothing": 1}],
+)  # fmt: skip
+def test_a_position_is_one_that_a_run_reaches(change):
+    saved = vars(Position(step=3, tokens=64, val_loss=2.5, elapsed=1))
+    assert Position.of(saved) == Position(step=3, tokens=64, val_loss=2.5, elapsed=1)
+    with pytest.raises((TypeError, ValueError), match=next(iter(change))):
+        Position.of({**saved, **change})
 
 
 # 11. Regular expressions in a tokenizer's steps.

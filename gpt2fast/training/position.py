@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.order import ORDERS
+from ..errors import shown
 
 
 @dataclass
@@ -43,8 +44,21 @@ class Position:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Position:
-        """That of a checkpoint; what older versions did not save is as it was with them."""
-        return cls(**{"order": 1, **saved})
+        """That of a checkpoint; what older versions did not save is as it was with them.
+
+        Raises:
+            TypeError, ValueError: an entry is unknown, no number, or none that a run reaches.
+        """
+        position = cls(**{"order": 1, **saved})
+        for name, value in vars(position).items():
+            whole = isinstance(getattr(cls, name), int)
+            if type(value) is not int and (whole or type(value) is not float):
+                raise TypeError(f"{name} is a {type(value).__name__}")
+            if whole and not -1 <= value < 1 << 62:
+                raise ValueError(f"{name} is {shown(value)}")
+        if position.order not in ORDERS:
+            raise ValueError(f"order is {shown(position.order)}")
+        return position
 
 
 @dataclass(frozen=True)

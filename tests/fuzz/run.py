@@ -35,7 +35,9 @@ FOUND = ROOT / "build" / "fuzz"
 REACHED = ROOT / "build" / "fuzz-corpus"
 """Inputs that reached new code, from which the next run goes on."""
 SECONDS = 10
-"""The longest that one input may take, on a machine that does something else as well."""
+"""The longest that one input may take: of the processor's time, others may use the machine."""
+WAITS = 60
+"""Seconds on the clock after which it is taken for one that waits."""
 BYTES = 2 << 30
 """The most memory that may be asked for beside what the program has."""
 
@@ -66,12 +68,12 @@ class Runner:
         self.outcomes: Counter[str] = Counter()
 
     def __enter__(self) -> Runner:
-        signal.signal(signal.SIGALRM, self._too_long)
+        signal.signal(signal.SIGPROF, self._too_long)
         # What is imported, or compiled, at first use counts for no input.
-        signal.alarm(30 * SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, 30 * SECONDS)
         with contextlib.suppress(Exception, TooLong):
             self.function(corpus(self.name)[0], self.folder)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + BYTES
         if self.limited:
@@ -91,9 +93,9 @@ class Runner:
 
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        # A hang outside of Python ends the process, and says where.
-        faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
-        signal.alarm(SECONDS)
+        # Waiting, or a hang outside of Python, ends the process, and says where.
+        faulthandler.dump_traceback_later(WAITS, exit=True)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             self.function(data, self.folder)
             self.outcomes["read"] += 1
@@ -103,7 +105,7 @@ class Runner:
             assert message.isprintable() or "\n" in message, "a message moves the cursor"
             assert len(message) < 5000, "a long message"
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -174,7 +176,7 @@ def by_coverage(name: str, seconds: float, seed: int) -> None:
     options = [
         f"-max_total_time={seconds:.0f}",
         f"-seed={seed}",
-        f"-timeout={SECONDS * 3}",
+        f"-timeout={WAITS}",
         "-rss_limit_mb=0",  # what one input asks for is limited by the runner
         "-max_len=65536",
         f"-artifact_prefix={FOUND / name}/",
@@ -247,7 +249,7 @@ def all_of(chosen: list[str], options: argparse.Namespace, how: str, scratch: st
             running[name] = (process, output, time.monotonic())
         time.sleep(0.1)
         for name, (process, output, start) in list(running.items()):
-            stuck = time.monotonic() - start > options.seconds + 30 * SECONDS
+            stuck = time.monotonic() - start > options.seconds + 5 * WAITS
             if process.poll() is None and not stuck:
                 continue
             if stuck:

@@ -246,6 +246,8 @@ def _strange(value: object, take: Bytes) -> object:
     if not isinstance(value, torch.Tensor):
         alike = [number for number in NUMBERS if type(number) is type(value)]
         return alike[take.below(len(alike))] if alike else value
+    if value.is_meta:  # whose operations import half of torch
+        return value
     what, axis = take.below(14), take.below(max(1, value.dim()))
     if what == 0:
         return value.to(DTYPES[take.below(len(DTYPES))])
