@@ -246,7 +246,10 @@ def _strange(value: object, take: Bytes) -> object:
     if not isinstance(value, torch.Tensor):
         alike = [number for number in NUMBERS if type(number) is type(value)]
         return alike[take.below(len(alike))] if alike else value
-    if value.is_meta:  # whose operations import half of torch
+    held = value.untyped_storage().nbytes() // value.element_size()
+    steps = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    # Operations on the one would import half of torch, on the other read what is not there.
+    if value.is_meta or (value.numel() and value.storage_offset() + steps >= held):
         return value
     what, axis = take.below(14), take.below(max(1, value.dim()))
     if what == 0:
