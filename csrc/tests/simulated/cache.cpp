@@ -50,14 +50,17 @@ void append(HeadsShape cache_shape, int64_t time, const std::vector<int64_t>& le
                 for (int64_t head = 0; head < shape.heads; ++head) {
                     for (int64_t d = 0; d < shape.head_dim; ++d) {
                         const double value = to_double(cache.at(0, row, entry, head, d));
+                        const std::string place = what + ": row " + std::to_string(row) +
+                                                  ", entry " + std::to_string(entry) + ", head " +
+                                                  std::to_string(head) + ", element " +
+                                                  std::to_string(d);
                         if (!is_new) {
-                            expect(std::isnan(value), what + ": wrote an entry too many");
+                            expect_unwritten(value, place);
                             continue;
                         }
                         const float given = device::to_float(
                             packed.at(1 + part, row, entry - begin, head, d));
-                        expect(value == to_double(device::from_float<To>(given)),
-                               what + ": another number");
+                        expect_same(value, to_double(device::from_float<To>(given)), place);
                     }
                 }
             }
@@ -112,11 +115,14 @@ void append_int8(HeadsShape cache_shape, int64_t time, const std::vector<int64_t
             for (int64_t entry = 0; entry < cache_shape.entries; ++entry) {
                 for (int64_t head = 0; head < shape.heads; ++head) {
                     const float scale = scales.at(0, row, entry, head, 0);
+                    const std::string place = what + ": row " + std::to_string(row) + ", entry " +
+                                              std::to_string(entry) + ", head " +
+                                              std::to_string(head);
                     if (entry < begin || entry >= begin + stored) {
-                        expect(std::isnan(scale), what + ": wrote a factor too many");
+                        expect_unwritten(scale, place + ", its factor");
                         for (int64_t d = 0; d < shape.head_dim; ++d) {
-                            expect(cache.at(0, row, entry, head, d) == -1,
-                                   what + ": wrote an entry too many");
+                            expect_same(cache.at(0, row, entry, head, d), -1,
+                                        place + ", element " + std::to_string(d));
                         }
                         continue;
                     }
@@ -128,10 +134,11 @@ void append_int8(HeadsShape cache_shape, int64_t time, const std::vector<int64_t
                         most = std::max(most, std::fabs(given(d)));
                     }
                     const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-                    expect(scale == most / 127.0f, what + ": another factor");
+                    expect_same(scale, most / 127.0f, place + ", its factor");
                     for (int64_t d = 0; d < shape.head_dim; ++d) {
-                        expect(cache.at(0, row, entry, head, d) == std::lrint(given(d) * inverse),
-                               what + ": another number");
+                        expect_same(cache.at(0, row, entry, head, d),
+                                    double(std::lrint(given(d) * inverse)),
+                                    place + ", element " + std::to_string(d));
                     }
                 }
             }
@@ -234,8 +241,8 @@ void reorder(HeadsShape shape, const std::vector<int64_t>& rows, int64_t offset 
             if (i >= offset && first_part && row < args.count) {
                 from += (rows[size_t(row)] - row) * row_stride;
             }
-            expect(cache.memory()[i] == before[which][size_t(from)],
-                   "element " + std::to_string(i) + " is another");
+            expect_same(double(cache.memory()[i]), double(before[which][size_t(from)]),
+                        "element " + std::to_string(i));
         }
     }
 }
@@ -265,7 +272,7 @@ CASE("release_rows, repeated and strided") {
     const Buffer<int64_t> rows = integers({3, -9, 140, -9, 3, -9});
     launch::release_rows({lengths.data(), 2, 150, {rows.data(), 2}, 3}, nullptr);
     for (int64_t i = 0; i < lengths.size(); ++i) {
-        expect(lengths[i] == (i == 6 || i == 280 ? 0 : 7), "length " + std::to_string(i));
+        expect_same(double(lengths[i]), i == 6 || i == 280 ? 0 : 7, "length " + std::to_string(i));
     }
     const Buffer<int64_t> outside = integers({150});
     expect_error("__trap", [&] {

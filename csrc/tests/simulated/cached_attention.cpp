@@ -88,7 +88,7 @@ void attend(HeadsShape cache_shape, int64_t time, const std::vector<int64_t>& le
     launch::cached_attention(args, nullptr);
     expect_each(out, exact, 4, 1.0, what);
     for (int64_t i = 0; i < tickets.size(); ++i) {
-        expect(tickets[i] == 0, what + ": a ticket is left");
+        expect_same(tickets[i], 0, what + ": ticket " + std::to_string(i));
     }
 }
 

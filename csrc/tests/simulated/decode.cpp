@@ -191,10 +191,12 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
                         is_int8 ? 0.51 * double(scales[size_t(i)]->at(part, row, newest,
                                                                       c / head_dim, 0))
                                 : 4 * epsilon<C> * (1 + std::abs(exact));
-                    expect(std::abs(stored - exact) <= allowed, "a key or a value is another");
-                    expect(newest + 1 == entries ||
-                               std::isnan(number(part, row, newest + 1, c)),
-                           "wrote an entry too many");
+                    const std::string place = (part == 0 ? "key of row " : "value of row ") +
+                                              std::to_string(row) + ", element " +
+                                              std::to_string(c);
+                    expect_near(stored, exact, allowed, place);
+                    if (newest + 1 == entries) continue;
+                    expect_unwritten(number(part, row, newest + 1, c), place + " one entry on");
                 }
             }
         }
@@ -217,7 +219,9 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
     }
     expect_close(logits, exact, 4,
                  name_of<T>() + " and " + name_of<C>() + ", batch " + std::to_string(batch));
-    for (int64_t i = 0; i < tickets.size(); ++i) expect(tickets[i] == 0, "a ticket is left");
+    for (int64_t i = 0; i < tickets.size(); ++i) {
+        expect_same(tickets[i], 0, "ticket " + std::to_string(i));
+    }
 }
 
 CASE("decode_step, one row to nine") {

@@ -158,7 +158,8 @@ void check_draws(int64_t rows, int64_t vocab, float scale, float grain, const Ch
         const Drawn exact = draw(row_of(logits, row, vocab), past, choice, uniform[row]);
         expect(tokens[row] == exact.token || exact.margin < 1e-5,
                "row " + std::to_string(row) + " drew " + std::to_string(tokens[row]) + ", not " +
-                   std::to_string(exact.token));
+                   std::to_string(exact.token) + ", whose distance from a threshold is " +
+                   written(exact.margin));
     }
 }
 

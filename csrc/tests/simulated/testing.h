@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -121,21 +122,52 @@ inline void expect(bool holds, const std::string& what) {
     if (!holds) throw std::runtime_error(what);
 }
 
+// A number with the digits that a float32 has.
+inline std::string written(double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.9g", value);
+    return text;
+}
+
+// |value - right| <= allowed. Written so that NaN fails.
+inline void expect_near(double value, double right, double allowed, const std::string& what) {
+    if (value == right || std::abs(value - right) <= allowed) return;
+    const std::string bound = allowed > 0 ? ": the bound is " + written(allowed) : "";
+    expect(false, what + " is " + written(value) + ", not " + written(right) + bound);
+}
+
+inline void expect_same(double value, double right, const std::string& what) {
+    expect_near(value, right, 0.0, what);
+}
+
+// Memory that nobody should have written, where it was NaN before.
+inline void expect_unwritten(double value, const std::string& what) {
+    expect(std::isnan(value), what + " was written: " + written(value));
+}
+
 // |ours - exact| <= multiple * epsilon of the storage * |exact| (L2 over all elements).
 template <class T>
 void expect_close(const Buffer<T>& ours, const std::vector<double>& exact, double multiple,
                   const std::string& what) {
     expect(ours.size() == int64_t(exact.size()), what + ": sizes differ");
-    double error = 0, norm = 0;
+    double error = 0, norm = 0, furthest = -1;
+    int64_t worst = 0;
     for (int64_t i = 0; i < ours.size(); ++i) {
         const double difference = to_double(ours[i]) - exact[size_t(i)];
         error += difference * difference;
         norm += exact[size_t(i)] * exact[size_t(i)];
+        if (!(std::abs(difference) <= furthest)) {
+            furthest = std::isnan(difference) ? INFINITY : std::abs(difference);
+            worst = i;
+        }
     }
+    const double allowed = multiple * epsilon<T> * std::sqrt(norm);
     // Written so that NaN fails.
-    expect(std::sqrt(error) <= multiple * epsilon<T> * std::sqrt(norm),
-           what + ": error " + std::to_string(std::sqrt(error / norm) / epsilon<T>) +
-               " epsilons, allowed " + std::to_string(multiple));
+    if (std::sqrt(error) <= allowed) return;
+    expect(false, what + ": error " + written(std::sqrt(error)) + ", the bound is " +
+                      written(allowed) + " (" + written(multiple) +
+                      " epsilons); the worst is element " + std::to_string(worst) + ": " +
+                      written(to_double(ours[worst])) + ", not " + written(exact[size_t(worst)]));
 }
 
 template <class T>
@@ -143,10 +175,7 @@ void expect_equal(const Buffer<T>& ours, const std::vector<double>& exact,
                   const std::string& what) {
     expect(ours.size() == int64_t(exact.size()), what + ": sizes differ");
     for (int64_t i = 0; i < ours.size(); ++i) {
-        expect(to_double(ours[i]) == exact[size_t(i)],
-               what + ": element " + std::to_string(i) + " is " +
-                   std::to_string(to_double(ours[i])) + ", not " +
-                   std::to_string(exact[size_t(i)]));
+        expect_same(to_double(ours[i]), exact[size_t(i)], what + ": element " + std::to_string(i));
     }
 }
 
