@@ -14,7 +14,7 @@ from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
 from gpt2fast.packed import PackedGPT2, pack
 from gpt2fast.quantization import quantize_weights
-from tolerance import assert_close
+from tolerance import assert_allclose, assert_close, assert_equal
 
 CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=48, vocab_size=101, n_positions=96)
 ODD = dataclasses.replace(
@@ -72,7 +72,7 @@ def test_what_is_packed_comes_out_again(form, inputs, outputs):
     else:
         matrix = torch.randn(inputs, outputs).to(getattr(torch, form))
         weights.put("wte.weight", matrix)
-        assert torch.equal(weights.get("wte.weight"), matrix)
+        assert_equal(weights.get("wte.weight"), matrix)
     again = PackedWeights.from_arena(weights.arena)
     assert again.shape == shape and again.formats == weights.formats
 
@@ -145,7 +145,7 @@ def test_every_activation(activation):
     ids = torch.randint(CONFIG.vocab_size, (2, 9))
     with backend("torch"):
         expected = model(ids).logits
-    assert torch.allclose(model.pack()(ids).logits, expected, atol=1e-4)
+    assert_allclose(model.pack()(ids).logits, expected, atol=1e-4)
 
 
 @needs_native
@@ -191,8 +191,8 @@ def test_next_tokens_are_a_step_and_a_choice(rows, form, choice):
     processors = {name: value for name, value in choice.items() if name != "vocab_size"}
     expected = ops.sample(logits[:, : choice.get("vocab_size")], history, uniform, **processors)
     found_logits, found = packed.next_tokens(tokens, cache, history, uniform, **choice)
-    assert torch.equal(found_logits, logits)
-    assert torch.equal(found, expected)
+    assert_equal(found_logits, logits)
+    assert_equal(found, expected)
     for name in ("k", "v", "lengths", "positions"):
         assert torch.equal(getattr(cache, name), getattr(other, name)), name
 
@@ -225,7 +225,7 @@ def test_steps_compile_to_one_graph(name):
         return found if name == "packed_step" else found[0]
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*packed_arguments()[name]), step(*packed_arguments()[name]))
+    assert_equal(compiled(*packed_arguments()[name]), step(*packed_arguments()[name]))
 
 
 def test_next_tokens_names_mistakes():
@@ -253,13 +253,13 @@ def test_changed_weights_are_packed_again():
     assert after is not before
     with backend("torch"):
         expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
+    assert_equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
     with torch.no_grad():
         model.ln_f.weight.mul_(-1)
     cache = model.new_cache(1)
     with backend("torch"):
         expected = model.decode_step(prompt[:, 0], model.new_cache(1))
-    assert torch.allclose(model.decode_step(prompt[:, 0], cache), expected, atol=1e-5)
+    assert_allclose(model.decode_step(prompt[:, 0], cache), expected, atol=1e-5)
 
 
 def test_releasing_leaves_one_copy():
@@ -267,7 +267,7 @@ def test_releasing_leaves_one_copy():
     expected = model.state_dict()["h.1.mlp.c_fc.weight"].clone()
     packed = model.pack(release=True)
     assert all(parameter.numel() == 0 for parameter in model.parameters())
-    assert torch.equal(packed.weights.get("h.1.mlp.c_fc.weight"), expected)
+    assert_equal(packed.weights.get("h.1.mlp.c_fc.weight"), expected)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -277,12 +277,12 @@ def test_packed_models_are_saved_and_loaded(form, tmp_path):
     loaded = GPT2.from_pretrained(tmp_path)
     if FORMATS[form]:
         assert isinstance(loaded, PackedGPT2) and loaded.format == form
-        assert torch.equal(loaded.weights.arena, packed.weights.arena)
+        assert_equal(loaded.weights.arena, packed.weights.arena)
         assert loaded.bits_per_weight == packed.bits_per_weight
         with pytest.raises(WeightsError, match="quantised"):
             GPT2.from_pretrained(tmp_path, dtype="float32")
     else:
-        assert torch.equal(loaded.pack().weights.arena, packed.weights.arena)
+        assert_equal(loaded.pack().weights.arena, packed.weights.arena)
 
 
 def test_forward_takes_what_the_plain_model_takes():
@@ -296,7 +296,7 @@ def test_forward_takes_what_the_plain_model_takes():
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
         found = packed(ids, attention_mask=mask, position_ids=positions).logits
-        assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-4)
+        assert_allclose(found[mask.bool()], expected[mask.bool()], atol=1e-4)
         assert torch.allclose(
             packed(ids, logits_to_keep=2).logits, model(ids, logits_to_keep=2).logits, atol=1e-4
         )
@@ -309,7 +309,7 @@ def test_forward_takes_what_the_plain_model_takes():
         for part in (slice(0, 7), slice(7, 20)):
             found = packed(ids[:, part], cache=cache).logits
             expected = model(ids[:, part], cache=other).logits
-            assert torch.allclose(found, expected, atol=1e-4)
+            assert_allclose(found, expected, atol=1e-4)
 
 
 @needs_native
@@ -321,8 +321,8 @@ def test_long_prompts_pass_in_blocks():
     cache = packed.new_cache(2, 1200)
     found = packed.read(ids, [1023, 600], [0, 0], cache)
     with torch.no_grad(), backend("torch"):
-        assert torch.allclose(found[0], model(ids[:1]).logits[0, -1], atol=2e-4)
-        assert torch.allclose(found[1], model(ids[1:, -600:]).logits[0, -1], atol=2e-4)
+        assert_allclose(found[0], model(ids[:1]).logits[0, -1], atol=2e-4)
+        assert_allclose(found[1], model(ids[1:, -600:]).logits[0, -1], atol=2e-4)
     assert cache.lengths.tolist() == [1023, 600]
 
 
@@ -334,7 +334,7 @@ def test_positions_to_keep_may_come_in_any_order():
     kept = torch.tensor([599, 0, 300])
     with torch.no_grad(), backend("torch"):
         expected = model(ids, logits_to_keep=kept).logits
-    assert torch.allclose(model.pack()(ids, logits_to_keep=kept).logits, expected, atol=2e-4)
+    assert_allclose(model.pack()(ids, logits_to_keep=kept).logits, expected, atol=2e-4)
 
 
 def test_nothing_but_padding_gives_zeros():
@@ -419,11 +419,11 @@ def test_tokens_of_any_integer_type():
     packed = random_model(CONFIG).pack()
     ids = torch.tensor([[1, 2, 3]])
     expected = packed(ids).logits
-    assert torch.equal(packed(ids.int()).logits, expected)
+    assert_equal(packed(ids.int()).logits, expected)
     cache = packed.new_cache(1, 8)
     for token in ids[0].int():
         logits = packed.decode_step(token[None], cache)
-    assert torch.allclose(logits, expected[:, -1], atol=1e-4)
+    assert_allclose(logits, expected[:, -1], atol=1e-4)
     with pytest.raises(GenerationError, match="float32"):
         packed(ids.float())
 

@@ -13,6 +13,7 @@ from gpt2fast.errors import GenerationError
 from gpt2fast.ops import sampling as processors
 from gpt2fast.ops.native import unavailable
 from gpt2fast.sampling import Draw, SamplingOptions, uniforms
+from tolerance import assert_equal
 
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -81,19 +82,19 @@ def test_processors_equal_transformers(options, banned):
     scores, history = random_scores(banned=banned), random_history()
     expected = reference_processors(**options)(history, scores.clone())
     actual = processors.process(scores, history, **options)
-    assert torch.equal(actual, expected)
+    assert_equal(actual, expected)
 
 
 def test_processors_equal_transformers_on_ties():
     scores = torch.randint(4, (8, 40), generator=seeded(1)).float()
     for options in ({"top_k": 5}, {"min_p": 0.6}):
         expected = reference_processors(**options)(None, scores.clone())
-        assert torch.equal(processors.process(scores, scores.long(), **options), expected)
+        assert_equal(processors.process(scores, scores.long(), **options), expected)
     # Which of equal scores top-p keeps, transformers leaves to an unstable sort: as many of them.
     for options in ({"top_p": 0.5}, {"top_k": 5, "top_p": 0.5}):
         expected = reference_processors(**options)(None, scores.clone())
         actual = processors.process(scores, scores.long(), **options)
-        assert torch.equal(actual.sort(-1).values, expected.sort(-1).values)
+        assert_equal(actual.sort(-1).values, expected.sort(-1).values)
 
 
 def test_top_p_keeps_the_later_ones_of_equal_scores():
@@ -106,7 +107,7 @@ def test_processing_leaves_its_input_alone():
     before = scores.clone()
     for options in CHAINED:
         processors.process(scores, history, **options)
-    assert torch.equal(scores, before)
+    assert_equal(scores, before)
 
 
 @pytest.mark.parametrize("length", [1, 2, 30])
@@ -126,8 +127,8 @@ def test_padding_before_a_history_changes_nothing(options, length):
 
 def test_every_processor_starts_switched_off():
     scores, history = random_scores(), random_history()
-    assert torch.equal(processors.process(scores, history), scores)
-    assert torch.equal(processors.process(scores, history, **OFF), scores)
+    assert_equal(processors.process(scores, history), scores)
+    assert_equal(processors.process(scores, history, **OFF), scores)
 
 
 def test_greedy_takes_the_highest_score_after_the_penalties():
@@ -135,7 +136,7 @@ def test_greedy_takes_the_highest_score_after_the_penalties():
     history = scores.topk(3).indices
     options = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2}
     expected = processors.process(scores, history, **options).argmax(-1)
-    assert torch.equal(ops.sample(scores, history, None, **options), expected)
+    assert_equal(ops.sample(scores, history, None, **options), expected)
     assert not torch.equal(expected, scores.argmax(-1))
 
 
@@ -192,7 +193,7 @@ def test_low_precision_logits_are_processed_in_float32(dtype):
     scores, history = random_scores().to(dtype), random_history()
     uniform = torch.rand(6, generator=seeded(5))
     tokens = ops.sample(scores, history, uniform, **CHAINED[1])
-    assert torch.equal(tokens, ops.sample(scores.float(), history, uniform, **CHAINED[1]))
+    assert_equal(tokens, ops.sample(scores.float(), history, uniform, **CHAINED[1]))
 
 
 def test_sample_is_a_proper_torch_op():
@@ -286,7 +287,7 @@ def test_native_reads_views_of_logits_and_random_numbers(dtype):
         assert_draws_as_the_reference(logits[:, 1:200:2], history, uniform, options)
     with backend("native"):
         greedy = ops.sample(logits[:, :251], history)
-    assert torch.equal(greedy, logits[:, :251].float().argmax(-1))
+    assert_equal(greedy, logits[:, :251].float().argmax(-1))
 
 
 @needs_native
@@ -301,7 +302,7 @@ def test_native_finds_the_first_of_the_highest(dtype):
         logits[38:, -1] = math.nan
         with backend("native"):
             chosen = ops.sample(logits, torch.empty(50, 0).long())
-        assert torch.equal(chosen, logits.float().argmax(-1))
+        assert_equal(chosen, logits.float().argmax(-1))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -367,7 +368,7 @@ def test_cuda_finds_the_first_of_the_highest(name, options):
         with backend(name):
             chosen = ops.sample(logits, history, **options)
         with backend("reference"):
-            assert torch.equal(chosen, ops.sample(logits, history, **options))
+            assert_equal(chosen, ops.sample(logits, history, **options))
 
 
 @needs_native
@@ -380,7 +381,7 @@ def test_native_spreads_rows_over_threads():
         torch.set_num_threads(2)
         try:
             for _ in range(20):
-                assert torch.equal(ops.sample(logits, history, uniform, **options), alone)
+                assert_equal(ops.sample(logits, history, uniform, **options), alone)
         finally:
             torch.set_num_threads(1)
 
@@ -394,7 +395,7 @@ def test_random_numbers_depend_on_seed_sample_and_step_only():
         return found[:, :steps]
 
     numbers = numbers_of(7, range(5))
-    assert torch.equal(numbers_of(7, range(1, 3)), numbers[1:3])
+    assert_equal(numbers_of(7, range(1, 3)), numbers[1:3])
     assert not torch.equal(numbers_of(8, range(5)), numbers)
     assert not torch.equal(numbers_of(7 + 2**32, range(5)), numbers)
     assert len(numbers.unique()) > 2980
@@ -410,7 +411,7 @@ def test_whole_numbers_too_large_for_an_op_mean_no_limit():
     chosen = ops.sample(scores, history, torch.rand(6), **options.processors())
     assert chosen.shape == (6,)
     kept = processors.process(scores, history, **options.processors())
-    assert torch.equal(kept, scores)
+    assert_equal(kept, scores)
 
 
 @pytest.mark.parametrize(

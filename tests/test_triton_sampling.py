@@ -18,6 +18,7 @@ from test_sampling import (
     random_history,
     random_scores,
 )
+from tolerance import assert_equal
 
 
 @pytest.mark.parametrize("name", TRITON_BACKENDS)
@@ -64,7 +65,7 @@ def test_reads_views_of_logits_and_random_numbers(name, dtype):
         assert_draws_as_the_reference(logits[:, 1:200:2], history, uniform, options, name)
     with backend(name):
         greedy = ops.sample(logits[:, :251], history)
-    assert torch.equal(greedy, logits[:, :251].float().argmax(-1))
+    assert_equal(greedy, logits[:, :251].float().argmax(-1))
 
 
 @pytest.mark.parametrize("name", TRITON_BACKENDS)
@@ -81,7 +82,7 @@ def test_finds_the_first_of_the_highest(name, dtype):
         logits[8, vocab // 2] = -0.0
         with backend(name):
             chosen = ops.sample(logits, torch.empty(10, 0).long())
-        assert torch.equal(chosen, logits.float().argmax(-1))
+        assert_equal(chosen, logits.float().argmax(-1))
 
 
 @pytest.mark.parametrize("name", TRITON_BACKENDS)
@@ -100,4 +101,4 @@ def test_greedy_takes_the_highest_score_after_the_penalties(name, options):
     history[:2, 0] = -1
     expected = processors.process(scores, history, **options).argmax(-1)
     with backend(name):
-        assert torch.equal(ops.sample(scores, history, None, **options), expected)
+        assert_equal(ops.sample(scores, history, None, **options), expected)

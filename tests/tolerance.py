@@ -67,3 +67,25 @@ def assert_near(ours: Tensor, exact: Tensor, share: float, what: str) -> None:
     assert error <= share * norm, (
         f"{what}: error {error:.3e} exceeds {share:g} of {norm:.3e}; {worst(ours, exact)}"
     )
+
+
+def assert_equal(ours: Tensor, right: Tensor) -> None:
+    """torch.equal, in words: where it fails, the worst element and both values."""
+    _assert_shape(ours, right)
+    assert torch.equal(ours, right), f"{_different(ours, right)}; {worst(ours, right)}"
+
+
+def assert_allclose(ours: Tensor, right: Tensor, rtol: float = 1e-5, atol: float = 1e-8) -> None:
+    """torch.allclose in words, the bound among them."""
+    _assert_shape(ours, right)
+    assert torch.allclose(ours, right, rtol=rtol, atol=atol), (
+        f"{_different(ours, right)}, the bound is {atol:g} + {rtol:g} of it; {worst(ours, right)}"
+    )
+
+
+def _assert_shape(ours: Tensor, right: Tensor) -> None:
+    assert ours.shape == right.shape, f"{tuple(ours.shape)} instead of {tuple(right.shape)}"
+
+
+def _different(ours: Tensor, right: Tensor) -> str:
+    return f"{int((ours != right).sum())} elements differ"

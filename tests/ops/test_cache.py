@@ -9,6 +9,7 @@ from gpt2fast import KVCache, ops
 from gpt2fast.errors import ArgumentError, GenerationError
 from gpt2fast.ops.cache import _append, _release, _reorder
 from gpt2fast.ops.native import unavailable
+from tolerance import assert_equal
 
 
 def new_cache(rows=3, length=10):
@@ -34,8 +35,8 @@ def test_entries_go_behind_each_rows_end():
     second = append(cache, 2)
     assert cache.lengths.tolist() == [3, 6, 4]
     for row, count in enumerate([1, 4, 2]):
-        assert torch.equal(cache.k[0, row, :count], first[row, :count])
-        assert torch.equal(cache.k[0, row, count : count + 2], second[row])
+        assert_equal(cache.k[0, row, :count], first[row, :count])
+        assert_equal(cache.k[0, row, count : count + 2], second[row])
 
 
 def test_uncounted_entries_are_not_written_even_past_the_end():
@@ -53,8 +54,8 @@ def test_reordering_copies_and_drops_rows():
     before = cache.k.clone()
     cache.reorder(torch.tensor([2, 2]))
     assert cache.batch_size == 2 and cache.lengths.tolist() == [3, 3]
-    assert torch.equal(cache.k[:, 0, :3], before[:, 2, :3])
-    assert torch.equal(cache.k[:, 1, :3], before[:, 2, :3])
+    assert_equal(cache.k[:, 0, :3], before[:, 2, :3])
+    assert_equal(cache.k[:, 1, :3], before[:, 2, :3])
     with pytest.raises(GenerationError, match="expand"):
         cache.reorder(torch.tensor([0, 1, 0]))
     with pytest.raises(GenerationError, match=r"row 2 .* 0 \.\. 1"):
@@ -77,7 +78,7 @@ def test_released_rows_begin_again():
     cache.release(torch.tensor([1]))
     assert cache.lengths.tolist() == [4, 0, 4] and cache.positions.tolist() == [4, 0, 4]
     new = append(cache, 1)
-    assert torch.equal(cache.k[0, 1, 0], new[1, 0])
+    assert_equal(cache.k[0, 1, 0], new[1, 0])
 
 
 def test_overflow_names_the_limit_and_is_found_before_writing():
@@ -86,7 +87,7 @@ def test_overflow_names_the_limit_and_is_found_before_writing():
     before = cache.k.clone()
     with pytest.raises(GenerationError, match=r"holds 5 tokens.*need 6"):
         append(cache, 2)
-    assert torch.equal(cache.k, before)
+    assert_equal(cache.k, before)
     append(cache, 2, torch.tensor([2, 1, 2]))
     assert cache.lengths.tolist() == [3, 5, 4]
 
@@ -128,11 +129,11 @@ def test_reordering_reads_rows_before_they_are_overwritten(name, dtype):
         before_k, before_v = k.clone(), v.clone()
         with backend(name):
             ops.reorder_cache(k, v, order)
-        assert torch.equal(k[: len(order)], before_k[order])
-        assert torch.equal(v[: len(order)], before_v[order])
-        assert torch.equal(k[len(order) :], before_k[len(order) :])
+        assert_equal(k[: len(order)], before_k[order])
+        assert_equal(v[: len(order)], before_v[order])
+        assert_equal(k[len(order) :], before_k[len(order) :])
         wide[:, 2:7, :2] = untouched[:, 2:7, :2]
-        assert torch.equal(wide, untouched)
+        assert_equal(wide, untouched)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -173,8 +174,8 @@ def test_cuda_stores_every_dtype_in_every_other(name, given, stored, width):
     with backend(name):
         ops.append_to_cache(k, v, k_cache, v_cache, lengths, counts)
     for new, cache in ((k, k_cache), (v, v_cache)):
-        assert torch.equal(cache[0, 295:], new[0].to(stored))
-        assert torch.equal(cache[1, 17:21], new[1, :4].to(stored))
+        assert_equal(cache[0, 295:], new[0].to(stored))
+        assert_equal(cache[1, 17:21], new[1, :4].to(stored))
         assert cache[0, :295].isnan().all() and cache[1, :17].isnan().all()
         assert cache[1, 21:].isnan().all()
 

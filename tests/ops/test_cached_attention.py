@@ -10,7 +10,7 @@ from comparison import CUDA_BACKENDS, backend, random, unaligned
 from gpt2fast import ops
 from gpt2fast.errors import BackendError
 from gpt2fast.ops.attention import _cached
-from tolerance import assert_close
+from tolerance import assert_allclose, assert_close, assert_equal
 
 pytestmark = pytest.mark.parametrize("name", CUDA_BACKENDS)
 
@@ -63,7 +63,7 @@ def test_unaligned_caches(name, dtype):
     with backend(name):
         expected = ops.attention_with_cache(q, *caches, lengths)
         ours = ops.attention_with_cache(q, *(unaligned(cache) for cache in caches), lengths)
-    assert torch.allclose(ours.float(), expected.float(), atol=1e-2)
+    assert_allclose(ours.float(), expected.float(), atol=1e-2)
     compare(name, q.double(), caches.double(), [3, 30], dtype, dtype)
 
 
@@ -75,7 +75,7 @@ def test_a_query_does_not_see_later_entries_that_are_no_numbers(name):
         ours = ops.attention_with_cache(q, *caches, torch.tensor([10]))
         alone = ops.attention_with_cache(q[:, :2].contiguous(), *caches, torch.tensor([10]))
     assert ours[:, :2].isfinite().all()
-    assert torch.allclose(ours[:, :2], alone, atol=1e-6)
+    assert_allclose(ours[:, :2], alone, atol=1e-6)
 
 
 def test_scores_far_apart(name):
@@ -88,7 +88,7 @@ def test_results_repeat_to_the_bit(name):
     lengths = torch.tensor([650, 12, 300])
     with backend(name):
         first = ops.attention_with_cache(q, *caches, lengths)
-        assert torch.equal(first, ops.attention_with_cache(q, *caches, lengths))
+        assert_equal(first, ops.attention_with_cache(q, *caches, lengths))
 
 
 def test_heads_that_are_too_wide_are_refused(name):
@@ -114,4 +114,4 @@ def test_what_is_no_number_stays_none_and_what_is_hidden_by_value_does_not_spoil
         assert ops.attention_with_cache(q, with_nan, v, lengths).isnan().all()
         found = ops.attention_with_cache(q, with_infinity, v, lengths)
     with backend("reference"):
-        assert torch.allclose(found, ops.attention_with_cache(q, with_infinity, v, lengths))
+        assert_allclose(found, ops.attention_with_cache(q, with_infinity, v, lengths))

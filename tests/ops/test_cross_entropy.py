@@ -42,6 +42,15 @@ def test_matches_torch_at_odd_shapes(name, dtype, rows, width, vocab):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_classes_in_several_blocks(name):
+    """One more than a block of 8192; the CPU's have 2048. The last block has the largest logit."""
+    weight = random(8193, 8) / 4
+    weight[-1] *= 8
+    targets = torch.tensor([8192, 0, 5000])
+    compare(ours(targets), theirs(targets), [random(3, 8), weight], torch.float32, name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_do_not_change_the_result(name, dtype, monkeypatch):
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)

@@ -9,7 +9,7 @@ from comparison import backend, needs_simulator, random
 from gpt2fast import ops
 from gpt2fast.ops.attention import _backward, _forward
 from gpt2fast.ops.cuda.attention import _heads
-from tolerance import assert_close
+from tolerance import assert_allclose, assert_close, assert_equal
 
 pytestmark = needs_simulator
 
@@ -39,7 +39,7 @@ def test_deterministic_gradients_are_the_same_bits_in_every_order(
     once = gradients(*inputs, mask, p)
     monkeypatch.setenv("GPT2FAST_SIM_ORDER", "random")
     for mine, other in zip(once, gradients(*inputs, mask, p), strict=True):
-        assert torch.equal(mine, other)
+        assert_equal(mine, other)
     torch.use_deterministic_algorithms(False)
     # With atomics only the last bits of the queries' gradient differ.
     for mine, other in zip(once, gradients(*inputs, mask, p), strict=True):
@@ -77,4 +77,4 @@ def test_permuted_heads_of_an_odd_size_are_filled_up():
     with backend("simulator"):
         found = ops.causal_attention(x, x, x)
     with backend("reference"):
-        assert torch.allclose(found, ops.causal_attention(x, x, x), atol=1e-2)
+        assert_allclose(found, ops.causal_attention(x, x, x), atol=1e-2)

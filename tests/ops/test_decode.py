@@ -11,7 +11,7 @@ from gpt2fast import ops
 from gpt2fast.errors import ArgumentError, BackendError
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.decode import _decode
-from tolerance import assert_close
+from tolerance import assert_allclose, assert_close, assert_equal
 
 # What goes with each width: heads, vocabulary, inner width. 51 and 70 allow no vectors.
 WIDTHS = {64: (2, 97, 256), 51: (3, 101, 70), 240: (3, 64, 80)}
@@ -71,7 +71,7 @@ class Step:
         for cache, before in zip(arguments[1:3], self.caches.to(stored), strict=True):
             new.append(cache[:, self.rows, self.lengths].clone())
             cache[:, self.rows, self.lengths] = before[:, self.rows, self.lengths]
-            assert torch.equal(cache.nan_to_num(0.125), before.nan_to_num(0.125))
+            assert_equal(cache.nan_to_num(0.125), before.nan_to_num(0.125))
         assert logits.dtype == dtype
         return [logits, *new]
 
@@ -115,7 +115,7 @@ def test_steps_are_one_call_and_repeat_to_the_bit(name):
     with backend(name), record_calls() as calls:
         first = ops.decode_step(*arguments, **step.options)
         again = ops.decode_step(*arguments, **step.options)
-    assert torch.equal(first, again)
+    assert_equal(first, again)
     assert [call.op for call in calls] == ["decode_step"] * 2
 
 
@@ -131,7 +131,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
                 weights, k[:, one], v[:, one], tokens[one], positions[one], lengths[one],
                 **step.options,
             )  # fmt: skip
-            assert torch.allclose(alone, together[one], atol=1e-5)
+            assert_allclose(alone, together[one], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CUDA_BACKENDS)
@@ -145,7 +145,7 @@ def test_steps_read_views(name):
     indices = [torch.stack([x, x], 1)[:, 0] for x in (tokens, positions, lengths)]
     with backend(name):
         logits = ops.decode_step(vectors, *caches, *indices, **step.options)
-    assert torch.equal(logits, expected)
+    assert_equal(logits, expected)
 
 
 @needs_simulator

@@ -15,7 +15,7 @@ from gpt2fast import ops
 from gpt2fast.errors import ArgumentError
 from op_arguments import CPU_BACKENDS, LACKS, arguments
 from philox import cpu_factors, gpu_factors
-from tolerance import assert_close
+from tolerance import assert_allclose, assert_close
 
 TARGETS = torch.tensor([1, 4, -100, 0, 3])
 TOKENS = torch.tensor([[1, 4, 2], [0, 4, 4]])
@@ -275,7 +275,7 @@ def test_a_learned_number_is_refused_and_the_way_out_has_its_gradient():
     )
     ours = torch.autograd.grad(ops.causal_attention(q * number, k, v, 1.0).sum(), number)[0]
     theirs = attend(q * (number * math.sqrt(8)), k, v).sum()
-    assert torch.allclose(ours, torch.autograd.grad(theirs, number)[0])
+    assert_allclose(ours, torch.autograd.grad(theirs, number)[0])
 
 
 def _float_arguments(given: dict[str, object]) -> list[str]:

@@ -13,7 +13,7 @@ from gpt2fast.ops.attention import _cached
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.cache import _append
 from gpt2fast.ops.decode import _decode
-from tolerance import assert_close
+from tolerance import assert_allclose, assert_close, assert_equal
 
 # The CPU's kernels of single ops have no int8 caches.
 BACKENDS = [each for each in BACKENDS if getattr(each, "values", ()) != ("native",)]
@@ -75,7 +75,7 @@ def test_packed_models_write_the_same_bytes():
     model.read(tokens, [4], [0], unpacked)
     # Keys differ by float32's rounding before they are stored.
     assert (packed.k.int() - unpacked.k.int()).abs().max() <= 1
-    assert torch.allclose(packed.k_scales, unpacked.k_scales, rtol=1e-4)
+    assert_allclose(packed.k_scales, unpacked.k_scales, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -144,8 +144,8 @@ def test_attention_reads_views(name):
         unaligned = ops.attention_with_cache(
             q, *shifted[:, :, 1:, 1:3], lengths, None, *scales[:, :, 1:, 1:3]
         )
-    assert torch.equal(found, expected)
-    assert torch.allclose(unaligned, expected, atol=1e-4)
+    assert_equal(found, expected)
+    assert_allclose(unaligned, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -161,7 +161,7 @@ def test_rows_move_with_their_factors(name):
         before = [x.clone() for x in (cache.k, cache.v, cache.k_scales, cache.v_scales)]
         cache.reorder(torch.tensor([2, 0]))
     for now, old in zip((cache.k, cache.v, cache.k_scales, cache.v_scales), before, strict=True):
-        assert torch.equal(now[:, :, :2], old[:, [2, 0], :2])
+        assert_equal(now[:, :, :2], old[:, [2, 0], :2])
 
 
 def test_nonsense_is_refused():
@@ -312,7 +312,7 @@ def test_a_model_decodes_with_half_the_cache(name, monkeypatch):
     assert same.lengths.tolist() == [9, 7] and same.entry_bytes == 2 * 2 * 2 * (16 + 4)
     # A number on the border of two integers may fall to either side.
     assert (same.k.int() - cache.k.int()).abs().max() <= 1
-    assert torch.allclose(found, expected, atol=0.02)
+    assert_allclose(found, expected, atol=0.02)
     exact, _, _ = logits("reference", torch.float32)
     assert not torch.equal(found[1:], exact[1:])
     assert (found - exact).norm() < 0.02 * exact.norm()
@@ -331,4 +331,4 @@ def test_generation_runs_on_int8_caches(options, monkeypatch):
         tokens = model.generate(prompts, mask, max_new_tokens=12, **options)
         uncached = model.generate(prompts, mask, max_new_tokens=12, use_cache=False, **options)
     assert "decode_step" in {call.op for call in calls}
-    assert torch.equal(tokens, uncached)
+    assert_equal(tokens, uncached)

@@ -28,6 +28,11 @@ def test_matches_torch_at_odd_shapes(name, dtype, shape):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_rows_wider_than_a_program_holds(name):
+    compare(ops.residual_layer_norm, torch_layer_norm, inputs(2, 8193), torch.float32, name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reads_strided_and_unaligned_views(name, layout):
     compare(

@@ -15,7 +15,7 @@ from comparison import backend, needs_native
 from gpt2fast import ops
 from gpt2fast.errors import ArgumentError
 from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
-from tolerance import assert_near
+from tolerance import assert_equal, assert_near
 
 FORMATS = [
     MatrixFormat("float32"), MatrixFormat("bfloat16"),
@@ -219,7 +219,7 @@ def test_a_matrix_that_does_not_fit_is_refused(bits, matrix, says):
     before = weights.arena.clone()
     with pytest.raises(ArgumentError, match=f"wte.weight .*{says}"):
         weights.put("wte.weight", matrix)
-    assert torch.equal(weights.arena, before)
+    assert_equal(weights.arena, before)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -8,7 +8,7 @@ import torch
 from comparison import TRITON_BACKENDS, backend
 from gpt2fast import ops
 from gpt2fast.ops.decode import ACTIVATIONS
-from tolerance import assert_close
+from tolerance import assert_close, assert_equal
 
 
 def model(batch, dtype, cache_dtype, heads=3, head_dim=12, inner=80, vocab=61, positions=40):
@@ -80,4 +80,4 @@ def test_vectors_may_be_strided(name):
         with backend(name):
             return ops.decode_step(weights, *copies, *indices, **options)
 
-    assert torch.equal(run(strided), run(weights))
+    assert_equal(run(strided), run(weights))
