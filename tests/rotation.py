@@ -38,6 +38,13 @@ PARTS = {
     "test_packed_borders.py::test_a_step_of_odd_sizes": 3,
     "test_model.py::test_the_four_real_sizes_build_and_match": 2,
 }
+# The same for all tests of a file on a backend that takes its time: what their names begin and end
+# with. Those with `several_rows` are small, and run every day.
+BACKEND_PARTS = {
+    ("tests/ops/test_borders.py::", "simulator]"): 2,
+    ("tests/ops/test_borders.py::", "[triton]"): 16,
+    ("tests/ops/test_borders.py::", "-triton]"): 16,
+}
 # What test-fast leaves out: processes that start others, compilers, whole models.
 LONG = (
     "test_distributed.py", "test_kills.py", "test_triton_compiles.py", "test_readme.py",
@@ -78,6 +85,9 @@ def runs_today(name: str, today: int, fast: bool = False) -> bool:
         fast: whether it is to be left out if it is long.
     """
     parts = next((count for test, count in PARTS.items() if test in name), 1)
+    for (begin, end), count in BACKEND_PARTS.items():
+        if name.startswith(begin) and name.endswith(end) and "several_rows" not in name:
+            parts = max(parts, 1 if name.endswith("cuda-triton]") else count)
     if fast:
         if any(test in name for test in LONG):
             return False

@@ -28,6 +28,18 @@ def test_every_combination_runs_within_as_many_days_as_there_are_parts(test):
     assert set().union(*days) == set(names) and sum(map(len, days)) == len(names)
 
 
+@pytest.mark.parametrize(("begin", "end"), rotation.BACKEND_PARTS)
+def test_a_slow_backend_has_its_day_for_every_test(begin, end):
+    names = [f"{begin}test_{i}[7-native-{end.lstrip('-[')}" for i in range(40)]
+    if end.startswith("["):
+        names = [f"{begin}test_{i}{end}" for i in range(40)]
+    count = rotation.BACKEND_PARTS[begin, end]
+    days = [{n for n in names if rotation.runs_today(n, day)} for day in range(7, 7 + count)]
+    assert set().union(*days) == set(names) and sum(map(len, days)) == len(names)
+    assert all(rotation.runs_today(f"{begin}test_several_rows{end}", day) for day in range(20))
+    assert all(rotation.runs_today(name.replace(end, "native]"), 3) for name in names)
+
+
 def test_a_test_without_parts_runs_every_day():
     assert all(rotation.runs_today("tests/test_nn.py::test_x[1]", day) for day in range(9))
 

@@ -15,22 +15,18 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from comparison import BACKENDS as EVERY_BACKEND
-from comparison import backend, compare, random
+from comparison import BACKENDS, backend, compare, random
 from gpt2fast import ops
 from tolerance import assert_close, assert_equal
 
-
-def _slow_unless_compiled(name):
-    """The simulator and Triton's interpreter take minutes for all the sizes."""
-    value = getattr(name, "values", (name,))[0]
-    if value in ("native", "torch", "reference"):
-        return name
-    return pytest.param(value, marks=[*getattr(name, "marks", ()), pytest.mark.slow])
-
-
-BACKENDS = [_slow_unless_compiled(name) for name in EVERY_BACKEND]
-
+# Where each test runs; on the simulator and in Triton's interpreter rotation.py gives it its day.
+# Two of them take half a minute in the interpreter: slow.
+SLOW_IN_TRITON = [
+    pytest.param("triton", marks=[*name.marks, pytest.mark.slow])
+    if getattr(name, "values", ()) == ("triton",)
+    else name
+    for name in BACKENDS
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -125,7 +121,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY_BACKEND if name != "torch"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
 @pytest.mark.parametrize("case", SMALL)
 def test_attention_of_several_rows_and_heads(name, case):
     check_causal_attention(name, *SMALL[case], torch.float32)
@@ -159,7 +155,7 @@ def check_causal_attention(name, time, width, shape, scale, hidden, laid, dtype)
     )
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOW_IN_TRITON)
 @often
 @given(
     lengths=st.lists(around(16, 32, 64, 128), min_size=1, max_size=3),
@@ -188,7 +184,7 @@ SMALL_CACHED = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY_BACKEND)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("case", SMALL_CACHED)
 def test_cached_attention_of_several_rows_and_heads(name, case):
     check_cached_attention(name, *SMALL_CACHED[case], -0.3, torch.float32, torch.float32)
@@ -239,7 +235,7 @@ def test_attention_with_an_int8_cache(name, width, time):
     assert_close([ours], [other], [exact], times=2.0)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOW_IN_TRITON)
 @often
 @given(
     rows=around(4, 16, 32),
