@@ -1,0 +1,263 @@
+"""Bugs of the CPU kernels (csrc/cpu and csrc/binding/cpu)."""
+
+from __future__ import annotations
+
+from bugs import Bug
+
+BORDERS = "test_borders.py::test_"
+ATTENTION = f"{BORDERS}attention_of_several_rows_and_heads"
+CACHED = f"{BORDERS}cached_attention_of_several_rows_and_heads"
+CACHES = "test_cache.py::test_appending_to_views"
+NORM = f"{BORDERS}residual_layer_norm[native]"
+GELU = f"{BORDERS}bias_gelu[native]"
+LOSS = f"{BORDERS}linear_cross_entropy[native]"
+TIES = f"{BORDERS}what_lies_exactly_at_a_threshold"
+PACKED = "test_packed_borders.py::test_a_step_of_odd_sizes"
+ADAMW = f"{BORDERS}fused_adamw"
+DROPOUT = "test_attention.py::test_dropout_goes_on_in_the_next_head_row_and_block[native]"
+
+_NARROWED = "[](Vec x) {{ bfloat16 b[Vec::width]; x.store(b); return Vec::load(b); }}({})"
+
+BUGS = (
+    Bug(
+        "causal mask off by one",
+        "csrc/cpu/attention.h",
+        "select(lanes.v[c] < Vec(float(«key - first»)), hidden, scores)",
+        "key - first - 1",
+        (ATTENTION,),
+    ),
+    Bug(
+        "masked scores scaled after masking: -inf times a scale of 0",
+        "csrc/cpu/attention.h",
+        "const Vec score = «visible_scores(Vec::load(row) * Vec(scale), lanes, c, first,\n"
+        "                                                 begin + j, weighting)»;",
+        "visible_scores(Vec::load(row), lanes, c, first, begin + j, weighting) * Vec(scale)",
+        (ATTENTION,),
+    ),
+    Bug(
+        "a query that sees nothing is divided by a sum of 0",
+        "csrc/cpu/attention.h",
+        "«select(none < total[c], Vec(1.0f) / total[c], total[c])».store(inverse",
+        "(Vec(1.0f) / total[c])",
+        ("test_attention.py::test_a_query_that_sees_nothing_gives_zeros_and_no_gradient[native]",),
+    ),
+    Bug(
+        "values read with the stride of the keys",
+        "csrc/cpu/attention.h",
+        "pack_entries<format>(«head_of<T>(args.v, row, head)», packed",
+        "(Entries<T>{head_of<T>(args.v, row, head).data, args.k.time})",
+        (ATTENTION,),
+    ),
+    Bug(
+        "values read with the stride of the keys, backward",
+        "csrc/cpu/attention_backward.h",
+        "const Entries<T> v = «head_of<T>(forward.v, row, head)»;",
+        "(Entries<T>{head_of<T>(forward.v, row, head).data, forward.k.time})",
+        (ATTENTION,),
+    ),
+    Bug(
+        "sum of the weights in 16 bits",
+        "csrc/cpu/attention.h",
+        "total[c] = «fma(total[c], kept, sum)»;",
+        _NARROWED.format("fma(total[c], kept, sum)"),
+        (ATTENTION,),
+    ),
+    Bug(
+        "sums not scaled down at the second block of keys",
+        "csrc/cpu/attention.h",
+        "if («begin > 0») {",
+        "begin > key_block",
+        (ATTENTION,),
+    ),
+    Bug(
+        "dropout: all heads share the counters of the first",
+        "csrc/cpu/attention.h",
+        "args.seed, uint32_t(row * args.heads + «head»)};",
+        "0",
+        (DROPOUT,),
+    ),
+    Bug(
+        "dropout: Philox counters used again for every row of the batch",
+        "csrc/cpu/attention.h",
+        "args.seed, uint32_t(«row * args.heads» + head)};",
+        "0",
+        (DROPOUT,),
+    ),
+    Bug(
+        "dropout: counters begin again at the second block of keys, backward",
+        "csrc/cpu/attention_backward.h",
+        "dropout_factors(weighting, first, «key + j», factors + j * n);",
+        "int64_t(j)",
+        (DROPOUT,),
+    ),
+    Bug(
+        "cache: the second block of queries sees no more than the first",
+        "csrc/cpu/cached_attention.h",
+        "const int64_t first = «args.lengths[row] + start»;",
+        "args.lengths[row]",
+        (CACHED,),
+    ),
+    Bug(
+        "cache: values of a batch's rows begin where its keys do",
+        "csrc/cpu/cached_attention.h",
+        "static_cast<const T*>(args.v.data) + row * «args.v.batch» + head * args.v.head,",
+        "args.k.batch",
+        (CACHED,),
+    ),
+    Bug(
+        "one query: the last element of an odd head size is left out",
+        "csrc/cpu/attention_heads.h",
+        "const int n = «std::min(Vec::width, head_dim - d)»;\n"
+        "            even = fma(Vec::load(q + d, n), Vec::load(key + d, n), even);",
+        "std::min(Vec::width, head_dim - d) & ~1",
+        (CACHED,),
+    ),
+    Bug(
+        "int8 cache: heads past the 16th take the first ones' factors",
+        "csrc/cpu/attention_heads.h",
+        "k.scales[(t + at) * k.scale_stride + «first + h»];",
+        "h",
+        (PACKED,),
+    ),
+    Bug(
+        "int8 cache: the elements that fill no vector do not count for the factor",
+        "csrc/cpu/decode.h",
+        "for (int64_t i = whole; i < size; ++i) most = «std::max(most, std::fabs(x[i]))»;",
+        "most",
+        (PACKED,),
+    ),
+    Bug(
+        "a thread's empty part of the entries counts as an entry",
+        "csrc/cpu/decode.h",
+        "if (count == 0) return std::fill(sums, sums + heads, PartSum{0.0f, «0.0f»});",
+        "1.0f",
+        (PACKED,),
+    ),
+    Bug(
+        "parts of the entries are added without their distance from the largest score",
+        "csrc/cpu/attention_heads.h",
+        "factors[i] = «std::exp(part.largest - largest)»;",
+        "1.0f",
+        (PACKED,),
+    ),
+    Bug(
+        "epsilon outside the square root",
+        "csrc/cpu/layer_norm.h",
+        "1.0f / «std::sqrt(variance + args.eps)»;",
+        "(std::sqrt(variance) + args.eps)",
+        (NORM,),
+    ),
+    Bug(
+        "lanes past the last column count for the variance",
+        "csrc/cpu/layer_norm.h",
+        "const Vec d = «covered(load(summed + j, step) - Vec(mean), step)»;",
+        "(load(summed + j, step) - Vec(mean))",
+        (NORM,),
+    ),
+    Bug(
+        "bias added twice",
+        "csrc/cpu/layer_norm.h",
+        "store(fma(standard, load(weight + j, step), «load(bias + j, step)»), normed + j,",
+        "(load(bias + j, step) + load(bias + j, step))",
+        (NORM,),
+    ),
+    Bug(
+        "gradient of the weight without the last row of every block but the first",
+        "csrc/cpu/layer_norm.h",
+        "row < «args.blocks.begin(block + 1)»; ++row) {\n            const G* grad",
+        "args.blocks.begin(block + 1) - (block > 0)",
+        (NORM,),
+    ),
+    Bug(
+        "packed step: columns that fill no vector do not count for the variance",
+        "csrc/cpu/decode.h",
+        "tail += «(x[i] - mean) * (x[i] - mean)»;",
+        "0.0f",
+        (PACKED,),
+    ),
+    Bug(
+        "gradient of the bias summed in 16 bits",
+        "csrc/cpu/mlp.h",
+        "store(«load(sums + j, step) + product», sums + j, step);",
+        _NARROWED.format("load(sums + j, step) + product"),
+        (GELU,),
+    ),
+    Bug(
+        "lanes past the last class count for the loss",
+        "csrc/cpu/cross_entropy.h",
+        "sum.v[chain] = sum.v[chain] + «covered(weight, step)»;",
+        "weight",
+        (LOSS,),
+    ),
+    Bug(
+        "sum not scaled down at the second block of classes",
+        "csrc/cpu/cross_entropy.h",
+        "total = «total * std::exp(before - largest)» + sum.total();",
+        "total",
+        (LOSS,),
+    ),
+    Bug(
+        "embedding: of a token's look-ups the last one is left out where there are more than 64",
+        "csrc/cpu/embedding.h",
+        "i < «args.starts[row + 1]»; ++i) {",
+        "std::min(args.starts[row + 1], args.starts[row] + 64)",
+        ("test_borders.py::test_embedding[native]",),
+    ),
+    Bug(
+        "AdamW: epsilon inside the square root",
+        "csrc/cpu/optimizer.h",
+        "const Vec spread = «fma(sqrt(v), unbiasing, eps)»;",
+        "(sqrt(v + eps) * unbiasing)",
+        (ADAMW,),
+    ),
+    Bug(
+        "AdamW: the second piece of a 16-bit gradient begins where float32's would",
+        "csrc/binding/cpu/training.cpp",
+        "static_cast<const uint8_t*>(grads[i].const_data_ptr()) + at * «bytes»,",
+        "int64_t(at ? 0 : bytes)",
+        (ADAMW,),
+    ),
+    Bug(
+        "appending one entry more than counted",
+        "csrc/cpu/cache.h",
+        "if (args.counts != nullptr && «t >= args.counts[row]») continue;",
+        "t > args.counts[row]",
+        (CACHES,),
+    ),
+    Bug(
+        "top-k: of k scores the lowest is left out",
+        "csrc/cpu/sampling.h",
+        "const double others = «std::max(0.0, total - double(k))»;",
+        "std::max(0.0, total - double(k - 1))",
+        (f"{BORDERS}ties_at_a_threshold",),
+    ),
+    Bug(
+        "top-p: a share that equals 1 - p stays",
+        "csrc/cpu/sampling.h",
+        "return «float(mass / total) > rest»;",
+        "float(mass / total) >= rest",
+        (TIES,),
+    ),
+    Bug(
+        "min-p: a weight that equals the limit is left out",
+        "csrc/cpu/sampling.h",
+        "weight = select(«weight < least», none, weight);",
+        "(weight < least + Vec(1e-7f))",
+        (TIES,),
+    ),
+    Bug(
+        "int8 weights: of a partial group the elements that fill no vector are not scaled",
+        "csrc/cpu/gemm.h",
+        "if («k < end») largest = max(largest, abs(Vec::load(x + k, int(end - k))));",
+        "false",
+        (PACKED,),
+    ),
+    Bug(
+        "int4 weights: rows of embeddings take the first group's scale",
+        "csrc/cpu/gemm.h",
+        "const uint8_t* group = panel + «k / w.group» * group_size;",
+        "(bytes ? k / w.group : 0)",
+        (PACKED,),
+    ),
+)
+"""The number of a bug is its place here, from 1 on: one library holds all, and shows one."""
