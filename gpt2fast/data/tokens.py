@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import mmap
+import re
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import DataError, shown
+from ..errors import DataError
 from ..files import open_file
 
 MAGIC = 20240520
@@ -36,6 +37,14 @@ _SIGNED = {
     "int64": torch.int64,
 }
 """By the type of tokens, that which torch maps and indexes: it indexes signed integers only."""
+_LONGEST_NPY_HEADER = 1 << 12
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|=]?[A-Za-z][0-9]{0,4})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:[0-9]{1,18}(?:, ?|(?=\))))*)\),? ?\}[ \n]*"
+)
+_NPY_TYPES = {
+    b"<u2": "uint16", b"<u4": "uint32", b"<i4": "int32", b"<u8": "uint64", b"<i8": "int64",
+}  # fmt: skip
 _SCAN_ITEMS = 1 << 22
 
 
@@ -252,20 +261,24 @@ def _read_header(path: Path) -> tuple[str, int, int] | None:
 
 
 def _read_npy_header(path: Path) -> tuple[str, int, int]:
-    from numpy.lib import format as npy
-
     with open_file(path) as file:
-        try:
-            version = npy.read_magic(file)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, _, dtype = read(file)
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path}: its header is damaged ({reason}); write it again") from None
-        skipped = file.tell()
-    if len(shape) != 1 or dtype.name not in _SIGNED or not dtype.newbyteorder("<") == dtype:
+        start = file.read(8)
+        size = file.read(2 if start[6:7] == b"\1" else 4)
+        length = int.from_bytes(size, "little")
+        told = file.read(min(length, _LONGEST_NPY_HEADER))
+        skipped = len(start) + len(size) + length
+    found = _NPY_HEADER.fullmatch(told)
+    if found is None:
         raise DataError(
-            f"{path} is an array {shown(shape)} of {dtype}; tokens are one sequence of "
-            f"{', '.join(_SIGNED)}, in little-endian order: save them as such"
+            f"{path}: its header is damaged, or not that of a plain array; save it again"
         )
-    return dtype.name, shape[0], skipped
+    stored, _, sizes = found.groups()
+    shape = [int(size) for size in sizes.split(b",") if size.strip()]
+    dtype = _NPY_TYPES.get(stored)
+    if dtype is None or len(shape) != 1:
+        kind = stored.decode()
+        raise DataError(
+            f"{path} is an array of the shape {tuple(shape)} and of NumPy's type {kind}; tokens "
+            f"are one sequence of {', '.join(_SIGNED)}, in little-endian order: save them as such"
+        )
+    return dtype, shape[0], skipped

@@ -7,16 +7,22 @@ Inputs that have found something lie beside them and stay.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import random
 import struct
 import tempfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from targets import CONFIG, joined, op_arguments
 
+import test_llm_c
+import test_tensorflow_files
 from gpt2fast import GPT2
 from gpt2fast.data.tokens import MAGIC
 from gpt2fast.lora import add_adapters, save_adapter
@@ -32,6 +38,13 @@ TEXT = "The cat and the rat sat on a mat, at 12 o'clock.\nThe cat's hat!\n"
 def saved(content: object, **how: bool) -> bytes:
     file = io.BytesIO()
     torch.save(content, file, **how)
+    return file.getvalue()
+
+
+def zipped(name: str, content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(name), content)
     return file.getvalue()
 
 
@@ -76,6 +89,16 @@ def seeds() -> dict[str, dict[str, bytes]]:
                 "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": True,
                 "vocab_size": 17, "dropout": 0.0}})}),
         }  # fmt: skip
+        (root / "tensorflow").mkdir()
+        test_tensorflow_files.bundle(
+            root / "tensorflow", test_tensorflow_files.openai_tensors(model), compressed=True
+        )
+        description = test_tensorflow_files.hparams(CONFIG).encode()
+        made["tensorflow"] = {
+            "release": joined({**files_of(root / "tensorflow"), "hparams.json": description})
+        }
+        path = test_llm_c.model_file(root / "model.bin", model, rows=24)
+        made["llm_c"] = {"model": path.read_bytes()}
         made["safetensors"] = {"model": whole["model.safetensors"]}
         made["config"] = {
             "gpt2": joined(
@@ -128,7 +151,13 @@ def seeds() -> dict[str, dict[str, bytes]]:
         b"optimizer: [adamw, muon]\nmomentum: {low: 0.8, high: 0.99, when: {optimizer: muon}}\n",
     }
     header = struct.pack("<3i", MAGIC, 1, 5) + bytes(1012)
-    made["tokens"] = {"raw": bytes(range(64)), "shard": header + bytes(10)}
+    array = io.BytesIO()
+    np.save(array, np.arange(9, dtype=np.uint16))
+    made["tokens"] = {
+        "raw": bytes(range(64)),
+        "shard": header + bytes(10),
+        "array": array.getvalue(),
+    }
     vocab = {name: whole[name] for name in ("vocab.json", "tokenizer_config.json")}
     meta = {"format": 1, "dtype": "uint16", "vocab_size": 17, "train_tokens": 100,
             "val_tokens": 100, "train_characters": 9, "val_characters": 9, "tokenizer": "char",
@@ -144,6 +173,19 @@ def seeds() -> dict[str, dict[str, bytes]]:
     made["text"] = {
         "plain": (TEXT + "<|endoftext|>\r\né\u2028😀").encode(),
         "records": b'{"text": "a b", "n": [1, {"a": null}]}\n{"text": "c<|endoftext|>d"}\n\n',
+        "array": b'[{"text": "a b", "n": [1, {"a": null}]}, {"text": "c\\r\\n"}]',
+        "table": b'id,text\n1,"a ""b"", c"\n2,"d\ne"\n',
+        "tabs": b"id\ttext\n1\ta b\n",
+        "gzip": gzip.compress(TEXT.encode(), mtime=0),
+        "xz": lzma.compress(TEXT.encode()),
+        "zip": zipped("text.csv", b"text,n\na,1\n"),
+        "utf-16": TEXT.encode("utf-16"),
+    }
+    made["encoded"] = {
+        "western": "Größe, für\n".encode("cp1252") * 3,
+        "japanese": "吾輩は猫である\n".encode("cp932"),
+        "escapes": "吾輩は猫である\n".encode("iso2022_jp"),
+        "wide": "Größe 猫\n".encode("utf-16-le"),
     }
     made["ops"] = {
         f"{name}": bytes([0, place, 0, 0, 13]) + bytes(20)

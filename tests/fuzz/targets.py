@@ -20,8 +20,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 import op_arguments
 from gpt2fast import GPT2, GPT2Config, Tokenizer
 from gpt2fast import train as train_command
+from gpt2fast.data.detection import file_source
 from gpt2fast.data.module import DataModule
-from gpt2fast.data.sources import JsonLines
+from gpt2fast.data.opening import TextInput
 from gpt2fast.data.text import Cuts, read_blocks
 from gpt2fast.data.tokens import TokenFile
 from gpt2fast.errors import Error
@@ -31,6 +32,7 @@ from gpt2fast.prompts import parse_prompts
 from gpt2fast.reporting.runs import read_runs
 from gpt2fast.reporting.table import all_settings, results
 from gpt2fast.tensor_files import read_tensors
+from gpt2fast.tensorflow_files import read_bundle
 from gpt2fast.training import checkpoint, shards
 from gpt2fast.training.position import Position
 from gpt2fast.tuning.space import read_space
@@ -176,17 +178,40 @@ def prompts(data: bytes, folder: Path) -> None:
 
 @target
 def text(data: bytes, folder: Path) -> None:
+    for suffix in ("txt", "jsonl", "json", "csv", "tsv", "data"):
+        path = folder / f"text.{suffix}"
+        path.write_bytes(data)
+        for lines in (False, True):
+            with suppress(Error):
+                source = file_source(path, "text", lines, notify=lambda line: None)
+                for block in source.blocks(Cuts(), 0):
+                    "".join(segment.text for segment in block.segments).encode()
+
+
+@target
+def encoded(data: bytes, folder: Path) -> None:
     path = folder / "text.txt"
     path.write_bytes(data)
-    with suppress(Error):
-        for block in read_blocks(path, Cuts(), block_bytes=64):
-            "".join(segment.text for segment in block.segments).encode()
-    path = folder / "text.jsonl"
-    path.write_bytes(data)
-    for lines in (False, True):
+    for encoding in ("cp1252", "cp932", "gb18030", "iso2022_jp", "utf-16-le", "utf-7"):
         with suppress(Error):
-            for block in JsonLines(path, "text", lines).blocks(Cuts(), 0):
+            for block in read_blocks(TextInput(path, encoding), Cuts(), block_bytes=64):
                 "".join(segment.text for segment in block.segments).encode()
+
+
+@target
+def llm_c(data: bytes, folder: Path) -> None:
+    path = folder / "model.bin"
+    path.write_bytes(data)
+    model = GPT2.from_pretrained(path, local_files_only=True)
+    assert sum(int(parameter.isnan().sum()) for parameter in model.parameters()) >= 0
+
+
+@target
+def tensorflow(data: bytes, folder: Path) -> None:
+    write(data, folder)
+    for tensor in read_bundle(folder / "model.ckpt.index").values():
+        tensor.double().sum()
+    GPT2.from_pretrained(folder, local_files_only=True)
 
 
 @target
