@@ -204,7 +204,7 @@ def test_any_name_is_shown_as_it_is(tmp_path, name):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names there are Unicode")
 def test_a_name_that_is_no_unicode(tmp_path, monkeypatch):
-    folder = make_run(tmp_path / "a\udcff", [3.0, 2.0])
+    folder = make_run(tmp_path / "a", [3.0, 2.0]).rename(tmp_path / "a\udcff")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     assert "a?" in page_of([folder], tmp_path).text
