@@ -40,11 +40,13 @@ UTF8_LOCALE = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
 """What helps where the locale's encoding does not do."""
 
 
-def why_not_written(name: str) -> str | None:
+def why_not_written(name: object) -> str | None:
     """Why the name of a file cannot be written down in a text, and what to do; None if it can.
 
     Python decodes bytes that are not in the locale's encoding as lone surrogates.
     """
+    if not isinstance(name, str):
+        return None
     try:
         name.encode("utf-8")
         return None

@@ -203,9 +203,16 @@ class GPT2(nn.Module):
         """
         if not self.config.tie_word_embeddings:
             return self.lm_head.weight
-        if "weight" in self.wte._parameters or isinstance(self.wte, nn.Embedding):
+        if "weight" in self.wte._parameters:
             return self.wte.weight
-        # What wraps the embedding leaves the head with the table itself, as in transformers.
+        # What wraps the embedding, parametrizes or prunes it leaves the head with the table itself,
+        # as in transformers.
+        if isinstance(self.wte, nn.Embedding):
+            changes: Any = getattr(self.wte, "parametrizations", {})
+            table = self.wte._parameters.get("weight_orig")
+            if "weight" in changes:
+                table = changes["weight"]._parameters.get("original")
+            return self.wte.weight if table is None else table
         shape = (self.config.vocab_size, self.config.n_embd)
         tables = [weight for weight in self.wte.parameters() if weight.shape == shape]
         if len(tables) != 1:
@@ -351,6 +358,8 @@ class GPT2(nn.Module):
 
     def _reads_projection(self) -> bool:
         """Whether logits are a product with `projection`, and no module that is to be called."""
+        if isinstance(self.lm_head, TiedOutputProjection) and self.lm_head.model is not self:
+            return False
         return is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
 
     def _loss_of_logits(self, logits: Tensor, wanted: Tensor) -> Tensor:
@@ -499,8 +508,9 @@ class GPT2(nn.Module):
     ) -> Tensor:
         """Logits (B, V) after the last column, by calling what there is to call."""
         if is_unwatched(self, GPT2):
-            return self.project(self.hidden_states(tokens, mask, positions, cache)[:, -1])
-        return self(tokens, mask, positions, cache=cache).logits[:, -1]
+            hidden = self.hidden_states(tokens, mask, positions, cache)
+            return self.project(hidden[:, -1:])[:, -1]  # (B, 1, C), as hooks see it in transformers
+        return self(tokens, mask, positions, cache=cache, logits_to_keep=1).logits[:, -1]
 
     def for_decoding(self) -> GPT2 | PackedGPT2:
         """The form of this model that decodes fastest here.
@@ -641,7 +651,7 @@ class GPT2(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for module in self.modules():
-            if isinstance(module, TiedOutputProjection) and not module.is_tied:
+            if isinstance(module, TiedOutputProjection) and module.model is None:
                 module.tie(self)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any, cast
 
@@ -138,9 +139,9 @@ class TiedOutputProjection(nn.Module):
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
 
     @property
-    def is_tied(self) -> bool:
-        """Whether the model is there that it takes the weight from."""
-        return self._model() is not None
+    def model(self) -> nn.Module | None:
+        """The model that it takes the weight from; None where that is gone."""
+        return self._model()
 
     @property
     def weight(self) -> Tensor:
@@ -165,6 +166,32 @@ class TiedOutputProjection(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # The model ties it again when it is copied or loaded.
         return {**super().__getstate__(), "_model": _nothing}  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        model = self._model()
+        if model is None or id(model) in memo:  # which is being copied itself
+            copy = type(self).__new__(type(self))
+            memo[id(self)] = copy
+            copy.__setstate__(deepcopy(self.__getstate__(), memo))
+            return copy
+        # A copy by itself has a weight of its own.
+        weight = self.weight.detach()
+        alone = OutputProjection(weight.shape[1], weight.shape[0], 0.0, device="meta")
+        alone.weight = nn.Parameter(weight.clone())
+        return alone
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        # transformers gives the tied weight under both names; the embedding is loaded before.
+        head, errors = state_dict.get(f"{prefix}weight"), arguments[-1]
+        if head is None or self._model() is None or head.is_meta or self.weight.is_meta:
+            return
+        if head.shape != self.weight.shape or not torch.equal(head.to(self.weight), self.weight):
+            errors.append(
+                f"{prefix}weight is not wte.weight, to which this model's lm_head is tied; give "
+                "the configuration tie_word_embeddings=False"
+            )
 
 
 def _nothing() -> None:

@@ -51,7 +51,8 @@ def parse_prompts(name: str, content: str, shared: Mapping[str, Any]) -> list[Pr
     """
     # Not splitlines(), which takes a form feed and U+2028 for ends of lines.
     lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")]
-    if not any(line.strip() for line in lines):
+    is_blank = not any(line.strip() for line in lines)
+    if not content or (is_blank and name.lower().endswith(".jsonl")):
         raise GenerationError(f"{name} has no prompts; put one on each line")
     if not name.endswith(".jsonl"):
         return [Prompt(line, index) for index, line in enumerate(lines)]

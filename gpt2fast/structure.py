@@ -68,6 +68,8 @@ def why_not_configured(model: GPT2) -> str | None:
     head = model.lm_head
     if config.tie_word_embeddings and not isinstance(head, TiedOutputProjection):
         return f"lm_head is a {type(head).__name__}, though tie_word_embeddings is true"
+    if isinstance(head, TiedOutputProjection) and head.model is not model:
+        return "lm_head is tied to another model"
     if not config.tie_word_embeddings and not (isinstance(head, nn.Linear) and head.bias is None):
         return f"lm_head is a {type(head).__name__}, or has a bias"
     return None

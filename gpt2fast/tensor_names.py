@@ -44,6 +44,7 @@ _MASKS = ("bias", "masked_bias")
 _HEADS = re.compile(
     "(?!.*emb).*(head|score|classif|qa_outputs|reward|critic|value|logit|summary)", re.IGNORECASE
 )
+_CHANGES_HEAD = re.compile(r"lora|base_layer|parametrizations|weight_(?:g|v|orig|mask)$|scale|gain")
 _BLOCK_NAME = re.compile(r"(?:^|[./])h[./]?\d+[./]")
 _DEEPEST = 24  # parts of a name; real ones have fewer than 15
 _MOST_COPIES = 16
@@ -228,6 +229,14 @@ def _put_head(
 ) -> None:
     """Take a module `lm_head` for the output projection, or leave it out."""
     tensors = {_name(path): key for path, key in head.items()}
+    changed = next((key for name, key in tensors.items() if _CHANGES_HEAD.search(name)), None)
+    if changed is not None:
+        raise WeightsError(
+            f"{source}: {with_shape(changed, stored[changed])} changes the output projection, and "
+            "without it the logits would be others; merge it first (PEFT's merge_and_unload, "
+            "torch.nn.utils.parametrize.remove_parametrizations), or remove it from the file if "
+            "it is not wanted"
+        )
     if tensors.keys() not in ({"weight"}, {"weight", "bias"}):
         found.left_out.update((key, stored[key]) for key in tensors.values())
         return

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, shown
 from .graph_pool import forget_moved
+from .nn import TiedOutputProjection
 from .structure import check_held
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _tables(model: GPT2) -> list[nn.Module]:
     places: list[tuple[str, nn.Module | None, type[nn.Module]]] = [("wte", model.wte, nn.Embedding)]
     if not model.config.tie_word_embeddings:
         places.append(("lm_head", head, nn.Linear))
-    elif head is not None:
+    elif head is not None and not isinstance(head, TiedOutputProjection):
         raise ArgumentError(
             f"the vocabulary cannot be resized: lm_head, a {type(head).__name__}, was added beside "
             "a tied embedding; remove it, or give the configuration tie_word_embeddings=False"

@@ -448,7 +448,7 @@ def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
         return config
     if embedding is None:
         named["wte.weight"] = named.pop("lm_head.weight")
-    elif same(head, embedding):
+    elif same(head, embedding.to(head.dtype)) or same(head.to(embedding.dtype), embedding):
         del named["lm_head.weight"]
     else:
         return replace(config, tie_word_embeddings=False, dropout=None)

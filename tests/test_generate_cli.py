@@ -361,7 +361,7 @@ def test_what_cannot_be_read_is_one_line_and_exit_code_1(run, tmp_path, model_di
     assert_one_error(run("--prompts-file", tmp_path / "none.txt"), 1, "none.txt")
     assert_one_error(run("--prompts-file", tmp_path), 1, str(tmp_path))
     assert_one_error(run(PROMPT, "--tokenizer", tmp_path / "t"), 1, str(tmp_path / "t"))
-    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "empty.txt").write_text("")
     assert_one_error(run("--prompts-file", tmp_path / "empty.txt"), 1, "no prompts")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
     assert_one_error(run("--prompts-file", tmp_path / "bad.jsonl"), 1, '"prompt"')

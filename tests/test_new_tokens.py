@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from gpt2fast import GPT2, Generator, GPT2Config, Tokenizer
+from gpt2fast import GPT2, Generator, GPT2Config, Tokenizer, output
 from gpt2fast.data import DataModule
 from gpt2fast.data.prepare import prepare_data
 from gpt2fast.errors import ConfigError, DataError, TokenizerError
@@ -181,7 +181,8 @@ def test_a_tokenizer_that_is_trained_counts_the_new_tokens(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_training_grows_the_vocabulary(base, tied, capsys):
     model = save_model(base.init_from, tied=tied)
-    result = train(base)
+    with output.shown():
+        result = train(base)
     told = capsys.readouterr().out + capsys.readouterr().err
     line = [x for x in told.splitlines() if x.startswith("vocabulary:")]
     assert line == [
@@ -254,7 +255,8 @@ def test_prepared_data_grow_the_vocabulary(base, tmp_path):
 
 def test_a_padded_vocabulary_has_room(base, capsys):
     save_model(base.init_from, vocab_size=320)
-    train(changed(base, max_steps=1))
+    with output.shown():
+        train(changed(base, max_steps=1))
     assert GPT2.from_pretrained(base.out).config.vocab_size == 320
     assert "begin with rows that the model's 320 tokens have to spare" in capsys.readouterr().out
 

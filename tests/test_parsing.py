@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from gpt2fast import Error, GPT2Config, report, train, tune
-from gpt2fast.data import prepare_data
+from gpt2fast.data import opening, prepare_data
 from gpt2fast.data.meta import read_meta
 from gpt2fast.data.tokens import TokenFile
 from gpt2fast.errors import ConfigError, DataError
-from gpt2fast.evaluation import sources
 from gpt2fast.parsing import Unreadable, parse_json, parse_yaml, read_json
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.log import read_json_lines, read_rows
@@ -294,16 +293,16 @@ def test_a_bomb_of_an_archive_is_not_unpacked(tmp_path, monkeypatch):
     import lzma
     import zipfile
 
-    monkeypatch.setattr(sources, "LARGEST", 1 << 22)
-    content = bytes(50 << 20)
+    monkeypatch.setattr(opening, "LARGEST", 1 << 22)
+    content = b"a" * (50 << 20)
     for name, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
         path = tmp_path / f"a{name}"
         path.write_bytes(pack(content))
-        assert "more than 4 MB" in told(DataError, sources.read_bytes, path)
+        assert "more than 4 MB" in told(DataError, opening.TextInput(path).read_bytes)
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a", content)
-    assert "more than 4 MB" in told(DataError, sources.read_bytes, path)
+    assert "more than 4 MB" in told(DataError, opening.TextInput(path).read_bytes)
 
 
 def test_a_tuning_database_that_optuna_cannot_read(tmp_path, monkeypatch):

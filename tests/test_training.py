@@ -1114,7 +1114,10 @@ def test_running_out_of_memory_says_what_to_lower(config, monkeypatch, error):
 
 def test_commands_to_copy_are_quoted(config, tmp_path, capsys):
     out = tmp_path / "my run"
-    train(changed(config, out=str(out), max_steps=1))
+    from gpt2fast import output
+
+    with output.shown():
+        train(changed(config, out=str(out), max_steps=1))
     assert f"gpt2fast.generate --model '{out}'" in capsys.readouterr().out
 
 

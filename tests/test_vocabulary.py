@@ -54,7 +54,7 @@ def test_a_resized_model_is_the_one_that_transformers_makes(tied, size, tmp_path
     ids = IDS.clamp(max=size - 1)
     assert model.config.vocab_size == other.config.vocab_size == size
     assert model.wte.weight.shape == other.transformer.wte.weight.shape == (size, 32)
-    assert ("lm_head" in dict(model.named_modules())) is not tied
+    assert ("lm_head.weight" in dict(model.named_parameters())) is not tied
     assert sum(p.numel() for p in model.parameters()) == model.config.parameter_count
     if size >= OLD:
         assert torch.equal(model(ids).logits[..., :OLD], before)

@@ -94,18 +94,21 @@ class TextFile(_File):
 
     def blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
         text_input = self._input()
-        last: Block | None = None
-        for block in read_blocks(text_input, cuts, start):
+        blocks = read_blocks(text_input, cuts, start)
+        block = next(blocks, None)
+        while block is not None:
+            following = next(blocks, None) if self.ends_line else None
+            if self.ends_line and following is None:
+                _end_line(block.segments)
             self._note_progress(text_input, block.end)
-            if last is not None:
-                yield last
-            last = block
-        if last is None:
-            return
-        *_, end = last.segments
-        if self.ends_line and not end.separator and not end.text.endswith("\n"):
-            last.segments[-1] = end._replace(text=end.text + "\n")
-        yield last
+            yield block
+            block = following if self.ends_line else next(blocks, None)
+
+
+def _end_line(segments: list[Segment]) -> None:
+    last = segments[-1]
+    if not last.separator and not last.text.endswith("\n"):
+        segments[-1] = last._replace(text=last.text + "\n")
 
 
 class Records(Source):
@@ -264,8 +267,6 @@ class DelimitedText(_DecodedFile):
         self._delimiters = delimiters
 
     def records(self, start: int) -> Iterator[tuple[str, int]]:
-        # The limit is one for the whole process; others may rely on a higher one.
-        csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
         with self._text() as (file, text_input):
             names, lines, delimiter = self._header(file)
             column = names.index(self.field)
@@ -273,7 +274,7 @@ class DelimitedText(_DecodedFile):
             for row in itertools.count(1):
                 begin = rows.line_num
                 try:
-                    values = next(rows, None)
+                    values = _next_row(rows)
                     if values is None:
                         return
                     self._note_progress(text_input)
@@ -551,6 +552,16 @@ def _items_of_array(file: TextIO, path: Path) -> Iterator[Any]:
             f"{path}, item {number + 1}: {why}; the file must be an array of objects, or hold one "
             "object a line"
         )
+
+
+def _next_row(rows: Iterator[list[str]]) -> list[str] | None:
+    """The next row, or None. The limit of a value's size is one for the whole process, in which
+    others rely on theirs."""
+    limit = csv.field_size_limit(LONGEST_LINE)
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _looks_like_rows(value: str, place: int, columns: int) -> bool:

@@ -32,10 +32,10 @@ def tokenizer_of(tokenizer: Any) -> Tokenizer:
     Raises:
         TokenizerError: it is no tokenizer.
     """
-    import tokenizers
-
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
+    import tokenizers
+
     backend = getattr(tokenizer, "backend_tokenizer", getattr(tokenizer, "_tokenizer", tokenizer))
     plain = not hasattr(tokenizer, "special_tokens_map") or (
         type(tokenizer).__name__ in _PLAIN_CLASSES

@@ -136,6 +136,8 @@ def load_state(directory: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ConfigError(f"{path} has format {shown(found)}; this version reads format {_FORMAT}")
+    if "adapters" not in state:
+        raise explain_state(path, KeyError("adapters"))
     return state
 
 
