@@ -197,4 +197,4 @@ def test_sigterm_saves_a_checkpoint_in_every_process(text, tmp_path):
     _, err = process.communicate(timeout=120)
     assert "stopped at step" in err and err.count("stopped at step") == 1
     saved = sorted((out / "checkpoints").glob("step-*"))
-    assert (saved[-1] / "training_state.pt").is_file()
+    assert (saved[-1] / "training_state.safetensors").is_file()

@@ -28,7 +28,15 @@ from gpt2fast.data.dataset import TrainingBatches
 from gpt2fast.errors import ConfigError, DataError, Error, WeightsError
 from gpt2fast.model import GPT2
 from gpt2fast.tokenizer import CharTokenizer, Tokenizer
-from gpt2fast.training import Interrupted, TrainConfig, TrainingError, checkpoint, loop, train
+from gpt2fast.training import (
+    Interrupted,
+    TrainConfig,
+    TrainingError,
+    checkpoint,
+    loop,
+    state_file,
+    train,
+)
 from gpt2fast.training.columns import COLUMNS
 from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
@@ -883,13 +891,14 @@ def test_damaged_optimizer_state_is_refused(config, trained, tmp_path, damage):
 def test_damaged_training_state_is_refused(config, trained, tmp_path, damage):
     copy = tmp_path / "step-00000003"
     shutil.copytree(trained / "checkpoints" / "step-00000003", copy)
-    state = copy / checkpoint.STATE_FILE
+    state = copy / state_file.NAME
     if damage == "missing":
         state.unlink()
     elif damage == "cut":
         state.write_bytes(state.read_bytes()[:200])
     else:
-        torch.save({"format": 2, "config": Path("x")}, state)
+        state.unlink()
+        torch.save({"format": 2, "config": Path("x")}, copy / state_file.OLD_NAME)
     with pytest.raises((ConfigError, WeightsError)) as caught:
         train(config, resume=copy)
     assert isinstance(caught.value, ConfigError) is (damage == "missing")
@@ -908,10 +917,39 @@ def test_a_training_state_without_an_entry_is_a_damaged_one(
         del state[entry]
     else:
         state[entry] = "nonsense"
-    torch.save(state, copy / checkpoint.STATE_FILE)
+    state_file.write_state(copy / state_file.NAME, state)
     with pytest.raises(Error) as caught:
         train(changed(config, max_steps=5), resume=copy)
     assert str(copy) in str(caught.value) or entry == "config"
+
+
+def test_a_run_that_an_older_version_began_goes_on_bit_for_bit(config, trained, tmp_path):
+    runs = []
+    for name in ("new", "old"):
+        run = tmp_path / name
+        shutil.copytree(trained, run)
+        copy = run / "checkpoints" / "step-00000003"
+        if name == "old":  # which kept a pickle
+            state = checkpoint.load_state(copy)
+            (copy / state_file.NAME).unlink()
+            torch.save(state, copy / state_file.OLD_NAME)
+        train(changed(config, out=str(run), max_steps=5), resume=copy)
+        runs.append((run / "checkpoints" / "step-00000005" / "model.safetensors").read_bytes())
+    assert runs[0] == runs[1]
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path):
+    state = {
+        "python": random.Random(1).getstate(),
+        "torch": [torch.get_rng_state(), torch.randn(2, 3, dtype=torch.float64)],
+        "numbers": [0.1, 1e-300, float("inf"), -0.0, 2**63, True, None, "é\n", []],
+        "within": {"a.b": {"c": (1, (2.5, None))}, "": {}},
+    }
+    state_file.write_state(tmp_path / state_file.NAME, state)
+    read = state_file.read_state(tmp_path / state_file.NAME)
+    for ours, theirs in zip(read.pop("torch"), state.pop("torch"), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    assert repr(read) == repr(state)
 
 
 def test_an_empty_newest_checkpoint_does_not_hide_the_older_ones(trained, tmp_path):

@@ -1,7 +1,7 @@
 """Checkpoints: a loadable model folder and what it takes to continue the run bit for bit.
 
     checkpoints/step-00001000/    config.json, model.safetensors, tokenizer files,
-                                  training_state.pt (settings, random states, position),
+                                  training_state.safetensors (settings, random states, position),
                                   optimizer/ (torch.distributed.checkpoint's, each process's part)
     checkpoints/best/             likewise, the one with the lowest validation loss
 
@@ -12,7 +12,6 @@ number has written.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import re
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, Error, WeightsError, shown
-from ..files import read_file, sync_directory
-from ..torch_files import read_torch_file
+from ..files import sync_directory
 from ..unpickling import Objection
+from . import state_file
 from .shards import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -35,10 +34,8 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
     from .distributed import Group
 
-STATE_FILE = "training_state.pt"
 OPTIMIZER = "optimizer"
 BEST = "best"
-_LARGEST_STATE = 64 << 20  # random states and counters: some kilobytes a process
 _FORMAT = 2
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -65,7 +62,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_whole(temporary)
-        _save_state({"format": _FORMAT, **state}, temporary / STATE_FILE)
+        state_file.write_state(temporary / state_file.NAME, {"format": _FORMAT, **state})
 
     try:
         group.on_main(begin)
@@ -105,28 +102,16 @@ def save_model(model: GPT2, directory: Path, tokenizer: Tokenizer | None) -> Non
         raise OSError(str(error)) from error
 
 
-def _save_state(state: dict[str, Any], path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what torch makes of a disk that is full
-        raise OSError(f"{path}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def load_state(directory: Path) -> dict[str, Any]:
     """The state in a checkpoint folder, but the optimizer's. Runs no code from the file."""
-    path = directory / STATE_FILE
-    if not path.is_file():
+    path = state_file.state_file(directory)
+    if path is None:
         raise ConfigError(
-            f"{directory} is not a checkpoint of a training run: {STATE_FILE} is missing; to start "
-            f"a new run from these weights, use --init-from {directory}"
+            f"{directory} is not a checkpoint of a training run: {state_file.NAME} is missing; to "
+            f"start a new run from these weights, use --init-from {directory}"
         )
     try:
-        # Into memory, and not mapped: the file may be replaced while the state is in use.
-        state = read_torch_file(io.BytesIO(read_file(path, _LARGEST_STATE)))
+        state = state_file.read_state(path)
     except Exception as error:  # a damaged pickle or archive fails in any way it likes
         reason = f": it {error}" if isinstance(error, Objection) else ""
         raise WeightsError(
@@ -165,12 +150,12 @@ def step_checkpoints(checkpoints: Path, after: int = -1) -> list[Path]:
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The whole checkpoint with the highest step; the best one counts where there is no other."""
-    found = [path for path in step_checkpoints(checkpoints) if (path / STATE_FILE).is_file()]
+    found = [path for path in step_checkpoints(checkpoints) if state_file.state_file(path)]
     if found:
         return found[-1]
     best = checkpoints / BEST
     # A run that was killed while it replaced the best one: `clean_up` brings it back.
-    there = any((path / STATE_FILE).is_file() for path in (best, _aside(best)))
+    there = any(state_file.state_file(path) for path in (best, _aside(best)))
     return best if there else None
 
 
@@ -204,7 +189,7 @@ def set_aside(checkpoints: Path, step: int) -> list[Path]:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint meant by `path`: itself, or the newest one of the run in that folder."""
-    if (path / STATE_FILE).is_file():
+    if state_file.state_file(path) is not None:
         return path
     for checkpoints in (path / "checkpoints", path):
         if found := newest_checkpoint(checkpoints):

@@ -43,6 +43,7 @@ from .saving import Saver, data_identity
 from .schedule import learning_rate
 from .source import located, prepared_data, source_of
 from .start import check_start, learn_new_tokens, starting_model, starting_tokenizer
+from .state_file import state_file
 from .validation import mean_loss
 
 _SAME_ON_RESUMING = (
@@ -192,13 +193,13 @@ class _Run:
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             if isinstance(error, Error):
                 raise
-            raise ckpt.explain_state(resume / ckpt.STATE_FILE, error) from error
+            raise ckpt.explain_state(state_file(resume) or resume, error) from error
 
     def _restore(self, state: dict[str, Any], resume: Path) -> None:
         for name, kind in (("updates", int), ("random", list), ("position", dict), ("data", dict)):
             if type(state[name]) is not kind:
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
-        before = TrainConfig.from_dict(state["config"], source=str(resume / ckpt.STATE_FILE))
+        before = TrainConfig.from_dict(state["config"], source=str(state_file(resume)))
         for name in _SAME_ON_RESUMING:
             self._require_same(name, getattr(before, name), getattr(self.config, name), resume)
         if self.data.directory == self.out / "data":  # made of what the settings named

@@ -27,6 +27,7 @@ from gpt2fast import GPT2
 from gpt2fast.data.tokens import MAGIC
 from gpt2fast.lora import add_adapters, save_adapter
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
+from gpt2fast.training import state_file
 from gpt2fast.training.distributed import Group
 from gpt2fast.training.position import Position
 from gpt2fast.training.shards import save_tensors
@@ -143,7 +144,14 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "data": {},
         "config": {"lr": 0.1},
     }
-    made["resume"] = {"state": joined({"training_state.pt": saved(training), ".metadata": index})}
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / state_file.NAME
+        state_file.write_state(path, training)
+        now = path.read_bytes()
+    made["resume"] = {
+        "state": joined({state_file.OLD_NAME: saved(training), ".metadata": index}),
+        "tensors": joined({state_file.NAME: now, ".metadata": index}),
+    }
     made["recipe"] = {
         "train": b"data: a.txt\nlr: &a 1e-3\nmin_lr: 1.0e-4\nn_layer: 2\ncompile: false\n",
         "mixture": b"mixture: {a.txt: 0.7, b.jsonl: 0.3}\nmax_steps: null\nmax_epochs: 1.5\n",
