@@ -29,7 +29,7 @@ from gpt2fast.errors import DataError, TokenizerError, WeightsError
 from gpt2fast.tensor_files import read_tensors
 from gpt2fast.tokenizer import CharTokenizer
 from gpt2fast.torch_files import _Storage, _Tensors
-from gpt2fast.training import checkpoint
+from gpt2fast.training import checkpoint, state_file
 from gpt2fast.training.position import Position
 from gpt2fast.unpickling import Objection
 
@@ -189,7 +189,7 @@ def replace_entry(path: Path, ending: str, content: bytes, **how: int) -> None:
     ids=["a call", "a list", "within", "an object"],
 )
 def test_a_random_state_is_numbers(folder, states):
-    torch.save({"format": 2, "random": states}, folder / checkpoint.STATE_FILE)
+    torch.save({"format": 2, "random": states}, folder / state_file.OLD_NAME)
     with pytest.raises(WeightsError, match="could run code|changes the attributes|instruction"):
         checkpoint.load_state(folder)
 

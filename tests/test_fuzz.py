@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FUZZ = Path(__file__).parent / "fuzz"
 
 
@@ -56,6 +58,7 @@ print(found)
 """
 
 
+@pytest.mark.slow
 def test_planted_mistakes_are_found():
     done = run("-c", PLANTED)
     assert done.stdout.splitlines()[-1] == "[1, 1, 1, 0]", done.stdout + done.stderr

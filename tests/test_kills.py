@@ -18,7 +18,7 @@ if sys.platform != "linux":
 import kills
 from gpt2fast import train as command
 from gpt2fast.files import remove_unfinished
-from gpt2fast.training import Interrupted, checkpoint, interrupt, loop, train
+from gpt2fast.training import Interrupted, checkpoint, interrupt, loop, state_file, train
 from kills import RECIPES, Stop, Trial, outcome
 from test_training import TINY, changed, config, prepared, rows, text  # noqa: F401
 
@@ -133,7 +133,7 @@ def test_half_a_deletion_is_finished(config):  # noqa: F811
     train(config)
     folder = Path(config.out) / "checkpoints"
     shutil.copytree(folder / "step-00000004", folder / ".step-00000002.gone")
-    (folder / ".step-00000002.gone" / checkpoint.STATE_FILE).unlink()
+    (folder / ".step-00000002.gone" / state_file.NAME).unlink()
     train(config, resume=config.out)
     assert not list(folder.glob(".*"))
 
