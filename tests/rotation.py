@@ -36,6 +36,10 @@ PARTS = {
     "test_distributed.py::test_two_processes_train_as_one": 3,
     "test_quantization.py::test_the_bundled_model_passes_the_gate": 2,
     "test_packed_borders.py::test_a_step_of_odd_sizes": 3,
+    "test_streams.py::test_streams_that_are_closed_full_or_left": 3,
+    "test_streams.py::test_names_that_a_recipe_cannot_hold_are_refused_before_the_work": 3,
+    "test_streams.py::test_a_prompt_is_the_bytes_that_it_was": 3,
+    "test_fork.py::test_a_forked_child_computes_what_its_parent_has_computed": 2,
     "test_model.py::test_the_four_real_sizes_build_and_match": 2,
 }
 # The same for all tests of a file on a backend that takes its time: what their names begin and end
@@ -49,7 +53,8 @@ BACKEND_PARTS = {
 LONG = (
     "test_distributed.py", "test_kills.py", "test_triton_compiles.py", "test_readme.py",
     "test_build.py", "test_native_training.py", "test_bundled_model.py", "test_cuda_build.py",
-    "test_tuning.py", "simulator/", "passes_opcheck", "pass_opcheck",
+    "test_tuning.py", "test_streams.py", "test_fork.py", "test_fuzz.py", "simulator/",
+    "passes_opcheck", "pass_opcheck",
     "test_killed", "test_flag_changes", "test_a_reader_that_goes", "bundled_model_passes",
     "four_real_sizes", "on_a_long_sequence", "never_holds_all_logits", "large_vocabulary",
 )  # fmt: skip
