@@ -16,7 +16,9 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpt2fast.compilation import (  # noqa: E402
+from gpt2fast.errors import BackendError  # noqa: E402
+from gpt2fast.kernels.library import file_name, is_switched_off  # noqa: E402
+from gpt2fast.kernels.toolchain import (
     CPU,
     CUDA,
     compile_library,
@@ -24,8 +26,6 @@ from gpt2fast.compilation import (  # noqa: E402
     source_files,
     source_folder,
 )
-from gpt2fast.errors import BackendError  # noqa: E402
-from gpt2fast.library import file_name, is_switched_off  # noqa: E402
 
 
 class BuildPackage(build_py):

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import contest  # noqa: E402
 import machine  # noqa: E402
-from gpt2fast.files import atomic_write, atomic_write_text  # noqa: E402
+from gpt2fast._system.files import atomic_write, atomic_write_text  # noqa: E402
 
 
 @dataclass(frozen=True)

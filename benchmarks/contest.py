@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gpt2fast.files import atomic_write
+from gpt2fast._system.files import atomic_write
 
 _ROUNDS = 15
 _SECONDS = 0.02  # that one measurement lasts, at least

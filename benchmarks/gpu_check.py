@@ -36,7 +36,7 @@ GRACE = 10.0
 """Seconds of a step's share that are kept for ending it."""
 sys.path.insert(0, str(ROOT))
 
-from gpt2fast.files import atomic_write, atomic_write_text  # noqa: E402
+from gpt2fast._system.files import atomic_write, atomic_write_text  # noqa: E402
 
 _BUILD = (
     "from gpt2fast.ops import cuda, native; native.unavailable();"

@@ -7,7 +7,7 @@ import torch
 
 from contest import Work
 from gpt2fast import GPT2, PRESETS, backend
-from gpt2fast.graphs import Steps
+from gpt2fast.inference.cuda_graphs import Steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .openmp import spin_briefly_if_busy, survive_forks
+from ._system.openmp import spin_briefly_if_busy, survive_forks
 
 if TYPE_CHECKING:
-    from .cache import KVCache
     from .config import PRESETS, GPT2Config
     from .errors import Error
-    from .generator import Generator
+    from .inference.generator import Generator
     from .model import GPT2, GPT2Output
+    from .nn.kv_cache import KVCache
     from .ops.backend import backend
     from .tokenizer import Tokenizer
 
@@ -33,8 +33,8 @@ _HOMES = {
     "GPT2": "model",
     "GPT2Config": "config",
     "GPT2Output": "model",
-    "Generator": "generator",
-    "KVCache": "cache",
+    "Generator": "inference.generator",
+    "KVCache": "nn.kv_cache",
     "PRESETS": "config",
     "Error": "errors",
     "Tokenizer": "tokenizer",

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .arguments import OneLineParser
-from .command import command
-from .output import say
+from ._system.output import say
+from .cli.arguments import OneLineParser
+from .cli.command import command
 
 _COMMANDS = """\
 python -m gpt2fast.generate   continue a text

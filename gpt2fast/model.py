@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
-from .cache import KVCache
 from .config import GPT2Config, as_config
 from .errors import ArgumentError
-from .graph_pool import forget_moved
-from .inputs import (
+from .inference.graph_pool import forget_moved
+from .inference.packed import PackedGPT2, pack
+from .lora.adapters import is_adapted, without_adapters
+from .nn import Block, LayerNorm, LinearCrossEntropy
+from .nn.inputs import (
     check_cache,
     check_inputs,
     check_positions,
@@ -24,24 +26,14 @@ from .inputs import (
     check_wanted,
     is_known_full,
 )
-from .lora.adapters import is_adapted, without_adapters
-from .nn import (
-    Block,
-    Embedding,
-    LayerNorm,
-    LinearCrossEntropy,
-    OutputProjection,
-    TiedOutputProjection,
-    add_and_normalize,
-    drop,
-)
+from .nn.kv_cache import KVCache
+from .nn.modules import Embedding, OutputProjection, TiedOutputProjection, add_and_normalize, drop
+from .nn.plain import is_plain, is_unwatched
+from .nn.structure import check_held, layer_weights, why_not_read
 from .ops.backend import requested_backend
 from .ops.native import CACHE_DTYPES as KERNEL_CACHE_DTYPES
 from .ops.native import DTYPES as KERNEL_DTYPES
 from .ops.native import fingerprint, unavailable
-from .packed import PackedGPT2, pack
-from .plain import is_plain, is_unwatched
-from .structure import check_held, layer_weights, why_not_read
 
 
 class GPT2Output:
@@ -579,8 +571,8 @@ class GPT2(nn.Module):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Embedding:
-        """Another number of tokens, in place; see `gpt2fast.vocabulary.resize_token_embeddings`."""
-        from .vocabulary import resize_token_embeddings
+        """Another number of tokens, in place; see `nn.vocabulary.resize_token_embeddings`."""
+        from .nn.vocabulary import resize_token_embeddings
 
         resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
         return self.wte
@@ -591,21 +583,21 @@ class GPT2(nn.Module):
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue each row; see `gpt2fast.generation.generate` for the options."""
-        from .generation import generate
+        """Continue each row; see `gpt2fast.inference.generation.generate` for the options."""
+        from .inference.generation import generate
 
         return generate(self, input_ids, attention_mask, **options)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Any:
-        """Load a checkpoint; see `gpt2fast.weights.from_pretrained` for the options."""
-        from .weights import from_pretrained
+        """Load a checkpoint; see `gpt2fast.checkpoints.gpt2.from_pretrained` for the options."""
+        from .checkpoints.gpt2 import from_pretrained
 
         return from_pretrained(name_or_path, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a directory that transformers loads; see `gpt2fast.weights.save_pretrained`."""
-        from .weights import save_pretrained
+        """Write a directory that transformers loads; see `checkpoints.gpt2.save_pretrained`."""
+        from .checkpoints.gpt2 import save_pretrained
 
         save_pretrained(self, directory, tokenizer)
 

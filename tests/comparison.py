@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import gpt2fast
-from gpt2fast.compilation import SIMULATED, find_toolchain
 from gpt2fast.errors import BackendError
-from gpt2fast.library import Library, find_library
+from gpt2fast.kernels.library import Library, find_library
+from gpt2fast.kernels.toolchain import SIMULATED, find_toolchain
 from gpt2fast.ops.cuda import DTYPES as CUDA_DTYPES
 from gpt2fast.ops.cuda import simulated
 from gpt2fast.ops.native import DTYPES as NATIVE_DTYPES

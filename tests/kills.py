@@ -40,9 +40,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml  # noqa: F401
 
-from gpt2fast import train as command
-from gpt2fast.training import checkpoint, flops
-from gpt2fast.training.log import read_json_lines, read_rows
+from gpt2fast.cli import train as command
+from gpt2fast.training import flops
+from gpt2fast.training.checkpoints import save as checkpoint
+from gpt2fast.training.logs.log import read_json_lines, read_rows
 
 CLOCK = ("tokens_per_second", "elapsed_seconds", "utilisation", "memory_gib")
 PLAIN: dict[str, object] = {

@@ -24,14 +24,15 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, Error, GPT2Config, Tokenizer
+from gpt2fast.checkpoints.tensor_files import read_tensors
+from gpt2fast.checkpoints.torch_files import _Storage, _Tensors
+from gpt2fast.checkpoints.unpickling import Objection
 from gpt2fast.data.tokens import MAGIC, TokenFile
 from gpt2fast.errors import DataError, TokenizerError, WeightsError
-from gpt2fast.tensor_files import read_tensors
 from gpt2fast.tokenizer import CharTokenizer
-from gpt2fast.torch_files import _Storage, _Tensors
-from gpt2fast.training import checkpoint, state_file
-from gpt2fast.training.position import Position
-from gpt2fast.unpickling import Objection
+from gpt2fast.training.checkpoints import save as checkpoint
+from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints.position import Position
 
 CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2, dropout=0.0)
 EVIL = "import pathlib; pathlib.Path('canary').touch()\n"

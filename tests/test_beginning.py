@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from gpt2fast import GPT2, Generator, GPT2Config
+from gpt2fast.cli.generate import main
 from gpt2fast.errors import GenerationError
-from gpt2fast.generate import main
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away, as far as it can. " * 40

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from gpt2fast import GPT2, GPT2Config, benchmark
+from gpt2fast import GPT2, GPT2Config
+from gpt2fast.cli import benchmark
 from gpt2fast.errors import ArgumentError
 from gpt2fast.ops import native
 

@@ -15,10 +15,11 @@ import torch
 
 import gpt2fast
 from fake_compiler import FakeCompiler
-from gpt2fast import compilation, library
+from gpt2fast._system.output import shown
 from gpt2fast.errors import BackendError
+from gpt2fast.kernels import library
+from gpt2fast.kernels import toolchain as compilation
 from gpt2fast.ops import native
-from gpt2fast.output import shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -420,7 +421,7 @@ LOGGED = "import logging; logging.basicConfig(level=logging.INFO, format='gpt2fa
 
 
 def test_a_program_that_logs_nothing_hears_of_failures_alone(compiler):
-    code = "from gpt2fast.library import find_library; find_library()"
+    code = "from gpt2fast.kernels.library import find_library; find_library()"
     assert run(code).stderr == ""  # it was compiled
     compiler.behave("broken")
     assert run(USE).stderr.startswith("no compiled kernels, torch's operations run instead")
@@ -429,7 +430,7 @@ def test_a_program_that_logs_nothing_hears_of_failures_alone(compiler):
 
 
 def test_importing_builds_nothing(compiler, tmp_path):
-    done = run("import gpt2fast.ops, gpt2fast.model, gpt2fast.nn, gpt2fast.generator")
+    done = run("import gpt2fast.ops, gpt2fast.model, gpt2fast.nn, gpt2fast.inference.generator")
     assert done.returncode == 0 and done.stderr == "" and compiler.links == 0
 
 

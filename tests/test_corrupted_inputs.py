@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, Error, GPT2Config, Tokenizer
-from gpt2fast.tensor_files import write_safetensors
+from gpt2fast.checkpoints.tensor_files import write_safetensors
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
 
 SECONDS = 5
@@ -283,7 +283,7 @@ def test_huge_sizes_that_config_and_weights_agree_on_allocate_nothing(folder):
     width = 1 << 22
     config = CONFIG.to_dict() | {"n_embd": width}
     (folder / "config.json").write_text(json.dumps(config))
-    from gpt2fast.weights import parameter_shapes
+    from gpt2fast.checkpoints.gpt2 import parameter_shapes
 
     shapes = parameter_shapes(GPT2Config.from_dict(config))
     header, end = {}, 0

@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import compilation
-from gpt2fast.compilation import CUDA, SIMULATED, Part, find_toolchain, source_files, source_folder
 from gpt2fast.errors import BackendError
-from gpt2fast.library import find_library
+from gpt2fast.kernels import toolchain as compilation
+from gpt2fast.kernels.library import find_library
+from gpt2fast.kernels.toolchain import (
+    CUDA,
+    SIMULATED,
+    Part,
+    find_toolchain,
+    source_files,
+    source_folder,
+)
 
 ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "csrc" / "tests" / "resources.py"

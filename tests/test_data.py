@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import gpt2fast.data.prepare as preparing
 import gpt2fast.data.sources as sources
-from gpt2fast import prepare as command
+from gpt2fast.cli import prepare as command
 from gpt2fast.config import GPT2Config
 from gpt2fast.data import DataModule, TokenDataset, prepare_data
 from gpt2fast.data.opening import TextInput

@@ -16,8 +16,8 @@ import torch
 import gpt2fast.data.encoding as encoding
 import gpt2fast.data.prepare as preparing
 import gpt2fast.data.sources as sources
-from gpt2fast import prepare as command
-from gpt2fast import train as train_command
+from gpt2fast.cli import prepare as command
+from gpt2fast.cli import train as train_command
 from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.data.text import END_OF_TEXT, read_blocks
 from gpt2fast.errors import ConfigError, DataError, TokenizerError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gpt2fast.data import DataModule
 from gpt2fast.data.order import EpochOrder, Permutation, Turns
 from gpt2fast.errors import DataError
-from gpt2fast.training.position import Position
+from gpt2fast.training.checkpoints.position import Position
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 255, 1000, 4097])

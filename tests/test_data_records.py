@@ -15,7 +15,7 @@ import pytest
 
 import gpt2fast.data.huggingface as huggingface
 import gpt2fast.data.sources as sources
-from gpt2fast import prepare as command
+from gpt2fast.cli import prepare as command
 from gpt2fast.data import prepare_data
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from gpt2fast.command import suit_streams
-from gpt2fast.output import shown
-from gpt2fast.training import progress
+from gpt2fast._system.output import shown
+from gpt2fast.cli.command import suit_streams
+from gpt2fast.training.logs import progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,8 +136,8 @@ def test_a_sample_that_the_terminal_cannot_show_does_not_end_the_run(monkeypatch
 
 ON_A_TERMINAL = """
 import sys, time
-from gpt2fast.output import shown
-from gpt2fast.training.progress import open_display
+from gpt2fast._system.output import shown
+from gpt2fast.training.logs.progress import open_display
 with shown():
     display = open_display(40, 0)
 try:

@@ -14,7 +14,7 @@ import torch
 
 from gpt2fast.model import GPT2
 from gpt2fast.training import TrainConfig, train
-from gpt2fast.training.log import read_rows
+from gpt2fast.training.logs.log import read_rows
 from test_training import flags, write_text
 
 SETTINGS = {
@@ -135,7 +135,7 @@ def test_what_cannot_be_shared_evenly_is_refused(text, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "make one of them a multiple of 2" in err
-    assert "gpt2fast/train.py" not in err  # no traceback of ours
+    assert "gpt2fast/cli/train.py" not in err  # no traceback of ours
     assert not (tmp_path / "run").exists()
 
 
@@ -166,7 +166,7 @@ def test_a_process_that_dies_ends_the_job_and_the_checkpoint_stands(text, tmp_pa
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "SIGKILL" in err or "Signal 9" in err
-    from gpt2fast.training.checkpoint import find_checkpoint
+    from gpt2fast.training.checkpoints.save import find_checkpoint
 
     at = int(find_checkpoint(out).name.removeprefix("step-"))
     said = run(2, {"max_steps": at + 1}, f"--resume={out}")

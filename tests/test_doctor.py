@@ -4,7 +4,8 @@ import importlib
 
 import pytest
 
-from gpt2fast import doctor, ops
+from gpt2fast import ops
+from gpt2fast.cli import doctor
 from gpt2fast.ops import native
 from gpt2fast.ops.backend import AVAILABILITY, requested_backend
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast.evaluate import main
+from gpt2fast.cli.evaluate import main
 
 TEXT = "Once upon a time there was a king who had a daughter. " * 3
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gpt2fast import GPT2, Error, GPT2Config, Tokenizer
+from gpt2fast.checkpoints.hub import BUNDLED
 from gpt2fast.data import prepare_data
 from gpt2fast.evaluation import Request, Scorer
 from gpt2fast.evaluation.perplexity import Perplexity
 from gpt2fast.evaluation.windows import rolling_windows
-from gpt2fast.hub import BUNDLED
 
 CONTEXT = 48
 

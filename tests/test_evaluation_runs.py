@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2fast.cli.evaluate import main
+from gpt2fast.cli.train import main as train
 from gpt2fast.data import prepare_data
 from gpt2fast.errors import DataError
-from gpt2fast.evaluate import main
 from gpt2fast.evaluation.training_runs import held_out_text, training_run, unigram_loss
 from gpt2fast.tokenizer import Tokenizer
-from gpt2fast.train import main as train
 
 WORDS = ("ship", "storm", "island", "captain", "Größe", "海", "tree", "night", "sand", "gold")
 SMALL = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--block-size", "16"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, Error, GPT2Config, Tokenizer
+from gpt2fast.checkpoints.hub import BUNDLED
 from gpt2fast.evaluation import (
     TASKS,
     Choice,
@@ -31,7 +32,6 @@ from gpt2fast.evaluation.published import published_size
 from gpt2fast.evaluation.sources import load
 from gpt2fast.evaluation.table import as_object, as_table
 from gpt2fast.evaluation.wikitext import WikiText2, WikiText2Joined
-from gpt2fast.hub import BUNDLED
 from gpt2fast.tokenizer import CharTokenizer
 
 CBT = """\

@@ -16,11 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from gpt2fast import GPT2, Generator
+from gpt2fast.cli.generate import main as generate
+from gpt2fast.cli.train import main as train
 from gpt2fast.errors import ConfigError, Error, WeightsError
-from gpt2fast.generate import main as generate
 from gpt2fast.lora import add_adapters, load_adapter, merge, save_adapter
 from gpt2fast.tokenizer import CharTokenizer
-from gpt2fast.train import main as train
 from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
 
 TEXT = "the cat sat on the mat; the dog sat on the cat. " * 40

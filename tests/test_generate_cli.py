@@ -20,10 +20,12 @@ import pytest
 import torch
 import transformers
 
-from gpt2fast import GPT2, GPT2Config, Tokenizer, backend, config, hub, prompt_progress
-from gpt2fast import generator as generator_module
-from gpt2fast.generate import main
-from gpt2fast.generator import Generation, Generator
+from gpt2fast import GPT2, GPT2Config, Tokenizer, backend, config
+from gpt2fast.checkpoints import hub
+from gpt2fast.cli import prompt_progress
+from gpt2fast.cli.generate import main
+from gpt2fast.inference import generator as generator_module
+from gpt2fast.inference.generator import Generation, Generator
 from gpt2fast.lora import add_adapters, save_adapter
 from gpt2fast.ops.backend import requested_backend
 from gpt2fast.tokenizer import BPETokenizer
@@ -412,7 +414,7 @@ def test_samples_without_number_come_as_they_are_made(run, monkeypatch):
         if len(written) == 40:
             raise BrokenPipeError
 
-    monkeypatch.setattr("gpt2fast.generate._write", write)
+    monkeypatch.setattr("gpt2fast.cli.generate._write", write)
     flags = [PROMPT, "--seed", 0, "--max-new-tokens", 3]
     assert run(*flags, "--num-samples", 10**8, "--json")[0] == 0
     monkeypatch.undo()
@@ -690,7 +692,7 @@ def test_notes_of_the_library_come_before_a_streamed_text(model_dir, monkeypatch
     decode = generator_module.decode
 
     def noisy(*arguments, **options):
-        logging.getLogger("gpt2fast.library").warning("something about kernels")
+        logging.getLogger("gpt2fast.kernels.library").warning("something about kernels")
         yield from decode(*arguments, **options)
 
     monkeypatch.setattr(generator_module, "decode", noisy)
@@ -804,7 +806,7 @@ def test_saving_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gpt2fast.weights.atomic_write_text", fail)
+    monkeypatch.setattr("gpt2fast.checkpoints.gpt2.atomic_write_text", fail)
     result = run("--save", tmp_path / "model", PROMPT)
     assert_one_error(result, 1, "--save", "No space left")
     assert list(tmp_path.iterdir()) == []

@@ -7,11 +7,12 @@ import random
 import pytest
 import torch
 
-from gpt2fast import GPT2, Error, GPT2Config, teacher_forcing
-from gpt2fast.decoding import Context, Timing
+from gpt2fast import GPT2, Error, GPT2Config
 from gpt2fast.errors import GenerationError
-from gpt2fast.generator import Generation, Generator
-from gpt2fast.sampling import Draw, uniforms
+from gpt2fast.inference import teacher_forcing
+from gpt2fast.inference.decoding import Context, Timing
+from gpt2fast.inference.generator import Generation, Generator
+from gpt2fast.inference.sampling import Draw, uniforms
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
 
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.9, "seed": 5}

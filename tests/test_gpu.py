@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from comparison import needs_gpu
-from gpt2fast import GPT2, GPT2Config, backend, doctor, ops
+from gpt2fast import GPT2, GPT2Config, backend, ops
+from gpt2fast.cli import doctor
 from gpt2fast.ops.backend import record_calls
 
 pytestmark = [needs_gpu, pytest.mark.gpu]

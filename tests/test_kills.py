@@ -16,9 +16,11 @@ if sys.platform != "linux":
     pytest.skip("needs fork and /proc", allow_module_level=True)
 
 import kills
-from gpt2fast import train as command
-from gpt2fast.files import remove_unfinished
-from gpt2fast.training import Interrupted, checkpoint, interrupt, loop, state_file, train
+from gpt2fast._system.files import remove_unfinished
+from gpt2fast.cli import train as command
+from gpt2fast.training import Interrupted, interrupt, loop, train
+from gpt2fast.training.checkpoints import save as checkpoint
+from gpt2fast.training.checkpoints import state_file
 from kills import RECIPES, Stop, Trial, outcome
 from test_training import TINY, changed, config, prepared, rows, text  # noqa: F401
 

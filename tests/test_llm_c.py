@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gpt2fast import GPT2, GPT2Config
+from gpt2fast.cli.generate import main as generate
+from gpt2fast.cli.train import main as train
 from gpt2fast.errors import TokenizerError, WeightsError
-from gpt2fast.generate import main as generate
 from gpt2fast.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 from gpt2fast.tokenizer.merges import BYTE_TO_CHAR
-from gpt2fast.train import main as train
 from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
 
 # llm.c's model has the tanh form of GELU, no dropout, and an end token in GPT-2's vocabulary alone.

@@ -11,7 +11,7 @@ import torch
 
 from comparison import BACKENDS
 from gpt2fast import GPT2, GPT2Config, backend, ops
-from gpt2fast.packed import PackedGPT2
+from gpt2fast.inference.packed import PackedGPT2
 
 ROWS, LONGEST = 6, 64
 OPTIONS = [

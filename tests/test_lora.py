@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt2fast import GPT2, Error, Generator, GPT2Config, backend
+from gpt2fast.checkpoints.tensor_files import read_tensors, write_safetensors
+from gpt2fast.cli.generate import main as generate
 from gpt2fast.errors import ArgumentError, ConfigError, WeightsError
-from gpt2fast.generate import main as generate
 from gpt2fast.lora import add_adapters, is_adapted, load_adapter, merge, save_adapter
 from gpt2fast.lora.adapters import adapted
-from gpt2fast.tensor_files import read_tensors, write_safetensors
 from gpt2fast.tokenizer import BPETokenizer
 from gpt2fast.training import TrainConfig
 from gpt2fast.training.finetuning import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2fast import KVCache
-from gpt2fast.memory import zeros
+from gpt2fast._system.memory import zeros
 
 
 def mapping(tensor):

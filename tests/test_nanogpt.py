@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2fast.cli.train import parse
 from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.model import GPT2
-from gpt2fast.train import parse
 from gpt2fast.training import loop, train
-from gpt2fast.training.log import read_rows
+from gpt2fast.training.logs.log import read_rows
 from gpt2fast.training.schedule import learning_rate
 
 pytestmark = pytest.mark.slow

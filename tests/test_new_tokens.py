@@ -9,13 +9,14 @@ import pytest
 import torch
 import transformers
 
-from gpt2fast import GPT2, Generator, GPT2Config, Tokenizer, output
+from gpt2fast import GPT2, Generator, GPT2Config, Tokenizer
+from gpt2fast._system import output
+from gpt2fast.cli.prepare import main as prepare
+from gpt2fast.cli.train import main, parse
 from gpt2fast.data import DataModule
 from gpt2fast.data.prepare import prepare_data
 from gpt2fast.errors import ConfigError, DataError, TokenizerError
-from gpt2fast.prepare import main as prepare
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
-from gpt2fast.train import main, parse
 from gpt2fast.training import train
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.interrupt import Interrupted

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import gpt2fast
 from fake_compiler import FakeCompiler
-from gpt2fast.compilation import source_files
+from gpt2fast.kernels.toolchain import source_files
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -154,7 +154,7 @@ def test_the_source_distribution_holds_what_a_build_needs(tree: Path, tmp_path: 
     with tarfile.open(built) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"csrc/{path.relative_to(CSRC)}" for path in source_files(CSRC)} <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "gpt2fast/library.py"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "gpt2fast/kernels/library.py"} <= names
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 from comparison import needs_native
 from gpt2fast import GPT2, GPT2Config, backend, ops
 from gpt2fast.errors import ArgumentError, BackendError, GenerationError, WeightsError
+from gpt2fast.inference.packed import PackedGPT2, pack
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
-from gpt2fast.packed import PackedGPT2, pack
 from gpt2fast.quantization import quantize_weights
 from tolerance import assert_allclose, assert_close, assert_equal
 

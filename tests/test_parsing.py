@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import Error, GPT2Config, report, train, tune
+from gpt2fast import Error, GPT2Config
+from gpt2fast._system.parsing import Unreadable, parse_json, parse_yaml, read_json
+from gpt2fast.checkpoints.gpt2 import from_pretrained
+from gpt2fast.cli import report, train, tune
 from gpt2fast.data import opening, prepare_data
 from gpt2fast.data.meta import read_meta
 from gpt2fast.data.tokens import TokenFile
 from gpt2fast.errors import ConfigError, DataError
-from gpt2fast.parsing import Unreadable, parse_json, parse_yaml, read_json
 from gpt2fast.training.config import TrainConfig
-from gpt2fast.training.log import read_json_lines, read_rows
+from gpt2fast.training.logs.log import read_json_lines, read_rows
 from gpt2fast.tuning.space import read_space
-from gpt2fast.weights import from_pretrained
 
 SECONDS = 2
 BYTES = 100 << 20

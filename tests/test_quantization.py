@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.errors import ArgumentError, WeightsError
-from gpt2fast.packed import PackedGPT2, pack
+from gpt2fast.inference.packed import PackedGPT2, pack
 from gpt2fast.quantization import (
     QuantizedWeights,
     from_tensors,

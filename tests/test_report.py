@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from gpt2fast import report
+from gpt2fast.cli import report
 from gpt2fast.errors import DataError
 from gpt2fast.reporting.curves import points
 from gpt2fast.reporting.runs import Run, read_runs
 from gpt2fast.reporting.table import differences, results
 from gpt2fast.training import TrainConfig
-from gpt2fast.training.log import RunLog
+from gpt2fast.training.logs.log import RunLog
 
 VOID = {"meta", "input", "br", "hr", "link", "img"}
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.arguments import text_argument
-from gpt2fast.command import command
+from gpt2fast.checkpoints.tensor_files import read_tensors
+from gpt2fast.cli.arguments import text_argument
+from gpt2fast.cli.command import command
 from gpt2fast.data.meta import read_meta
 from gpt2fast.errors import ConfigError, why_not_written
-from gpt2fast.tensor_files import read_tensors
 from gpt2fast.tokenizer import CharTokenizer
 from gpt2fast.training import TrainConfig
 
@@ -179,7 +179,7 @@ def test_streams_that_are_closed_full_or_left(place, module, arguments, redirect
 def test_files_that_are_opened_do_not_take_the_place_of_closed_streams(tmp_path):
     script = (
         "import sys\n"
-        "from gpt2fast.command import command\n"
+        "from gpt2fast.cli.command import command\n"
         "@command\n"
         "def main(argv):\n"
         f"    file = open({str(tmp_path / 'data')!r}, 'w')\n"

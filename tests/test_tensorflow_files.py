@@ -21,9 +21,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from torch import Tensor
 
 from gpt2fast import GPT2, GPT2Config
+from gpt2fast.checkpoints.tensorflow_files import _masked_crc32c, _snappy, read_bundle
+from gpt2fast.cli.generate import main as generate
 from gpt2fast.errors import ConfigError, Error, WeightsError
-from gpt2fast.generate import main as generate
-from gpt2fast.tensorflow_files import _masked_crc32c, _snappy, read_bundle
 from gpt2fast.tokenizer.merges import BYTE_TO_CHAR
 from test_weights import LINEAR, TINY, assert_same_parameters, openai_name, random_model
 

@@ -22,29 +22,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2fast import train as command
+from gpt2fast.cli import train as command
 from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.data.dataset import TrainingBatches
 from gpt2fast.errors import ConfigError, DataError, Error, WeightsError
 from gpt2fast.model import GPT2
 from gpt2fast.tokenizer import CharTokenizer, Tokenizer
-from gpt2fast.training import (
-    Interrupted,
-    TrainConfig,
-    TrainingError,
-    checkpoint,
-    loop,
-    state_file,
-    train,
-)
-from gpt2fast.training.columns import COLUMNS
+from gpt2fast.training import Interrupted, TrainConfig, TrainingError, loop, train
+from gpt2fast.training.checkpoints import save as checkpoint
+from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints.shards import save_tensors
 from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
 from gpt2fast.training.interrupt import SignalWatch
-from gpt2fast.training.log import RunLog
+from gpt2fast.training.logs.columns import COLUMNS
+from gpt2fast.training.logs.log import RunLog
 from gpt2fast.training.optimizer import Optimizers
 from gpt2fast.training.schedule import learning_rate
-from gpt2fast.training.shards import save_tensors
 
 TINY = {
     "n_layer": 1,
@@ -1011,8 +1005,8 @@ def test_foreign_tokenizer_is_refused(config, trained, tmp_path):
 
 
 def test_progress_bar_shows_on_a_terminal(config, monkeypatch, capsys):
-    from gpt2fast import output
-    from gpt2fast.training import progress
+    from gpt2fast._system import output
+    from gpt2fast.training.logs import progress
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     with output.shown():
@@ -1152,7 +1146,7 @@ def test_running_out_of_memory_says_what_to_lower(config, monkeypatch, error):
 
 def test_commands_to_copy_are_quoted(config, tmp_path, capsys):
     out = tmp_path / "my run"
-    from gpt2fast import output
+    from gpt2fast._system import output
 
     with output.shown():
         train(changed(config, out=str(out), max_steps=1))

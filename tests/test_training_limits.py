@@ -12,17 +12,10 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.training import (
-    TrainConfig,
-    TrainingError,
-    checkpoint,
-    interrupt,
-    loop,
-    memory,
-    train,
-)
+from gpt2fast.training import TrainConfig, TrainingError, interrupt, loop, memory, train
+from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.diagnosis import ALL_FINITE, broken_weights, first_not_finite
-from gpt2fast.training.log import read_rows
+from gpt2fast.training.logs.log import read_rows
 from gpt2fast.training.precision import LossScale
 from test_training import TINY, write_text
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2fast import train as train_command
-from gpt2fast import tune as command
+from gpt2fast.cli import train as train_command
+from gpt2fast.cli import tune as command
 from gpt2fast.errors import ConfigError
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, TrainResult
 from gpt2fast.tuning.space import parse_space, read_space, spaces

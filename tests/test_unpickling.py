@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2fast.checkpoints.tensor_files import read_tensors, read_torch
+from gpt2fast.checkpoints.unpickling import Objection, Record, ordered_dict, unpickle
 from gpt2fast.errors import Error, WeightsError, shown
-from gpt2fast.tensor_files import read_tensors, read_torch
-from gpt2fast.unpickling import Objection, Record, ordered_dict, unpickle
 
 PLAIN = {
     "numbers": [0, 1, -1, 255, 65536, 2**40, -(2**40), 1.5, float("inf"), True, None],

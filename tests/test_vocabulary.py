@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import ArgumentError, ConfigError
-from gpt2fast.graph_pool import addresses, pool_of
-from gpt2fast.graphs import Steps
+from gpt2fast.inference.cuda_graphs import Steps
+from gpt2fast.inference.graph_pool import addresses, pool_of
 from gpt2fast.lora import add_adapters, merge, save_adapter
 from gpt2fast.lora.adapters import adapted
 

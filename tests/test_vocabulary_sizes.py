@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from gpt2fast import GPT2, Generator, GPT2Config
+from gpt2fast.cli.generate import main
 from gpt2fast.errors import GenerationError, TokenizerError
 from gpt2fast.evaluation import Scorer
 from gpt2fast.evaluation.likelihood import Request
-from gpt2fast.generate import main
 from gpt2fast.tokenizer import BPETokenizer, LibraryTokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away, as far as it can. " * 40

@@ -26,10 +26,10 @@ from torch import nn
 
 import gpt2fast
 from gpt2fast import GPT2, PRESETS, Error, GPT2Config
+from gpt2fast.checkpoints.gpt2 import parameter_shapes
+from gpt2fast.checkpoints.hub import BUNDLED
+from gpt2fast.checkpoints.tensor_files import read_tensors, write_safetensors
 from gpt2fast.errors import ConfigError, WeightsError
-from gpt2fast.hub import BUNDLED
-from gpt2fast.tensor_files import read_tensors, write_safetensors
-from gpt2fast.weights import parameter_shapes
 
 TINY = GPT2Config(
     vocab_size=61,
@@ -748,7 +748,9 @@ def test_a_directory_without_weights_says_what_it_holds(tmp_path):
     ["./missing", "missing.pt", "../missing/model.safetensors", "a/b/c", "out/", "~/missing"],
 )
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(path, monkeypatch):
-    monkeypatch.setattr("gpt2fast.hub._from_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        "gpt2fast.checkpoints.hub._from_hub", lambda *_: pytest.fail("asked the hub")
+    )
     with pytest.raises(WeightsError, match=rf"no such file or directory: {re.escape(path)}"):
         GPT2.from_pretrained(path)
 
@@ -912,7 +914,7 @@ def test_what_the_hub_refuses_is_explained(hub, name, options, reason, way_out):
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_hub_that_cannot_be_reached_fails_soon_and_names_the_way_out(hub, monkeypatch, silent):
-    monkeypatch.setattr("gpt2fast.hub.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("gpt2fast.checkpoints.hub.CONNECT_SECONDS", 0.5)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]

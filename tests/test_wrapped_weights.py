@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from gpt2fast import GPT2, GPT2Config
+from gpt2fast.checkpoints.tensor_files import read_torch, write_safetensors
 from gpt2fast.errors import WeightsError
-from gpt2fast.tensor_files import read_torch, write_safetensors
 from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
 
 

@@ -34,7 +34,7 @@ _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # machine.py, which the other benchmarks use as well
 
 import machine  # noqa: E402
-from gpt2fast.files import atomic_write, atomic_write_text  # noqa: E402
+from gpt2fast._system.files import atomic_write, atomic_write_text  # noqa: E402
 
 OURS = "gpt2fast"
 

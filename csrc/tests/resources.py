@@ -30,8 +30,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2fast.compilation import CUDA, cuda_architectures, find_cuda
-from gpt2fast.library import find_library
+from gpt2fast.kernels.library import find_library
+from gpt2fast.kernels.toolchain import CUDA, cuda_architectures, find_cuda
 
 BUDGET = Path(__file__).with_suffix(".json")
 

@@ -9,8 +9,8 @@ from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 
+from .._system.files import open_file
 from ..errors import DataError, shown
-from ..files import open_file
 from .kinds import PARQUET, begins_with_json_objects, compression_of, quoted, refused
 from .opening import COMPRESSED_SUFFIXES, TextInput, members
 from .sources import DelimitedText, JsonArray, JsonLines, Parquet, Source, TextFile, joined_text

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .._system.parsing import read_json_value
 from ..errors import DataError, shown
-from ..parsing import read_json_value
 
 FORMAT = 1
 LARGEST = {"largest": 64 << 20, "most_values": 2_000_000}

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from .._system.files import atomic_write_text, sync_directory
+from .._system.lock import only_process
+from .._system.parsing import read_json
 from ..errors import DataError, Error
-from ..files import atomic_write_text, sync_directory
-from ..lock import only_process
-from ..parsing import read_json
 from ..tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from ..tokenizer.loading import FILE_NAMES
 from .detection import file_source

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from .._system.files import open_file
+from .._system.parsing import Unreadable, parse_json
 from ..errors import DataError, printable, shown
-from ..files import open_file
-from ..parsing import Unreadable, parse_json
 from .encodings import guess, not_utf8
 from .opening import TextInput
 from .text import END_OF_TEXT, Block, Cuts, Segment, last_cut, read_blocks, segments_of

@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._system.files import open_file
 from ..errors import DataError
-from ..files import open_file
 
 MAGIC = 20240520
 HEADER_BYTES = 1024

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
-from ..decoding import check_numbers, evaluating
 from ..errors import DataError
-from ..generation import check_vocabulary
+from ..inference.decoding import check_numbers, evaluating
+from ..inference.generation import check_vocabulary
+from ..inference.packed import PackedGPT2
 from ..model import GPT2
+from ..nn.kv_cache import KVCache
 from ..ops.backend import statistics_dtype
-from ..packed import PackedGPT2
 from ..tokenizer import Tokenizer
 
 BATCH_SIZE = 16

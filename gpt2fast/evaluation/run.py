@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..inference.packed import PackedGPT2
 from ..model import GPT2
-from ..packed import PackedGPT2
 from ..tokenizer import Tokenizer
 from .cbt import CommonNouns, NamedEntities
 from .compression import Enwik8, Text8

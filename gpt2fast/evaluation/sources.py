@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._system.parsing import Unreadable, parse_json
 from ..data.huggingface import silent_attempts
 from ..data.opening import TextInput
 from ..errors import DataError
-from ..parsing import Unreadable, parse_json
 from .task import ExampleT, Hub, Task
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..nn import Projection
-from ..plain import readable
+from ..nn.plain import readable
 
 if TYPE_CHECKING:
     from ..model import GPT2

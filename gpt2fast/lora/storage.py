@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._system.files import atomic_write_text
+from .._system.parsing import read_json
+from ..checkpoints.foreign_files import ADAPTER_CONFIG
+from ..checkpoints.hub import resolve
+from ..checkpoints.tensor_files import read_tensors, write_safetensors
 from ..errors import ArgumentError, WeightsError
-from ..files import atomic_write_text
-from ..foreign_files import ADAPTER_CONFIG
-from ..hub import resolve
-from ..parsing import read_json
-from ..tensor_files import read_tensors, write_safetensors
 from .adapters import (
     LoRAProjection,
     adapted,
@@ -124,7 +124,7 @@ def load_adapter(
     Args:
         model: the one that the adapters were trained on; its dtype becomes theirs.
         name_or_path: a directory, or an adapter on the hub, in PEFT's format.
-        revision, local_files_only: as of `gpt2fast.weights.from_pretrained`.
+        revision, local_files_only: as of `gpt2fast.checkpoints.gpt2.from_pretrained`.
 
     Returns:
         The names of the projections that have an adapter now.

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compilation import CPU, Part, source_files, source_folder
 from ..errors import BackendError
-from ..library import (
+from ..kernels.library import (
     BUILT,
     INSTALLED,
     Library,
@@ -24,6 +23,7 @@ from ..library import (
     notice,
     opened,
 )
+from ..kernels.toolchain import CPU, Part, source_files, source_folder
 from .backend import AVAILABILITY, Implementation
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._system.memory import zeros
 from ..errors import ArgumentError
-from ..memory import zeros
 
 _PANEL = 32
 _MAGIC = int.from_bytes(b"gt2fast1", "little")

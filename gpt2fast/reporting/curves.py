@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._system.files import atomic_write
 from ..errors import ConfigError, DataError
-from ..files import atomic_write
 from .runs import Run, is_number
 
 if TYPE_CHECKING:

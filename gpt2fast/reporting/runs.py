@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from .._system.parsing import read_yaml
 from ..errors import DataError
-from ..parsing import read_yaml
-from ..training.log import read_json_lines, read_rows
+from ..training.logs.log import read_json_lines, read_rows
 
 _LARGEST = 1e300
 

@@ -90,7 +90,7 @@ class Tokenizer(ABC):
             TokenizerError: a file is missing or broken, or it describes another kind of tokenizer;
                 the message names the file, the field and what would work.
         """
-        from ..hub import resolve
+        from ..checkpoints.hub import resolve
         from .loading import FILE_NAMES, load
 
         path = resolve(

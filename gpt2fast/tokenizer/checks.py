@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import parsing
+from .._system import parsing
 from ..errors import TokenizerError, shown
 from .added_tokens import AddedToken
 

@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .._system.files import atomic_write
 from ..errors import TokenizerError
-from ..files import atomic_write
 from .added_tokens import AddedToken
 from .base import StreamDecoder, Tokenizer, check_text
 from .huggingface import GenericStreamDecoder

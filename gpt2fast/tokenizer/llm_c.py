@@ -12,8 +12,8 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+from .._system.files import read_file
 from ..errors import TokenizerError
-from ..files import read_file
 from .added_tokens import END_OF_TEXT, AddedToken
 from .bpe import BPETokenizer
 from .merges import BYTE_TO_CHAR

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .._system.files import read_file
+from ..checkpoints.unpickling import unpickle
 from ..errors import TokenizerError, WeightsError, shown
-from ..files import read_file
-from ..unpickling import unpickle
 
 NAME = "meta.pkl"
 
@@ -76,7 +76,7 @@ def read_meta(path: Path) -> dict[str, int]:
 
 
 def _data_set(checkpoint: Path) -> str | None:
-    from ..tensor_files import read_torch
+    from ..checkpoints.tensor_files import read_torch
 
     try:
         content: Any = read_torch(checkpoint)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write_text
+from .._system.files import atomic_write_text
 from .added_tokens import END_OF_TEXT, AddedToken
 from .steps import Around, template
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._system.output import warn
 from ..errors import ConfigError, Error
-from ..output import warn
 
 if TYPE_CHECKING:
     from ..model import GPT2

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from .._system.files import remove_unfinished
+from .._system.lock import only_process
 from ..errors import ConfigError, Error
-from ..files import remove_unfinished
-from ..lock import only_process
-from . import checkpoint as ckpt
+from .checkpoints import save as ckpt
 from .config import TrainConfig
 
 _FILES = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .checkpoints.position import Position
 from .config import TrainConfig
-from .position import Position
 
 
 def out_of_time(config: TrainConfig, position: Position, steps: int, elapsed: float) -> str | None:

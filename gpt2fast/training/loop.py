@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._system.files import atomic_write_text
 from ..data import DataModule
 from ..errors import ConfigError, Error
-from ..files import atomic_write_text
 from ..ops.backend import backend
-from . import checkpoint as ckpt
 from . import memory
+from .checkpoints import save as ckpt
+from .checkpoints.position import Position, TrainResult
+from .checkpoints.saving import Saver, data_identity
+from .checkpoints.state_file import state_file
 from .config import LENGTHS, TrainConfig
 from .diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from .distributed import Group
@@ -34,16 +37,13 @@ from .folder import (
 )
 from .interrupt import Interrupted, SignalWatch
 from .limits import good_enough, out_of_time
+from .logs.progress import format_val
+from .logs.reporter import Reporter
 from .optimizer import Optimizers
-from .position import Position, TrainResult
 from .precision import LossScale, autocast
-from .progress import format_val
-from .reporter import Reporter
-from .saving import Saver, data_identity
 from .schedule import learning_rate
 from .source import located, prepared_data, source_of
 from .start import check_start, learn_new_tokens, starting_model, starting_tokenizer
-from .state_file import state_file
 from .validation import mean_loss
 
 _SAME_ON_RESUMING = (

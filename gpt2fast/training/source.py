@@ -11,8 +11,8 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._system.output import tell, warn
 from ..errors import ConfigError, DataError, Error, MissingTokenizerError, why_not_written
-from ..output import tell, warn
 from .config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:

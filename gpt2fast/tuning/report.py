@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import atomic_write, atomic_write_text
+from .._system.files import atomic_write, atomic_write_text
 from .space import Space
 from .study import best_of
 from .table import ranked, setting, table

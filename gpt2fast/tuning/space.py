@@ -19,8 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
+from .._system.parsing import read_yaml
 from ..errors import ConfigError, shown
-from ..parsing import read_yaml
 from ..training.config import DATA_SETTINGS, TrainConfig
 
 Kind = Literal["float", "int", "categorical"]

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._system.files import open_file
 from ..errors import ConfigError, Error, shown
-from ..files import open_file
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

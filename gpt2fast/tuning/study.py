@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._system.files import atomic_write_text
+from .._system.lock import only_process
+from .._system.output import tell, warn
+from .._system.parsing import read_yaml
 from ..data import DataModule
 from ..errors import ConfigError, Error
-from ..files import atomic_write_text
-from ..lock import only_process
-from ..output import tell, warn
-from ..parsing import read_yaml
 from ..training import Interrupted, TrainConfig, TrainResult, train
 from ..training.config import DATA_SETTINGS
 from ..training.source import located, prepared_data, source_of

@@ -27,10 +27,10 @@ from gpt2fast import GPT2
 from gpt2fast.data.tokens import MAGIC
 from gpt2fast.lora import add_adapters, save_adapter
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
-from gpt2fast.training import state_file
+from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints.position import Position
+from gpt2fast.training.checkpoints.shards import save_tensors
 from gpt2fast.training.distributed import Group
-from gpt2fast.training.position import Position
-from gpt2fast.training.shards import save_tensors
 
 CORPUS = Path(__file__).parent / "corpus"
 TEXT = "The cat and the rat sat on a mat, at 12 o'clock.\nThe cat's hat!\n"

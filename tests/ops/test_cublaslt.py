@@ -28,9 +28,10 @@ from comparison import (
     needs_simulator,
     simulated_library,
 )
-from gpt2fast import compilation, ops
-from gpt2fast.compilation import SIMULATED, Toolchain, find_compiler, find_cublas, find_cuda
+from gpt2fast import ops
 from gpt2fast.errors import BackendError
+from gpt2fast.kernels import toolchain as compilation
+from gpt2fast.kernels.toolchain import SIMULATED, Toolchain, find_compiler, find_cublas, find_cuda
 from gpt2fast.ops.cuda import cublaslt
 from gpt2fast.ops.mlp import _gelu_mlp
 from ops.test_mlp import mlp_inputs, torch_mlp
@@ -389,7 +390,7 @@ def run(code: str, **environment: str) -> str:
 import ctypes, sys
 import torch
 from gpt2fast import backend, ops
-from gpt2fast.library import Library
+from gpt2fast.kernels.library import Library
 from gpt2fast.ops.cuda import cublaslt, simulated
 from pathlib import Path
 library = Library(Path({str(simulated_library().path)!r}), "")

@@ -17,8 +17,8 @@ from unittest import mock
 
 from bugs import ROOT, planted
 from cpu_bugs import BUGS
-from gpt2fast import compilation
-from gpt2fast.compilation import CPU, FLAGS, compile_library, find_toolchain, source_files
+from gpt2fast.kernels import toolchain as compilation
+from gpt2fast.kernels.toolchain import CPU, FLAGS, compile_library, find_toolchain, source_files
 from gpt2fast.ops.native import loaded, unavailable
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compilation import CUDA
 from ...errors import BackendError
-from ...library import Library, find_library, is_switched_off, notice
+from ...kernels.library import Library, find_library, is_switched_off, notice
+from ...kernels.toolchain import CUDA
 from .. import native
 from ..backend import AVAILABILITY, Implementation
 

@@ -1,0 +1,1 @@
+"""Checkpoints of every spelling: read into a model, and written."""

@@ -1,0 +1,239 @@
+"""How fast GPT-2 runs on this machine, and how much of the memory's speed that is:
+
+python -m gpt2fast.benchmark
+
+Decoding reads every weight once a token, so the memory's speed bounds it. Both are measured in
+turns, for each format of the weights. Without --model the weights are random, which changes no
+speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .. import __version__
+from .._system.output import complain, deliver
+from ..config import PRESETS, GPT2Config
+from ..errors import Error
+from ..inference.decoding import StopCriteria, Timing, decode
+from ..inference.generation import check_length
+from ..inference.packed import PackedGPT2
+from ..inference.sampling import SamplingOptions
+from ..model import GPT2
+from ..ops import native
+from .arguments import OneLineParser, ParagraphFormatter
+from .command import command
+
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+
+_READ_BYTES = 512 << 20
+_READ_PASSES = 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured for one format of the weights; medians over the rounds."""
+
+    weights: str
+    prefill: float
+    """Tokens of the prompts read per second."""
+    decode: float
+    """Tokens written per second."""
+    step_bytes: float
+    """Bytes of weights, keys and values that a decoding step reads."""
+    bandwidth: float | None
+    """Bytes that the memory gives per second; None where it could not be measured."""
+    allowed: float | None
+    """Tokens per second that this bandwidth allows."""
+    share: float | None
+    """decode / allowed, of runs next to each other."""
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    options = _parse(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        return _run(options)
+    except Error as error:
+        complain(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python -m gpt2fast.benchmark",
+        description=__doc__,
+        formatter_class=ParagraphFormatter,
+    )
+    parser.add_argument("--model", help="bundled model, path, or name on the hub")
+    parser.add_argument(
+        "--preset", default="gpt2", choices=PRESETS, metavar="NAME",
+        help=f"shape without --model: {', '.join(PRESETS)} (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, metavar="FORMAT",
+        help=f"{', '.join(WEIGHTS)} (all)",
+    )  # fmt: skip
+    parser.add_argument("--prompt-tokens", type=_count, help="length of each prompt (128)")
+    parser.add_argument("--new-tokens", type=_count, help="tokens to add to each prompt (128)")
+    parser.add_argument("--batch", type=_count, default=1, help="prompts at a time (%(default)s)")
+    parser.add_argument("--rounds", type=_count, default=3, help="runs of each (%(default)s)")
+    parser.add_argument("--threads", type=_count, help="torch's own choice if not given")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    if options.new_tokens == 1:
+        parser.error("--new-tokens is 1, and the first token belongs to the prompt: take 2 or more")
+    return options
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    model = _load(options, "float32")
+    # Of a quantised checkpoint there are no other formats.
+    formats = [model.format] if isinstance(model, PackedGPT2) else options.weights
+    half = model.config.n_positions // 2
+    prompt = options.prompt_tokens or min(128, half)
+    new = options.new_tokens or min(128, half)
+    check_length(model, prompt, new, "a prompt")  # type: ignore[arg-type]
+    del model  # one in memory at a time
+    library = native.loaded()
+    about = {
+        "version": __version__,
+        "kernels": library.isa if library else None,
+        "threads": torch.get_num_threads(),
+        "model": options.model or f"{options.preset} with random weights",
+        "batch": options.batch,
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+    }
+    if not options.json:
+        kernels = f"{library.isa} kernels" if library else "torch's operations"
+        deliver(f"gpt2fast {__version__}, {kernels}, {about['threads']} threads: {about['model']}")
+        deliver(f"{options.batch} x ({prompt} tokens read + {new} written)\n")
+        deliver(f"{'weights':<10}{'decoding':>16}{'memory':>16}{'allows':>18}{'share':>8}  reading")
+    found: list[Speed] = []
+    missing: dict[str, str] = {}
+    for weights in formats:
+        try:
+            found.append(_measure(_converted(options, weights), weights, options, prompt, new))
+        except Error as error:
+            missing[weights] = str(error)
+            if not options.json:
+                deliver(f"{weights:<10}missing: {error}")
+        else:
+            if not options.json:
+                deliver(_row(found[-1]))
+    if options.json:
+        rows = [asdict(speed) for speed in found]
+        deliver(json.dumps({**about, "speeds": rows, "missing": missing}))
+    else:
+        deliver(_summary(found))
+    return 0
+
+
+def _load(options: argparse.Namespace, dtype: str) -> GPT2 | PackedGPT2:
+    if options.model is None:
+        return GPT2(GPT2Config.preset(options.preset), dtype=getattr(torch, dtype)).eval()
+    return GPT2.from_pretrained(options.model, dtype=dtype)
+
+
+def _converted(options: argparse.Namespace, weights: str) -> GPT2 | PackedGPT2:
+    """The model with its weights in this format; fresh, so that two never share the memory."""
+    model = _load(options, "bfloat16" if weights == "bfloat16" else "float32")
+    if isinstance(model, PackedGPT2) or not weights.startswith("int"):
+        return model
+    # How well the weights are rounded is not what is measured: round them the quick way.
+    return model.quantize(weights, method="nearest", release=True)
+
+
+def _measure(
+    model: GPT2 | PackedGPT2, weights: str, options: argparse.Namespace, prompt: int, new: int
+) -> Speed:
+    prompts = torch.randint(model.config.vocab_size, (options.batch, prompt)).tolist()
+    _time(model, prompts, 2)
+    timings, bandwidths = [], []
+    for _ in range(options.rounds):
+        bandwidths.append(read_bandwidth())
+        timings.append(_time(model, prompts, new))
+    decode = [timing.decode_tokens / timing.decode_seconds for timing in timings]
+    step_bytes = timings[0].decode_bytes / (new - 1)
+    known = [speed for speed in bandwidths if speed is not None]
+    allowed = [options.batch * speed / step_bytes for speed in known]
+    shares = [mine / most for mine, most in zip(decode, allowed, strict=False)]
+    return Speed(
+        weights=weights,
+        prefill=statistics.median(t.prefill_tokens / t.prefill_seconds for t in timings),
+        decode=statistics.median(decode),
+        step_bytes=step_bytes,
+        bandwidth=statistics.median(known) if known else None,
+        allowed=statistics.median(allowed) if known else None,
+        share=statistics.median(shares) if known else None,
+    )
+
+
+def _time(model: GPT2 | PackedGPT2, prompts: Sequence[Sequence[int]], new: int) -> Timing:
+    timing = Timing()
+    options, limits = SamplingOptions(max_new_tokens=new), [new] * len(prompts)
+    criteria = StopCriteria([])
+    for _ in decode(model, prompts, limits, options, criteria, timing=timing):  # type: ignore[arg-type]
+        pass
+    return timing
+
+
+def read_bandwidth() -> float | None:
+    """Bytes per second that torch's threads read from memory; None without compiled kernels."""
+    if native.loaded() is None:
+        return None
+    return torch.ops.gpt2fast_native.read_bandwidth(
+        torch.get_num_threads(), _READ_BYTES, _READ_PASSES
+    )
+
+
+def _row(speed: Speed) -> str:
+    memory, allows, share = "unknown", "–", "–"
+    if speed.bandwidth is not None and speed.allowed is not None and speed.share is not None:
+        memory = f"{speed.bandwidth / 1e9:.1f} GB/s"
+        allows = f"{speed.allowed:,.1f} tokens/s"
+        share = f"{100 * speed.share:.0f} %"
+    return (
+        f"{speed.weights:<10}{speed.decode:>7,.1f} tokens/s{memory:>16}{allows:>18}{share:>8}  "
+        f"{speed.prefill:,.0f} tokens/s"
+    )
+
+
+def _summary(speeds: Sequence[Speed]) -> str:
+    known = [speed for speed in speeds if speed.share is not None]
+    if not known:
+        return f"\nthe memory's speed is unknown: {native.unavailable() or 'nothing was measured'}"
+    bandwidth = statistics.median(speed.bandwidth or 0.0 for speed in known)
+    first, *others = (f"{speed.weights} {100 * (speed.share or 0.0):.0f} %" for speed in known)
+    reached = ", ".join([first.replace(" ", " decoding reaches ", 1), *others])
+    line = f"\nyour memory reads {bandwidth / 1e9:.0f} GB/s; {reached} of what that allows"
+    if any((speed.share or 0.0) > 1 for speed in known):
+        line += (
+            " (more than all of it: the memory changed its speed meanwhile, or the model fits the "
+            "processor's caches)"
+        )
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Compare training runs: `python -m gpt2fast.report runs/a runs/b`.
+
+Writes one HTML file with curves and tables, and on request a picture of the curves. Runs that still
+go, and runs that never ended, can be looked at as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .._system.output import complain, say
+from ..errors import ConfigError, Error
+from .arguments import OneLineParser
+from .command import command
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    parser = OneLineParser(prog="python -m gpt2fast.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="of a run, with its log.csv")
+    parser.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
+    parser.add_argument("--png", metavar="FILE.png", help="a picture of the curves as well")
+    parser.add_argument(
+        "--axis",
+        choices=("step", "tokens", "hours"),
+        default="step",
+        help="what the picture's curves are drawn over (default: %(default)s)",
+    )
+    options = parser.parse_args(argv)
+    try:
+        _check_target("--out", options.out, (".html", ".htm"))
+        if options.png is not None:
+            _check_target("--png", options.png, (".png",))
+        _report(options.runs, Path(options.out), options.png, options.axis)
+    except ConfigError as error:
+        complain(f"error: {error}")
+        return 2
+    except Error as error:
+        complain(f"error: {error}")
+        return 1
+    except OSError as error:
+        complain(f"error: the report cannot be written: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _check_target(flag: str, name: str, endings: tuple[str, ...]) -> None:
+    """A slip of the hand must not replace a log or a checkpoint."""
+    path = Path(name)
+    if path.suffix.lower() not in endings:
+        raise ConfigError(f"{flag} is {name!r}; it must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ConfigError(f"{flag} is {name!r}, which is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} is {name!r}, but there is no folder {str(path.parent)!r}")
+
+
+def _report(folders: Sequence[str], out: Path, png: str | None, axis: str) -> None:
+    from .._system.files import atomic_write_text
+    from ..reporting.curves import write_png
+    from ..reporting.page import html
+    from ..reporting.runs import read_runs
+    from ..reporting.table import results
+
+    runs = read_runs(folders)
+    atomic_write_text(out, html(runs))
+    titles, rows = results(runs)
+    for line in _aligned(list(zip(titles, *rows, strict=True))):
+        say(line)
+    say(f"\n{out}")
+    if png is not None:
+        write_png(runs, Path(png), axis)
+        say(png)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

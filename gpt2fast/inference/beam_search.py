@@ -1,0 +1,200 @@
+"""Beam search, step by step as transformers does it, so that both return the same tokens.
+
+Each prompt keeps `num_beams` running beams and the `num_beams` best finished ones. A step extends
+the running beams by every token, takes the best candidates, moves those that end among the first
+`num_beams` to the finished ones, and runs on with the best of the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..ops.sampling import process
+from .decoding import Context, StopCriteria, Timing, check_numbers, evaluating
+from .sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from ..model import GPT2
+
+_NEVER = -1.0e9
+"""Score of what must not be chosen; finite, as in transformers, so that ties fall the same way."""
+
+
+@torch.inference_mode()
+def beam_search(
+    model: GPT2,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    criteria: StopCriteria,
+    *,
+    use_cache: bool = True,
+    vocab_size: int | None = None,
+    timing: Timing | None = None,
+) -> list[list[int]]:
+    """The best continuations of every prompt.
+
+    Args:
+        vocab_size: take only tokens below this id; None allows all.
+        timing: filled in as the search goes on.
+
+    Returns:
+        For each prompt its `num_return_sequences` best continuations, the best one first; each
+        ends with its end token, if it has one.
+    """
+    copies = options.num_return_sequences
+    timing = Timing() if timing is None else timing
+    best: list[list[list[int]]] = [[] for _ in prompts]
+    with evaluating(model):
+        start = time.perf_counter()
+        context = Context(model, prompts, options.max_new_tokens, use_cache=use_cache)
+        logits = context.read()
+        check_numbers(logits)
+        context.expand(options.num_beams)
+        logits = logits.repeat_interleave(options.num_beams, dim=0)
+        search = _Search(len(prompts), options, criteria, model.device)
+        searched = list(range(len(prompts)))
+        while True:
+            scores = process(
+                logits[:, :vocab_size].float().log_softmax(-1),
+                context.history,
+                **options.history_processors(),
+            )
+            origins = search.extend(scores)
+            ended = search.ended()
+            seconds = time.perf_counter() - start
+            if search.length == 1:
+                timing.add_prefill(seconds, prompts)
+            else:
+                timing.add_step(seconds, origins.numel(), context.step_bytes())
+            start = time.perf_counter()
+            for index, prompt in enumerate(searched):
+                if ended[index]:
+                    best[prompt] = search.best(index, copies)
+            live = [index for index, end in enumerate(ended) if not end]
+            if not live:
+                return [continuation for found in best for continuation in found]
+            if len(live) < len(searched):
+                searched = [searched[index] for index in live]
+                kept = torch.tensor(live, device=model.device)
+                search.keep(kept)
+                origins = origins[kept]
+            context.keep(origins.flatten())
+            logits = context.append(search.last_tokens())
+
+
+class _Search:
+    """Running and finished beams of every prompt; all tensors are (prompts, beams, …)."""
+
+    def __init__(
+        self, prompts: int, options: SamplingOptions, criteria: StopCriteria, device: torch.device
+    ):
+        beams = options.num_beams
+        self.options, self.criteria = options, criteria
+        self.length = 0
+        shape = (prompts, beams, options.max_new_tokens)
+        self.running = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.running_scores = torch.zeros(prompts, beams, dtype=torch.float32, device=device)
+        # All beams begin alike: only the first may be extended in the first step.
+        self.running_scores[:, 1:] = _NEVER
+        self.finished = self.running.clone()
+        self.finished_lengths = torch.zeros(prompts, beams, dtype=torch.int64, device=device)
+        self.finished_scores = torch.full_like(self.running_scores, _NEVER)
+        self.is_finished = torch.zeros(prompts, beams, dtype=torch.bool, device=device)
+        # Set by each step: whether a running beam may still get better than a finished one.
+        self.improvable = torch.ones(prompts, dtype=torch.bool, device=device)
+
+    def extend(self, scores: Tensor) -> Tensor:
+        """One step, from the scores (prompts * beams, vocab) of the next tokens.
+
+        Returns:
+            (prompts, beams): which row of `scores` each running beam continues.
+        """
+        prompts, beams = self.running_scores.shape
+        vocab_size = scores.shape[-1]
+        totals = scores.view(prompts, beams, vocab_size) + self.running_scores[..., None]
+        count = min(max(2, 1 + len(self.criteria.eos)) * beams, beams * vocab_size)
+        candidate_scores, flat = totals.view(prompts, -1).topk(count)
+        origin = flat // vocab_size
+        candidates = _take(self.running, origin)
+        candidates[:, :, self.length] = flat % vocab_size
+        self.length += 1
+        ends = self._ends(candidates)
+
+        running_scores = candidate_scores + ends.float() * _NEVER
+        chosen = running_scores.topk(beams).indices
+        self.running = _take(candidates, chosen)
+        self.running_scores = running_scores.gather(1, chosen)
+        self._finish(candidates, candidate_scores, ends)
+        self._look_ahead()
+        row = torch.arange(prompts, device=flat.device)[:, None] * beams
+        return row + origin.gather(1, chosen)
+
+    def ended(self) -> list[bool]:
+        """For each prompt whether its search is over."""
+        if self.length == self.options.max_new_tokens:
+            return [True] * len(self.improvable)
+        over = ~self.improvable
+        if self.options.early_stopping is True:
+            over |= self.is_finished.all(dim=1)
+        return over.tolist()
+
+    def best(self, prompt: int, count: int) -> list[list[int]]:
+        """The prompt's best finished continuations."""
+        lengths = self.finished_lengths[prompt, :count].tolist()
+        tokens = self.finished[prompt, :count].tolist()
+        return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+
+    def keep(self, prompts: Tensor) -> None:
+        """Go on with these prompts only."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[prompts])
+
+    def last_tokens(self) -> Tensor:
+        """(prompts * beams,): the newest token of every running beam."""
+        return self.running[:, :, self.length - 1].flatten()
+
+    def _ends(self, candidates: Tensor) -> Tensor:
+        if self.length == self.options.max_new_tokens:
+            return torch.ones(candidates.shape[:2], dtype=torch.bool, device=candidates.device)
+        ends = [
+            [self.criteria.reason(tokens) is not None for tokens in prompt]
+            for prompt in candidates[:, :, : self.length].tolist()
+        ]
+        return torch.tensor(ends, device=candidates.device)
+
+    def _finish(self, candidates: Tensor, scores: Tensor, ends: Tensor) -> None:
+        """Keep the best of the finished beams and of the candidates that end now."""
+        beams = self.options.num_beams
+        # Candidates past the first `num_beams` are there to run on; ending, they do not count.
+        ends = ends.clone()
+        ends[:, beams:] = False
+        scores = scores / (self.length**self.options.length_penalty)
+        scores = scores + (~ends).float() * _NEVER
+
+        all_scores = torch.cat([self.finished_scores, scores], dim=1)
+        chosen = all_scores.topk(beams).indices
+        lengths = torch.full_like(ends, self.length, dtype=torch.int64)
+        self.finished_scores = all_scores.gather(1, chosen)
+        self.finished = _take(torch.cat([self.finished, candidates], dim=1), chosen)
+        self.finished_lengths = torch.cat([self.finished_lengths, lengths], 1).gather(1, chosen)
+        self.is_finished = torch.cat([self.is_finished, ends], dim=1).gather(1, chosen)
+
+    def _look_ahead(self) -> None:
+        """Note whose running beams can still beat the worst finished one."""
+        options = self.options
+        length = self.length
+        if options.early_stopping == "never" and options.length_penalty > 0:
+            length = options.max_new_tokens
+        attainable = self.running_scores[:, 0] / (length**options.length_penalty)
+        self.improvable = attainable > self.finished_scores.amin(dim=1)
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """(prompts, n, length) -> (prompts, m, length), by an index (prompts, m)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,461 @@
+"""GPT-2 with packed weights: for inference alone, as fast as memory can be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import GPT2Config
+from ..errors import ArgumentError
+from ..lora.adapters import without_adapters
+from ..nn.inputs import (
+    check_cache,
+    check_inputs,
+    check_positions,
+    check_tokens,
+    check_wanted,
+    is_known_full,
+)
+from ..nn.kv_cache import KVCache
+from ..nn.plain import is_unwatched
+from ..ops.packed import Matrix, MatrixFormat, ModelShape, PackedWeights
+
+if TYPE_CHECKING:
+    from ..model import GPT2, GPT2Output
+    from ..quantization import QuantizedWeights
+
+# Tokens that pass through the model at once: more need more memory and gain nothing.
+_BLOCK = 512
+_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PackedGPT2(nn.Module):
+    """A GPT-2 that can only be read: `GPT2.pack` and `GPT2.quantize` make one.
+
+    It has the forward pass, `generate` and `save_pretrained` of `GPT2`, without gradients. Logits
+    are float32 whatever the weights are.
+
+    Args:
+        config: the shape.
+        weights: packed.
+        quantization: how they were quantised, without the matrices; None: they were not.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        weights: PackedWeights,
+        quantization: QuantizedWeights | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.weights = weights
+        self.quantization = quantization
+        self.generation_config: dict[str, Any] = {}
+        """What generation_config.json says, where the model was loaded from one."""
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights.arena.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of logits."""
+        return torch.float32
+
+    @property
+    def format(self) -> str:
+        """The format of most weights: float32, bfloat16, int8 or int4."""
+        return self.weights.formats["h.0.attn.c_attn.weight"].name
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step for one token reads."""
+        return self.weights.weight_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage a parameter, scales and what stays in float32 included."""
+        return 8 * self.weights.arena.numel() / self.config.parameter_count
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedGPT2:
+        """What .to(), .half(), .cuda() and the like do: nothing, or an error."""
+        logits = torch.empty(0, dtype=self.dtype, device=self.device)
+        moved = fn(logits)
+        if moved.dtype != logits.dtype or moved.device != logits.device:
+            raise ArgumentError(
+                f"packed weights stay on {self.device} as {self.format}, with logits in "
+                f"{self.dtype}; convert the GPT2 and pack it again, as in model.bfloat16().pack()"
+            )
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"{self.format}, {self.bits_per_weight:.2f} bits per weight"
+
+    def new_cache(
+        self, batch_size: int, max_length: int | None = None, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for this model.
+
+        Args:
+            batch_size: rows.
+            max_length: entries a row; None means `n_positions`.
+            dtype: of keys and values: float32, bfloat16 or int8. None means that of float weights,
+                and int8 beside quantised ones.
+        """
+        config = self.config
+        if dtype is None:
+            dtype = _CACHE_DTYPES.get(self.format, torch.int8)
+            if dtype == torch.bfloat16 and config.head_dim % 2:
+                dtype = torch.float32  # the kernels read bfloat16 in pairs
+        return KVCache(
+            config.n_layer,
+            batch_size,
+            config.n_positions if max_length is None else max_length,
+            config.n_head,
+            config.head_dim,
+            dtype,
+            self.device,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
+    ) -> GPT2Output:
+        """Logits and, with labels or targets, the loss: arguments as in `GPT2.forward`.
+
+        Nothing has a gradient. Logits at masked positions are zero.
+        """
+        from ..model import GPT2Output
+
+        if labels is not None and targets is not None:
+            raise ArgumentError(
+                "give labels (shifted inside) or targets (already shifted), not both"
+            )
+        for name, wanted in (("labels", labels), ("targets", targets)):
+            if wanted is not None:
+                check_wanted(self.config, name, wanted, input_ids)
+        check_inputs(self.config, input_ids, attention_mask)
+        input_ids = input_ids.long()
+        batch, time = input_ids.shape
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if targets is not None:
+            kept = torch.arange(time, device="cpu")
+        elif isinstance(logits_to_keep, Tensor):
+            kept = torch.arange(time, device="cpu")[logits_to_keep]
+        else:
+            kept = torch.arange(time, device="cpu")[-logits_to_keep if logits_to_keep else 0 :]
+        mask = None if attention_mask is None else attention_mask.bool()
+        if mask is not None and is_known_full(mask):
+            mask = None
+        fresh = cache is None
+        if cache is None:
+            cache = self.new_cache(batch, time, torch.float32)
+        check_cache(self.config, cache, batch)
+        steps = torch.arange(time, device="cpu")
+        positions = steps if fresh else cache.positions[:, None] + steps
+        if position_ids is not None:
+            positions = position_ids
+        check_positions(self.config, positions)
+        positions = positions.expand(batch, time)
+        counts = None if mask is None else mask.sum(1)
+        cache.reserve(time, counts)
+        real = torch.ones(batch, time, dtype=torch.bool, device="cpu") if mask is None else mask
+        # Where each kept position's token stands among the real ones.
+        order = real.flatten().cumsum(0).view(batch, time)[:, kept] - 1
+        shown = real[:, kept]
+        found = self._run(
+            input_ids[real],
+            positions[real],
+            real.sum(1).tolist(),
+            cache,
+            order[shown],
+        )
+        logits = found.new_zeros(batch, len(kept), self.config.vocab_size)
+        logits[shown] = found
+        cache.advance(time, counts, positions[:, -1] + 1)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return GPT2Output.computed(loss, logits)
+
+    @torch.no_grad()
+    def read(
+        self, tokens: Tensor, counts: Sequence[int], offsets: Sequence[int], cache: KVCache | None
+    ) -> Tensor:
+        """Logits (B, V) after the newest tokens of each row.
+
+        Args:
+            tokens: (B, T) int64; row b's newest counts[b] columns are read.
+            counts: tokens of each row, at least 1.
+            offsets: position of each row's first token.
+            cache: with B rows, which keeps what was read; None keeps nothing.
+        """
+        config = self.config
+        longest = max(counts)
+        if cache is None:
+            cache = self.new_cache(len(tokens), longest)
+        check_cache(config, cache, len(tokens))
+        flat = torch.cat([row[len(row) - n :] for row, n in zip(tokens, counts, strict=True)])
+        check_tokens(config, flat)
+        positions = torch.cat(
+            [torch.arange(at, at + n, device="cpu") for at, n in zip(offsets, counts, strict=True)]
+        )
+        check_positions(config, positions[:, None])
+        each = None if min(counts) == longest else torch.tensor(counts, device="cpu")
+        cache.reserve(longest, each)
+        ends = torch.tensor(counts, device="cpu").cumsum(0)
+        logits = self._run(flat, positions, counts, cache, ends - 1)
+        cache.advance(longest, each, positions[ends - 1] + 1)
+        return logits
+
+    @torch.no_grad()
+    def decode_step(
+        self, tokens: Tensor, cache: KVCache, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Append one token to each row of a cache and return the logits of the next.
+
+        Args:
+            tokens: (B,) int64.
+            cache: with B rows.
+            position_ids: (B,) int64; defaults to what follows the tokens seen.
+
+        Returns:
+            (B, vocab) float32 logits.
+        """
+        positions = cache.positions if position_ids is None else position_ids
+        check_tokens(self.config, tokens)
+        check_positions(self.config, positions[:, None])
+        check_cache(self.config, cache, len(tokens))
+        cache.reserve(1)
+        numbers = torch.arange(len(tokens) + 1, device="cpu")
+        logits = ops.packed_step(
+            self.weights,
+            cache.k,
+            cache.v,
+            tokens.long(),
+            positions,
+            numbers,
+            numbers[:-1],
+            cache.lengths,
+            numbers[:-1],
+            k_scales=cache.k_scales,
+            v_scales=cache.v_scales,
+        )
+        cache.advance(1, None, positions + 1)
+        return logits
+
+    @torch.no_grad()
+    def next_tokens(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        history: Tensor,
+        uniform: Tensor | None = None,
+        **choice: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token to each row of a cache and choose the next ones.
+
+        Args:
+            tokens: (B,) int64.
+            cache: with B rows.
+            history, uniform, choice: arguments of `ops.packed_next`.
+
+        Returns:
+            (B, vocab) float32 logits and (B,) int64 tokens.
+        """
+        check_cache(self.config, cache, len(tokens))
+        cache.reserve(1)
+        positions = cache.positions
+        try:
+            logits, chosen = ops.packed_next(
+                self.weights,
+                cache.k,
+                cache.v,
+                tokens.long(),
+                positions,
+                cache.lengths,
+                history,
+                uniform,
+                k_scales=cache.k_scales,
+                v_scales=cache.v_scales,
+                **choice,
+            )
+        except ArgumentError:
+            # The kernel looks at every number anyway; these say what to do.
+            check_tokens(self.config, tokens)
+            check_positions(self.config, positions[:, None])
+            raise
+        cache.advance(1, None, positions + 1)
+        return logits, chosen
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue each row; see `gpt2fast.inference.generation.generate` for the options."""
+        from .generation import generate
+
+        return generate(self, input_ids, attention_mask, **options)  # type: ignore[arg-type]
+
+    def resize_token_embeddings(self, *arguments: Any, **options: Any) -> None:
+        """Refuse what `GPT2.resize_token_embeddings` does.
+
+        Args:
+            arguments, options: of that.
+
+        Raises:
+            ArgumentError: always; packed weights can only be read.
+        """
+        raise ArgumentError(
+            f"the vocabulary of packed weights ({self.format}) cannot be resized: resize the GPT2 "
+            "that they were made of, and pack or quantize it again"
+        )
+
+    def for_decoding(self) -> PackedGPT2:
+        """The form of this model that decodes fastest: this one.
+
+        Raises:
+            ArgumentError: a hook is on it, which steps of decoding would go past.
+        """
+        if not is_unwatched(self, PackedGPT2):
+            raise ArgumentError(
+                "a hook or another forward is on this PackedGPT2, whose steps of decoding call no "
+                "module: put it on the GPT2 that was packed, and generate with that"
+            )
+        return self
+
+    def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Write a directory that `GPT2.from_pretrained` loads; see `weights.save_packed`."""
+        from ..checkpoints.gpt2 import save_packed
+
+        save_packed(self, directory, tokenizer)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
+        cache: KVCache,
+        outputs: Tensor,
+    ) -> Tensor:
+        """Logits (P, V) after tokens[outputs]; row b reads counts[b] tokens."""
+        found = []
+        outputs, order = outputs.sort()
+        for pieces in _blocks(counts):
+            rows = torch.tensor([row for row, _, _, _ in pieces], device="cpu")
+            sizes = torch.tensor([end - begin for _, begin, end, _ in pieces], device="cpu")
+            first = pieces[0][3]
+            last = first + int(sizes.sum())
+            done = torch.tensor([begin for _, begin, _, _ in pieces], device="cpu")
+            wanted = outputs[(outputs >= first) & (outputs < last)] - first
+            logits = ops.packed_step(
+                self.weights,
+                cache.k,
+                cache.v,
+                tokens[first:last],
+                positions[first:last],
+                F.pad(sizes.cumsum(0), (1, 0)),
+                rows,
+                cache.lengths[rows] + done,
+                wanted,
+                k_scales=cache.k_scales,
+                v_scales=cache.v_scales,
+            )
+            found.append(logits)
+        if not found:  # every token is masked
+            return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device="cpu")
+        return torch.cat(found)[order.argsort()]
+
+
+def _blocks(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Rows' tokens in blocks of at most `_BLOCK`: (row, begin, end, place of begin among all)."""
+    block: list[tuple[int, int, int, int]] = []
+    place = size = 0
+    for row, count in enumerate(counts):
+        begin = 0
+        while begin < count:
+            end = min(count, begin + _BLOCK - size)
+            block.append((row, begin, end, place))
+            size += end - begin
+            place += end - begin
+            begin = end
+            if size == _BLOCK:
+                yield block
+                block, size = [], 0
+    if block:
+        yield block
+
+
+def model_shape(config: GPT2Config) -> ModelShape:
+    """What packed weights say about a model of this shape."""
+    return ModelShape(
+        config.n_head,
+        config.n_embd,
+        config.inner_width,
+        config.vocab_size,
+        config.n_positions,
+        config.activation,
+        config.layer_norm_epsilon,
+        tuple(config.attention_scale(layer) for layer in range(config.n_layer)),
+        config.tie_word_embeddings,
+    )
+
+
+def pack(
+    model: GPT2,
+    quantized: QuantizedWeights | None = None,
+    *,
+    release: bool = False,
+) -> PackedGPT2:
+    """Pack a model's weights.
+
+    Args:
+        model: on the CPU; adapters are merged.
+        quantized: matrices that take the place of the model's.
+        release: free each parameter of `model` as soon as it is packed; the model can only be
+            thrown away afterwards.
+    """
+    matrices = quantized.matrices if quantized is not None else {}
+    shape = model_shape(model.config)
+    merged = without_adapters(model)
+    if release and merged is not model:
+        for parameter in model.parameters():  # what `merged` shares stays with it
+            parameter.data = parameter.data.new_empty(0)
+    parameters = dict(merged.named_parameters())
+    formats = {
+        name: MatrixFormat.of(matrices.get(name, parameters[name])) for name in shape.matrices()
+    }
+    weights = PackedWeights(shape, formats)
+    for name, parameter in parameters.items():
+        value: Matrix = matrices.get(name, parameter.detach())
+        if name in ("wte.weight", "lm_head.weight") and isinstance(value, Tensor):
+            value = value.t()
+        weights.put(name, value)
+        if release:
+            parameter.data = parameter.data.new_empty(0)
+    packed = PackedGPT2(
+        model.config, weights, None if quantized is None else replace(quantized, matrices={})
+    )
+    packed.generation_config = dict(model.generation_config)
+    return packed

@@ -1,0 +1,59 @@
+"""What a model says of tokens that are there already: teacher forcing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .decoding import check_numbers, evaluating
+from .scores import Scores, score
+
+if TYPE_CHECKING:
+    from ..model import GPT2
+
+# Of logits held at once, unless a single row has more.
+_MOST_BYTES = 1 << 28
+
+
+def score_sequences(
+    model: GPT2, sequences: Sequence[Sequence[int]], alternatives: int, first: Sequence[int]
+) -> Iterator[Scores]:
+    """What a model says of each sequence's tokens from `first` on, each after all before it.
+
+    Args:
+        sequences: token ids, at most `n_positions` + 1 each; they may differ in length.
+        alternatives: as of `score`.
+        first: for each sequence the place of the first token to score, at least 1.
+    """
+    with torch.inference_mode(), evaluating(model):
+        for rows in _batches(sequences, model.config.vocab_size):
+            longest = max(len(sequences[row]) for row in rows) - 1
+            begin = min(first[row] for row in rows) - 1
+            if longest == begin:  # there is nothing to score
+                yield from (Scores() for _ in rows)
+                continue
+            # What is right of a token does not reach it: padding there needs no mask.
+            ids = [[*sequences[row][:-1]] for row in rows]
+            padded = [read + [0] * (longest - len(read)) for read in ids]
+            read = torch.tensor(padded, device=model.device)
+            logits = model(read, logits_to_keep=longest - begin).logits
+            for row, found in zip(rows, logits, strict=True):
+                kept = found[first[row] - 1 - begin : len(sequences[row]) - 1 - begin]
+                check_numbers(kept)
+                yield score(kept, sequences[row][first[row] :], alternatives)
+
+
+def _batches(sequences: Sequence[Sequence[int]], vocab_size: int) -> Iterator[list[int]]:
+    """Sequences that are read together, by number."""
+    rows: list[int] = []
+    longest = 0
+    for number, sequence in enumerate(sequences):
+        longest = max(longest, len(sequence))
+        if rows and (len(rows) + 1) * longest * vocab_size * 4 > _MOST_BYTES:
+            yield rows
+            rows, longest = [], len(sequence)
+        rows.append(number)
+    if rows:
+        yield rows

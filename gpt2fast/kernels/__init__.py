@@ -1,0 +1,1 @@
+"""The compiled kernels: finding them, or building them."""

@@ -1,0 +1,174 @@
+"""Named tensors in a folder, each process writing its part (torch.distributed.checkpoint).
+
+Its index is a pickle. It is read without making objects first, and then with the few classes
+allowed that describe tensors; what is not the description of tensors is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..._system.files import open_file, read_file
+from ...checkpoints.unpickling import Objection, record, unpickle
+from ...errors import ConfigError, WeightsError, shown
+
+if TYPE_CHECKING:
+    from ..distributed import Group
+
+_ALLOWED = {
+    "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "device"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+
+
+_FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
+_LARGEST_INDEX = 64 << 20
+
+
+def _known() -> dict[str, Any]:
+    """The classes allowed, as records that the first reading of an index makes in their place."""
+    known: dict[str, Any] = {}
+    for module, names in _ALLOWED.items():
+        for name in names:
+            dtype = getattr(torch, name, None) if module == "torch" else None
+            known[f"{module} {name}"] = dtype if isinstance(dtype, torch.dtype) else record(name)
+    return known
+
+
+def _checked_index(folder: Path) -> bytes:
+    """The pickled index, once it is known to make nothing but small descriptions of tensors."""
+    content = read_file(folder / ".metadata", _LARGEST_INDEX)
+    index = unpickle(io.BytesIO(content), _known())
+    entries = index.state["storage_data"]
+    for entry in entries.values():
+        name = entry.state["relative_path"]
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise Objection(f"names the file {shown(name)}, which is none of a checkpoint's")
+    for name in {entry.state["relative_path"] for entry in entries.values()}:
+        open_file(folder / name).close()  # nothing that would be waited for
+    return content
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return super().find_class(module, name)
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None:
+    """Write `tensors` of all processes as `folder`. Raises OSError where the disk refuses."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        with group.reaching(), _no_advice():
+            dcp.save(tensors, checkpoint_id=folder, no_dist=group.size == 1)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{folder}: {_reason(error)}") from error
+    except RuntimeError as error:  # what torch makes of a disk that is full
+        raise OSError(f"{folder}: {_first_line(error)}") from error
+
+
+def load_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None:
+    """Read the named tensors in place, each process what it holds.
+
+    Raises:
+        ConfigError: one is missing or has another shape.
+        WeightsError: the folder is damaged.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader = _reader(folder)
+    found = _index(reader, folder)
+    for name, tensor in tensors.items():
+        saved = found.get(name)
+        if saved is None or saved.size != tensor.shape:
+            there = "nothing" if saved is None else f"shape {tuple(saved.size)}"
+            raise ConfigError(
+                f"optimizer state {name} in {folder}: expected shape {tuple(tensor.shape)}, found "
+                f"{there}; the checkpoint belongs to another model or optimizer"
+            )
+    try:
+        with group.reaching(), _no_advice():
+            dcp.load(tensors, storage_reader=reader, no_dist=group.size == 1)
+    except (dcp.CheckpointException, RuntimeError, OSError, EOFError, AssertionError) as error:
+        raise _damaged(folder, _reason(error)) from None
+
+
+def _reader(folder: Path) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class Reader(FileSystemReader):
+        """Reads the index with the classes allowed."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            index = _IndexUnpickler(io.BytesIO(_checked_index(folder))).load()
+            index.storage_meta = StorageMeta(load_id=self.load_id)
+            return index
+
+    return Reader(folder)
+
+
+def _index(reader: Any, folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    try:
+        found = reader.read_metadata().state_dict_metadata
+        strangers = [n for n, m in found.items() if not isinstance(m, TensorStorageMetadata)]
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+            ImportError, pickle.UnpicklingError) as error:  # fmt: skip
+        raise _damaged(folder, _first_line(error)) from None
+    if strangers:
+        raise _damaged(folder, f"{strangers[0]} is not a tensor")
+    return found
+
+
+def _damaged(folder: Path, reason: str) -> WeightsError:
+    return WeightsError(
+        f"{folder} cannot be read: {reason}. It is damaged, cut short or not the state of an "
+        "optimizer; name an older checkpoint: --resume PATH"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The first process's own error, out of what torch wraps it in."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        inner = next(iter(failures.values()))
+        return _first_line(inner[0] if isinstance(inner, tuple) else inner)
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Torch says that one process is one process, and how it could be told the device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,58 @@
+"""Samples of text on the way, which leave a run as it would be without them."""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import ConfigError, TokenizerError
+from ...inference.generator import Generator
+from ...model import GPT2
+from ...tokenizer import Tokenizer
+
+
+def prompt_for(tokenizer: Tokenizer | None, asked: str | None) -> str:
+    """What samples continue: the setting sample_prompt, or the beginning of a text.
+
+    Raises:
+        ConfigError: there is no tokenizer, or it cannot read the prompt.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "sample_interval is set, but the data have no tokenizer that could write text; "
+            "set sample_interval to null, or prepare the data with python -m gpt2fast.prepare"
+        )
+    if asked is not None:
+        try:
+            tokenizer.encode(asked)
+        except TokenizerError as error:
+            raise ConfigError(f"sample_prompt is {asked!r:.80}: {error}") from error
+        return asked
+    if tokenizer.eos_token_id is not None:
+        return ""  # the generator begins with that token
+    try:
+        tokenizer.encode("\n")
+    except TokenizerError:
+        return tokenizer.decode([0])
+    return "\n"
+
+
+def sample_text(model: GPT2, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
+    """The model's continuation of `prompt`, drawn as `gpt2fast.generate` does by default.
+
+    The global random states, every module's mode and the weights are afterwards as before, and no
+    packed copy of the weights stays. A text that outgrows the model goes on with its newest half.
+
+    Args:
+        tokens: most tokens to write.
+        seed: what the draws depend on, together with the weights.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    packed = model._packed
+    try:
+        with torch.random.fork_rng(devices):
+            generator = Generator(model, tokenizer, window="slide", notify=lambda _: None)
+            drawn = generator(prompt, max_new_tokens=tokens, seed=seed)
+    finally:
+        model._packed = packed
+    assert not isinstance(drawn, list)
+    return drawn.text
