@@ -1,6 +1,7 @@
 # Shortcuts for development; README.md says how to install and test without make.
 PYTHON ?= python3
 BIN := .venv/bin
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,11 +15,13 @@ setup: .venv/ready  ## an environment to develop in
 check: .venv/ready  ## lint and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 format: .venv/ready  ## rewrite the source in the house's format
 	$(BIN)/ruff check --select I --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 test: .venv/ready  ## the test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadfile tests

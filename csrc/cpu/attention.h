@@ -46,9 +46,8 @@ void pack_entry(const T* x, int size, uint32_t* words) {
         std::memcpy(words, x, size_t(size) * sizeof(T));
     } else {
         float* floats = reinterpret_cast<float*>(words);
-        for_columns(size, [&](int64_t j, auto step, auto) {
-            store(load(x + j, step), floats + j, step);
-        });
+        for_columns(
+            size, [&](int64_t j, auto step, auto) { store(load(x + j, step), floats + j, step); });
     }
 }
 
@@ -287,8 +286,8 @@ void write_queries(const float* sums, const float* inverse, int queries, int hea
             const int n = std::min(width, head_dim - d);
             Vec rows[width];
             for (int c = 0; c < width; ++c) {
-                rows[c] = c < n ? Vec::load(sums + (d + c) * panel_columns + begin) * factor
-                                : Vec(0.0f);
+                rows[c] =
+                    c < n ? Vec::load(sums + (d + c) * panel_columns + begin) * factor : Vec(0.0f);
             }
             transpose(rows);
             for (int r = 0; r < std::min(width, queries - begin); ++r) {

@@ -103,9 +103,9 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
                 normaliser[i] = forward.lse[item * time + first + i];
                 Sum sum;
                 for_columns(size, [&](int64_t d, auto step, auto chain) {
-                    sum.v[chain] = fma(load(grad_block.data + i * grad.stride + d, step),
-                                       load(out.data + (first + i) * out.stride + d, step),
-                                       sum.v[chain]);
+                    sum.v[chain] =
+                        fma(load(grad_block.data + i * grad.stride + d, step),
+                            load(out.data + (first + i) * out.stride + d, step), sum.v[chain]);
                 });
                 inner[i] = sum.total();
             }

@@ -30,8 +30,8 @@ struct CachedHeads {
 };
 
 // One query, in the type in which its products with keys are computed: float32 beside float32
-// entries, bfloat16 beside bfloat16, int8 with one scale beside int8. Heads whose size does not fill
-// whole vectors of words are computed in float32 whatever the entries are.
+// entries, bfloat16 beside bfloat16, int8 with one scale beside int8. Heads whose size does not
+// fill whole vectors of words are computed in float32 whatever the entries are.
 template <typename T>
 struct Query {
     static constexpr int word_inputs = 4 / sizeof(T);

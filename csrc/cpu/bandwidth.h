@@ -102,9 +102,9 @@ inline std::vector<double> read_bandwidth(int threads, size_t bytes, int repeats
     std::free(memory);
 
     for (std::vector<double>& way : speeds) std::sort(way.begin(), way.end());
-    return *std::max_element(
-        speeds.begin(), speeds.end(),
-        [&](const auto& a, const auto& b) { return a[repeats / 2] < b[repeats / 2]; });
+    return *std::max_element(speeds.begin(), speeds.end(), [&](const auto& a, const auto& b) {
+        return a[repeats / 2] < b[repeats / 2];
+    });
 }
 
 }  // namespace gpt2fast

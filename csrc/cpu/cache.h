@@ -25,8 +25,8 @@ void append_entries(const AppendToCache& args, int64_t begin, int64_t end) {
         const int64_t row = item / args.time, t = item % args.time;
         if (args.counts != nullptr && t >= args.counts[row]) continue;
         const int64_t entry = args.lengths[row] + t;
-        const From* from = static_cast<const From*>(args.from.data) + row * args.from.batch +
-                           t * args.from.time;
+        const From* from =
+            static_cast<const From*>(args.from.data) + row * args.from.batch + t * args.from.time;
         To* to = static_cast<To*>(args.cache) + row * args.row_stride + entry * args.entry_stride;
         if (args.from.head == args.head_dim && args.head_stride == args.head_dim) {
             convert(from, args.heads * args.head_dim, to);
@@ -42,7 +42,7 @@ inline void append_to_cache(const AppendToCache& args, int64_t begin, int64_t en
     const bool narrow = args.dtype == DType::bfloat16, stored = args.cache_dtype == DType::bfloat16;
     if (narrow) {
         (stored ? append_entries<bfloat16, bfloat16> : append_entries<bfloat16, float>)(args, begin,
-                                                                                       end);
+                                                                                        end);
     } else {
         (stored ? append_entries<float, bfloat16> : append_entries<float, float>)(args, begin, end);
     }

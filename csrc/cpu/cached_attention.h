@@ -75,8 +75,8 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
 inline void cached_attention(const CachedAttention& args, int64_t begin, int64_t end) {
     const bool narrow = args.dtype == DType::bfloat16, stored = args.cache_dtype == DType::bfloat16;
     if (narrow) {
-        (stored ? attend_to_cache<bfloat16, bfloat16> : attend_to_cache<float, bfloat16>)(
-            args, begin, end);
+        (stored ? attend_to_cache<bfloat16, bfloat16>
+                : attend_to_cache<float, bfloat16>)(args, begin, end);
     } else {
         (stored ? attend_to_cache<bfloat16, float> : attend_to_cache<float, float>)(args, begin,
                                                                                     end);

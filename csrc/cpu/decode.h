@@ -69,10 +69,7 @@ constexpr int64_t resident_rows = 384 * 1024;
 class Step {
 public:
     Step(const StepArgs& args, Member& member)
-        : args_(args),
-          model_(*args.model),
-          member_(member),
-          width_(model_.width),
+        : args_(args), model_(*args.model), member_(member), width_(model_.width),
           shared_packing_(args.tokens > few_tokens || member.threads() == 1),
           parts_(parts(args, member.threads())) {
         uint8_t* next = args.workspace;
@@ -114,8 +111,8 @@ public:
             });
         }
         if (args_.outputs == 0) return;
-        pack_normalised(model_.projection, model_.ln_f_weight, model_.ln_f_bias, args_.output_tokens,
-                        args_.outputs);
+        pack_normalised(model_.projection, model_.ln_f_weight, model_.ln_f_bias,
+                        args_.output_tokens, args_.outputs);
         multiply_rows(model_.projection, args_.outputs, [&](int64_t row, int64_t column, Vec sum) {
             store(args_.logits + row * model_.vocab, model_.projection, column, sum);
         });
@@ -123,8 +120,7 @@ public:
 
     static int64_t workspace(const StepArgs& args, int threads) {
         const PackedModel& model = *args.model;
-        const int64_t activations =
-            args.tokens * (5 * model.width + model.inner_width) + 4 * 16;
+        const int64_t activations = args.tokens * (5 * model.width + model.inner_width) + 4 * 16;
         return 4 * activations + packed_size(args) * threads + 64 +
                4 * scratch_size(args) * threads + 64 + wide_size(args) + 64 +
                4 * partial_size(args, threads) + 64;
@@ -274,9 +270,10 @@ private:
             const int64_t last = std::min(first + block, tiles.count);
             for (int64_t tile = first; tile < last; ++tile) {
                 const int size = tiles.size(tile);
-                multiply_for(w.format, size)(
-                    data + panel * w.panel_size, x.tile(tiles, tile), x, sums,
-                    ahead_of(data + panel * w.panel_size, w.panel_size, tile - first, last - first));
+                multiply_for(w.format, size)(data + panel * w.panel_size, x.tile(tiles, tile), x,
+                                             sums,
+                                             ahead_of(data + panel * w.panel_size, w.panel_size,
+                                                      tile - first, last - first));
                 for (int r = 0; r < size; ++r) {
                     for (int c = 0; c < panel_columns; c += Vec::width) {
                         const int64_t column = panel * panel_columns + c;
@@ -322,14 +319,16 @@ private:
     }
 
     static float* scales(const CacheView& cache, int64_t layer, int64_t row, int64_t head) {
-        return cache.scales + layer * cache.scale_layer_stride + row * cache.scale_row_stride + head;
+        return cache.scales + layer * cache.scale_layer_stride + row * cache.scale_row_stride +
+               head;
     }
 
     // Rounds x to int8, the largest element to 127; returns the factor.
     static float narrow(const float* x, int64_t size, int8_t* to) {
         const int64_t whole = size / Vec::width * Vec::width;
         Vec largest(0.0f);
-        for (int64_t i = 0; i < whole; i += Vec::width) largest = max(largest, abs(Vec::load(x + i)));
+        for (int64_t i = 0; i < whole; i += Vec::width)
+            largest = max(largest, abs(Vec::load(x + i)));
         float most = reduce_max(largest);
         for (int64_t i = whole; i < size; ++i) most = std::max(most, std::fabs(x[i]));
         const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
@@ -351,8 +350,9 @@ private:
         for (int64_t token = begin; token < end; ++token, to += cache.entry_stride) {
             const float* x = from + token * 3 * width_ + head * dim;
             if constexpr (std::is_same_v<T, int8_t>) {
-                scales(cache, layer, row, head)[(length + token - begin) *
-                                                cache.scale_entry_stride] = narrow(x, dim, to);
+                scales(cache, layer, row,
+                       head)[(length + token - begin) * cache.scale_entry_stride] =
+                    narrow(x, dim, to);
             } else {
                 for (int64_t d = 0; d < dim; ++d) gpt2fast::assign(to[d], x[d]);
             }
@@ -407,8 +407,8 @@ private:
             }
             attend_heads<T>(qkv_ + sequence * 3 * width_, heads, count,
                             from(heads_of<T>(args_.k_cache, layer, sequence, 0), begin),
-                            from(heads_of<T>(args_.v_cache, layer, sequence, 0), begin), dim,
-                            scale, scratch_, out, sums);
+                            from(heads_of<T>(args_.v_cache, layer, sequence, 0), begin), dim, scale,
+                            scratch_, out, sums);
         });
     }
 
@@ -447,8 +447,8 @@ private:
             // The last blocks see most: they come first, the short ones even out the end.
             block = blocks_of(sequence) - 1 - block;
             const int64_t start = args_.starts[sequence] + block * panel_columns;
-            const int queries = int(
-                std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
+            const int queries =
+                int(std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
             const int64_t first = args_.lengths[sequence] + block * panel_columns;
             const CachedHeads<T> k = heads_of<T>(args_.k_cache, layer, sequence, head);
             const CachedHeads<T> v = heads_of<T>(args_.v_cache, layer, sequence, head);

@@ -23,6 +23,7 @@ namespace gpt2fast {
 
 extern const Kernels GPT2FAST_TABLE(GPT2FAST_ISA);
 const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {
+    // clang-format off
     GPT2FAST_NAME(GPT2FAST_ISA),
     GPT2FAST_ISA::bias_gelu,
     GPT2FAST_ISA::bias_gelu_backward,
@@ -46,6 +47,7 @@ const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {
     GPT2FAST_ISA::sample_workspace,
     GPT2FAST_ISA::step,
     GPT2FAST_ISA::step_workspace,
+    // clang-format on
 };
 
 }  // namespace gpt2fast

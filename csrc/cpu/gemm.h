@@ -44,9 +44,7 @@ struct PackedRows {
 
     int64_t words() const { return padded_inputs / inputs_per_word(format); }
     // Bytes of one row.
-    int64_t row_size() const {
-        return 4 * words() + (group ? 8 * (padded_inputs / group) : 0);
-    }
+    int64_t row_size() const { return 4 * words() + (group ? 8 * (padded_inputs / group) : 0); }
     static int64_t size(const PackedMatrix& w, int64_t rows) {
         return rows * PackedRows{nullptr, w.format, w.padded_inputs, w.group}.row_size();
     }
@@ -100,7 +98,8 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
         const int64_t begin = g * to.group, end = std::min(begin + to.group, inputs);
         Vec largest(0.0f);
         int64_t k = begin;
-        for (; k + Vec::width <= end; k += Vec::width) largest = max(largest, abs(Vec::load(x + k)));
+        for (; k + Vec::width <= end; k += Vec::width)
+            largest = max(largest, abs(Vec::load(x + k)));
         if (k < end) largest = max(largest, abs(Vec::load(x + k, int(end - k))));
         const float most = reduce_max(largest);
         const Vec inverse(most > 0.0f ? 127.0f / most : 0.0f);

@@ -171,9 +171,9 @@ struct AdamW {
     const AdamWPiece* pieces;
     float beta1, beta2;
     float rest1, rest2;  // 1 - beta
-    float kept;       // 1 - lr * weight_decay
-    float rate;       // lr / (1 - beta1^step)
-    float unbiasing;  // 1 / sqrt(1 - beta2^step)
+    float kept;          // 1 - lr * weight_decay
+    float rate;          // lr / (1 - beta1^step)
+    float unbiasing;     // 1 / sqrt(1 - beta2^step)
     float eps;
 };
 

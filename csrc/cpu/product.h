@@ -73,8 +73,8 @@ void pack_lines(const T* from, int64_t line_stride, int64_t inputs, Format forma
             }
             for (int l = 0; l < width; ++l) {
                 const T* line = from + (first + l) * line_stride + k * per_word;
-                block[l] = first + l < lines ? line_words(line, format, inputs - k * per_word)
-                                             : Vec(0.0f);
+                block[l] =
+                    first + l < lines ? line_words(line, format, inputs - k * per_word) : Vec(0.0f);
             }
             transpose(block);
             const int64_t there = std::min<int64_t>(width, words - k);

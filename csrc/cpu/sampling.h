@@ -60,9 +60,8 @@ private:
     template <typename T>
     int64_t choose_from() {
         const T* x = static_cast<const T*>(args_.logits) + row_ * args_.logits_stride;
-        const bool reads_history =
-            args_.history_length > 0 &&
-            (args_.repetition_penalty != 1.0f || args_.no_repeat_ngram_size > 0);
+        const bool reads_history = args_.history_length > 0 && (args_.repetition_penalty != 1.0f ||
+                                                                args_.no_repeat_ngram_size > 0);
         if (reads_history) {
             for (int64_t i = 0; i < vocab_ / score_group; ++i) {
                 for (int64_t j = i * score_group; j < (i + 1) * score_group; j += Vec::width) {
@@ -406,9 +405,7 @@ private:
         constexpr float far = 16.0f;  // below the largest score: e^-16 of its weight
         const Boundary edge = boundary_of_all(
             kept.after, std::max(smallest_, largest_ - far), WeightMass{Vec(largest_)},
-            [=](double total) {
-                return [=](double mass) { return float(mass / total) > rest; };
-            });
+            [=](double total) { return [=](double mass) { return float(mass / total) > rest; }; });
         return {std::nextafter(edge.score, std::numeric_limits<float>::infinity()), edge.score,
                 edge.token};
     }

@@ -57,9 +57,7 @@ struct PackedModel {
     const uint8_t* at(int64_t offset) const {
         return reinterpret_cast<const uint8_t*>(this) + offset;
     }
-    const float* floats(int64_t offset) const {
-        return reinterpret_cast<const float*>(at(offset));
-    }
+    const float* floats(int64_t offset) const { return reinterpret_cast<const float*>(at(offset)); }
     const PackedLayer& layer(int64_t index) const {
         return reinterpret_cast<const PackedLayer*>(this + 1)[index];
     }

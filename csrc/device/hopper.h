@@ -135,9 +135,9 @@ __device__ __forceinline__ void wgmma_wait() {
 template <class T, int N>
 struct Wgmma;
 
-#define GPT2FAST_8(i)                                                                   \
-    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
-        "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define GPT2FAST_8(i)                                                                           \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
+        "+f"(c[i + 6]), "+f"(c[i + 7])
 #define GPT2FAST_32(i) GPT2FAST_8(i), GPT2FAST_8(i + 8), GPT2FAST_8(i + 16), GPT2FAST_8(i + 24)
 #define GPT2FAST_WGMMA_64(T, type)                                                            \
     template <>                                                                               \
@@ -157,25 +157,25 @@ struct Wgmma;
                 : "l"(a), "l"(b), "r"(add));                                                  \
         }                                                                                     \
     };
-#define GPT2FAST_WGMMA_128(T, type)                                                            \
-    template <>                                                                                \
-    struct Wgmma<T, 128> {                                                                     \
-        static __device__ __forceinline__ void run(float (&c)[64], uint64_t a, uint64_t b,     \
-                                                   int add) {                                  \
-            asm volatile(                                                                      \
-                "{\n"                                                                          \
-                ".reg .pred p;\n"                                                              \
-                "setp.ne.b32 p, %66, 0;\n"                                                     \
-                "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                   \
-                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "     \
-                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "  \
-                "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
-                "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "  \
-                "%61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n"                                   \
-                "}\n"                                                                          \
-                : GPT2FAST_32(0), GPT2FAST_32(32)                                              \
-                : "l"(a), "l"(b), "r"(add));                                                   \
-        }                                                                                      \
+#define GPT2FAST_WGMMA_128(T, type)                                                           \
+    template <>                                                                               \
+    struct Wgmma<T, 128> {                                                                    \
+        static __device__ __forceinline__ void run(float (&c)[64], uint64_t a, uint64_t b,    \
+                                                   int add) {                                 \
+            asm volatile(                                                                     \
+                "{\n"                                                                         \
+                ".reg .pred p;\n"                                                             \
+                "setp.ne.b32 p, %66, 0;\n"                                                    \
+                "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                  \
+                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "    \
+                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
+                "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+                "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
+                "%61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n"                                  \
+                "}\n"                                                                         \
+                : GPT2FAST_32(0), GPT2FAST_32(32)                                             \
+                : "l"(a), "l"(b), "r"(add));                                                  \
+        }                                                                                     \
     };
 GPT2FAST_WGMMA_64(bf16, "bf16")
 GPT2FAST_WGMMA_64(fp16, "f16")
@@ -187,8 +187,7 @@ GPT2FAST_WGMMA_128(fp16, "f16")
 #undef GPT2FAST_8
 
 template <class T, int N>
-__device__ __forceinline__ void wgmma_m64k16(float (&c)[N / 2], uint64_t a, uint64_t b,
-                                             bool add) {
+__device__ __forceinline__ void wgmma_m64k16(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
     Wgmma<T, N>::run(c, a, b, add);
 }
 

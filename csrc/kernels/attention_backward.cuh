@@ -107,7 +107,9 @@ __global__ void __launch_bounds__(attention_statistics_threads)
 
 // Of a warp's D / 16 fragments of keys, those that stay in registers beside the values.
 template <int D, bool Drops>
-constexpr int held_keys = D == 64 ? 2 - Drops : D == 128 ? 7 - Drops : D / 16;
+constexpr int held_keys = D == 64    ? 2 - Drops
+                          : D == 128 ? 7 - Drops
+                                     : D / 16;
 
 // Bit 4 * m + e: whether the weight that accumulator e of rows m holds is dropped, for scores with
 // the keys down the rows and `query` the thread's first column. The bits that a call draws are of
@@ -126,8 +128,7 @@ __device__ __forceinline__ uint32_t dropped(const Dropout& dropout, uint64_t see
         const uint32_t x = upper ? bits.v[2] : bits.v[0], y = upper ? bits.v[3] : bits.v[1];
         const uint32_t even_keys = (x & 0xffffu) | y << 16, odd_keys = x >> 16 | (y & 0xffff0000u);
         const uint32_t own = odd ? odd_keys : even_keys;
-        const uint32_t other =
-            __shfl_xor_sync(0xffffffffu, odd ? even_keys : odd_keys, 4);
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? even_keys : odd_keys, 4);
         const uint32_t left = odd ? other : own, right = odd ? own : other;
         const uint32_t drops = uint32_t((left & 0xffffu) < dropout.threshold) |
                                uint32_t((right & 0xffffu) < dropout.threshold) << 1 |
@@ -149,8 +150,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
     const uint32_t key_tile = shared_address(shared);
     const uint32_t score_tile = key_tile + Tiles::keys_bytes;
     const uint32_t stages = score_tile + Tiles::scores_bytes;
-    const uint32_t value_tile =
-        Tiles::values_in_stage ? stages + Tiles::stage_bytes : score_tile;
+    const uint32_t value_tile = Tiles::values_in_stage ? stages + Tiles::stage_bytes : score_tile;
     unsigned char* const stages_data = shared + Tiles::keys_bytes + Tiles::scores_bytes;
 
     const AttentionShape& shape = args.shape;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
     }
     uint32_t keys[held_keys<D, Drops>][M][4], values[D / 16][M][4];
     const uint32_t own_rows = uint32_t(warp * M * 16 * Layout::row_bytes) + rows_first<D>();
-    const auto read_own = [&](uint32_t(&fragments)[M][4], uint32_t tile, int d) {
+    const auto read_own = [&](uint32_t (&fragments)[M][4], uint32_t tile, int d) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             ldmatrix_x4(fragments[m], Layout::moved(tile + own_rows, m * 16, 2 * d));
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = Drops ? uint64_t(*dropout.seed) : 0;
     static_assert(!Scores::permuted, "a place in the tile is a constant away");
-    unsigned char* const own_scores = shared + Tiles::keys_bytes +
-                                      Scores::offset(warp * M * 16 + lane / 4, 0) + lane % 4 * 4;
+    unsigned char* const own_scores =
+        shared + Tiles::keys_bytes + Scores::offset(warp * M * 16 + lane / 4, 0) + lane % 4 * 4;
 
     for (int stage = 0; index < tiles; ++index, stage ^= 1) {
         cp_async_wait<0>();
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
 #pragma unroll
                 for (int d = 0; d < D / 16; ++d) {
                     uint32_t fragment[4];
-                    ldmatrix_x4(fragment, Layout::moved(query_tile + chunks_first<D>(),
-                                                        slice * 16, 2 * d));
+                    ldmatrix_x4(fragment,
+                                Layout::moved(query_tile + chunks_first<D>(), slice * 16, 2 * d));
                     if (d < held_keys<D, Drops>) {
                         multiply<T>(p, 0, keys[d], fragment);
                     } else {
@@ -295,8 +295,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
                                 dp[m][n][e] = p[m][n][e] * -delta;
                                 p[m][n][e] = 0.0f;
                             } else {
-                                dp[m][n][e] =
-                                    p[m][n][e] * fmaf(dp[m][n][e], dropout.scale, -delta);
+                                dp[m][n][e] = p[m][n][e] * fmaf(dp[m][n][e], dropout.scale, -delta);
                             }
                         }
                     }
@@ -309,11 +308,11 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
 #pragma unroll
                 for (int d = 0; d < D / 16; ++d) {
                     uint32_t fragment[4];
-                    ldmatrix_x4_trans(fragment, Layout::moved(grad_tile + rows_first<D>(),
-                                                              slice * 16, 2 * d));
+                    ldmatrix_x4_trans(
+                        fragment, Layout::moved(grad_tile + rows_first<D>(), slice * 16, 2 * d));
                     multiply<T>(grad_v, 2 * d, weights, fragment);
-                    ldmatrix_x4_trans(fragment, Layout::moved(query_tile + rows_first<D>(),
-                                                              slice * 16, 2 * d));
+                    ldmatrix_x4_trans(
+                        fragment, Layout::moved(query_tile + rows_first<D>(), slice * 16, 2 * d));
                     multiply<T>(grad_k, 2 * d, grad_scores, fragment);
                 }
             }
@@ -444,8 +443,8 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
     const auto copy_keys = [&](int index, int stage) {
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
         copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, block, shape);
-        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys,
-                                           block, shape);
+        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys, block,
+                                           shape);
     };
 
     const int tiles = (min(first_query + Tiles::queries, shape.time) + Keys - 1) / Keys;
@@ -564,8 +563,8 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
     __syncthreads();
 
     store_rows<T, M, D>(
-        shared + own, grad_q, [&](int, int) { return shape.scale; }, args.grad_q, warp_query,
-        block, shape);
+        shared + own, grad_q, [&](int, int) { return shape.scale; }, args.grad_q, warp_query, block,
+        shape);
 }
 
 }  // namespace gpt2fast::kernels

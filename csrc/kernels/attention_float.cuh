@@ -69,9 +69,8 @@ __device__ __forceinline__ Place place_of_thread() {
 
 // Zeroes past the rows and columns that exist, so that products need no bounds.
 template <int Rows, int D>
-__device__ __forceinline__ void copy_floats(float* tile, const Heads<const float>& heads,
-                                            int first, const BlockPlace& block,
-                                            const AttentionShape& shape) {
+__device__ __forceinline__ void copy_floats(float* tile, const Heads<const float>& heads, int first,
+                                            const BlockPlace& block, const AttentionShape& shape) {
     const float* source = heads.rows(block, first);
     for (int i = threadIdx.x; i < Rows * D; i += float_threads) {
         const int row = i / D, column = i % D;
@@ -128,8 +127,7 @@ __device__ __forceinline__ void multiply_weights(float (&sums)[R][D / 8], const 
         for (int x = 0; x < 4; ++x) {
 #pragma unroll
             for (int j = 0; j < D / 32; ++j) {
-                const auto b =
-                    load_vector<4>(values + (c + x) * pitch + 32 * j + 4 * place.column);
+                const auto b = load_vector<4>(values + (c + x) * pitch + 32 * j + 4 * place.column);
 #pragma unroll
                 for (int i = 0; i < R; ++i) {
 #pragma unroll
@@ -156,10 +154,9 @@ __device__ __forceinline__ void store_weights(float* weights, const float (&valu
 }
 
 template <int D, int R>
-__device__ __forceinline__ void store_sums(const float (&sums)[R][D / 8],
-                                           const Heads<float>& heads, int first,
-                                           const BlockPlace& block, const AttentionShape& shape,
-                                           Place place) {
+__device__ __forceinline__ void store_sums(const float (&sums)[R][D / 8], const Heads<float>& heads,
+                                           int first, const BlockPlace& block,
+                                           const AttentionShape& shape, Place place) {
     float* target = heads.rows(block, first);
 #pragma unroll
     for (int i = 0; i < R; ++i) {
@@ -252,8 +249,7 @@ __global__ void __launch_bounds__(float_threads)
             for (int j = 0; j < 4; ++j) {
                 const float weight = exp2_approx(scores[i][j] - largest);
                 sum[i] += weight;
-                scores[i][j] =
-                    is_dropped(bits, place.column + 8 * j, dropout) ? 0.0f : weight;
+                scores[i][j] = is_dropped(bits, place.column + 8 * j, dropout) ? 0.0f : weight;
             }
         }
         store_weights(weights, scores, place);
@@ -303,8 +299,7 @@ __global__ void __launch_bounds__(float_threads)
     const float scale = shape.scale * log2_e;
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = dropout.threshold == 0 ? 0 : uint64_t(*dropout.seed);
-    const float* statistics =
-        args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
+    const float* statistics = args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
 
     copy_floats<Tiles::rows, D>(queries, args.q, first_query, block, shape);
     copy_floats<Tiles::rows, D>(grads, args.grad, first_query, block, shape);
@@ -387,8 +382,7 @@ __global__ void __launch_bounds__(float_threads)
     const float scale = shape.scale * log2_e;
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = dropout.threshold == 0 ? 0 : uint64_t(*dropout.seed);
-    const float* statistics =
-        args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
+    const float* statistics = args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
     bool hidden[R];
 #pragma unroll
     for (int i = 0; i < R; ++i) {
@@ -424,9 +418,8 @@ __global__ void __launch_bounds__(float_threads)
 #pragma unroll
             for (int i = 0; i < R; ++i) {
                 const int key = first_key + place.row + 8 * i;
-                const float weight = hidden[i] || key > query
-                                         ? 0.0f
-                                         : exp2_approx(fmaf(p[i][j], scale, -both.v[0]));
+                const float weight =
+                    hidden[i] || key > query ? 0.0f : exp2_approx(fmaf(p[i][j], scale, -both.v[0]));
                 const bool drop = is_dropped(bits, key, dropout);
                 const float kept = drop ? 0.0f : dp[i][j] * dropout.scale;
                 dp[i][j] = weight * (kept - both.v[1]);

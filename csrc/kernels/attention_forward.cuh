@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
     const auto copy_keys = [&](int index, int stage) {
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
         copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, block, shape);
-        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys,
-                                           block, shape);
+        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys, block,
+                                           shape);
     };
 
     const int tiles = (min(first_query + Tiles::queries, shape.time) + Keys - 1) / Keys;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
     uint32_t queries[Tiles::queries_in_registers ? D / 16 : 1][M][4];
     const uint32_t own_queries = query_tile + uint32_t(warp * M * 16 * Layout::row_bytes);
     const uint32_t query_rows = own_queries + rows_first<D>();
-    const auto read_queries = [&](uint32_t(&fragments)[M][4], int d) {
+    const auto read_queries = [&](uint32_t (&fragments)[M][4], int d) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             ldmatrix_x4(fragments[m], Layout::moved(query_rows, m * 16, 2 * d));

@@ -88,8 +88,7 @@ struct OnlineSoftmax {
 
     // Natural logarithm of the sum of exponentials; infinity for a query that saw nothing.
     __device__ __forceinline__ float log_sum(int m, int half) const {
-        return sum[m][half] == 0.0f ? INFINITY
-                                    : exponent[m][half] * ln_2 + logf(sum[m][half]);
+        return sum[m][half] == 0.0f ? INFINITY : exponent[m][half] * ln_2 + logf(sum[m][half]);
     }
 
 private:

@@ -71,8 +71,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const Heads<T>& heads, 
     for (int r = 0; r < Rows; r += down) {
 #pragma unroll
         for (int c = 0; c < Layout::chunks; c += across) {
-            const bool valid =
-                row + r < shape.time - first && (chunk + c) * 8 < shape.head_dim;
+            const bool valid = row + r < shape.time - first && (chunk + c) * 8 < shape.head_dim;
             cp_async<16>(to + uint32_t(r * Layout::row_bytes + c * 16),
                          from + r * heads.time_stride + c * 8, valid);
         }
@@ -137,8 +136,8 @@ __device__ __forceinline__ void store_rows(unsigned char* tile,
 #pragma unroll
         for (int c = 0; c < Layout::chunks; c += across) {
             if (row + r < shape.time - first && (chunk + c) * 8 < shape.head_dim) {
-                const uint4 values = *reinterpret_cast<const uint4*>(
-                    tile + Layout::offset(row + r, chunk + c));
+                const uint4 values =
+                    *reinterpret_cast<const uint4*>(tile + Layout::offset(row + r, chunk + c));
                 *reinterpret_cast<uint4*>(to + r * heads.time_stride + c * 8) = values;
             }
         }

@@ -54,8 +54,7 @@ constexpr int reorder_threads = 256;  // at most
 
 // A thread a vector, block row y: keys or values.
 template <typename From, typename To, int Vector>
-__global__ void __launch_bounds__(append_threads)
-    append_to_cache(const NewEntries<From, To> args) {
+__global__ void __launch_bounds__(append_threads) append_to_cache(const NewEntries<From, To> args) {
     unsigned i = blockIdx.x * append_threads + threadIdx.x;
     if (i >= args.pieces) return;
     const unsigned vectors = unsigned(args.head_dim) / Vector;

@@ -3,8 +3,8 @@
 // Each of a row's entries is read once a tile of queries: 2 * head size * (lengths + T) elements a
 // head, 4 operations an element and query, so that reading is the floor (124M in bfloat16, 1024
 // entries: 3 MiB a row and layer, 0.7 us at 4.8 TB/s). An int8 entry of 64 elements takes 68 bytes
-// with its factor, 0.53 of bfloat16's 128: 1.6 MiB, 0.35 us. Factors multiply scores and weights, not
-// elements, each of which costs two instructions more. Not yet run on a GPU.
+// with its factor, 0.53 of bfloat16's 128: 1.6 MiB, 0.35 us. Factors multiply scores and weights,
+// not elements, each of which costs two instructions more. Not yet run on a GPU.
 //
 // The entries of a row are split among blocks ("flash decoding", Dao et al., 2023), as many as the
 // shape asks for; how many entries a block takes follows from the row's length, so that one launch
@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(cached_attention_threads)
     };
     const int seen = seen_by(min(Queries, args.time - first_query) - 1);
     constexpr int step = groups * unroll;
-    const int share =
-        max(step, ((seen + args.splits - 1) / args.splits + step - 1) / step * step);
+    const int share = max(step, ((seen + args.splits - 1) / args.splits + step - 1) / step * step);
     const int busy = (seen + share - 1) / share;  // blocks that have something to do
     const int begin = int(blockIdx.x) * share;
     if (begin >= seen) return;
@@ -127,13 +126,12 @@ __global__ void __launch_bounds__(cached_attention_threads)
 #pragma unroll
     for (int j = 0; j < Queries; ++j) {
         const int query = min(first_query + j, args.time - 1);
-        const int64_t at = row * args.q_row_stride + query * args.q_time_stride +
-                           head * args.q_head_stride;
+        const int64_t at =
+            row * args.q_row_stride + query * args.q_time_stride + head * args.q_head_stride;
 #pragma unroll
         for (int i = 0; i < values; ++i) {
             const int c = column + i / Width * Lanes * Width + i % Width;
-            q[j][i] =
-                c < head_dim ? load_float(args.q, args.q_storage, at + c) * args.scale : 0.0f;
+            q[j][i] = c < head_dim ? load_float(args.q, args.q_storage, at + c) * args.scale : 0.0f;
         }
     }
 
@@ -185,9 +183,8 @@ __global__ void __launch_bounds__(cached_attention_threads)
                 // Values that a query doesn't see may be no numbers: nothing times them is.
                 if (base + u * groups + group >= min(end, seen_by(j))) continue;
                 // -infinity less a maximum that is no more would be no number.
-                const float weight = scores[u] == -INFINITY
-                                         ? 0.0f
-                                         : exp2_approx(scores[u] - sums[j].maximum);
+                const float weight =
+                    scores[u] == -INFINITY ? 0.0f : exp2_approx(scores[u] - sums[j].maximum);
                 sums[j].total += weight;
                 float factor = weight;
                 if constexpr (is_int8) factor *= v_scales[u];

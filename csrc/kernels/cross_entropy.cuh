@@ -37,9 +37,8 @@ __device__ __forceinline__ ScaledSum operator+(ScaledSum a, ScaledSum b) {
 // Differentiate: whether logits become gradients.
 template <typename T, int Vector, bool Differentiate>
 __global__ void __launch_bounds__(cross_entropy_threads)
-    cross_entropy(T* logits, const int64_t* __restrict__ targets,
-                  const float* __restrict__ factor, float* __restrict__ losses, int columns,
-                  int64_t stride, int64_t ignore_index) {
+    cross_entropy(T* logits, const int64_t* __restrict__ targets, const float* __restrict__ factor,
+                  float* __restrict__ losses, int columns, int64_t stride, int64_t ignore_index) {
     constexpr int warps = cross_entropy_threads / 32;
     GPT2FAST_SHARED(memory);
     ScaledSum* shared = reinterpret_cast<ScaledSum*>(memory);

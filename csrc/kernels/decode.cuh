@@ -193,8 +193,7 @@ constexpr size_t decode_product_shared(int slice) {
 // Block (stretch of Width * Lanes outputs, slice of the inputs). Lanes lanes read a row of the
 // matrix, Width elements each.
 template <typename T, int Width, int Lanes, int Rows>
-__global__ void __launch_bounds__(decode_threads, 2)
-    decode_product(const DecodeProduct<T> args) {
+__global__ void __launch_bounds__(decode_threads, 2) decode_product(const DecodeProduct<T> args) {
     constexpr int columns = Width * Lanes, slots = decode_threads / Lanes, unroll = 4;
     GPT2FAST_SHARED(memory);
     float* const activations = reinterpret_cast<float*>(memory);  // (slice, Rows)
@@ -216,10 +215,9 @@ __global__ void __launch_bounds__(decode_threads, 2)
         }
     };
     load(begin + slot);
-    read_activations<Rows>(args.from, begin, end, statistics,
-                           [&](int row, int c, float value) {
-                               activations[(c - begin) * Rows + row] = value;
-                           });
+    read_activations<Rows>(args.from, begin, end, statistics, [&](int row, int c, float value) {
+        activations[(c - begin) * Rows + row] = value;
+    });
     __syncthreads();
     float products[Rows][Width] = {};
     for (int input = begin + slot; input < end; input += unroll * slots) {
@@ -298,7 +296,7 @@ constexpr int logits_at_a_time = 4;  // of a warp
 
 template <int Rows>
 constexpr size_t decode_logits_shared(int columns) {
-    return (size_t(columns) * Rows + decode_statistics<Rows>) * sizeof(float);
+    return sizeof(float) * (size_t(columns) * Rows + decode_statistics<Rows>);
 }
 
 // Block: stretch of the vocabulary.
@@ -315,10 +313,9 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_logits(const DecodeL
         return row * columns + c % Width / part * (columns / (Width / part)) + c / Width * part +
                c % part;
     };
-    read_activations<Rows>(args.from, 0, columns, activations + columns * Rows,
-                           [&](int row, int c, float value) {
-                               activations[place(row, c)] = value;
-                           });
+    read_activations<Rows>(
+        args.from, 0, columns, activations + columns * Rows,
+        [&](int row, int c, float value) { activations[place(row, c)] = value; });
     __syncthreads();
     const int end = min(args.vocab, (int(blockIdx.x) + 1) * logits_tokens);
     for (int first = int(blockIdx.x) * logits_tokens + int(threadIdx.x) / 32 * tokens; first < end;

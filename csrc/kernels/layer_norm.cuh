@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(layer_norm_any_threads)
         const float deviation = value(column) - mean;
         square += deviation * deviation;
     }
-    const float variance =
-        block_sum<layer_norm_any_threads>(square, sums + warps) / float(columns);
+    const float variance = block_sum<layer_norm_any_threads>(square, sums + warps) / float(columns);
     const float rstd = rsqrtf(variance + args.eps);
     for (int column = threadIdx.x; column < columns; column += layer_norm_any_threads) {
         args.normed[row * columns + column] =

@@ -14,8 +14,8 @@
 namespace gpt2fast::kernels {
 
 constexpr int adamw_threads = 256;
-constexpr int adamw_tensors = 48;   // of a launch: its table stays below the 4 KiB of arguments
-constexpr int adamw_part = 8192;    // elements that a block takes
+constexpr int adamw_tensors = 48;  // of a launch: its table stays below the 4 KiB of arguments
+constexpr int adamw_part = 8192;   // elements that a block takes
 
 struct AdamWTable {
     void* params[adamw_tensors];
@@ -31,7 +31,7 @@ struct AdamWTable {
 struct AdamWFactors {
     float decay;  // 1 - lr * weight_decay
     float beta1, beta2, one_less_beta1, one_less_beta2;
-    float rate;           // lr / (1 - beta1^step)
+    float rate;            // lr / (1 - beta1^step)
     float inverse_spread;  // 1 / (1 - beta2^step)
     float eps;
 };

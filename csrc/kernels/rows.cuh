@@ -67,8 +67,8 @@ constexpr int sum_rows_strips = 8;
 // its strips every eighth row, always in the same order.
 template <typename Out>
 __global__ void __launch_bounds__(sum_rows_columns* sum_rows_strips)
-    sum_partials(const float* __restrict__ in, Out* __restrict__ out, int64_t rows,
-                 int64_t columns, int64_t stride) {
+    sum_partials(const float* __restrict__ in, Out* __restrict__ out, int64_t rows, int64_t columns,
+                 int64_t stride) {
     GPT2FAST_SHARED(memory);
     float* shared = reinterpret_cast<float*>(memory);
     const int lane = threadIdx.x % sum_rows_columns, strip = threadIdx.x / sum_rows_columns;

@@ -347,15 +347,17 @@ static __global__ void __launch_bounds__(draw_threads) draw_tokens(const DrawnRo
     Mass total;
     if (args.top_k > 0) {
         const Mass k = Mass(args.top_k);
-        if (find_edge(scores, vocab, edge_order, highest, CountOfScores{},
-                      [&](Mass all) { return MoreThanOthers{k, all}; }, shared, edge, total)) {
+        if (find_edge(
+                scores, vocab, edge_order, highest, CountOfScores{},
+                [&](Mass all) { return MoreThanOthers{k, all}; }, shared, edge, total)) {
             edge_order = edge.order;
         }
     }
     if (args.top_p) {
         const WeightOfScores weight_of{highest};
-        find_edge(scores, vocab, edge_order, highest, weight_of,
-                  [&](Mass all) { return MoreThanShare{args.rest, all}; }, shared, edge, total);
+        find_edge(
+            scores, vocab, edge_order, highest, weight_of,
+            [&](Mass all) { return MoreThanShare{args.rest, all}; }, shared, edge, total);
         edge_order = edge.order;
         const Mass weight = weight_of(score_of(edge.order));
         const MoreThanShare exceeds{args.rest, total};

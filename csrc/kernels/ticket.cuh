@@ -11,8 +11,7 @@ using namespace device;
 // Called by all threads of `blocks` blocks that share a ticket: true in the block that comes last,
 // which then sees everything that the others wrote before. The ticket is zero before and after.
 // `shared` is one word of shared memory that nobody else uses.
-__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks,
-                                              unsigned* shared) {
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks, unsigned* shared) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -54,8 +54,7 @@ void with_dropout(const AttentionShape& shape, Function function) {
 
 template <typename T>
 Heads<T> heads_of(const AttentionHeads& heads) {
-    return {static_cast<T*>(heads.data), heads.batch_stride, heads.time_stride,
-            heads.head_stride};
+    return {static_cast<T*>(heads.data), heads.batch_stride, heads.time_stride, heads.head_stride};
 }
 
 template <typename T, int D>

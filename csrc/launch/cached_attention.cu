@@ -53,11 +53,11 @@ void launch_tiles(const CachedAttention& args, cudaStream_t stream) {
     given.entries = int(args.entries);
     given.splits = int(splits(args));
     given.scale = args.scale * float(M_LOG2E);
-    device::launch(
-        &kernels::cached_attention<C, Width, Lanes, Vectors, Queries>,
-        dim3(unsigned(given.splits), unsigned(tiles(args)), unsigned(args.batch)),
-        dim3(cached_attention_threads),
-        size_t(cached_attention_shared<Queries>(given.head_dim)) * sizeof(float), stream, given);
+    device::launch(&kernels::cached_attention<C, Width, Lanes, Vectors, Queries>,
+                   dim3(unsigned(given.splits), unsigned(tiles(args)), unsigned(args.batch)),
+                   dim3(cached_attention_threads),
+                   size_t(cached_attention_shared<Queries>(given.head_dim)) * sizeof(float), stream,
+                   given);
 }
 
 template <typename C, int Queries>

@@ -59,8 +59,8 @@ CublasLt find_library() {
         return found;
     }
     const auto find = [&](auto& function, const char* name) {
-        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(
-            dlsym(library, name));
+        function =
+            reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
         if (function == nullptr) found.missing = std::string("cuBLASLt has no ") + name;
     };
     find(found.create, "cublasLtCreate");
@@ -127,8 +127,8 @@ bool describe(const Operand& x, Layout& layout) {
 }
 
 bool keeps_inner(const Product& product) {
-    return product.inner != nullptr && (product.epilogue == Epilogue::gelu_bias ||
-                                        product.epilogue == Epilogue::gelu_gradient);
+    return product.inner != nullptr &&
+           (product.epilogue == Epilogue::gelu_bias || product.epilogue == Epilogue::gelu_gradient);
 }
 
 uint32_t epilogue_of(const Product& product) {
@@ -161,8 +161,7 @@ struct Descriptors {
 
     // a and b are cuBLASLt's.
     Descriptors(const Product& product, const Layout& a_layout, const Layout& b_layout) {
-        const cudaDataType_t type =
-            product.dtype == DType::bfloat16 ? CUDA_R_16BF : CUDA_R_16F;
+        const cudaDataType_t type = product.dtype == DType::bfloat16 ? CUDA_R_16BF : CUDA_R_16F;
         check(cublaslt().create_operation(operation.put(), CUBLAS_COMPUTE_32F, CUDA_R_32F),
               "cublasLtMatmulDescCreate");
         set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t(a_layout.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
@@ -201,15 +200,15 @@ bool is_suitable(const Product& product, Layout& a, Layout& b) {
     constexpr int64_t elements = least_alignment / 2;
     return a.leading % elements == 0 && b.leading % elements == 0 &&
            product.b.columns % elements == 0 && is_aligned(product.a.data) &&
-           is_aligned(product.b.data) && is_aligned(product.out) &&
-           is_aligned(product.bias) && is_aligned(product.inner);
+           is_aligned(product.b.data) && is_aligned(product.out) && is_aligned(product.bias) &&
+           is_aligned(product.inner);
 }
 
 // What cuBLASLt asks for on Hopper; it takes less where it needs less.
 constexpr uint64_t most_workspace = 32 << 20;
 
-bool ask_for_plan(cublasLtHandle_t handle, const Product& product, const Layout& a,
-                  const Layout& b, ProductPlan& plan) {
+bool ask_for_plan(cublasLtHandle_t handle, const Product& product, const Layout& a, const Layout& b,
+                  ProductPlan& plan) {
     const Descriptors described(product, a, b);
     Owned<cublasLtMatmulPreference_t> preference(cublaslt().destroy_preference);
     check(cublaslt().create_preference(preference.put()), "cublasLtMatmulPreferenceCreate");
@@ -262,11 +261,21 @@ std::string cublaslt_missing(int device) {
 bool plan_product(const Product& product, ProductPlan& plan) {
     Layout a, b;
     if (!is_suitable(product, a, b) || !cublaslt().missing.empty()) return false;
-    const std::array<int64_t, 15> key = {
-        product.device, int64_t(product.dtype), epilogue_of(product), product.a.rows,
-        product.a.columns, product.b.columns, a.transposed, a.leading, b.transposed, b.leading,
-        alignment_of(product.a.data), alignment_of(product.b.data), alignment_of(product.out),
-        alignment_of(product.bias), alignment_of(product.inner)};
+    const std::array<int64_t, 15> key = {product.device,
+                                         int64_t(product.dtype),
+                                         epilogue_of(product),
+                                         product.a.rows,
+                                         product.a.columns,
+                                         product.b.columns,
+                                         a.transposed,
+                                         a.leading,
+                                         b.transposed,
+                                         b.leading,
+                                         alignment_of(product.a.data),
+                                         alignment_of(product.b.data),
+                                         alignment_of(product.out),
+                                         alignment_of(product.bias),
+                                         alignment_of(product.inner)};
     static std::map<std::array<int64_t, 15>, std::pair<bool, ProductPlan>> plans;
     const std::lock_guard lock(mutex);
     const auto known = plans.find(key);

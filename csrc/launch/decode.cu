@@ -26,8 +26,7 @@ constexpr int64_t stretch_of(bool aligned) { return aligned ? 64 : 32; }
 Division divide(int64_t inputs, int64_t outputs, bool aligned, int64_t slots) {
     const int64_t columns = stretch_of(aligned), stretches = ceil_div(outputs, columns);
     const int64_t blocks = 3 * int64_t(device::multiprocessors()) / 2;
-    const int64_t wanted =
-        std::max(ceil_div(blocks, stretches), ceil_div(inputs, longest_slice));
+    const int64_t wanted = std::max(ceil_div(blocks, stretches), ceil_div(inputs, longest_slice));
     const int64_t slice = ceil_div(ceil_div(inputs, wanted), slots) * slots;
     return {columns, stretches, slice, ceil_div(inputs, slice)};
 }
@@ -125,8 +124,8 @@ void launch_product(const DecodeStep& args, const DecodeLayer& layer, const Prod
                     int64_t first, int64_t rows, cudaStream_t stream) {
     const Division by = divide(product.inputs, product.outputs, Width > 1, decode_threads / Lanes);
     DecodeProduct<T> given{};
-    given.from = rows_of<T>(args, product.x, product.inputs, product.norm_weight,
-                            product.norm_bias, first, rows);
+    given.from = rows_of<T>(args, product.x, product.inputs, product.norm_weight, product.norm_bias,
+                            first, rows);
     given.weight = static_cast<const T*>(product.weight.data);
     given.weight_stride = product.weight.stride;
     given.bias = static_cast<const T*>(product.bias);
@@ -157,8 +156,8 @@ template <typename T>
 void launch_rows(const DecodeStep& args, const DecodeLayer& layer, const Product& product,
                  cudaStream_t stream) {
     constexpr int width = 16 / int(sizeof(T));
-    const bool aligned = is_vector_aligned(product.weight.data, product.outputs,
-                                           product.weight.stride, sizeof(T));
+    const bool aligned =
+        is_vector_aligned(product.weight.data, product.outputs, product.weight.stride, sizeof(T));
     for (int64_t first = 0; first < args.batch; first += most_rows) {
         const int64_t rows = std::min(most_rows, args.batch - first);
         with_rows(rows, [&](auto count) {
@@ -167,25 +166,23 @@ void launch_rows(const DecodeStep& args, const DecodeLayer& layer, const Product
                 return launch_product<T, width, int(stretch_of(true)) / width, at_once>(
                     args, layer, product, first, rows, stream);
             }
-            launch_product<T, 1, int(stretch_of(false)), at_once>(args, layer, product, first,
-                                                                  rows, stream);
+            launch_product<T, 1, int(stretch_of(false)), at_once>(args, layer, product, first, rows,
+                                                                  stream);
         });
     }
 }
 
 template <typename T>
 void launch_logits(const DecodeStep& args, const float* x, cudaStream_t stream) {
-    const bool aligned = is_vector_aligned(args.projection.data, args.width,
-                                           args.projection.stride, sizeof(T));
+    const bool aligned =
+        is_vector_aligned(args.projection.data, args.width, args.projection.stride, sizeof(T));
     const bool fits = most_rows * args.width * int64_t(sizeof(float)) <= logits_shared;
     const int64_t step = fits ? most_rows : most_rows / 2;
     for (int64_t first = 0; first < args.batch; first += step) {
         const int64_t rows = std::min(step, args.batch - first);
         const DecodeLogits<T> given{
             rows_of<T>(args, x, args.width, args.ln_f_weight, args.ln_f_bias, first, rows),
-            static_cast<const T*>(args.projection.data),
-            args.projection.stride,
-            int(args.vocab),
+            static_cast<const T*>(args.projection.data), args.projection.stride, int(args.vocab),
             static_cast<T*>(args.logits) + first * args.vocab};
         with_rows(rows, [&](auto count) {
             constexpr int at_once = decltype(count)::value;
@@ -282,9 +279,8 @@ int64_t decode_tickets(const DecodeStep& args) {
 void decode_step(const DecodeStep& args, void* stream) {
     if (args.batch == 0) return;
     if (args.width > decode_width) throw std::invalid_argument("a model wider than 6144");
-    with_float(args.dtype, [&](auto type) {
-        launch_step<typename decltype(type)::type>(args, stream);
-    });
+    with_float(args.dtype,
+               [&](auto type) { launch_step<typename decltype(type)::type>(args, stream); });
 }
 
 }  // namespace gpt2fast::launch

@@ -24,9 +24,9 @@ struct DecodeLayer {
     const void* fc_bias;
     MatrixOf proj_weight;
     const void* proj_bias;
-    HeadsOf cache[2];  // keys and values of (batch, entries, heads, head_dim)
+    HeadsOf cache[2];   // keys and values of (batch, entries, heads, head_dim)
     HeadsOf scales[2];  // of int8 caches: (batch, entries, heads) float32
-    float scale;       // of the attention scores
+    float scale;        // of the attention scores
 };
 
 struct DecodeStep {

@@ -16,7 +16,8 @@ struct Embedding {
     DType dtype;
 };
 
-// The gradient of one table, whose look-ups have been checked: what look-up order[i] of sorted[i] contributes.
+// The gradient of one table, whose look-ups have been checked: what look-up order[i] of sorted[i]
+// contributes.
 struct EmbeddingBackward {
     const void* grad;
     const int64_t* sorted;

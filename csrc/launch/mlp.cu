@@ -51,9 +51,8 @@ void bias_gelu_backward(const BiasGeluBackward& args, void* stream) {
                        grid(args.rows, args.columns, vector), dim3(bias_gelu_threads), 0,
                        device::stream_of(stream), static_cast<const T*>(args.grad),
                        static_cast<const T*>(args.x), static_cast<const T*>(args.bias),
-                       static_cast<T*>(args.grad_x), static_cast<T*>(args.activated),
-                       args.partials, args.rows, int(args.columns), args.grad_stride,
-                       args.x_stride);
+                       static_cast<T*>(args.grad_x), static_cast<T*>(args.activated), args.partials,
+                       args.rows, int(args.columns), args.grad_stride, args.x_stride);
         add_partials(args.partials, static_cast<T*>(args.grad_bias), args.rows, args.columns,
                      device::stream_of(stream));
     });

@@ -26,9 +26,8 @@ void sample(const Sample& args, void* stream) {
     }
     if (args.rows > 65535) throw std::invalid_argument("more rows than a grid has blocks");
     const bool greedy = args.uniform == nullptr;
-    const bool reads_history =
-        args.history_length > 0 &&
-        (args.repetition_penalty != 1.0 || args.no_repeat_ngram_size > 0);
+    const bool reads_history = args.history_length > 0 &&
+                               (args.repetition_penalty != 1.0 || args.no_repeat_ngram_size > 0);
     const int64_t blocks = sample_blocks(args.vocab);
     auto* best = static_cast<unsigned long long*>(args.best);
     with_float(args.dtype, [&](auto type) {
@@ -54,19 +53,14 @@ void sample(const Sample& args, void* stream) {
                        device::stream_of(stream), best, int(blocks), args.out);
         return;
     }
-    const DrawnRows rows{args.scores,
-                         best,
-                         int(blocks),
-                         int(args.vocab),
-                         args.uniform,
-                         args.uniform_stride,
-                         args.out,
-                         args.top_k < args.vocab ? at_most_int(args.top_k) : 0,
-                         args.top_p < 1.0,
-                         float(1.0 - args.top_p),
+    const DrawnRows rows{args.scores,      best,
+                         int(blocks),      int(args.vocab),
+                         args.uniform,     args.uniform_stride,
+                         args.out,         args.top_k < args.vocab ? at_most_int(args.top_k) : 0,
+                         args.top_p < 1.0, float(1.0 - args.top_p),
                          float(args.min_p)};
-    device::launch(&draw_tokens, dim3(unsigned(args.rows)), dim3(draw_threads),
-                   sizeof(DrawShared), device::stream_of(stream), rows);
+    device::launch(&draw_tokens, dim3(unsigned(args.rows)), dim3(draw_threads), sizeof(DrawShared),
+                   device::stream_of(stream), rows);
 }
 
 }  // namespace gpt2fast::launch

@@ -126,8 +126,8 @@ struct Problem {
     std::string words() const {
         std::ostringstream out;
         out << "epilogue " << epilogue << " type " << type << ' ' << (transposed_a ? 'T' : 'N')
-            << (transposed_b ? 'T' : 'N') << ' ' << m << 'x' << n << 'x' << k << " ld "
-            << leading_a << ' ' << leading_b << ' ' << leading_d << " aux " << leading_aux;
+            << (transposed_b ? 'T' : 'N') << ' ' << m << 'x' << n << 'x' << k << " ld " << leading_a
+            << ' ' << leading_b << ' ' << leading_d << " aux " << leading_aux;
         return out.str();
     }
 };
@@ -185,12 +185,11 @@ cublasStatus_t understand(cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t
         in_c.rows != m || in_c.columns != n) {
         return invalid("sizes that do not agree");
     }
-    const auto epilogue = int32_t(
-        described.get<uint32_t>(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_DEFAULT));
-    if (!is_one_of(epilogue,
-                   {CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
-                    CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU_BGRAD,
-                    CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_DEFAULT})) {
+    const auto epilogue =
+        int32_t(described.get<uint32_t>(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_DEFAULT));
+    if (!is_one_of(epilogue, {CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
+                              CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU_BGRAD,
+                              CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_DEFAULT})) {
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "epilogue " + std::to_string(epilogue));
     }
     const void* const bias = described.get<void*>(CUBLASLT_MATMUL_DESC_BIAS_POINTER, nullptr);
@@ -200,8 +199,8 @@ cublasStatus_t understand(cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t
     if (has_bias && bias_type != -1 && bias_type != int32_t(out.type)) {
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "a bias of another type");
     }
-    const bool has_aux = is_one_of(
-        epilogue, {CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU_BGRAD});
+    const bool has_aux =
+        is_one_of(epilogue, {CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU_BGRAD});
     const void* const aux =
         described.get<void*>(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, nullptr);
     const auto leading_aux = described.get<int64_t>(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, 0);
@@ -211,9 +210,21 @@ cublasStatus_t understand(cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t
             return invalid("an auxiliary ld of " + std::to_string(leading_aux));
         }
     }
-    problem = {m, n, k, int32_t(out.type), epilogue, transposed_a, transposed_b, has_aux, has_bias,
-               in_a.leading, in_b.leading, out.leading, has_aux ? leading_aux : 0,
-               has_bias ? alignment_of(bias) : 256, has_aux ? alignment_of(aux) : 256};
+    problem = {m,
+               n,
+               k,
+               int32_t(out.type),
+               epilogue,
+               transposed_a,
+               transposed_b,
+               has_aux,
+               has_bias,
+               in_a.leading,
+               in_b.leading,
+               out.leading,
+               has_aux ? leading_aux : 0,
+               has_bias ? alignment_of(bias) : 256,
+               has_aux ? alignment_of(aux) : 256};
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -294,12 +305,9 @@ EXPORTED cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t oper
                                                        cublasLtMatmulDescAttributes_t attribute,
                                                        const void* buffer, size_t bytes) {
     static const std::map<int, size_t> sizes = {
-        {CUBLASLT_MATMUL_DESC_TRANSA, 4},
-        {CUBLASLT_MATMUL_DESC_TRANSB, 4},
-        {CUBLASLT_MATMUL_DESC_EPILOGUE, 4},
-        {CUBLASLT_MATMUL_DESC_BIAS_POINTER, 8},
-        {CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, 4},
-        {CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, 8},
+        {CUBLASLT_MATMUL_DESC_TRANSA, 4},          {CUBLASLT_MATMUL_DESC_TRANSB, 4},
+        {CUBLASLT_MATMUL_DESC_EPILOGUE, 4},        {CUBLASLT_MATMUL_DESC_BIAS_POINTER, 8},
+        {CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, 4},  {CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, 8},
         {CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, 8},
     };
     return set(ours<Operation>(operation), sizes, attribute, buffer, bytes);
@@ -340,8 +348,8 @@ EXPORTED cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
 EXPORTED cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, cublasLtMatrixLayout_t a,
     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-    cublasLtMatmulPreference_t preference, int requested,
-    cublasLtMatmulHeuristicResult_t results[], int* returned) {
+    cublasLtMatmulPreference_t preference, int requested, cublasLtMatmulHeuristicResult_t results[],
+    int* returned) {
     if (handle == nullptr) return refuse(CUBLAS_STATUS_NOT_INITIALIZED, "no handle");
     if (preference == nullptr || requested < 1) return invalid("nothing was asked for");
     *returned = 0;
@@ -389,9 +397,8 @@ EXPORTED cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDe
     if (algorithm.problem != std::hash<std::string>{}(problem.words())) {
         return invalid("the algorithm of another problem");
     }
-    if (algorithm.workspace > 0 &&
-        (workspace == nullptr || workspace_bytes < algorithm.workspace ||
-         alignment_of(workspace) < 256)) {
+    if (algorithm.workspace > 0 && (workspace == nullptr || workspace_bytes < algorithm.workspace ||
+                                    alignment_of(workspace) < 256)) {
         return invalid("the workspace");
     }
     if (alignment_of(a) < algorithm.alignment_a || alignment_of(b) < algorithm.alignment_b ||
@@ -408,9 +415,9 @@ EXPORTED cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDe
     void* const aux = described.get<void*>(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, nullptr);
     const auto [m, n, k] = std::array<int64_t, 3>{problem.m, problem.n, problem.k};
     const int epilogue = problem.epilogue;
-    const bool reads_bias =
-        is_one_of(epilogue, {CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
-                             CUBLASLT_EPILOGUE_GELU_AUX_BIAS});
+    const bool reads_bias = is_one_of(
+        epilogue,
+        {CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX_BIAS});
     const bool writes_aux = epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
 
     const auto extent = [](int64_t rows, int64_t columns, int64_t leading) {
@@ -438,12 +445,12 @@ EXPORTED cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDe
 
     const int32_t type = problem.type;
     const auto in_op_a = [&](int64_t i, int64_t l) {
-        return value_at(a, type, problem.transposed_a ? l + i * problem.leading_a
-                                                      : i + l * problem.leading_a);
+        return value_at(
+            a, type, problem.transposed_a ? l + i * problem.leading_a : i + l * problem.leading_a);
     };
     const auto in_op_b = [&](int64_t l, int64_t j) {
-        return value_at(b, type, problem.transposed_b ? j + l * problem.leading_b
-                                                      : l + j * problem.leading_b);
+        return value_at(
+            b, type, problem.transposed_b ? j + l * problem.leading_b : l + j * problem.leading_b);
     };
     std::vector<double> sums(m, 0.0);
     for (int64_t j = 0; j < n; ++j) {

@@ -49,8 +49,9 @@ void vectors_keep_to_their_length() {
 void bfloat16_is_rounded_to_nearest_even() {
     Random random;
     const float infinity = std::numeric_limits<float>::infinity();
-    std::vector<float> values = {0.0f,          -0.0f,          1.00390625f, 1.01171875f, -1.00390625f,
-                                 3.38953139e38f, 3.40282347e38f, infinity,   -infinity,   NAN};
+    std::vector<float> values = {
+        0.0f,           -0.0f,          1.00390625f, 1.01171875f, -1.00390625f,
+        3.38953139e38f, 3.40282347e38f, infinity,    -infinity,   NAN};
     while (values.size() % Vec::width || values.size() < 1000) {
         values.push_back(random.normal() * std::exp2(float(random.below(60) - 30)));
     }
@@ -67,7 +68,7 @@ void bfloat16_is_rounded_to_nearest_even() {
 }
 
 void bytes_are_rounded_and_saturated() {
-    const float values[] = {0.5f,   1.5f,  2.5f,    -0.5f, -1.5f,  -2.5f, 126.6f, 127.4f,
+    const float values[] = {0.5f,   1.5f, 2.5f,    -0.5f, -1.5f,  -2.5f, 126.6f, 127.4f,
                             128.0f, 1e6f, -128.6f, -1e6f, 99.49f, -3.5f, 3.51f,  0.0f};
     for (int i = 0; i < 16; i += Vec::width) {
         int8_t bytes[Vec::width];
@@ -97,14 +98,18 @@ void check_function(const char* name, float low, float high, double units, Ours 
 }
 
 void functions_are_accurate() {
-    check_function("exp", -87.0f, 88.0f, 4, [](Vec x) { return exp(x); },
-                   [](double x) { return std::exp(x); });
-    check_function("tanh", -10.0f, 10.0f, 4, [](Vec x) { return tanh(x); },
-                   [](double x) { return std::tanh(x); });
+    check_function(
+        "exp", -87.0f, 88.0f, 4, [](Vec x) { return exp(x); },
+        [](double x) { return std::exp(x); });
+    check_function(
+        "tanh", -10.0f, 10.0f, 4, [](Vec x) { return tanh(x); },
+        [](double x) { return std::tanh(x); });
     // Relative to the result; where that is nearly zero, exp's argument has lost digits.
-    check_function("gelu", -3.0f, 10.0f, 30, [](Vec x) { return gelu(x); }, [](double x) {
-        return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    });
+    check_function(
+        "gelu", -3.0f, 10.0f, 30, [](Vec x) { return gelu(x); },
+        [](double x) {
+            return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        });
     float y[Vec::width];
     exp(Vec(200.0f)).store(y);
     expect(std::isinf(y[0]), "exp(200) is not infinite");
@@ -137,8 +142,8 @@ void products_are_exact(Format format) {
     for (int64_t group : {32, 64}) {
         for (int64_t inputs : {1, 3, 64, 100, 192}) {
             const Matrix w(random, format, inputs, 40, group);
-            const gpt2fast::PackedMatrix packed = {
-                format, inputs, w.padded_inputs(), w.outputs, w.group, 0, w.panel_size, -1};
+            const gpt2fast::PackedMatrix packed = {format,  inputs, w.padded_inputs(), w.outputs,
+                                                   w.group, 0,      w.panel_size,      -1};
             for (int rows = 1; rows <= most_rows(format); ++rows) {
                 std::vector<uint8_t> tile(size_t(PackedRows::size(packed, rows)));
                 const PackedRows to = packed_rows(packed, tile.data());
@@ -228,8 +233,8 @@ void attention_is_exact(double tolerance) {
                 expect_close(out, exact, tolerance, shape);
                 if (queries == 1) {
                     attend_heads<T>(q.data(), 1, entries, {k.data(), stride, nullptr, 0},
-                                    {v.data(), stride, nullptr, 0}, int(dim), scale,
-                                    scratch.data(), out.data());
+                                    {v.data(), stride, nullptr, 0}, int(dim), scale, scratch.data(),
+                                    out.data());
                     expect_close(out, exact, tolerance, "one query, " + shape);
                     // The same in parts, the second one empty.
                     const int64_t bounds[] = {0, entries / 3, entries / 3, entries};
@@ -238,11 +243,10 @@ void attention_is_exact(double tolerance) {
                     for (int part = 0; part < 3; ++part) {
                         const int64_t begin = bounds[part], count = bounds[part + 1] - begin;
                         if (count == 0) continue;
-                        attend_heads<T>(q.data(), 1, count,
-                                        {k.data() + begin * stride, stride, nullptr, 0},
-                                        {v.data() + begin * stride, stride, nullptr, 0}, int(dim),
-                                        scale, scratch.data(), values.data() + part * dim,
-                                        sums + part);
+                        attend_heads<T>(
+                            q.data(), 1, count, {k.data() + begin * stride, stride, nullptr, 0},
+                            {v.data() + begin * stride, stride, nullptr, 0}, int(dim), scale,
+                            scratch.data(), values.data() + part * dim, sums + part);
                     }
                     add_parts(values.data(), dim, sums, 1, 3, int(dim), out.data());
                     expect_close(out, exact, tolerance, "one query in parts, " + shape);

@@ -24,9 +24,7 @@ inline const char* name_of(Format format) {
 
 constexpr Format formats[] = {Format::float32, Format::bfloat16, Format::int8, Format::int4};
 
-inline bool is_quantised(Format format) {
-    return format == Format::int8 || format == Format::int4;
-}
+inline bool is_quantised(Format format) { return format == Format::int8 || format == Format::int4; }
 
 // In [2^-5, 2^-4) for four bits, in [2^-10, 2^-9) for eight: weights of some tenths.
 inline gpt2fast::float16 random_scale(Random& random, bool coarse) {
@@ -48,10 +46,7 @@ struct Matrix {
     }
 
     Matrix(Random& random, Format format, int64_t inputs, int64_t outputs, int64_t group)
-        : format(format),
-          inputs(inputs),
-          outputs(outputs),
-          group(is_quantised(format) ? group : 0),
+        : format(format), inputs(inputs), outputs(outputs), group(is_quantised(format) ? group : 0),
           values(static_cast<size_t>(inputs * outputs)) {
         const int64_t bits = format == Format::float32    ? 32
                              : format == Format::bfloat16 ? 16

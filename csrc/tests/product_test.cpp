@@ -152,12 +152,10 @@ void threads_do_not_change_the_result() {
 int main() {
     testing::need_kernels();
     using testing::passes;
-    bool fine = passes("products of float32", [] {
-        products_are_exact<float, float, float>(Format::float32);
-    });
-    fine &= passes("products of bfloat16", [] {
-        products_are_exact<bfloat16, bfloat16, bfloat16>(Format::bfloat16);
-    });
+    bool fine = passes("products of float32",
+                       [] { products_are_exact<float, float, float>(Format::float32); });
+    fine &= passes("products of bfloat16",
+                   [] { products_are_exact<bfloat16, bfloat16, bfloat16>(Format::bfloat16); });
     fine &= passes("products of bfloat16 with float32 weights", [] {
         products_are_exact<bfloat16, float, bfloat16>(Format::bfloat16);
         products_are_exact<float, bfloat16, float>(Format::bfloat16);

@@ -36,14 +36,10 @@ struct Layer {
     Matrix qkv, attention_out, inner_matrix, mlp_out;
 
     Layer(Random& random, Format format, int64_t group)
-        : ln_1_weight(random.normals(width)),
-          ln_1_bias(random.normals(width)),
-          ln_2_weight(random.normals(width)),
-          ln_2_bias(random.normals(width)),
-          qkv_bias(random.normals(3 * width)),
-          attention_bias(random.normals(width)),
-          inner_bias(random.normals(inner)),
-          mlp_bias(random.normals(width)),
+        : ln_1_weight(random.normals(width)), ln_1_bias(random.normals(width)),
+          ln_2_weight(random.normals(width)), ln_2_bias(random.normals(width)),
+          qkv_bias(random.normals(3 * width)), attention_bias(random.normals(width)),
+          inner_bias(random.normals(inner)), mlp_bias(random.normals(width)),
           qkv(random, format, width, 3 * width, group),
           attention_out(random, format, width, width, group),
           inner_matrix(random, format, width, inner, group),
@@ -56,10 +52,8 @@ struct Model {
     std::vector<Layer> at;
 
     Model(Random& random, Format format, int64_t group)
-        : embedding(random, format, width, vocab, group),
-          wpe(random.normals(positions * width)),
-          ln_f_weight(random.normals(width)),
-          ln_f_bias(random.normals(width)) {
+        : embedding(random, format, width, vocab, group), wpe(random.normals(positions * width)),
+          ln_f_weight(random.normals(width)), ln_f_bias(random.normals(width)) {
         for (int64_t i = 0; i < layers; ++i) at.emplace_back(random, format, group);
     }
 };
@@ -228,8 +222,7 @@ struct Cache {
                                                           : dtype == DType::bfloat16 ? 2
                                                                                      : 1)),
           scales(dtype == DType::int8 ? size_t(layers * rows * entries * heads) : 0) {
-        view = {data.data(), rows * entries * width, entries * width, width,
-                nullptr,     0,                      0,               0};
+        view = {data.data(), rows * entries * width, entries * width, width, nullptr, 0, 0, 0};
         if (dtype == DType::int8) {
             view.scales = scales.data();
             view.scale_layer_stride = rows * entries * heads;
@@ -321,7 +314,9 @@ void steps_are_exact(Format format, int64_t group, DType dtype, int threads, dou
 
 double tolerance_of(Format format, DType cache) {
     // Rows are rounded to what the weights' format multiplies with; the model amplifies that.
-    const double weights = format == Format::float32 ? 3e-6 : format == Format::bfloat16 ? 2e-2 : 3e-2;
+    const double weights = format == Format::float32    ? 3e-6
+                           : format == Format::bfloat16 ? 2e-2
+                                                        : 3e-2;
     const double entries = cache == DType::float32 ? 0 : cache == DType::bfloat16 ? 2e-2 : 3e-2;
     return weights + entries;
 }

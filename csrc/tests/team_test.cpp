@@ -49,9 +49,8 @@ void a_phase_sees_the_one_before(int threads) {
     run_team(threads, [&](Member& member) {
         for (int phase = 0; phase < 200; ++phase) {
             member.for_each(items, [&](int64_t i) { there[size_t(i)] = here[size_t(i)] + 1; });
-            member.for_each(items, [&](int64_t i) {
-                here[size_t(i)] = there[size_t((i + 11) % items)];
-            });
+            member.for_each(items,
+                            [&](int64_t i) { here[size_t(i)] = there[size_t((i + 11) % items)]; });
         }
     });
     for (int64_t x : here) expect(x == 200, "a phase began before the last one had ended");

@@ -1,5 +1,5 @@
-// What every op here asks of its tensors before it touches their memory: a call that Python can make
-// ends in an error, not in a crash. What the op means by its arguments gpt2fast/ops checks.
+// What every op here asks of its tensors before it touches their memory: a call that Python can
+// make ends in an error, not in a crash. What the op means by its arguments gpt2fast/ops checks.
 //
 // Refusals are exceptions of the standard library, so that their text shows neither a function nor
 // the path of the file that threw them, which are those of the machine that compiled it.
@@ -31,8 +31,8 @@ template <typename... Parts>
 }
 
 // What is refused is written out only then.
-#define GPT2FAST_CHECK(condition, ...)                             \
-    do {                                                           \
+#define GPT2FAST_CHECK(condition, ...)                              \
+    do {                                                            \
         if (!(condition)) ::gpt2fast::binding::refuse(__VA_ARGS__); \
     } while (false)
 
@@ -114,8 +114,7 @@ inline void check_same_type(const Tensor& x, const char* name, const Tensor& lik
 }
 
 // On the device of another tensor.
-inline void check_device(const Tensor& x, const char* name, const Tensor& like,
-                         const char* other) {
+inline void check_device(const Tensor& x, const char* name, const Tensor& like, const char* other) {
     GPT2FAST_CHECK(x.is_cpu() == like.is_cpu() && x.is_cuda() == like.is_cuda() &&
                        x.get_device_index() == like.get_device_index(),
                    name, " must be on the device of ", other);

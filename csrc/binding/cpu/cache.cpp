@@ -28,10 +28,10 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
     args.entries = k_cache.size(1);
     for (const Tensor* cache : {&k_cache, &v_cache}) {
         GPT2FAST_CHECK(cache->size(0) == args.batch && cache->size(1) == args.entries &&
-                            cache->size(2) == args.heads && cache->size(3) == args.head_dim &&
-                            cache->scalar_type() == k_cache.scalar_type(),
-                        "caches must be (", args.batch, ", entries, ", args.heads, ", ",
-                        args.head_dim, ") and of one dtype");
+                           cache->size(2) == args.heads && cache->size(3) == args.head_dim &&
+                           cache->scalar_type() == k_cache.scalar_type(),
+                       "caches must be (", args.batch, ", entries, ", args.heads, ", ",
+                       args.head_dim, ") and of one dtype");
     }
     std::vector<int64_t> copy;
     args.lengths = checked(lengths, "lengths", args.batch, 0, args.entries, copy);
@@ -43,10 +43,8 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
     int64_t longest = 0;
     for (int64_t i = 0; i < args.batch; ++i) longest = std::max(longest, args.lengths[i]);
     const int64_t block = std::min(args.time, attention_queries);
-    const int64_t blocks =
-        (args.time + attention_queries - 1) / attention_queries;
-    parallel(args.batch * blocks * args.heads,
-             block * (longest + args.time) * args.head_dim,
+    const int64_t blocks = (args.time + attention_queries - 1) / attention_queries;
+    parallel(args.batch * blocks * args.heads, block * (longest + args.time) * args.head_dim,
              [&](int64_t begin, int64_t end) { kernels().cached_attention(args, begin, end); });
     return out;
 }
@@ -54,9 +52,9 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
 void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths,
                      std::optional<Tensor> counts) {
     AppendToCache args{};
-    for (const auto& [each, name] : {std::pair(&k, "k"), std::pair(&v, "v"),
-                                     std::pair(&k_cache, "k_cache"),
-                                     std::pair(&v_cache, "v_cache")}) {
+    for (const auto& [each, name] :
+         {std::pair(&k, "k"), std::pair(&v, "v"), std::pair(&k_cache, "k_cache"),
+          std::pair(&v_cache, "v_cache")}) {
         check_rows(*each, name, {-1, -1, -1, -1});
     }
     const int64_t batch = k.size(0), entries = k_cache.size(1);
@@ -73,19 +71,19 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
     }
     for (int64_t row = 0; row < batch; ++row) {
         const int64_t count = args.counts ? std::min(args.counts[row], args.time) : args.time;
-        GPT2FAST_CHECK(args.lengths[row] + std::max<int64_t>(0, count) <= entries,
-                        "row ", row, " holds ", args.lengths[row], " of at most ",
-                        entries, " entries; ", count, " more do not fit");
+        GPT2FAST_CHECK(args.lengths[row] + std::max<int64_t>(0, count) <= entries, "row ", row,
+                       " holds ", args.lengths[row], " of at most ", entries, " entries; ", count,
+                       " more do not fit");
     }
     for (const auto& [from, cache] : {std::pair(&k, &k_cache), std::pair(&v, &v_cache)}) {
         GPT2FAST_CHECK(from->size(0) == batch && from->size(1) == args.time &&
-                            from->size(2) == args.heads && from->size(3) == args.head_dim &&
-                            from->scalar_type() == k.scalar_type() && cache->size(0) == batch &&
-                            cache->size(1) == entries && cache->size(2) == args.heads &&
-                            cache->size(3) == args.head_dim &&
-                            cache->scalar_type() == k_cache.scalar_type(),
-                        "k and v must be alike, and so must the caches; of their sizes "
-                        "only the second may differ");
+                           from->size(2) == args.heads && from->size(3) == args.head_dim &&
+                           from->scalar_type() == k.scalar_type() && cache->size(0) == batch &&
+                           cache->size(1) == entries && cache->size(2) == args.heads &&
+                           cache->size(3) == args.head_dim &&
+                           cache->scalar_type() == k_cache.scalar_type(),
+                       "k and v must be alike, and so must the caches; of their sizes "
+                       "only the second may differ");
         args.from = heads_of(*from, "k and v");
         args.cache = cache->mutable_data_ptr();
         args.row_stride = cache->stride(0);
@@ -124,8 +122,7 @@ void release_rows(Tensor lengths, Tensor rows) {
     check_sizes(lengths, "lengths", {-1});
     check_integers(lengths, "lengths");
     std::vector<int64_t> copy;
-    const int64_t* released =
-        checked(rows, "rows", rows.numel(), 0, lengths.size(0) - 1, copy);
+    const int64_t* released = checked(rows, "rows", rows.numel(), 0, lengths.size(0) - 1, copy);
     auto* values = static_cast<int64_t*>(lengths.mutable_data_ptr());
     for (int64_t i = 0; i < rows.numel(); ++i) values[released[i] * lengths.stride(0)] = 0;
 }

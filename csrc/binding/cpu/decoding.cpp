@@ -18,8 +18,8 @@ struct Free {
 // Memory aligned for the kernels, which they use until it goes.
 std::unique_ptr<void, Free> workspace_of(int64_t bytes, int64_t tokens) {
     std::unique_ptr<void, Free> memory(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
-    GPT2FAST_CHECK(memory != nullptr, "no memory for a step of ", tokens, " tokens: ",
-                    bytes, " bytes");
+    GPT2FAST_CHECK(memory != nullptr, "no memory for a step of ", tokens, " tokens: ", bytes,
+                   " bytes");
     return memory;
 }
 
@@ -34,7 +34,8 @@ public:
                                    model_.inner_width, model_.vocab, model_.positions}) {
             require(size > 0 && size < (most >> 10));
         }
-        require(model_.layers <= (model_.size - int64_t(sizeof model_)) / int64_t(sizeof(PackedLayer)));
+        require(model_.layers <=
+                (model_.size - int64_t(sizeof model_)) / int64_t(sizeof(PackedLayer)));
         require(model_.heads * model_.head_dim == model_.width);
         require(uint64_t(model_.activation) <= uint64_t(Activation::tanh));
         floats(model_.wpe, model_.positions * model_.width);
@@ -44,8 +45,8 @@ public:
         matrix(model_.projection, model_.width, model_.vocab, false);
         for (int64_t i = 0; i < model_.layers; ++i) {
             const PackedLayer& layer = model_.layer(i);
-            for (const int64_t at : {layer.ln_1_weight, layer.ln_1_bias, layer.ln_2_weight,
-                                     layer.ln_2_bias}) {
+            for (const int64_t at :
+                 {layer.ln_1_weight, layer.ln_1_bias, layer.ln_2_weight, layer.ln_2_bias}) {
                 floats(at, model_.width);
             }
             matrix(layer.qkv, model_.width, 3 * model_.width, true);
@@ -102,8 +103,14 @@ void check_no_overlap(const Tensor& x, const char* name) {
 }
 
 CacheView view(const Tensor& cache, const std::optional<Tensor>& scales) {
-    CacheView out{cache.mutable_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2),
-                  nullptr, 0, 0, 0};
+    CacheView out{cache.mutable_data_ptr(),
+                  cache.stride(0),
+                  cache.stride(1),
+                  cache.stride(2),
+                  nullptr,
+                  0,
+                  0,
+                  0};
     if (scales) {
         out.scales = floats_of(*scales);
         out.scale_layer_stride = scales->stride(0);
@@ -131,8 +138,8 @@ StepArgs step_args(const Tensor& arena, const Tensor& k_cache, const Tensor& v_c
     GPT2FAST_CHECK(reinterpret_cast<uintptr_t>(model) % 16 == 0,
                    "packed weights must begin at an address that 16 divides; clone them");
     GPT2FAST_CHECK(arena.numel() >= int64_t(sizeof *model) && model->magic == packed_magic &&
-                        model->size == arena.numel(),
-                    "these are not packed weights");
+                       model->size == arena.numel(),
+                   "these are not packed weights");
     ArenaBounds(*model).check();
     for (const auto& [cache, name] :
          {std::pair(&k_cache, "k_cache"), std::pair(&v_cache, "v_cache")}) {
@@ -140,12 +147,12 @@ StepArgs step_args(const Tensor& arena, const Tensor& k_cache, const Tensor& v_c
         check_stored(*cache, name);
         check_no_overlap(*cache, name);
         GPT2FAST_CHECK(cache->dim() == 5 && cache->size(0) == model->layers &&
-                            cache->size(3) == model->heads && cache->size(4) == model->head_dim &&
-                            cache->stride(4) == 1 && cache->stride(3) == model->head_dim,
-                        "caches must be (", model->layers, ", rows, entries, ",
-                        model->heads, ", ", model->head_dim, "), the last two contiguous");
+                           cache->size(3) == model->heads && cache->size(4) == model->head_dim &&
+                           cache->stride(4) == 1 && cache->stride(3) == model->head_dim,
+                       "caches must be (", model->layers, ", rows, entries, ", model->heads, ", ",
+                       model->head_dim, "), the last two contiguous");
         GPT2FAST_CHECK(cache->size(1) == k_cache.size(1) && cache->size(2) == k_cache.size(2),
-                        "both caches must have as many rows and entries");
+                       "both caches must have as many rows and entries");
     }
     for (const auto* scales : {&k_scales, &v_scales}) {
         if (!*scales) continue;
@@ -153,25 +160,24 @@ StepArgs step_args(const Tensor& arena, const Tensor& k_cache, const Tensor& v_c
         check_stored(**scales, "scales");
         check_no_overlap(**scales, "scales");
         GPT2FAST_CHECK((*scales)->scalar_type() == ScalarType::Float && (*scales)->dim() == 4 &&
-                            (*scales)->size(0) == model->layers &&
-                            (*scales)->size(1) == k_cache.size(1) &&
-                            (*scales)->size(2) == k_cache.size(2) &&
-                            (*scales)->size(3) == model->heads && (*scales)->stride(3) == 1,
-                        "scales must be float32 (", model->layers, ", ", k_cache.size(1),
-                        ", ", k_cache.size(2), ", ", model->heads, "), the last contiguous");
+                           (*scales)->size(0) == model->layers &&
+                           (*scales)->size(1) == k_cache.size(1) &&
+                           (*scales)->size(2) == k_cache.size(2) &&
+                           (*scales)->size(3) == model->heads && (*scales)->stride(3) == 1,
+                       "scales must be float32 (", model->layers, ", ", k_cache.size(1), ", ",
+                       k_cache.size(2), ", ", model->heads, "), the last contiguous");
     }
     GPT2FAST_CHECK((dtype_of(k_cache) == DType::int8) == k_scales.has_value() &&
-                        k_scales.has_value() == v_scales.has_value() &&
-                        v_cache.scalar_type() == k_cache.scalar_type(),
-                    "int8 caches, and only they, come with scales");
+                       k_scales.has_value() == v_scales.has_value() &&
+                       v_cache.scalar_type() == k_cache.scalar_type(),
+                   "int8 caches, and only they, come with scales");
     StepArgs args{};
     args.model = model;
     args.k_cache = view(k_cache, k_scales);
     args.v_cache = view(v_cache, v_scales);
     args.cache_dtype = dtype_of(k_cache);
     GPT2FAST_CHECK(args.cache_dtype != DType::bfloat16 || model->head_dim % 2 == 0,
-                   "bfloat16 entries are read in pairs, and the heads have size ",
-                   model->head_dim);
+                   "bfloat16 entries are read in pairs, and the heads have size ", model->head_dim);
     return args;
 }
 
@@ -179,13 +185,11 @@ void check_room(const StepArgs& args, int64_t rows, int64_t entries) {
     std::vector<bool> taken(static_cast<size_t>(rows));
     for (int64_t i = 0; i < args.sequences; ++i) {
         const int64_t count = args.starts[i + 1] - args.starts[i];
-        GPT2FAST_CHECK(count > 0, "starts must rise: sequence ", i, " has ", count,
-                        " tokens");
-        GPT2FAST_CHECK(args.lengths[i] + count <= entries, "row ",
-                        args.rows[i], " holds ", args.lengths[i], " of at most ", entries,
-                        " entries; ", count, " more do not fit");
-        GPT2FAST_CHECK(!taken[size_t(args.rows[i])], "row ", args.rows[i],
-                        " is there twice");
+        GPT2FAST_CHECK(count > 0, "starts must rise: sequence ", i, " has ", count, " tokens");
+        GPT2FAST_CHECK(args.lengths[i] + count <= entries, "row ", args.rows[i], " holds ",
+                       args.lengths[i], " of at most ", entries, " entries; ", count,
+                       " more do not fit");
+        GPT2FAST_CHECK(!taken[size_t(args.rows[i])], "row ", args.rows[i], " is there twice");
         taken[size_t(args.rows[i])] = true;
     }
 }
@@ -202,10 +206,9 @@ Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<T
     args.lengths = integers(lengths, "lengths", args.sequences, 0, k_cache.size(2) - 1);
     args.token_ids = integers(tokens, "tokens", args.tokens, 0, args.model->vocab - 1);
     args.positions = integers(positions, "positions", args.tokens, 0, args.model->positions - 1);
-    args.output_tokens =
-        integers(output_tokens, "output_tokens", args.outputs, 0, args.tokens - 1);
+    args.output_tokens = integers(output_tokens, "output_tokens", args.outputs, 0, args.tokens - 1);
     GPT2FAST_CHECK(args.starts[0] == 0 && args.starts[args.sequences] == args.tokens,
-                    "starts must lead from 0 to ", args.tokens);
+                   "starts must lead from 0 to ", args.tokens);
     check_room(args, k_cache.size(1), k_cache.size(2));
     Tensor logits =
         torch::stable::new_empty(arena, {args.outputs, args.model->vocab}, ScalarType::Float);
@@ -234,9 +237,9 @@ void check_choice(const Choice& choice) {
     GPT2FAST_CHECK(choice.temperature > 0.0 && finite(choice.temperature) &&
                        choice.repetition_penalty > 0.0 && finite(choice.repetition_penalty),
                    "temperature and repetition_penalty must be finite numbers above 0");
-    GPT2FAST_CHECK(choice.top_p >= 0.0 && choice.top_p <= 1.0 && choice.min_p >= 0.0 &&
-                       choice.min_p <= 1.0,
-                   "top_p and min_p must be in [0, 1]");
+    GPT2FAST_CHECK(
+        choice.top_p >= 0.0 && choice.top_p <= 1.0 && choice.min_p >= 0.0 && choice.min_p <= 1.0,
+        "top_p and min_p must be in [0, 1]");
     GPT2FAST_CHECK(choice.top_k >= 0 && choice.no_repeat_ngram_size >= 0,
                    "top_k and no_repeat_ngram_size must be 0 at least");
 }
@@ -319,27 +322,23 @@ Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, doub
     if (team == 1) {
         kernels().sample(args, 0, rows, workspace);
     } else {
-        run_team(team,
-                 [&](Member& member) { choose_rows(args, rows, member, workspace, bytes); });
+        run_team(team, [&](Member& member) { choose_rows(args, rows, member, workspace, bytes); });
     }
     return out;
 }
 
 // One more token for each row of the cache, and the choice of the next.
-std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_cache,
-                                       std::optional<Tensor> k_scales,
-                                       std::optional<Tensor> v_scales, Tensor tokens,
-                                       Tensor positions, Tensor lengths, Tensor history,
-                                       std::optional<Tensor> uniform, int64_t allowed,
-                                       double temperature, int64_t top_k, double top_p,
-                                       double min_p, double repetition_penalty,
-                                       int64_t no_repeat_ngram_size) {
+std::tuple<Tensor, Tensor> packed_next(
+    Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k_scales,
+    std::optional<Tensor> v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history,
+    std::optional<Tensor> uniform, int64_t allowed, double temperature, int64_t top_k, double top_p,
+    double min_p, double repetition_penalty, int64_t no_repeat_ngram_size) {
     StepArgs args = step_args(arena, k_cache, v_cache, k_scales, v_scales);
     const int64_t rows = tokens.numel();
-    GPT2FAST_CHECK(k_cache.size(1) == rows, rows, " tokens for a cache of ",
-                    k_cache.size(1), " rows");
+    GPT2FAST_CHECK(k_cache.size(1) == rows, rows, " tokens for a cache of ", k_cache.size(1),
+                   " rows");
     GPT2FAST_CHECK(allowed > 0 && allowed <= args.model->vocab, "allowed = ", allowed,
-                    " is not in 1 .. ", args.model->vocab);
+                   " is not in 1 .. ", args.model->vocab);
     args.sequences = args.tokens = args.outputs = rows;
     std::vector<int64_t> numbers(size_t(rows) + 1);
     for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = int64_t(i);

@@ -104,7 +104,7 @@ void product(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool ad
                    b.size(0), " inputs");
     GPT2FAST_CHECK(wide || !add, "a sum in bfloat16 is not continued");
     GPT2FAST_CHECK(narrow || (dtype_of(a) == DType::float32 && dtype_of(b) == DType::float32),
-                    "bfloat16 is multiplied as such");
+                   "bfloat16 is multiplied as such");
     const int64_t per_word = narrow ? 2 : 1;
     const int64_t most = per_word * (wide ? most_words : most_narrow_words);
     const int64_t blocks = std::max<int64_t>(1, (inputs + most - 1) / most);

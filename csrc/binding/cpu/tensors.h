@@ -64,9 +64,10 @@ inline Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
 
 inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-// int64 values of a vector, checked to lie in [low, high]; `copy` holds them where they are strided.
-inline const int64_t* checked(const Tensor& x, const char* name, int64_t size, int64_t low, int64_t high,
-                       std::vector<int64_t>& copy) {
+// int64 values of a vector, checked to lie in [low, high]; `copy` holds them where they are
+// strided.
+inline const int64_t* checked(const Tensor& x, const char* name, int64_t size, int64_t low,
+                              int64_t high, std::vector<int64_t>& copy) {
     check_on_cpu(x, name);
     check_sizes(x, name, {size});
     check_integers(x, name);
@@ -75,8 +76,8 @@ inline const int64_t* checked(const Tensor& x, const char* name, int64_t size, i
     if (stride != 1) copy.resize(size_t(size));
     for (int64_t i = 0; i < size; ++i) {
         const int64_t value = values[i * stride];
-        GPT2FAST_CHECK(value >= low && value <= high, name, "[", i, "] = ", value, " is not in ", low,
-                       " .. ", high);
+        GPT2FAST_CHECK(value >= low && value <= high, name, "[", i, "] = ", value, " is not in ",
+                       low, " .. ", high);
         if (stride != 1) copy[size_t(i)] = value;
     }
     return stride == 1 ? values : copy.data();

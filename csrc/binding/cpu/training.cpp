@@ -14,8 +14,9 @@ Tensor bias_gelu(Tensor x, Tensor bias) {
     check_contiguous(bias, "bias", {columns});
     check_same_type(bias, "bias", x, "x");
     Tensor out = torch::stable::new_empty(x, x.sizes());
-    const BiasGelu args{x.const_data_ptr(), bias.const_data_ptr(), out.mutable_data_ptr(),
-                                  columns,            x.stride(0),           dtype_of(x)};
+    const BiasGelu args{
+        x.const_data_ptr(), bias.const_data_ptr(), out.mutable_data_ptr(), columns, x.stride(0),
+        dtype_of(x)};
     parallel(x.size(0), columns,
              [&](int64_t begin, int64_t end) { kernels().bias_gelu(args, begin, end); });
     return out;
@@ -29,7 +30,7 @@ Blocks blocks_of(int64_t rows) {
 Tensor added_blocks(const Tensor& sums, int64_t first, int64_t columns, const Tensor& like) {
     Tensor out = torch::stable::new_empty(like, {columns});
     const AddBlocks args{floats_of(sums) + first, out.mutable_data_ptr(), sums.size(0),
-                                   sums.size(1), dtype_of(like)};
+                         sums.size(1), dtype_of(like)};
     parallel(columns, sums.size(0),
              [&](int64_t begin, int64_t end) { kernels().add_blocks(args, begin, end); });
     return out;
@@ -50,10 +51,17 @@ Tensor bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor grad_x,
     }
     const Blocks blocks = blocks_of(x.size(0));
     const Tensor sums = floats(x, {blocks.count, columns});
-    const BiasGeluBackward args{
-        grad.const_data_ptr(), x.const_data_ptr(), bias.const_data_ptr(), grad_x.mutable_data_ptr(),
-        activated ? activated->mutable_data_ptr() : nullptr, floats_of(sums), blocks, columns,
-        grad.stride(0), x.stride(0), dtype_of(x)};
+    const BiasGeluBackward args{grad.const_data_ptr(),
+                                x.const_data_ptr(),
+                                bias.const_data_ptr(),
+                                grad_x.mutable_data_ptr(),
+                                activated ? activated->mutable_data_ptr() : nullptr,
+                                floats_of(sums),
+                                blocks,
+                                columns,
+                                grad.stride(0),
+                                x.stride(0),
+                                dtype_of(x)};
     parallel(blocks.count, columns * (x.size(0) / blocks.count + 1),
              [&](int64_t begin, int64_t end) { kernels().bias_gelu_backward(args, begin, end); });
     return added_blocks(sums, 0, columns, bias);
@@ -73,20 +81,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Te
                              : torch::stable::new_empty(x, {0});
     Tensor mean = floats(x, {rows}), rstd = floats(x, {rows});
     const LayerNorm args{x.const_data_ptr(),
-                                   residual ? residual->const_data_ptr() : nullptr,
-                                   weight.const_data_ptr(),
-                                   bias.const_data_ptr(),
-                                   normed.mutable_data_ptr(),
-                                   summed.mutable_data_ptr(),
-                                   floats_of(mean),
-                                   floats_of(rstd),
-                                   columns,
-                                   x.stride(0),
-                                   residual ? residual->stride(0) : 0,
-                                   float(eps),
-                                   dtype_of(x),
-                                   dtype_of(residual ? *residual : x),
-                                   dtype_of(weight)};
+                         residual ? residual->const_data_ptr() : nullptr,
+                         weight.const_data_ptr(),
+                         bias.const_data_ptr(),
+                         normed.mutable_data_ptr(),
+                         summed.mutable_data_ptr(),
+                         floats_of(mean),
+                         floats_of(rstd),
+                         columns,
+                         x.stride(0),
+                         residual ? residual->stride(0) : 0,
+                         float(eps),
+                         dtype_of(x),
+                         dtype_of(residual ? *residual : x),
+                         dtype_of(weight)};
     parallel(rows, columns,
              [&](int64_t begin, int64_t end) { kernels().layer_norm(args, begin, end); });
     return {normed, summed, mean, rstd};
@@ -115,21 +123,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad,
     Tensor grad_input = torch::stable::new_empty(summed, summed.sizes());
     const Tensor sums = floats(summed, {blocks.count, 2 * columns});
     const LayerNormBackward args{grad.const_data_ptr(),
-                                           grad_summed ? grad_summed->const_data_ptr() : nullptr,
-                                           summed.const_data_ptr(),
-                                           weight.const_data_ptr(),
-                                           floats_of(mean),
-                                           floats_of(rstd),
-                                           grad_input.mutable_data_ptr(),
-                                           floats_of(sums),
-                                           blocks,
-                                           columns,
-                                           grad.stride(0),
-                                           grad_summed ? grad_summed->stride(0) : 0,
-                                           summed.stride(0),
-                                           dtype_of(grad),
-                                           dtype_of(summed),
-                                           dtype_of(weight)};
+                                 grad_summed ? grad_summed->const_data_ptr() : nullptr,
+                                 summed.const_data_ptr(),
+                                 weight.const_data_ptr(),
+                                 floats_of(mean),
+                                 floats_of(rstd),
+                                 grad_input.mutable_data_ptr(),
+                                 floats_of(sums),
+                                 blocks,
+                                 columns,
+                                 grad.stride(0),
+                                 grad_summed ? grad_summed->stride(0) : 0,
+                                 summed.stride(0),
+                                 dtype_of(grad),
+                                 dtype_of(summed),
+                                 dtype_of(weight)};
     parallel(blocks.count, columns * (rows / blocks.count + 1),
              [&](int64_t begin, int64_t end) { kernels().layer_norm_backward(args, begin, end); });
     return {grad_input, added_blocks(sums, 0, columns, weight),
@@ -140,10 +148,9 @@ Heads heads_of(const Tensor& x) {
     return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& lse, double scale,
-                                   const std::optional<Tensor>& visible, double dropout,
-                                   int64_t seed) {
+Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                         double scale, const std::optional<Tensor>& visible, double dropout,
+                         int64_t seed) {
     check_mask(visible, q.size(0), q.size(1));
     check_probability(dropout, "dropout_p");
     Attention args{};
@@ -181,31 +188,28 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
     Tensor lse = floats(q, {q.size(0), q.size(2), q.size(1)});
     Attention args = attention_args(q, k, v, lse, scale, visible, dropout, seed);
     args.out = out.mutable_data_ptr();
-    const int64_t blocks =
-        (args.time + attention_queries - 1) / attention_queries;
-    parallel(args.batch * args.heads * blocks,
-             attention_queries * args.time * args.head_dim / 16,
+    const int64_t blocks = (args.time + attention_queries - 1) / attention_queries;
+    parallel(args.batch * args.heads * blocks, attention_queries * args.time * args.head_dim / 16,
              [&](int64_t begin, int64_t end) { kernels().attention(args, begin, end); });
     return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v,
                                                       Tensor out, Tensor lse, double scale,
-                                                      std::optional<Tensor> visible,
-                                                      double dropout, int64_t seed) {
+                                                      std::optional<Tensor> visible, double dropout,
+                                                      int64_t seed) {
     check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}, {&grad, "grad"}, {&out, "out"}});
     check_contiguous(lse, "lse", {q.size(0), q.size(2), q.size(1)});
     check_floats(lse, "lse");
     Tensor grad_q = torch::stable::new_empty(q, q.sizes());
     Tensor grad_k = torch::stable::new_empty(k, k.sizes());
     Tensor grad_v = torch::stable::new_empty(v, v.sizes());
-    const AttentionBackward args{
-        attention_args(q, k, v, lse, scale, visible, dropout, seed),
-        heads_of(grad),
-        heads_of(out),
-        grad_q.mutable_data_ptr(),
-        grad_k.mutable_data_ptr(),
-        grad_v.mutable_data_ptr()};
+    const AttentionBackward args{attention_args(q, k, v, lse, scale, visible, dropout, seed),
+                                 heads_of(grad),
+                                 heads_of(out),
+                                 grad_q.mutable_data_ptr(),
+                                 grad_k.mutable_data_ptr(),
+                                 grad_v.mutable_data_ptr()};
     parallel(q.size(0) * q.size(2), q.size(1) * q.size(1) * q.size(3) / 16,
              [&](int64_t begin, int64_t end) { kernels().attention_backward(args, begin, end); });
     return {grad_q, grad_k, grad_v};
@@ -227,9 +231,14 @@ void cross_entropy(Tensor logits, Tensor targets, Tensor losses, int64_t ignore_
                        "targets[", i, "] = ", classes[i], " is neither a class in 0 .. ",
                        columns - 1, " nor ignore_index=", ignore_index);
     }
-    const CrossEntropy args{logits.mutable_data_ptr(), classes,      floats_of(losses),
-                                      columns,                   ignore_index, float(factor),
-                                      differentiate,             dtype_of(logits)};
+    const CrossEntropy args{logits.mutable_data_ptr(),
+                            classes,
+                            floats_of(losses),
+                            columns,
+                            ignore_index,
+                            float(factor),
+                            differentiate,
+                            dtype_of(logits)};
     parallel(rows, columns,
              [&](int64_t begin, int64_t end) { kernels().cross_entropy(args, begin, end); });
 }
@@ -263,14 +272,14 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
         }
     }
     const AdamW args{pieces.data(),
-                               float(beta1),
-                               float(beta2),
-                               float(1.0 - beta1),
-                               float(1.0 - beta2),
-                               float(1.0 - lr * weight_decay),
-                               float(lr / (1.0 - std::pow(beta1, double(step)))),
-                               float(1.0 / std::sqrt(1.0 - std::pow(beta2, double(step)))),
-                               float(eps)};
+                     float(beta1),
+                     float(beta2),
+                     float(1.0 - beta1),
+                     float(1.0 - beta2),
+                     float(1.0 - lr * weight_decay),
+                     float(lr / (1.0 - std::pow(beta1, double(step)))),
+                     float(1.0 / std::sqrt(1.0 - std::pow(beta2, double(step)))),
+                     float(eps)};
     parallel(int64_t(pieces.size()), piece_size,
              [&](int64_t begin, int64_t end) { kernels().adamw(args, begin, end); });
 }
@@ -298,12 +307,12 @@ Tensor embedding(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) {
     GPT2FAST_CHECK(positions.numel() == tokens.numel(), "there must be a position for each token");
     Tensor out = torch::stable::new_empty(wte, {tokens.numel(), wte.size(1)});
     const Embedding args{rows_of_table(tokens, "tokens", wte.size(0)),
-                                   rows_of_table(positions, "positions", wpe.size(0)),
-                                   wte.const_data_ptr(),
-                                   wpe.const_data_ptr(),
-                                   out.mutable_data_ptr(),
-                                   wte.size(1),
-                                   dtype_of(wte)};
+                         rows_of_table(positions, "positions", wpe.size(0)),
+                         wte.const_data_ptr(),
+                         wpe.const_data_ptr(),
+                         out.mutable_data_ptr(),
+                         wte.size(1),
+                         dtype_of(wte)};
     parallel(tokens.numel(), wte.size(1),
              [&](int64_t begin, int64_t end) { kernels().embedding(args, begin, end); });
     return out;
@@ -322,9 +331,9 @@ Tensor embedding_backward(Tensor grad, Tensor indices, int64_t rows) {
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
     for (int64_t i = 0; i < count; ++i) order[size_t(next[size_t(values[i])]++)] = i;
     Tensor out = torch::stable::new_empty(grad, {rows, grad.size(1)});
-    const EmbeddingBackward args{grad.const_data_ptr(), starts.data(), order.data(),
-                                           out.mutable_data_ptr(), grad.size(1), grad.stride(0),
-                                           dtype_of(grad)};
+    const EmbeddingBackward args{grad.const_data_ptr(),  starts.data(), order.data(),
+                                 out.mutable_data_ptr(), grad.size(1),  grad.stride(0),
+                                 dtype_of(grad)};
     parallel(rows, grad.size(1),
              [&](int64_t begin, int64_t end) { kernels().embedding_backward(args, begin, end); });
     return out;

@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
     const OnDeviceOf on(q);
     Tensor out = torch::stable::new_empty(q, q.sizes());
     Tensor lse = floats(q, {q.size(0), q.size(2), q.size(1)});
-    launch::attention_forward({attention_of(q, k, v, scale, visible, dropout_p, seed),
-                               heads_of(out), floats_of(lse)},
-                              on.stream);
+    launch::attention_forward(
+        {attention_of(q, k, v, scale, visible, dropout_p, seed), heads_of(out), floats_of(lse)},
+        on.stream);
     return {out, lse};
 }
 
@@ -80,8 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
     Tensor workspace = floats(q, {launch::attention_backward_floats(given, deterministic)});
     launch::attention_backward(
         {given, heads_of(grad), heads_of(out), static_cast<const float*>(lse.const_data_ptr()),
-         heads_of(grad_q), heads_of(grad_k), heads_of(grad_v), floats_of(workspace),
-         deterministic},
+         heads_of(grad_q), heads_of(grad_k), heads_of(grad_v), floats_of(workspace), deterministic},
         on.stream);
     return {grad_q, grad_k, grad_v};
 }

@@ -13,12 +13,11 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
     }
     check_heads(k, "k");
     check_heads(k_cache, "k_cache");
-    GPT2FAST_CHECK(same_sizes(k, v) && same_sizes(k_cache, v_cache) &&
-                        same_sizes(k, k_cache, 2) && k.size(0) == k_cache.size(0) &&
-                        k.scalar_type() == v.scalar_type() &&
-                        k_cache.scalar_type() == v_cache.scalar_type(),
-                    "k and v must be alike, and so must the caches; of their sizes "
-                    "only the second may differ");
+    GPT2FAST_CHECK(same_sizes(k, v) && same_sizes(k_cache, v_cache) && same_sizes(k, k_cache, 2) &&
+                       k.size(0) == k_cache.size(0) && k.scalar_type() == v.scalar_type() &&
+                       k_cache.scalar_type() == v_cache.scalar_type(),
+                   "k and v must be alike, and so must the caches; of their sizes "
+                   "only the second may differ");
     launch::AppendToCache args{};
     args.from[0] = heads_of(k, "k");
     args.from[1] = heads_of(v, "v");
@@ -42,7 +41,7 @@ void reorder_cache(Tensor k_cache, Tensor v_cache, Tensor rows) {
     const OnDeviceOf on(k_cache);
     check_device(v_cache, "v_cache", k_cache, "k_cache");
     GPT2FAST_CHECK(same_sizes(k_cache, v_cache) && k_cache.scalar_type() == v_cache.scalar_type(),
-                    "the caches must be alike");
+                   "the caches must be alike");
     launch::ReorderCache args{};
     args.cache[0] = mutable_heads_of(k_cache, "k_cache");
     args.cache[1] = mutable_heads_of(v_cache, "v_cache");
@@ -53,8 +52,8 @@ void reorder_cache(Tensor k_cache, Tensor v_cache, Tensor rows) {
     args.heads = k_cache.size(2);
     args.head_dim = k_cache.size(3);
     args.element_size = int64_t(k_cache.element_size());
-    GPT2FAST_CHECK(args.count <= args.batch, args.count,
-                    " rows do not fit a cache of ", args.batch);
+    GPT2FAST_CHECK(args.count <= args.batch, args.count, " rows do not fit a cache of ",
+                   args.batch);
     launch::reorder_cache(args, on.stream);
 }
 

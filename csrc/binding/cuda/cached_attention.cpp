@@ -6,18 +6,17 @@
 namespace gpt2fast::binding {
 namespace {
 
-Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
-                            double scale, std::optional<Tensor> k_scales,
-                            std::optional<Tensor> v_scales) {
+Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, double scale,
+                            std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
     const OnDeviceOf on(q);
     check_heads(q, "q");
     check_device(k_cache, "k_cache", q, "q");
     check_device(v_cache, "v_cache", q, "q");
     GPT2FAST_CHECK(same_sizes(k_cache, v_cache) && same_sizes(q, k_cache, 2) &&
-                        q.size(0) == k_cache.size(0) &&
-                        k_cache.scalar_type() == v_cache.scalar_type(),
-                    "caches must be (", q.size(0), ", entries, ", q.size(2), ", ",
-                    q.size(3), ") and of one dtype");
+                       q.size(0) == k_cache.size(0) &&
+                       k_cache.scalar_type() == v_cache.scalar_type(),
+                   "caches must be (", q.size(0), ", entries, ", q.size(2), ", ", q.size(3),
+                   ") and of one dtype");
     launch::CachedAttention args{};
     args.q = heads_of(q, "q");
     args.k = heads_of(k_cache, "k_cache");

@@ -27,15 +27,15 @@ inline launch::HeadsOf scales_of(const std::optional<Tensor>& x, const Tensor& c
                                  const char* name) {
     const bool wanted = cache.scalar_type() == ScalarType::Char;
     GPT2FAST_CHECK(x.has_value() == wanted, name,
-                    wanted ? " are missing: the cache is int8" : " belong to int8 caches only");
+                   wanted ? " are missing: the cache is int8" : " belong to int8 caches only");
     if (!wanted) return {};
     check_stored(*x, name);
     check_device(*x, name, cache, "the cache");
-    GPT2FAST_CHECK(x->scalar_type() == ScalarType::Float && x->dim() == cache.dim() - 1,
-                    name, " must be float32, one for each head's entry");
+    GPT2FAST_CHECK(x->scalar_type() == ScalarType::Float && x->dim() == cache.dim() - 1, name,
+                   " must be float32, one for each head's entry");
     for (int64_t i = 0; i < x->dim(); ++i) {
         GPT2FAST_CHECK(x->size(i) == cache.size(i), name, " must be a factor for ",
-                        "each head's entry of the cache");
+                       "each head's entry of the cache");
     }
     const int64_t first = x->dim() - 3;  // behind the layers, if there are any
     return {x->mutable_data_ptr(), x->stride(first), x->stride(first + 1), x->stride(first + 2)};

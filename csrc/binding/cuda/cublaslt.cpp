@@ -23,8 +23,9 @@ bool multiply(const Tensor& a, const Tensor& b, const Tensor& out, launch::Epilo
     GPT2FAST_CHECK(float_dtype_of(a) == float_dtype_of(b) && dtype_of(a) == dtype_of(out),
                    "a product's factors and result must have one dtype");
     for (const Tensor* each : {&b, &out}) check_device(*each, "b and out", a, "a");
-    const launch::Product product{operand_of(a), operand_of(b), out.mutable_data_ptr(), epilogue,
-                                  bias, inner, dtype_of(a), a.get_device_index()};
+    const launch::Product product{
+        operand_of(a), operand_of(b), out.mutable_data_ptr(), epilogue, bias,
+        inner,         dtype_of(a),   a.get_device_index()};
     launch::ProductPlan plan;
     if (!launch::plan_product(product, plan)) return false;
     // torch aligns to more on a GPU, to less on a CPU.

@@ -45,13 +45,13 @@ Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, 
         check_device(*each, "a cache", wte, "wte");
     }
     const int64_t width = wte.size(1);
-    GPT2FAST_CHECK(k_cache.dim() == 5 && (k_cache.size(4) == 1 || k_cache.stride(4) == 1) &&
-                        (v_cache.dim() == 5 && (v_cache.size(4) == 1 || v_cache.stride(4) == 1)) && same_sizes(k_cache, v_cache) &&
-                        k_cache.scalar_type() == v_cache.scalar_type() &&
-                        k_cache.size(0) == int64_t(scales.size()) &&
-                        k_cache.size(1) == tokens.numel() &&
-                        k_cache.size(3) * k_cache.size(4) == wte.size(1),
-                    "caches must be (layers, rows, entries, heads, head size)");
+    GPT2FAST_CHECK(
+        k_cache.dim() == 5 && (k_cache.size(4) == 1 || k_cache.stride(4) == 1) &&
+            (v_cache.dim() == 5 && (v_cache.size(4) == 1 || v_cache.stride(4) == 1)) &&
+            same_sizes(k_cache, v_cache) && k_cache.scalar_type() == v_cache.scalar_type() &&
+            k_cache.size(0) == int64_t(scales.size()) && k_cache.size(1) == tokens.numel() &&
+            k_cache.size(3) * k_cache.size(4) == wte.size(1),
+        "caches must be (layers, rows, entries, heads, head size)");
     const launch::HeadsOf factors[] = {scales_of(k_scales, k_cache, "k_scales"),
                                        scales_of(v_scales, v_cache, "v_scales")};
     launch::DecodeStep args{};
@@ -65,12 +65,18 @@ Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, 
             check_contiguous(of_layer[n], "a weight", {size});
             return of_layer[n].const_data_ptr();
         };
-        layers[i] = {vector(0, width), vector(1, width),
-                     matrix_of(of_layer[2], width, 3 * width), vector(3, 3 * width),
-                     matrix_of(of_layer[4], width, width), vector(5, width),
-                     vector(6, width), vector(7, width),
-                     matrix_of(of_layer[8], width, inner), vector(9, inner),
-                     matrix_of(of_layer[10], inner, width), vector(11, width),
+        layers[i] = {vector(0, width),
+                     vector(1, width),
+                     matrix_of(of_layer[2], width, 3 * width),
+                     vector(3, 3 * width),
+                     matrix_of(of_layer[4], width, width),
+                     vector(5, width),
+                     vector(6, width),
+                     vector(7, width),
+                     matrix_of(of_layer[8], width, inner),
+                     vector(9, inner),
+                     matrix_of(of_layer[10], inner, width),
+                     vector(11, width),
                      {layer_of(k_cache, i), layer_of(v_cache, i)},
                      {layer_of(k_scales, factors[0], i), layer_of(v_scales, factors[1], i)},
                      float(scales[i])};

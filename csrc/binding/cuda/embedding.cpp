@@ -24,9 +24,9 @@ Tensor embedding(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) {
     const int64_t count = tokens.numel();
     Tensor out = torch::stable::new_empty(wte, {tokens.numel(), wte.size(1)});
     launch::embedding_forward(
-        {indices_of(tokens, count, wte), indices_of(positions, count, wte), wte.const_data_ptr(), wpe.const_data_ptr(),
-         out.mutable_data_ptr(), tokens.numel(), wte.size(1), wte.size(0), wpe.size(0),
-         float_dtype_of(wte)},
+        {indices_of(tokens, count, wte), indices_of(positions, count, wte), wte.const_data_ptr(),
+         wpe.const_data_ptr(), out.mutable_data_ptr(), tokens.numel(), wte.size(1), wte.size(0),
+         wpe.size(0), float_dtype_of(wte)},
         on.stream);
     return out;
 }
@@ -41,9 +41,8 @@ Tensor embedding_backward(Tensor grad, Tensor sorted, Tensor order, int64_t rows
     Tensor partials = floats(grad, {launch::embedding_partials(sorted.numel()), grad.size(1)});
     launch::embedding_backward(
         {grad.const_data_ptr(), indices_of(sorted, grad.size(0), grad),
-         indices_of(order, grad.size(0), grad),
-         grad_table.mutable_data_ptr(), floats_of(partials), sorted.numel(), grad.size(1),
-         grad.stride(0), float_dtype_of(grad)},
+         indices_of(order, grad.size(0), grad), grad_table.mutable_data_ptr(), floats_of(partials),
+         sorted.numel(), grad.size(1), grad.stride(0), float_dtype_of(grad)},
         on.stream);
     return grad_table;
 }

@@ -20,8 +20,8 @@ Tensor bias_gelu(Tensor x, Tensor bias) {
     float_dtype_of(x);
     check_like(bias, "bias", x, {x.size(1)});
     Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-    launch::bias_gelu({x.const_data_ptr(), bias.const_data_ptr(), out.mutable_data_ptr(),
-                       x.size(0), x.size(1), x.stride(0), dtype_of(x)},
+    launch::bias_gelu({x.const_data_ptr(), bias.const_data_ptr(), out.mutable_data_ptr(), x.size(0),
+                       x.size(1), x.stride(0), dtype_of(x)},
                       on.stream);
     return out;
 }
@@ -44,8 +44,7 @@ Tensor bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor grad_x,
     Tensor partials = floats(x, {launch::row_partials(rows), columns});
     launch::bias_gelu_backward(
         {grad.const_data_ptr(), x.const_data_ptr(), bias.const_data_ptr(),
-         grad_x.mutable_data_ptr(),
-         activated.has_value() ? activated->mutable_data_ptr() : nullptr,
+         grad_x.mutable_data_ptr(), activated.has_value() ? activated->mutable_data_ptr() : nullptr,
          grad_bias.mutable_data_ptr(), floats_of(partials), rows, columns, grad.stride(0),
          x.stride(0), dtype_of(x)},
         on.stream);

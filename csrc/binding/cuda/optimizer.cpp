@@ -37,19 +37,25 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     for (size_t first = 0; first < params.size(); ++first) {
         if (done[first]) continue;
         const OnDeviceOf on(params[first]);
-        launch::AdamW args{{}, step, lr, beta1, beta2, eps, weight_decay,
-                           dtype_of(params[first]), dtype_of(exp_avgs[first])};
+        launch::AdamW args{{},
+                           step,
+                           lr,
+                           beta1,
+                           beta2,
+                           eps,
+                           weight_decay,
+                           dtype_of(params[first]),
+                           dtype_of(exp_avgs[first])};
         for (size_t i = first; i < params.size(); ++i) {
             if (done[i] || params[i].get_device_index() != params[first].get_device_index() ||
                 dtype_of(params[i]) != args.dtype || dtype_of(exp_avgs[i]) != args.moment_dtype) {
                 continue;
             }
             done[i] = true;
-            args.tensors.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(),
-                                    exp_avgs[i].mutable_data_ptr(),
-                                    exp_avg_sqs[i].mutable_data_ptr(),
-                                    masters.empty() ? nullptr : floats_of(masters[i]),
-                                    params[i].numel()});
+            args.tensors.push_back(
+                {params[i].mutable_data_ptr(), grads[i].const_data_ptr(),
+                 exp_avgs[i].mutable_data_ptr(), exp_avg_sqs[i].mutable_data_ptr(),
+                 masters.empty() ? nullptr : floats_of(masters[i]), params[i].numel()});
         }
         launch::adamw(args, on.stream);
     }

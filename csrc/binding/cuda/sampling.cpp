@@ -44,8 +44,8 @@ Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, doub
     args.repetition_penalty = repetition_penalty;
     args.no_repeat_ngram_size = no_repeat_ngram_size;
     Tensor scores = floats(logits, {uniform.has_value() ? args.rows * args.vocab : 0});
-    Tensor best = torch::stable::new_empty(
-        logits, {args.rows, launch::sample_blocks(args.vocab)}, ScalarType::Long);
+    Tensor best = torch::stable::new_empty(logits, {args.rows, launch::sample_blocks(args.vocab)},
+                                           ScalarType::Long);
     args.scores = floats_of(scores);
     args.best = best.mutable_data_ptr();
     Tensor out = torch::stable::new_empty(logits, {args.rows}, ScalarType::Long);

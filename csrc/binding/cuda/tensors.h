@@ -24,8 +24,8 @@
 #define GPT2FAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(gpt2fast_cuda, CPU, m)
 #else
 #define GPT2FAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(gpt2fast_cuda, CUDA, m)
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace gpt2fast::binding {
@@ -57,9 +57,8 @@ public:
 #else
     explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
         GPT2FAST_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                        "this torch was built without CUDA");
-        TORCH_ERROR_CODE_CHECK(
-            aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+                       "this torch was built without CUDA");
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
         launch::use_device(x.get_device_index());
     }
 #endif

@@ -25,7 +25,9 @@ struct Vec {
 
     static Vec load(const float* p) { return _mm256_loadu_ps(p); }
     static Vec load(const bfloat16* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
-    static Vec load(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+    static Vec load(const float16* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    }
     static Vec load(const int8_t* p) {
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
     }
@@ -68,10 +70,10 @@ struct Vec {
             _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
         const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
         const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-        const __m256i chosen = _mm256_srli_epi32(
-            _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded),
-                                                 _mm256_castsi256_ps(quiet), nan)),
-            16);
+        const __m256i chosen =
+            _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(
+                                  _mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan)),
+                              16);
         return _mm_packus_epi32(_mm256_castsi256_si128(chosen),
                                 _mm256_extracti128_si256(chosen, 1));
     }
@@ -161,18 +163,14 @@ inline Vec dot_bfloat16(Vec sum, Words w, Words x) {
 // where 255 * 127 * 2 would saturate: the odd and even bytes are widened first.
 inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     const __m256i low = _mm256_set1_epi16(0xff);
-    const __m256i even =
-        _mm256_madd_epi16(_mm256_and_si256(w.v, low),
-                          _mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8));
-    const __m256i odd =
-        _mm256_madd_epi16(_mm256_srli_epi16(w.v, 8), _mm256_srai_epi16(x.v, 8));
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w.v, low),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w.v, 8), _mm256_srai_epi16(x.v, 8));
     return _mm256_add_epi32(sum.v, _mm256_add_epi32(even, odd));
 }
 
 // Signed bytes + 128, as unsigned ones.
-inline Words flip_signs(Words w) {
-    return {_mm256_xor_si256(w.v, _mm256_set1_epi8(char(0x80)))};
-}
+inline Words flip_signs(Words w) { return {_mm256_xor_si256(w.v, _mm256_set1_epi8(char(0x80)))}; }
 // The first and second bfloat16 of each word.
 inline Vec even_halves(Words w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 16)); }
 inline Vec odd_halves(Words w) {

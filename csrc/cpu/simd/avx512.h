@@ -100,7 +100,8 @@ inline Vec reduce_add_each(const Vec (&x)[16]) {
     __m512 eights[2];
     for (int i = 0; i < 2; ++i) {
         const __m512 a = fours[2 * i], b = fours[2 * i + 1];
-        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        eights[i] =
+            _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
     return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
                          _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
@@ -147,12 +148,12 @@ inline Vec dot_bfloat16(Vec sum, Words w, Words x) {
 }
 
 // Unsigned bytes of w times signed bytes of x.
-inline IntVec dot_int8(IntVec sum, Words w, Words x) { return _mm512_dpbusd_epi32(sum.v, w.v, x.v); }
+inline IntVec dot_int8(IntVec sum, Words w, Words x) {
+    return _mm512_dpbusd_epi32(sum.v, w.v, x.v);
+}
 
 // Signed bytes + 128, as unsigned ones.
-inline Words flip_signs(Words w) {
-    return {_mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80)))};
-}
+inline Words flip_signs(Words w) { return {_mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80)))}; }
 // The first and second bfloat16 of each word.
 inline Vec even_halves(Words w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16)); }
 inline Vec odd_halves(Words w) {

@@ -46,13 +46,11 @@ struct Vec {
         vst1q_f32(p, low);
         vst1q_f32(p + 4, high);
     }
-    void store(bfloat16* p) const {
-        vst1q_u16(&p->bits, vcombine_u16(narrow(low), narrow(high)));
-    }
+    void store(bfloat16* p) const { vst1q_u16(&p->bits, vcombine_u16(narrow(low), narrow(high))); }
     // Nearest integers (ties to even), saturated.
     void store(int8_t* p) const {
-        const int16x8_t x = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(low)),
-                                         vqmovn_s32(vcvtnq_s32_f32(high)));
+        const int16x8_t x =
+            vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(low)), vqmovn_s32(vcvtnq_s32_f32(high)));
         vst1_s8(p, vqmovn_s16(x));
     }
     template <typename T>

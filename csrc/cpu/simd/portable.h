@@ -32,7 +32,9 @@ struct Vec {
         std::memcpy(&x.v, p, sizeof x.v);
         return x;
     }
-    static Vec load(const int8_t* p) { return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+    static Vec load(const int8_t* p) {
+        return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+    }
     // The first n elements; the others are zero and their memory is not touched.
     template <typename T>
     static Vec load(const T* p, int n) {

@@ -171,8 +171,7 @@ GPT2FAST_UNCHECKED void multiply_fragments(const Slots& slots, uint32_t) {
 }
 
 template <class T>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                  const Site& site) {
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site) {
     Fragments mine{c, a, b};
     together<Fragments>("mma_m16n8k16", ~0u, true, mine, multiply_fragments<T>, site);
 }

@@ -180,8 +180,8 @@ inline std::string to_string(const uint3& index) {
 }
 
 [[noreturn]] inline void fail(const std::string& what, const Site& site) {
-    throw Error(to_string(site) + ": " + what + " [block " + to_string(block().index) +
-                " thread " + to_string(thread().index) + "]");
+    throw Error(to_string(site) + ": " + what + " [block " + to_string(block().index) + " thread " +
+                to_string(thread().index) + "]");
 }
 
 GPT2FAST_NO_TSAN inline Thread* Block::next() {
@@ -304,9 +304,9 @@ GPT2FAST_NO_TSAN inline void named_barrier(int id, int threads, bool wait, const
         }
         Barrier& barrier = block().barriers[size_t(id)];
         if (barrier.arrived > 0 && barrier.expected != threads) {
-            fail("barrier " + std::to_string(id) + " is waited for by " +
-                     std::to_string(threads) + " threads here, by " +
-                     std::to_string(barrier.expected) + " at " + to_string(barrier.site),
+            fail("barrier " + std::to_string(id) + " is waited for by " + std::to_string(threads) +
+                     " threads here, by " + std::to_string(barrier.expected) + " at " +
+                     to_string(barrier.site),
                  site);
         }
         clock = &barrier.clocks[barrier.phase % 2];

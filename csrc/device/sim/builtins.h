@@ -93,8 +93,8 @@ T exchange(T* address, Change change) {
 }  // namespace gpt2fast::simulator
 
 inline float atomicAdd(float* address, float value) {
-    return ::gpt2fast::simulator::exchange<float, uint32_t>(
-        address, [&](float old) { return old + value; });
+    return ::gpt2fast::simulator::exchange<float, uint32_t>(address,
+                                                            [&](float old) { return old + value; });
 }
 inline double atomicAdd(double* address, double value) {
     return ::gpt2fast::simulator::exchange<double, uint64_t>(
@@ -104,31 +104,31 @@ inline float atomicExch(float* address, float value) {
     return ::gpt2fast::simulator::exchange<float, uint32_t>(address, [&](float) { return value; });
 }
 
-#define GPT2FAST_INTEGER_ATOMICS(T)                                                          \
-    inline T atomicAdd(T* address, T value) {                                                \
-        return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);                         \
-    }                                                                                        \
-    inline T atomicExch(T* address, T value) {                                               \
-        return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);                        \
-    }                                                                                        \
-    inline T atomicMax(T* address, T value) {                                                \
-        return ::gpt2fast::simulator::exchange<T, T>(                                        \
-            address, [&](T old) { return old > value ? old : value; });                      \
-    }                                                                                        \
-    inline T atomicMin(T* address, T value) {                                                \
-        return ::gpt2fast::simulator::exchange<T, T>(                                        \
-            address, [&](T old) { return old < value ? old : value; });                      \
-    }                                                                                        \
-    inline T atomicOr(T* address, T value) {                                                 \
-        return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);                          \
-    }                                                                                        \
-    inline T atomicAnd(T* address, T value) {                                                \
-        return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);                         \
-    }                                                                                        \
-    inline T atomicCAS(T* address, T compare, T value) {                                     \
-        __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_RELAXED,       \
-                                    __ATOMIC_RELAXED);                                       \
-        return compare;                                                                      \
+#define GPT2FAST_INTEGER_ATOMICS(T)                                                    \
+    inline T atomicAdd(T* address, T value) {                                          \
+        return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);                   \
+    }                                                                                  \
+    inline T atomicExch(T* address, T value) {                                         \
+        return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);                  \
+    }                                                                                  \
+    inline T atomicMax(T* address, T value) {                                          \
+        return ::gpt2fast::simulator::exchange<T, T>(                                  \
+            address, [&](T old) { return old > value ? old : value; });                \
+    }                                                                                  \
+    inline T atomicMin(T* address, T value) {                                          \
+        return ::gpt2fast::simulator::exchange<T, T>(                                  \
+            address, [&](T old) { return old < value ? old : value; });                \
+    }                                                                                  \
+    inline T atomicOr(T* address, T value) {                                           \
+        return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);                    \
+    }                                                                                  \
+    inline T atomicAnd(T* address, T value) {                                          \
+        return __atomic_fetch_and(address, value, __ATOMIC_RELAXED);                   \
+    }                                                                                  \
+    inline T atomicCAS(T* address, T compare, T value) {                               \
+        __atomic_compare_exchange_n(address, &compare, value, false, __ATOMIC_RELAXED, \
+                                    __ATOMIC_RELAXED);                                 \
+        return compare;                                                                \
     }
 GPT2FAST_INTEGER_ATOMICS(int)
 GPT2FAST_INTEGER_ATOMICS(unsigned)
@@ -143,11 +143,13 @@ inline void __threadfence_block() { __threadfence(); }
 
 // ------------------------------------------------------------------------- loads, bits, arithmetic
 
+// clang-format off
 template <class T> T __ldg(const T* address) { return *address; }
 template <class T> T __ldcs(const T* address) { return *address; }
 template <class T> T __ldcg(const T* address) { return *address; }
 template <class T> void __stcs(T* address, T value) { *address = value; }
 template <class T> void __stcg(T* address, T value) { *address = value; }
+// clang-format on
 
 template <class To, class From>
 To gpt2fast_reinterpret(From from) {
@@ -181,8 +183,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     return result;
 }
 
-#define GPT2FAST_MIN_MAX(T)                              \
-    inline T min(T a, T b) { return b < a ? b : a; }     \
+#define GPT2FAST_MIN_MAX(T)                          \
+    inline T min(T a, T b) { return b < a ? b : a; } \
     inline T max(T a, T b) { return a < b ? b : a; }
 GPT2FAST_MIN_MAX(int)
 GPT2FAST_MIN_MAX(unsigned)

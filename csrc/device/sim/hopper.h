@@ -385,8 +385,8 @@ void wgmma(float (&c)[N / 2], uint64_t a, uint64_t b, bool add, const Site& site
 
 inline void fence_wgmma(const Site& site) {
     char nothing = 0;
-    warpgroup_together("wgmma_fence", &nothing, [](Warpgroup& group) { group.fenced = true; },
-                       site);
+    warpgroup_together(
+        "wgmma_fence", &nothing, [](Warpgroup& group) { group.fenced = true; }, site);
 }
 
 inline void commit_wgmma(const Site& site) {

@@ -66,8 +66,8 @@ inline void exit_thread() {
     Thread& me = thread();
     const std::string unfinished = me.copies.unfinished();
     if (!unfinished.empty() && b.error.empty()) {
-        b.error = "block " + to_string(b.index) + " thread " + to_string(me.index) + " " +
-                  unfinished;
+        b.error =
+            "block " + to_string(b.index) + " thread " + to_string(me.index) + " " + unfinished;
     }
     me.state = State::done;
     --b.live;
@@ -140,8 +140,8 @@ inline std::string unfinished(const Block& b) {
         const Barrier& barrier = b.barriers[id];
         if (barrier.arrived > 0) {
             return "ended with " + std::to_string(barrier.arrived) + " of " +
-                   std::to_string(barrier.expected) + " threads at barrier " +
-                   std::to_string(id) + ", " + to_string(barrier.site);
+                   std::to_string(barrier.expected) + " threads at barrier " + std::to_string(id) +
+                   ", " + to_string(barrier.site);
         }
     }
     return b.extension ? b.extension->unfinished() : "";
@@ -252,10 +252,10 @@ struct Call {
 };
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t, Arguments&&... arguments) {
-    Call<Parameters...> call{
-        kernel, std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)};
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+            Arguments&&... arguments) {
+    Call<Parameters...> call{kernel,
+                             std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)};
     launches().add(reinterpret_cast<const void*>(kernel), size_t(block.x) * block.y * block.z,
                    shared_bytes);
     run_grid(

@@ -10,9 +10,12 @@ namespace {
 
 using launch::DType;
 
-template <class T> constexpr DType dtype_of = DType::float32;
-template <> constexpr DType dtype_of<bf16> = DType::bfloat16;
-template <> constexpr DType dtype_of<fp16> = DType::float16;
+template <class T>
+constexpr DType dtype_of = DType::float32;
+template <>
+constexpr DType dtype_of<bf16> = DType::bfloat16;
+template <>
+constexpr DType dtype_of<fp16> = DType::float16;
 
 struct Shape {
     int64_t batch, time, heads, head_dim;
@@ -50,21 +53,15 @@ template <class T>
 class Attention {
 public:
     explicit Attention(const Shape& shape)
-        : shape_(shape),
-          elements_(shape.batch * shape.time * shape.heads * shape.head_dim),
-          rows_(shape.batch * shape.heads * shape.time),
-          packed_(random_.normal<T>(3 * elements_)),
-          grad_(random_.normal<T>(elements_)),
-          out_(elements_),
-          grad_q_(elements_),
-          grad_k_(elements_),
-          grad_v_(elements_),
-          lse_(rows_),
-          visible_(shape.batch * shape.time, uint8_t(1)),
-          seed_(1, int64_t(0x123456789ABCDEF)) {
+        : shape_(shape), elements_(shape.batch * shape.time * shape.heads * shape.head_dim),
+          rows_(shape.batch * shape.heads * shape.time), packed_(random_.normal<T>(3 * elements_)),
+          grad_(random_.normal<T>(elements_)), out_(elements_), grad_q_(elements_),
+          grad_k_(elements_), grad_v_(elements_), lse_(rows_),
+          visible_(shape.batch * shape.time, uint8_t(1)), seed_(1, int64_t(0x123456789ABCDEF)) {
         for (int64_t i = 0; shape.masked && i < visible_.size(); ++i) {
             // The first row begins with keys that nobody sees.
-            visible_[i] = i >= std::min<int64_t>(shape.time - 1, shape.hidden) && random_.below(3) > 0;
+            visible_[i] =
+                i >= std::min<int64_t>(shape.time - 1, shape.hidden) && random_.below(3) > 0;
         }
     }
 
@@ -72,10 +69,10 @@ public:
         const launch::Attention args = arguments();
         launch::attention_forward({args, view(out_), lse_.data()}, nullptr);
         Buffer<float> workspace(launch::attention_backward_floats(args, shape_.deterministic));
-        launch::attention_backward({args, view(grad_), view(out_), lse_.data(), view(grad_q_),
-                                    view(grad_k_), view(grad_v_), workspace.data(),
-                                    shape_.deterministic},
-                                   nullptr);
+        launch::attention_backward(
+            {args, view(grad_), view(out_), lse_.data(), view(grad_q_), view(grad_k_),
+             view(grad_v_), workspace.data(), shape_.deterministic},
+            nullptr);
     }
 
     void check() {
@@ -101,10 +98,18 @@ public:
             return launch::AttentionHeads{packed_.data() + i * width, 3 * width * shape_.time,
                                           3 * width, shape_.head_dim};
         };
-        return {part(0),         part(1),      part(2),         shape_.batch,
-                shape_.time,     shape_.heads, shape_.head_dim, shape_.scale,
-                shape_.masked ? visible_.data() : nullptr,      shape_.dropout_p,
-                shape_.dropout_p > 0 ? seed_.data() : nullptr,  dtype_of<T>};
+        return {part(0),
+                part(1),
+                part(2),
+                shape_.batch,
+                shape_.time,
+                shape_.heads,
+                shape_.head_dim,
+                shape_.scale,
+                shape_.masked ? visible_.data() : nullptr,
+                shape_.dropout_p,
+                shape_.dropout_p > 0 ? seed_.data() : nullptr,
+                dtype_of<T>};
     }
 
 private:
@@ -147,8 +152,7 @@ private:
             const double factor = kept(shape_, seed_[0], row, t, s);
             for (int64_t d = 0; d < shape_.head_dim; ++d) {
                 const double grad = to_double(grad_[at(b, t, h) + d]);
-                out[size_t(at(b, t, h) + d)] +=
-                    weights[size_t(s)] * factor * packed(2, b, s, h, d);
+                out[size_t(at(b, t, h) + d)] += weights[size_t(s)] * factor * packed(2, b, s, h, d);
                 grad_v[size_t(at(b, s, h) + d)] += weights[size_t(s)] * factor * grad;
                 grad_weights[size_t(s)] += factor * grad * packed(2, b, s, h, d);
             }
@@ -224,9 +228,8 @@ CASE("attention refuses what it cannot read") {
     Attention<bf16> unaligned({1, 4, 1, 32});
     launch::Attention args = unaligned.arguments();
     args.q.data = static_cast<bf16*>(args.q.data) + 1;
-    expect_error("multiples of 16 bytes", [&] {
-        launch::attention_forward({args, args.q, nullptr}, nullptr);
-    });
+    expect_error("multiples of 16 bytes",
+                 [&] { launch::attention_forward({args, args.q, nullptr}, nullptr); });
     expect_error("128 at most", [] { Attention<float>({1, 2, 1, 136}).run(); });
     expect_error("multiples of 8", [] { Attention<fp16>({1, 2, 1, 12}).run(); });
 }

@@ -58,8 +58,8 @@ void append(HeadsShape cache_shape, int64_t time, const std::vector<int64_t>& le
                             expect_unwritten(value, place);
                             continue;
                         }
-                        const float given = device::to_float(
-                            packed.at(1 + part, row, entry - begin, head, d));
+                        const float given =
+                            device::to_float(packed.at(1 + part, row, entry - begin, head, d));
                         expect_same(value, to_double(device::from_float<To>(given)), place);
                     }
                 }

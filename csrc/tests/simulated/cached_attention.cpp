@@ -8,8 +8,8 @@
 namespace gpt2fast::simulated {
 namespace {
 
-// Entries past a row's newest are NaN; of int8 caches, their factors. Queries are one part of three;
-// the caches lie `offset` elements behind aligned memory.
+// Entries past a row's newest are NaN; of int8 caches, their factors. Queries are one part of
+// three; the caches lie `offset` elements behind aligned memory.
 template <class Q, class C>
 void attend(HeadsShape cache_shape, int64_t time, const std::vector<int64_t>& lengths,
             int64_t offset = 0) {

@@ -82,7 +82,7 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
     const Rows<T> ln_weight(random, 1, width, {}, 0.1f, 1.0f), ln_bias(random, 1, width, {}, 0.1f);
     const Buffer<int64_t> tokens = random.below(vocab, batch), length = integers(lengths);
     std::vector<std::unique_ptr<Layer<T>>> layers;
-    std::vector<std::unique_ptr<CacheMemory<C>>> caches;  // keys and values are two parts
+    std::vector<std::unique_ptr<CacheMemory<C>>> caches;      // keys and values are two parts
     std::vector<std::unique_ptr<CacheMemory<float>>> scales;  // of int8 caches, likewise
     std::vector<launch::DecodeLayer> given;
     for (int64_t i = 0; i < layer_count; ++i) {
@@ -100,12 +100,18 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
         const auto matrix = [](const Rows<T>& x) -> launch::MatrixOf {
             return {x.data(), x.stride()};
         };
-        given.push_back({layer.ln_1_weight.data(), layer.ln_1_bias.data(),
-                         matrix(layer.qkv_weight), layer.qkv_bias.data(),
-                         matrix(layer.out_weight), layer.out_bias.data(),
-                         layer.ln_2_weight.data(), layer.ln_2_bias.data(),
-                         matrix(layer.fc_weight), layer.fc_bias.data(),
-                         matrix(layer.proj_weight), layer.proj_bias.data(),
+        given.push_back({layer.ln_1_weight.data(),
+                         layer.ln_1_bias.data(),
+                         matrix(layer.qkv_weight),
+                         layer.qkv_bias.data(),
+                         matrix(layer.out_weight),
+                         layer.out_bias.data(),
+                         layer.ln_2_weight.data(),
+                         layer.ln_2_bias.data(),
+                         matrix(layer.fc_weight),
+                         layer.fc_bias.data(),
+                         matrix(layer.proj_weight),
+                         layer.proj_bias.data(),
                          {caches.back()->heads(0), caches.back()->heads(1)},
                          {scales.back()->heads(0), scales.back()->heads(1)},
                          0.3f / float(i + 1)});
@@ -154,8 +160,7 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
             const int64_t head = c / head_dim;
             const double factor =
                 is_int8 ? double(scales[size_t(i)]->at(part, row, entry, head, 0)) : 1.0;
-            return factor *
-                   to_double(caches[size_t(i)]->at(part, row, entry, head, c % head_dim));
+            return factor * to_double(caches[size_t(i)]->at(part, row, entry, head, c % head_dim));
         };
         const Matrix qkv = product(normal(x, layer.ln_1_weight, layer.ln_1_bias, eps),
                                    layer.qkv_weight, layer.qkv_bias, 3 * width);
@@ -187,10 +192,9 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
                 for (int64_t c = 0; c < width; ++c) {
                     const double exact = qkv[size_t(row)][size_t((part + 1) * width + c)];
                     const double stored = number(part, row, newest, c);
-                    const double allowed =
-                        is_int8 ? 0.51 * double(scales[size_t(i)]->at(part, row, newest,
-                                                                      c / head_dim, 0))
-                                : 4 * epsilon<C> * (1 + std::abs(exact));
+                    const double allowed = is_int8 ? 0.51 * double(scales[size_t(i)]->at(
+                                                                part, row, newest, c / head_dim, 0))
+                                                   : 4 * epsilon<C> * (1 + std::abs(exact));
                     const std::string place = (part == 0 ? "key of row " : "value of row ") +
                                               std::to_string(row) + ", element " +
                                               std::to_string(c);
@@ -201,8 +205,8 @@ void step(const Model& model, int64_t entries, const std::vector<int64_t>& lengt
             }
         }
         add(x, product(attended, layer.out_weight, layer.out_bias, width));
-        Matrix hidden = product(normal(x, layer.ln_2_weight, layer.ln_2_bias, eps),
-                                layer.fc_weight, layer.fc_bias, inner);
+        Matrix hidden = product(normal(x, layer.ln_2_weight, layer.ln_2_bias, eps), layer.fc_weight,
+                                layer.fc_bias, inner);
         for (std::vector<double>& row : hidden) {
             for (double& value : row) value = gelu(value);
         }

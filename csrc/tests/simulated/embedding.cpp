@@ -43,8 +43,8 @@ void forward(int64_t count, int64_t columns, Layout of_wte = {}, Layout of_wpe =
     tokens[count - 1] = tokens_of - 1;
     positions[count - 1] = positions_of - 1;
     Buffer<T> out(count * columns);
-    launch::embedding_forward(
-        arguments(tokens, positions, wte, tokens_of, wpe, positions_of, out), nullptr);
+    launch::embedding_forward(arguments(tokens, positions, wte, tokens_of, wpe, positions_of, out),
+                              nullptr);
 
     std::vector<double> exact;
     for (int64_t i = 0; i < count; ++i) {

@@ -30,8 +30,8 @@ public:
     int64_t row_stride() const { return shape_.entries * entry_stride(); }
 
     T& at(int64_t part_index, int64_t row, int64_t entry, int64_t head, int64_t d) {
-        return part(part_index)[row * row_stride() + entry * entry_stride() +
-                                head * shape_.head_dim + d];
+        return part(
+            part_index)[row * row_stride() + entry * entry_stride() + head * shape_.head_dim + d];
     }
     launch::HeadsOf heads(int64_t i) {
         return {part(i), row_stride(), entry_stride(), shape_.head_dim};

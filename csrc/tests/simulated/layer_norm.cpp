@@ -237,8 +237,7 @@ CASE("layer_norm refuses other mixtures") {
     args.x_dtype = launch::DType::float32;
     args.residual_dtype = args.weight_dtype = launch::DType::bfloat16;
     expect_error("mixture of dtypes", [&] { launch::layer_norm_forward(args, nullptr); });
-    expect(!launch::layer_norm_takes(launch::DType::int8, launch::DType::int8,
-                                     launch::DType::int8),
+    expect(!launch::layer_norm_takes(launch::DType::int8, launch::DType::int8, launch::DType::int8),
            "takes int8");
 }
 

@@ -13,9 +13,8 @@ struct Shape {
 
 template <class T>
 std::string name_of_case(const Shape& shape) {
-    return name_of<T>() + " " + std::to_string(shape.rows) + " x " +
-           std::to_string(shape.columns) + " offset " + std::to_string(shape.x.offset) + " gap " +
-           std::to_string(shape.x.gap);
+    return name_of<T>() + " " + std::to_string(shape.rows) + " x " + std::to_string(shape.columns) +
+           " offset " + std::to_string(shape.x.offset) + " gap " + std::to_string(shape.x.gap);
 }
 
 double tanh_of(double z) {
@@ -26,8 +25,7 @@ double gelu(double z) { return z / 2 * (1 + tanh_of(z)); }
 
 double gelu_slope(double z) {
     const double tanh = tanh_of(z);
-    const double inner =
-        std::sqrt(2 / 3.14159265358979323846) * (1 + 3 * 0.044715 * z * z);
+    const double inner = std::sqrt(2 / 3.14159265358979323846) * (1 + 3 * 0.044715 * z * z);
     return (1 + tanh) / 2 + z / 2 * (1 - tanh * tanh) * inner;
 }
 
@@ -134,9 +132,9 @@ void sums(const Shape& shape) {
 
 // Whole vectors; rows that begin unaligned, columns that don't fill a vector; a part of a block.
 const Shape shapes[] = {
-    {1, 1, {}, {}},        {3, 33, {}, {}},        {65, 64, {}, {}},     {2, 520, {}, {0, 8}},
-    {67, 40, {0, 16}, {}}, {5, 64, {1, 0}, {}},    {5, 64, {0, 3}, {}},  {5, 64, {}, {1, 0}},
-    {1, 261, {}, {}},      {200, 24, {}, {0, 3}},  {1100, 5, {}, {}},    {5, 64, {}, {}, {1, 0}},
+    {1, 1, {}, {}},        {3, 33, {}, {}},       {65, 64, {}, {}},    {2, 520, {}, {0, 8}},
+    {67, 40, {0, 16}, {}}, {5, 64, {1, 0}, {}},   {5, 64, {0, 3}, {}}, {5, 64, {}, {1, 0}},
+    {1, 261, {}, {}},      {200, 24, {}, {0, 3}}, {1100, 5, {}, {}},   {5, 64, {}, {}, {1, 0}},
 };
 
 template <class T>

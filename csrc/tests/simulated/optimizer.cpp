@@ -70,8 +70,8 @@ void check(const std::vector<Place>& places, bool masters) {
         Tensor<P, M>& tensor = *tensors.back();
         exact.push_back(exact_step(tensor, masters));
         args.tensors.push_back({tensor.param.data(), tensor.grad.data(), tensor.exp_avg.data(),
-                                tensor.exp_avg_sq.data(),
-                                masters ? tensor.master.data() : nullptr, each.size});
+                                tensor.exp_avg_sq.data(), masters ? tensor.master.data() : nullptr,
+                                each.size});
     }
     launch::adamw(args, nullptr);
 
@@ -79,8 +79,8 @@ void check(const std::vector<Place>& places, bool masters) {
     const double of_moments = std::is_same_v<M, float> ? 8 : 0.55;
     for (size_t t = 0; t < tensors.size(); ++t) {
         const std::string what = "adamw " + name_of<P>() + " " + name_of<M>() + " tensor " +
-                                 std::to_string(t) + " of " +
-                                 std::to_string(tensors[t]->size) + " ";
+                                 std::to_string(t) + " of " + std::to_string(tensors[t]->size) +
+                                 " ";
         const double scale = 0x1p-4;
         expect_each(tensors[t]->param.packed(), exact[t].params, of_params, scale, what + "param");
         expect_each(tensors[t]->exp_avg.packed(), exact[t].exp_avgs, of_moments, scale,
@@ -121,8 +121,8 @@ CASE("adamw of unaligned tensors") {
 CASE("adamw of no elements") {
     check<float, float>({}, false);
     check<bf16, float>({{5}, {100, {1}}}, true);
-    launch::AdamW args{{}, 1, lr, beta1, beta2, eps, weight_decay, launch::DType::float32,
-                       launch::DType::float32};
+    launch::AdamW args{
+        {}, 1, lr, beta1, beta2, eps, weight_decay, launch::DType::float32, launch::DType::float32};
     args.tensors.push_back({nullptr, nullptr, nullptr, nullptr, nullptr, 0});
     launch::adamw(args, nullptr);
 }
@@ -139,7 +139,14 @@ CASE("adamw of many tensors") {
 }
 
 CASE("adamw refuses moments of another storage") {
-    launch::AdamW args{{}, 1, lr, beta1, beta2, eps, weight_decay, launch::DType::float32,
+    launch::AdamW args{{},
+                       1,
+                       lr,
+                       beta1,
+                       beta2,
+                       eps,
+                       weight_decay,
+                       launch::DType::float32,
                        launch::DType::bfloat16};
     expect_error("moments", [&] { launch::adamw(args, nullptr); });
 }

@@ -33,9 +33,9 @@ void penalise(Scores& scores, const History& history, const Choice& choice) {
     if (size == 0 || size > history.size()) return;
     for (size_t i = 0; i + size <= history.size(); ++i) {
         const int64_t last = history[i + size - 1];
-        const bool repeats = std::equal(history.begin() + long(i),
-                                        history.begin() + long(i + size - 1),
-                                        history.end() - long(size - 1));
+        const bool repeats =
+            std::equal(history.begin() + long(i), history.begin() + long(i + size - 1),
+                       history.end() - long(size - 1));
         if (repeats && last >= 0) scores[size_t(last)] = minus_infinity;
     }
 }
@@ -101,8 +101,8 @@ Drawn draw(Scores scores, const History& history, const Choice& choice, double u
 
 template <class T>
 Buffer<int64_t> sample(const Rows<T>& logits, int64_t rows, int64_t vocab,
-                       const Buffer<int64_t>& history, int64_t length,
-                       const Buffer<float>* uniform, const Choice& choice) {
+                       const Buffer<int64_t>& history, int64_t length, const Buffer<float>* uniform,
+                       const Choice& choice) {
     Buffer<int64_t> out(rows);
     Buffer<float> scores(uniform == nullptr ? 0 : rows * vocab);
     Buffer<uint64_t> best(rows * launch::sample_blocks(vocab));
@@ -208,8 +208,7 @@ CASE("sample the highest score") {
     // The newest token has just been repeated: a third one would be the same pair again.
     const Buffer<int64_t> pair = integers({1, 2, 3, 9, 8, 4, 4});
     for (int64_t i = 0; i < repeated.size(); ++i) repeated[i] = pair[i % length];
-    expect_equal(sample(logits, rows, vocab, repeated, length, nullptr,
-                        {1.0, 0, 1.0, 0.0, 1.0, 2}),
+    expect_equal(sample(logits, rows, vocab, repeated, length, nullptr, {1.0, 0, 1.0, 0.0, 1.0, 2}),
                  {30, 0, 2048, 9}, "without repeated pairs");
 }
 

@@ -114,9 +114,12 @@ private:
 // ---------------------------------------------------------------------------------- comparisons
 
 // Between 1 and the next number.
-template <class T> constexpr double epsilon = std::numeric_limits<T>::epsilon();
-template <> constexpr double epsilon<bf16> = 0x1p-7;
-template <> constexpr double epsilon<fp16> = 0x1p-10;
+template <class T>
+constexpr double epsilon = std::numeric_limits<T>::epsilon();
+template <>
+constexpr double epsilon<bf16> = 0x1p-7;
+template <>
+constexpr double epsilon<fp16> = 0x1p-10;
 
 inline void expect(bool holds, const std::string& what) {
     if (!holds) throw std::runtime_error(what);

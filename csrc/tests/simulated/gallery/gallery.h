@@ -31,10 +31,10 @@ struct BugRegistration {
     BugRegistration(const char* name, void (*run)(bool)) { bugs().push_back({name, run}); }
 };
 
-#define GPT2FAST_BUG(name, id)                                                          \
-    static void GPT2FAST_JOINED(bug_, id)(bool planted);                                \
+#define GPT2FAST_BUG(name, id)                                                         \
+    static void GPT2FAST_JOINED(bug_, id)(bool planted);                               \
     static const ::gpt2fast::simulated::BugRegistration GPT2FAST_JOINED(planted_, id)( \
-        name, GPT2FAST_JOINED(bug_, id));                                               \
+        name, GPT2FAST_JOINED(bug_, id));                                              \
     static void GPT2FAST_JOINED(bug_, id)(bool planted)
 #define GPT2FAST_BUG_ON_LINE(name, line) GPT2FAST_BUG(name, line)
 #define BUG(name) GPT2FAST_BUG_ON_LINE(name, __LINE__)

@@ -96,15 +96,16 @@ void expect_product(Plant plant) {
     launch(product, dim3(1), dim3(160), 2 * stage_bytes + 32, nullptr,
            tensor_map<bf16>(a.data(), 64, k_count, 2 * k_count, 64),
            tensor_map<bf16>(b.data(), 64, k_count, 2 * k_count, 64), c.data(), k_count, plant);
-    expect_equal(c, exactly(64 * 64,
-                            [&](int64_t i) {
-                                double sum = 0;
-                                for (int64_t k = 0; k < k_count; ++k) {
-                                    sum += to_double(a[i / 64 * k_count + k]) *
-                                           to_double(b[i % 64 * k_count + k]);
-                                }
-                                return sum;
-                            }),
+    expect_equal(c,
+                 exactly(64 * 64,
+                         [&](int64_t i) {
+                             double sum = 0;
+                             for (int64_t k = 0; k < k_count; ++k) {
+                                 sum += to_double(a[i / 64 * k_count + k]) *
+                                        to_double(b[i % 64 * k_count + k]);
+                             }
+                             return sum;
+                         }),
                  "product");
 }
 

@@ -56,8 +56,8 @@ BUG("more than 65,535 rows in grid.y") {
     const unsigned rows = planted ? 65536 : 100;
     const Buffer<float> x = counting<float>(2 * rows);
     Buffer<float> y(rows);
-    launch(planted ? row_maxima : row_maxima_in_x, planted ? dim3(1, rows) : dim3(rows), dim3(1),
-           0, nullptr, y.data(), x.data());
+    launch(planted ? row_maxima : row_maxima_in_x, planted ? dim3(1, rows) : dim3(rows), dim3(1), 0,
+           nullptr, y.data(), x.data());
     expect_equal(y, exactly(rows, [](int64_t i) { return 2 * i + 1; }), "maxima");
 }
 
@@ -93,8 +93,8 @@ BUG("read past the end of shared memory") {
 BUG("too little shared memory for the padding of its rows") {
     const Buffer<float> x = counting<float>(64);
     Buffer<float> y(64);
-    launch(reverse_with_padding, dim3(1), dim3(64), 64 * sizeof(float), nullptr, y.data(),
-           x.data(), planted);
+    launch(reverse_with_padding, dim3(1), dim3(64), 64 * sizeof(float), nullptr, y.data(), x.data(),
+           planted);
     expect_equal(y, reversed(), "reverse");
 }
 

@@ -15,8 +15,8 @@ template <class Value>
 void expect_values(Kernel kernel, bool planted, Value value) {
     const Buffer<float> x = counting<float>(threads);
     Buffer<float> y(threads);
-    launch(kernel, dim3(1), dim3(threads), 2 * threads * sizeof(float), nullptr, y.data(),
-           x.data(), planted);
+    launch(kernel, dim3(1), dim3(threads), 2 * threads * sizeof(float), nullptr, y.data(), x.data(),
+           planted);
     expect_equal(y, exactly(threads, value), "result");
 }
 
@@ -251,8 +251,8 @@ __global__ void sum_by_the_last(float* y, float* parts, unsigned* tickets, bool 
 BUG("no __threadfence before the ticket of the last block") {
     Buffer<float> y(1), parts(8);
     Buffer<unsigned> tickets(1, 0u);
-    launch(sum_by_the_last, dim3(8), dim3(32), 16, nullptr, y.data(), parts.data(),
-           tickets.data(), planted);
+    launch(sum_by_the_last, dim3(8), dim3(32), 16, nullptr, y.data(), parts.data(), tickets.data(),
+           planted);
     expect_equal(y, {28}, "sum");
 }
 

@@ -77,8 +77,8 @@ __global__ void product(float* c, const bf16* a, const bf16* b, int k_count, Pla
             if (plant == Plant::registers_swapped) std::swap(a_registers[1], a_registers[2]);
             for (int n = 0; n < columns / 16; ++n) {
                 uint32_t b_registers[4];
-                const int b_row = rows + k * 16 + lane % 16 +
-                                  (plant == Plant::rows_beyond_the_tile ? 16 : 0);
+                const int b_row =
+                    rows + k * 16 + lane % 16 + (plant == Plant::rows_beyond_the_tile ? 16 : 0);
                 const uint32_t address = chunk_at(stage, b_row, n * 2 + lane / 16, swizzled);
                 if (plant == Plant::not_transposed) {
                     ldmatrix_x4(b_registers, address);
@@ -107,26 +107,25 @@ void expect_product(int k_count, Plant plant, size_t shared_bytes = 2 * stage_by
     const Buffer<bf16> a = whole_numbers<bf16>(rows * k_count);
     const Buffer<bf16> b = whole_numbers<bf16>(k_count * columns);
     Buffer<float> c(rows * columns);
-    launch(product, dim3(1), dim3(64), shared_bytes, nullptr, c.data(), a.data(), b.data(),
-           k_count, plant);
-    expect_equal(c, exactly(rows * columns,
-                            [&](int64_t i) {
-                                double sum = 0;
-                                for (int64_t k = 0; k < k_count; ++k) {
-                                    sum += to_double(a[i / columns * k_count + k]) *
-                                           to_double(b[k * columns + i % columns]);
-                                }
-                                return sum;
-                            }),
+    launch(product, dim3(1), dim3(64), shared_bytes, nullptr, c.data(), a.data(), b.data(), k_count,
+           plant);
+    expect_equal(c,
+                 exactly(rows * columns,
+                         [&](int64_t i) {
+                             double sum = 0;
+                             for (int64_t k = 0; k < k_count; ++k) {
+                                 sum += to_double(a[i / columns * k_count + k]) *
+                                        to_double(b[k * columns + i % columns]);
+                             }
+                             return sum;
+                         }),
                  "product");
 }
 
 BUG("cp.async waited for with one group too many under way") {
     expect_product(160, planted ? Plant::wait_for_too_few : Plant::none);
 }
-BUG("cp.async without a commit") {
-    expect_product(160, planted ? Plant::no_commit : Plant::none);
-}
+BUG("cp.async without a commit") { expect_product(160, planted ? Plant::no_commit : Plant::none); }
 BUG("no barrier after the wait for cp.async") {
     expect_product(160, planted ? Plant::no_barrier_after_wait : Plant::none);
 }

@@ -85,8 +85,7 @@ __global__ void load_matrices(uint32_t* registers) {
 template <class Atom, int Matrices, bool Transposed>
 int ldmatrix_mismatches() {
     Buffer<uint32_t> registers(32 * Matrices);
-    launch(load_matrices<Matrices, Transposed>, dim3(1), dim3(32), 512, nullptr,
-           registers.data());
+    launch(load_matrices<Matrices, Transposed>, dim3(1), dim3(32), 512, nullptr, registers.data());
     // CuTe maps (thread, bit) of both sides to the bits of one logical matrix.
     using Traits = cute::Copy_Traits<Atom>;
     std::map<int, int> half_at;
@@ -123,8 +122,8 @@ __global__ void load_box(uint16_t* halves, const __grid_constant__ device::Tenso
 
 auto swizzled_tile() {
     using namespace cute;
-    return as_position_independent_swizzle_layout(tile_to_shape(
-        GMMA::Layout_K_SW128_Atom<cutlass::bfloat16_t>{}, Shape<_64, _64>{}));
+    return as_position_independent_swizzle_layout(
+        tile_to_shape(GMMA::Layout_K_SW128_Atom<cutlass::bfloat16_t>{}, Shape<_64, _64>{}));
 }
 
 int swizzle_mismatches() {

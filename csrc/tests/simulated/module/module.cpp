@@ -17,8 +17,8 @@ PYBIND11_MODULE(simulator_tests, module) {
     module.def(
         "use_settings",
         [](const std::string& order, uint64_t seed, const std::string& async) {
-            simulator::use_settings(simulator::Settings{
-                simulator::parse_order(order), seed, simulator::parse_arrival(async)});
+            simulator::use_settings(simulator::Settings{simulator::parse_order(order), seed,
+                                                        simulator::parse_arrival(async)});
         },
         py::arg("order") = "fifo", py::arg("seed") = 0, py::arg("async_copies") = "deferred");
     module.def("use_environment", [] { simulator::use_settings(std::nullopt); });

@@ -59,8 +59,7 @@ __global__ void ldmatrix_kernel(uint32_t* registers, const int* starts, int halv
         reinterpret_cast<uint16_t*>(memory)[i] = uint16_t(i);
     }
     __syncwarp();
-    const uint32_t address =
-        shared_address(memory) + uint32_t(starts[lane % (8 * Matrices)]) * 2;
+    const uint32_t address = shared_address(memory) + uint32_t(starts[lane % (8 * Matrices)]) * 2;
     uint32_t r[Matrices];
     if constexpr (Matrices == 4) {
         Transposed ? device::ldmatrix_x4_trans(r, address) : device::ldmatrix_x4(r, address);
@@ -76,8 +75,8 @@ __global__ void copy_async_kernel(uint32_t* before, uint32_t* after, const uint3
     GPT2FAST_SHARED(memory);
     const uint32_t* copied = reinterpret_cast<const uint32_t*>(memory);
     for (int i = 0; i < copies; ++i) {
-        device::cp_async<Bytes>(shared_address(memory) + uint32_t(i) * Bytes,
-                                words + i * Bytes / 4, valid[i] != 0);
+        device::cp_async<Bytes>(shared_address(memory) + uint32_t(i) * Bytes, words + i * Bytes / 4,
+                                valid[i] != 0);
     }
     device::cp_async_commit();
     for (int i = 0; i < copies * Bytes / 4; ++i) before[i] = copied[i];
@@ -161,9 +160,7 @@ __global__ void failing_kernel(int block, int thread) {
     device::cp_async<16>(address + (here ? 4 : 0), memory, false);
 }
 
-__global__ void deadlock_kernel() {
-    device::named_barrier_sync(threadIdx.x < 32 ? 1 : 2, 64);
-}
+__global__ void deadlock_kernel() { device::named_barrier_sync(threadIdx.x < 32 ? 1 : 2, 64); }
 
 __global__ void sum_kernel(int* sum) {
     GPT2FAST_SHARED(memory);
@@ -185,8 +182,8 @@ __global__ void approximations_kernel(float* results, float x) {
 
 std::vector<int> shuffle(const std::string& kind, const std::vector<int>& values, int argument,
                          int width, uint32_t mask) {
-    const Kind which = kind == "index" ? Kind::index
-                       : kind == "up"  ? Kind::up
+    const Kind which = kind == "index"  ? Kind::index
+                       : kind == "up"   ? Kind::up
                        : kind == "down" ? Kind::down
                                         : Kind::exclusive_or;
     Buffer<int> results = buffer_of(values);
@@ -207,12 +204,11 @@ std::vector<uint32_t> ldmatrix(const std::vector<int>& starts, int matrices, boo
     const Buffer<int> buffer = buffer_of(starts);
     int halves = 0;
     for (int start : starts) halves = std::max(halves, start + 8);
-    const auto kernel = matrices == 4 ? (transposed ? ldmatrix_kernel<4, true>
-                                                    : ldmatrix_kernel<4, false>)
-                                      : (transposed ? ldmatrix_kernel<2, true>
-                                                    : ldmatrix_kernel<2, false>);
-    launch(kernel, dim3(1), dim3(32), size_t(halves) * 2, nullptr, registers.data(),
-           buffer.data(), halves);
+    const auto kernel = matrices == 4
+                            ? (transposed ? ldmatrix_kernel<4, true> : ldmatrix_kernel<4, false>)
+                            : (transposed ? ldmatrix_kernel<2, true> : ldmatrix_kernel<2, false>);
+    launch(kernel, dim3(1), dim3(32), size_t(halves) * 2, nullptr, registers.data(), buffer.data(),
+           halves);
     return vector_of(registers);
 }
 
@@ -232,8 +228,8 @@ std::vector<std::vector<uint32_t>> copy_async(const std::vector<uint32_t>& words
     return {vector_of(before), vector_of(after)};
 }
 
-std::vector<int> tma_box(const std::vector<int>& matrix, int rows, int columns, int row,
-                         int column, int box_rows) {
+std::vector<int> tma_box(const std::vector<int>& matrix, int rows, int columns, int row, int column,
+                         int box_rows) {
     std::vector<device::Vector<uint16_t, 8>> source((matrix.size() + 7) / 8);
     for (size_t i = 0; i < matrix.size(); ++i) source[i / 8].v[i % 8] = uint16_t(matrix[i]);
     Buffer<uint16_t> halves(box_rows * 64);
@@ -246,8 +242,7 @@ std::vector<int> tma_box(const std::vector<int>& matrix, int rows, int columns, 
 
 std::vector<int> ping_pong(int rounds) {
     Buffer<int> results(32);
-    launch(ping_pong_kernel, dim3(1), dim3(64), 32 * sizeof(int), nullptr, results.data(),
-           rounds);
+    launch(ping_pong_kernel, dim3(1), dim3(64), 32 * sizeof(int), nullptr, results.data(), rounds);
     return vector_of(results);
 }
 
@@ -270,8 +265,8 @@ std::vector<float> last_block_sums(int blocks, int threads, int times) {
 
 std::vector<int> order_of_threads(int blocks, int threads) {
     Buffer<int> order(blocks * threads), count(1, 0);
-    launch(order_kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, nullptr,
-           order.data(), count.data());
+    launch(order_kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, nullptr, order.data(),
+           count.data());
     return vector_of(order);
 }
 

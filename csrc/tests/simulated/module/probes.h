@@ -25,8 +25,8 @@ std::vector<std::vector<uint32_t>> copy_async(const std::vector<uint32_t>& words
                                               const std::vector<bool>& valid);
 
 // A box of a matrix of 16-bit numbers as it lies in shared memory.
-std::vector<int> tma_box(const std::vector<int>& matrix, int rows, int columns, int row,
-                         int column, int box_rows);
+std::vector<int> tma_box(const std::vector<int>& matrix, int rows, int columns, int row, int column,
+                         int box_rows);
 
 // What two halves of a block read of each other's numbers, through two named barriers.
 std::vector<int> ping_pong(int rounds);
