@@ -136,7 +136,7 @@ def cases() -> Iterator[Case]:
         caches = [random(1, batch, 1024, 12, 64) for _ in "kv"]
         indices = [torch.full((batch,), 500, device="cuda") for _ in range(3)]
         yield Case(
-            "decode_product",
+            "decode_matmul",
             {"element_size": 2, "batch": batch, "outputs": 4096},
             lambda caches=caches, indices=indices: decode.decode_step(
                 weights, *caches, *indices, 12, [0.125], "gelu_new", 1e-5

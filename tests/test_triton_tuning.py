@@ -39,7 +39,7 @@ def test_every_gpu_and_head_has_settings(arch, element_size, head_dim):
         assert (found["BLOCK_M"] == 1) == (queries == 1)
     for batch in (1, 2, 200):
         size = {"element_size": element_size, "outputs": 50257}
-        found = tuning.for_architecture("decode_product", arch, **size, batch=batch)
+        found = tuning.for_architecture("decode_matmul", arch, **size, batch=batch)
         assert (found["BLOCK_B"] == 1) == (batch == 1)
 
 

@@ -20,15 +20,15 @@ struct View {
 };
 
 // How a product is cut up. Only who computes what depends on it, not what is computed.
-struct ProductPlan {
-    int64_t tiles;          // items of product_pack
-    int64_t parts, groups;  // of rows, of columns: items of product are their pairs
+struct MatmulPlan {
+    int64_t tiles;          // items of matmul_pack
+    int64_t parts, groups;  // of rows, of columns: items of matmul are their pairs
     int64_t workspace;      // bytes that `packed` needs
 };
 
 // out (rows, columns) = before + a b + bias, over some of the inputs: with more of them than
-// `product_inputs` it is cut, and `before` is what the earlier ones gave.
-struct Product {
+// `matmul_inputs` it is cut, and `before` is what the earlier ones gave.
+struct Matmul {
     View a, b;
     void* out;
     int64_t out_stride;
@@ -40,7 +40,7 @@ struct Product {
     bool add_to_sums;    // rather than write them
     int64_t rows, columns, inputs;
     Format format;  // what is multiplied: float32, or bfloat16 of either dtype
-    ProductPlan plan;
+    MatmulPlan plan;
     float* packed;
 };
 
@@ -263,10 +263,10 @@ struct Kernels {
     void (*bias_gelu_backward)(const BiasGeluBackward&, int64_t begin, int64_t end);
     void (*add_blocks)(const AddBlocks&, int64_t begin, int64_t end);
     // Whether a product of float32 (of bfloat16, if narrow) here is faster than torch's own.
-    bool (*product_pays)(bool narrow);
-    ProductPlan (*product_plan)(const Product&, int threads);
-    void (*product_pack)(const Product&, int64_t begin, int64_t end);
-    void (*product)(const Product&, int64_t begin, int64_t end);
+    bool (*matmul_pays)(bool narrow);
+    MatmulPlan (*matmul_plan)(const Matmul&, int threads);
+    void (*matmul_pack)(const Matmul&, int64_t begin, int64_t end);
+    void (*matmul)(const Matmul&, int64_t begin, int64_t end);
     void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end);
     void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end);
     void (*attention)(const Attention&, int64_t begin, int64_t end);

@@ -127,10 +127,10 @@ __device__ __forceinline__ void read_activations(const DecodedRows<T>& args, int
 }
 
 // What becomes of a product and its bias.
-enum class ProductResult { split, stored, activated, added };
+enum class MatmulResult { split, stored, activated, added };
 
 template <typename T>
-struct DecodeProduct {
+struct DecodeMatmul {
     DecodedRows<T> from;
     const T* weight;  // (inputs, outputs), the last dimension contiguous
     int64_t weight_stride;
@@ -139,7 +139,7 @@ struct DecodeProduct {
     int slice;          // of the inputs, of each of gridDim.y blocks
     float* partials;    // (gridDim.x, gridDim.y, Rows, outputs of a block)
     unsigned* tickets;  // (gridDim.x) zeros
-    ProductResult result;
+    MatmulResult result;
     float* out;  // stored: the product; activated: its gelu; added: to what is there already
     int64_t out_stride;
     // split: queries go to out, keys and values into the cache behind each row's end
@@ -152,18 +152,18 @@ struct DecodeProduct {
 };
 
 template <typename T>
-__device__ __forceinline__ void finish_product(const DecodeProduct<T>& args, int row, int column,
-                                               float value) {
+__device__ __forceinline__ void finish_matmul(const DecodeMatmul<T>& args, int row, int column,
+                                              float value) {
     value += to_float(args.bias[column]);
-    if (args.result == ProductResult::added) {
+    if (args.result == MatmulResult::added) {
         args.out[row * args.out_stride + column] += value;
         return;
     }
-    if (args.result == ProductResult::stored) {
+    if (args.result == MatmulResult::stored) {
         args.out[row * args.out_stride + column] = value;
         return;
     }
-    if (args.result == ProductResult::activated) {
+    if (args.result == MatmulResult::activated) {
         args.out[row * args.out_stride + column] = gelu(value);
         return;
     }
@@ -185,7 +185,7 @@ __device__ __forceinline__ void finish_product(const DecodeProduct<T>& args, int
 
 // Bytes of shared memory.
 template <int Width, int Lanes, int Rows>
-constexpr size_t decode_product_shared(int slice) {
+constexpr size_t decode_matmul_shared(int slice) {
     const size_t sums = size_t(decode_warps) * Rows * Width * Lanes;
     return (size_t(slice) * Rows + sums + decode_statistics<Rows> + 1) * sizeof(float);
 }
@@ -193,7 +193,7 @@ constexpr size_t decode_product_shared(int slice) {
 // Block (stretch of Width * Lanes outputs, slice of the inputs). Lanes lanes read a row of the
 // matrix, Width elements each.
 template <typename T, int Width, int Lanes, int Rows>
-__global__ void __launch_bounds__(decode_threads, 2) decode_product(const DecodeProduct<T> args) {
+__global__ void __launch_bounds__(decode_threads, 2) decode_matmul(const DecodeMatmul<T> args) {
     constexpr int columns = Width * Lanes, slots = decode_threads / Lanes, unroll = 4;
     GPT2FAST_SHARED(memory);
     float* const activations = reinterpret_cast<float*>(memory);  // (slice, Rows)
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_product(const Decode
         if (split) {
             partials[blockIdx.y * Rows * columns + i] = sum;
         } else {
-            finish_product(args, i / columns, first_column + i % columns, sum);
+            finish_matmul(args, i / columns, first_column + i % columns, sum);
         }
     }
     if (!split || !is_last_block(args.tickets + blockIdx.x, gridDim.y, flag)) return;
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_product(const Decode
         for (unsigned part = 0; part < gridDim.y; ++part) {
             sum += partials[part * Rows * columns + i];
         }
-        finish_product(args, i / columns, first_column + i % columns, sum);
+        finish_matmul(args, i / columns, first_column + i % columns, sum);
     }
 }
 

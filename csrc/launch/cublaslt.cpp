@@ -126,17 +126,17 @@ bool describe(const Operand& x, Layout& layout) {
     return false;
 }
 
-bool keeps_inner(const Product& product) {
-    return product.inner != nullptr &&
-           (product.epilogue == Epilogue::gelu_bias || product.epilogue == Epilogue::gelu_gradient);
+bool keeps_inner(const Matmul& matmul) {
+    return matmul.inner != nullptr &&
+           (matmul.epilogue == Epilogue::gelu_bias || matmul.epilogue == Epilogue::gelu_gradient);
 }
 
-uint32_t epilogue_of(const Product& product) {
-    switch (product.epilogue) {
+uint32_t epilogue_of(const Matmul& matmul) {
+    switch (matmul.epilogue) {
         case Epilogue::bias: return CUBLASLT_EPILOGUE_BIAS;
         case Epilogue::gelu_bias:
-            return keeps_inner(product) ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
-                                        : CUBLASLT_EPILOGUE_GELU_BIAS;
+            return keeps_inner(matmul) ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
+                                       : CUBLASLT_EPILOGUE_GELU_BIAS;
         case Epilogue::gelu_gradient: return CUBLASLT_EPILOGUE_DGELU_BGRAD;
         case Epilogue::column_sums: return CUBLASLT_EPILOGUE_BGRADA;
     }
@@ -160,18 +160,18 @@ struct Descriptors {
     Owned<cublasLtMatrixLayout_t> out{cublaslt().destroy_layout};
 
     // a and b are cuBLASLt's.
-    Descriptors(const Product& product, const Layout& a_layout, const Layout& b_layout) {
-        const cudaDataType_t type = product.dtype == DType::bfloat16 ? CUDA_R_16BF : CUDA_R_16F;
+    Descriptors(const Matmul& matmul, const Layout& a_layout, const Layout& b_layout) {
+        const cudaDataType_t type = matmul.dtype == DType::bfloat16 ? CUDA_R_16BF : CUDA_R_16F;
         check(cublaslt().create_operation(operation.put(), CUBLAS_COMPUTE_32F, CUDA_R_32F),
               "cublasLtMatmulDescCreate");
         set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t(a_layout.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
         set(CUBLASLT_MATMUL_DESC_TRANSB, int32_t(b_layout.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
-        set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(product));
-        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(matmul));
+        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, matmul.bias);
         set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, int32_t(type));
-        const int64_t m = product.b.columns, n = product.a.rows;
-        if (keeps_inner(product)) {
-            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, product.inner);
+        const int64_t m = matmul.b.columns, n = matmul.a.rows;
+        if (keeps_inner(matmul)) {
+            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, matmul.inner);
             set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, m);
         }
         create(a, type, a_layout.rows, a_layout.columns, a_layout.leading);
@@ -194,22 +194,22 @@ private:
     }
 };
 
-bool is_suitable(const Product& product, Layout& a, Layout& b) {
-    if (product.dtype != DType::float16 && product.dtype != DType::bfloat16) return false;
-    if (!describe(product.b, a) || !describe(product.a, b)) return false;
+bool is_suitable(const Matmul& matmul, Layout& a, Layout& b) {
+    if (matmul.dtype != DType::float16 && matmul.dtype != DType::bfloat16) return false;
+    if (!describe(matmul.b, a) || !describe(matmul.a, b)) return false;
     constexpr int64_t elements = least_alignment / 2;
     return a.leading % elements == 0 && b.leading % elements == 0 &&
-           product.b.columns % elements == 0 && is_aligned(product.a.data) &&
-           is_aligned(product.b.data) && is_aligned(product.out) && is_aligned(product.bias) &&
-           is_aligned(product.inner);
+           matmul.b.columns % elements == 0 && is_aligned(matmul.a.data) &&
+           is_aligned(matmul.b.data) && is_aligned(matmul.out) && is_aligned(matmul.bias) &&
+           is_aligned(matmul.inner);
 }
 
 // What cuBLASLt asks for on Hopper; it takes less where it needs less.
 constexpr uint64_t most_workspace = 32 << 20;
 
-bool ask_for_plan(cublasLtHandle_t handle, const Product& product, const Layout& a, const Layout& b,
-                  ProductPlan& plan) {
-    const Descriptors described(product, a, b);
+bool ask_for_plan(cublasLtHandle_t handle, const Matmul& matmul, const Layout& a, const Layout& b,
+                  MatmulPlan& plan) {
+    const Descriptors described(matmul, a, b);
     Owned<cublasLtMatmulPreference_t> preference(cublaslt().destroy_preference);
     check(cublaslt().create_preference(preference.put()), "cublasLtMatmulPreferenceCreate");
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
@@ -220,10 +220,10 @@ bool ask_for_plan(cublasLtHandle_t handle, const Product& product, const Layout&
     // Parts of a sum are added in float32: the others add in the output's 16 bits.
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
            uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(product.b.data));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(product.a.data));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(product.out));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(product.out));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(matmul.b.data));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(matmul.a.data));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(matmul.out));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(matmul.out));
     cublasLtMatmulHeuristicResult_t best{};
     int found = 0;
     const cublasStatus_t status =
@@ -258,52 +258,52 @@ std::string cublaslt_missing(int device) {
     return handle_of(device) != nullptr ? "" : "cublasLtCreate failed";
 }
 
-bool plan_product(const Product& product, ProductPlan& plan) {
+bool plan_matmul(const Matmul& matmul, MatmulPlan& plan) {
     Layout a, b;
-    if (!is_suitable(product, a, b) || !cublaslt().missing.empty()) return false;
-    const std::array<int64_t, 15> key = {product.device,
-                                         int64_t(product.dtype),
-                                         epilogue_of(product),
-                                         product.a.rows,
-                                         product.a.columns,
-                                         product.b.columns,
+    if (!is_suitable(matmul, a, b) || !cublaslt().missing.empty()) return false;
+    const std::array<int64_t, 15> key = {matmul.device,
+                                         int64_t(matmul.dtype),
+                                         epilogue_of(matmul),
+                                         matmul.a.rows,
+                                         matmul.a.columns,
+                                         matmul.b.columns,
                                          a.transposed,
                                          a.leading,
                                          b.transposed,
                                          b.leading,
-                                         alignment_of(product.a.data),
-                                         alignment_of(product.b.data),
-                                         alignment_of(product.out),
-                                         alignment_of(product.bias),
-                                         alignment_of(product.inner)};
-    static std::map<std::array<int64_t, 15>, std::pair<bool, ProductPlan>> plans;
+                                         alignment_of(matmul.a.data),
+                                         alignment_of(matmul.b.data),
+                                         alignment_of(matmul.out),
+                                         alignment_of(matmul.bias),
+                                         alignment_of(matmul.inner)};
+    static std::map<std::array<int64_t, 15>, std::pair<bool, MatmulPlan>> plans;
     const std::lock_guard lock(mutex);
     const auto known = plans.find(key);
     if (known != plans.end()) {
         plan = known->second.second;
         return known->second.first;
     }
-    const cublasLtHandle_t handle = handle_of(product.device);
-    const bool found = handle != nullptr && ask_for_plan(handle, product, a, b, plan);
+    const cublasLtHandle_t handle = handle_of(matmul.device);
+    const bool found = handle != nullptr && ask_for_plan(handle, matmul, a, b, plan);
     plans.emplace(key, std::make_pair(found, plan));
     return found;
 }
 
-void run_product(const Product& product, const ProductPlan& plan, void* workspace, void* stream) {
+void run_matmul(const Matmul& matmul, const MatmulPlan& plan, void* workspace, void* stream) {
     Layout a, b;
-    if (!is_suitable(product, a, b)) throw std::invalid_argument("a product that was not planned");
-    const Descriptors described(product, a, b);
+    if (!is_suitable(matmul, a, b)) throw std::invalid_argument("a product that was not planned");
+    const Descriptors described(matmul, a, b);
     cublasLtHandle_t handle;
     {
         const std::lock_guard lock(mutex);
-        handle = handle_of(product.device);
+        handle = handle_of(matmul.device);
     }
     cublasLtMatmulAlgo_t algorithm;
     std::copy(std::begin(plan.algorithm), std::end(plan.algorithm), algorithm.data);
     const float one = 1.0f, zero = 0.0f;
-    check(cublaslt().multiply(handle, described.operation, &one, product.b.data, described.a,
-                              product.a.data, described.b, &zero, product.out, described.out,
-                              product.out, described.out, &algorithm, workspace,
+    check(cublaslt().multiply(handle, described.operation, &one, matmul.b.data, described.a,
+                              matmul.a.data, described.b, &zero, matmul.out, described.out,
+                              matmul.out, described.out, &algorithm, workspace,
                               plan.workspace_bytes, static_cast<cudaStream_t>(stream)),
           "cublasLtMatmul");
 }

@@ -42,7 +42,7 @@ struct Operand {
     int64_t rows, columns, row_stride, column_stride;
 };
 
-struct Product {
+struct Matmul {
     Operand a, b;  // (m, k) and (k, n)
     void* out;     // (m, n), contiguous
     Epilogue epilogue;
@@ -52,7 +52,7 @@ struct Product {
     int device;
 };
 
-struct ProductPlan {
+struct MatmulPlan {
     uint64_t algorithm[8] = {};  // cublasLtMatmulAlgo_t
     size_t workspace_bytes = 0;
 };
@@ -65,9 +65,9 @@ std::string cublaslt_missing(int device);
 
 // How to compute such a product; false where cuBLASLt cannot, or is not there. Looked up once for
 // each combination of sizes, strides, alignments, dtype, epilogue and device.
-bool plan_product(const Product& product, ProductPlan& plan);
+bool plan_matmul(const Matmul& matmul, MatmulPlan& plan);
 
 // The first product on a device creates cuBLASLt's handle, which a CUDA graph cannot capture.
-void run_product(const Product& product, const ProductPlan& plan, void* workspace, void* stream);
+void run_matmul(const Matmul& matmul, const MatmulPlan& plan, void* workspace, void* stream);
 
 }  // namespace gpt2fast::launch

@@ -65,7 +65,7 @@ CachedAttention attention_of(const DecodeStep& args) {
 
 // Of the four products of a layer; `shape` of each: inputs, outputs.
 template <typename Function>
-void for_products(const DecodeStep& args, Function function) {
+void for_matmuls(const DecodeStep& args, Function function) {
     function(args.width, 3 * args.width);
     function(args.width, args.width);
     function(args.width, args.inner);
@@ -75,7 +75,7 @@ void for_products(const DecodeStep& args, Function function) {
 Work work_of(const DecodeStep& args) {
     // Room for either alignment: pointers differ from layer to layer.
     int64_t partials = 0;
-    for_products(args, [&](int64_t inputs, int64_t outputs) {
+    for_matmuls(args, [&](int64_t inputs, int64_t outputs) {
         for (const bool aligned : {false, true}) {
             const Division by = divide(inputs, outputs, aligned, 8);
             partials = std::max(partials, by.stretches * by.slices * most_rows * by.columns);
@@ -93,7 +93,7 @@ Work work_of(const DecodeStep& args) {
 }
 
 // A product of the step: for the rows from `first` on.
-struct Product {
+struct Matmul {
     const float* x;
     int64_t inputs;
     const void* norm_weight;  // or null
@@ -101,7 +101,7 @@ struct Product {
     MatrixOf weight;
     const void* bias;
     int64_t outputs;
-    ProductResult result;
+    MatmulResult result;
     float* out;
     int64_t out_stride;
 };
@@ -120,22 +120,22 @@ DecodedRows<T> rows_of(const DecodeStep& args, const float* x, int64_t columns,
 }
 
 template <typename T, int Width, int Lanes, int Rows>
-void launch_product(const DecodeStep& args, const DecodeLayer& layer, const Product& product,
-                    int64_t first, int64_t rows, cudaStream_t stream) {
-    const Division by = divide(product.inputs, product.outputs, Width > 1, decode_threads / Lanes);
-    DecodeProduct<T> given{};
-    given.from = rows_of<T>(args, product.x, product.inputs, product.norm_weight, product.norm_bias,
+void launch_matmul(const DecodeStep& args, const DecodeLayer& layer, const Matmul& matmul,
+                   int64_t first, int64_t rows, cudaStream_t stream) {
+    const Division by = divide(matmul.inputs, matmul.outputs, Width > 1, decode_threads / Lanes);
+    DecodeMatmul<T> given{};
+    given.from = rows_of<T>(args, matmul.x, matmul.inputs, matmul.norm_weight, matmul.norm_bias,
                             first, rows);
-    given.weight = static_cast<const T*>(product.weight.data);
-    given.weight_stride = product.weight.stride;
-    given.bias = static_cast<const T*>(product.bias);
-    given.outputs = int(product.outputs);
+    given.weight = static_cast<const T*>(matmul.weight.data);
+    given.weight_stride = matmul.weight.stride;
+    given.bias = static_cast<const T*>(matmul.bias);
+    given.outputs = int(matmul.outputs);
     given.slice = int(by.slice);
     given.partials = args.work + work_of(args).partials;
     given.tickets = args.tickets;
-    given.result = product.result;
-    given.out = product.out + first * product.out_stride;
-    given.out_stride = product.out_stride;
+    given.result = matmul.result;
+    given.out = matmul.out + first * matmul.out_stride;
+    given.out_stride = matmul.out_stride;
     for (int i = 0; i < 2; ++i) {
         given.cache[i] = layer.cache[i].data;
         given.cache_row_stride[i] = layer.cache[i].row_stride;
@@ -147,27 +147,27 @@ void launch_product(const DecodeStep& args, const DecodeLayer& layer, const Prod
     given.first_row = int(first);
     given.head_dim = int(args.head_dim);
     given.entries = int(args.entries);
-    device::launch(&kernels::decode_product<T, Width, Lanes, Rows>,
+    device::launch(&kernels::decode_matmul<T, Width, Lanes, Rows>,
                    dim3(unsigned(by.stretches), unsigned(by.slices)), dim3(decode_threads),
-                   decode_product_shared<Width, Lanes, Rows>(given.slice), stream, given);
+                   decode_matmul_shared<Width, Lanes, Rows>(given.slice), stream, given);
 }
 
 template <typename T>
-void launch_rows(const DecodeStep& args, const DecodeLayer& layer, const Product& product,
+void launch_rows(const DecodeStep& args, const DecodeLayer& layer, const Matmul& matmul,
                  cudaStream_t stream) {
     constexpr int width = 16 / int(sizeof(T));
     const bool aligned =
-        is_vector_aligned(product.weight.data, product.outputs, product.weight.stride, sizeof(T));
+        is_vector_aligned(matmul.weight.data, matmul.outputs, matmul.weight.stride, sizeof(T));
     for (int64_t first = 0; first < args.batch; first += most_rows) {
         const int64_t rows = std::min(most_rows, args.batch - first);
         with_rows(rows, [&](auto count) {
             constexpr int at_once = decltype(count)::value;
             if (aligned) {
-                return launch_product<T, width, int(stretch_of(true)) / width, at_once>(
-                    args, layer, product, first, rows, stream);
+                return launch_matmul<T, width, int(stretch_of(true)) / width, at_once>(
+                    args, layer, matmul, first, rows, stream);
             }
-            launch_product<T, 1, int(stretch_of(false)), at_once>(args, layer, product, first, rows,
-                                                                  stream);
+            launch_matmul<T, 1, int(stretch_of(false)), at_once>(args, layer, matmul, first, rows,
+                                                                 stream);
         });
     }
 }
@@ -238,12 +238,12 @@ void launch_step(const DecodeStep& args, void* stream) {
     attention.tickets = args.tickets;
     for (int64_t i = 0; i < args.layer_count; ++i) {
         const DecodeLayer& layer = args.layers[i];
-        const auto product = [&](const Product& of_layer) {
+        const auto matmul = [&](const Matmul& of_layer) {
             launch_rows<T>(args, layer, of_layer, stream_of(stream));
         };
-        product({x, width, layer.ln_1_weight, layer.ln_1_bias, layer.qkv_weight, layer.qkv_bias,
-                 3 * width, is_int8(args) ? ProductResult::stored : ProductResult::split, q,
-                 q_stride(args)});
+        matmul({x, width, layer.ln_1_weight, layer.ln_1_bias, layer.qkv_weight, layer.qkv_bias,
+                3 * width, is_int8(args) ? MatmulResult::stored : MatmulResult::split, q,
+                q_stride(args)});
         if (is_int8(args)) append_to_cache(new_entries_of(args, layer, q), stream);
         const auto heads = [](const HeadsOf& cache) -> ConstHeadsOf {
             return {cache.data, cache.row_stride, cache.entry_stride, cache.head_stride};
@@ -254,12 +254,12 @@ void launch_step(const DecodeStep& args, void* stream) {
         attention.v_scales = heads(layer.scales[1]);
         attention.scale = layer.scale;
         cached_attention(attention, stream);
-        product({attended, width, nullptr, nullptr, layer.out_weight, layer.out_bias, width,
-                 ProductResult::added, x, width});
-        product({x, width, layer.ln_2_weight, layer.ln_2_bias, layer.fc_weight, layer.fc_bias,
-                 args.inner, ProductResult::activated, inner, args.inner});
-        product({inner, args.inner, nullptr, nullptr, layer.proj_weight, layer.proj_bias, width,
-                 ProductResult::added, x, width});
+        matmul({attended, width, nullptr, nullptr, layer.out_weight, layer.out_bias, width,
+                MatmulResult::added, x, width});
+        matmul({x, width, layer.ln_2_weight, layer.ln_2_bias, layer.fc_weight, layer.fc_bias,
+                args.inner, MatmulResult::activated, inner, args.inner});
+        matmul({inner, args.inner, nullptr, nullptr, layer.proj_weight, layer.proj_bias, width,
+                MatmulResult::added, x, width});
     }
     launch_logits<T>(args, x, stream_of(stream));
 }
@@ -270,7 +270,7 @@ int64_t decode_work(const DecodeStep& args) { return work_of(args).total; }
 
 int64_t decode_tickets(const DecodeStep& args) {
     int64_t tickets = cached_attention_tickets(attention_of(args));
-    for_products(args, [&](int64_t, int64_t outputs) {
+    for_matmuls(args, [&](int64_t, int64_t outputs) {
         tickets = std::max(tickets, ceil_div(outputs, stretch_of(false)));
     });
     return tickets;

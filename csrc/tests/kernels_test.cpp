@@ -137,7 +137,7 @@ std::vector<double> as_multiplied(const std::vector<float>& x, const Matrix& w) 
     return row;
 }
 
-void products_are_exact(Format format) {
+void matmuls_are_exact(Format format) {
     Random random;
     for (int64_t group : {32, 64}) {
         for (int64_t inputs : {1, 3, 64, 100, 192}) {
@@ -272,7 +272,7 @@ bool test_kernels() {
     fine &= passes("functions are accurate", functions_are_accurate);
     for (Format format : formats) {
         const std::string name = std::string("products of ") + name_of(format);
-        fine &= passes(name.c_str(), [&] { products_are_exact(format); });
+        fine &= passes(name.c_str(), [&] { matmuls_are_exact(format); });
     }
     fine &= passes("attention in float32", [] { attention_is_exact<float>(1e-6); });
     fine &= passes("attention in bfloat16", [] { attention_is_exact<bfloat16>(4e-3); });

@@ -23,8 +23,8 @@ from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
 from .cuda import by_device, cuda, unsuitable
 from .derivatives import outside_autocast, wants_graph
+from .matmul import matmul, reads_wider_weights
 from .native import native, refuses_tensors
-from .product import product, reads_wider_weights
 from .requirements import check_floating, check_indices, check_integers
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
@@ -205,12 +205,12 @@ def _chunked_products(
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
         chunk = logits[: len(hidden[rows])]
-        product(hidden[rows], weight.t(), hidden.dtype, out=chunk)
+        matmul(hidden[rows], weight.t(), hidden.dtype, out=chunk)
         grad_logits = turn(chunk, targets[rows], losses[rows])
         if hidden_grad:
-            product(grad_logits, weight, hidden.dtype, out=grad_hidden[rows])
+            matmul(grad_logits, weight, hidden.dtype, out=grad_hidden[rows])
         if weight_grad:
-            product(grad_logits.t(), hidden[rows], hidden.dtype, out=grad_weight, add=start > 0)
+            matmul(grad_logits.t(), hidden[rows], hidden.dtype, out=grad_weight, add=start > 0)
     return losses, grad_hidden, grad_weight.to(weight.dtype)
 
 

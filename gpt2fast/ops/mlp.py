@@ -24,8 +24,8 @@ from .backend import Op, autocast, statistics_dtype
 from .cuda import by_device, cublaslt, cuda, kernels, unsuitable
 from .cuda import mlp as cuda_mlp
 from .derivatives import wants_graph
+from .matmul import matmul, reads_wider_weights, refuses_mixture, weight_gradient
 from .native import native, refuses_tensors, rows
-from .product import product, reads_wider_weights, refuses_mixture, weight_gradient
 from .requirements import check_floating, check_shape
 from .triton import triton
 from .triton import unsuitable as unsuitable_for_triton
@@ -221,10 +221,10 @@ def _gelu_mlp_backward(
 def _gelu_mlp_forward_cpu(
     x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
 ) -> tuple[Tensor, Tensor]:
-    inner = product(rows(x), w_fc, x.dtype, bias=b_fc if keep == "sum" else None)
+    inner = matmul(rows(x), w_fc, x.dtype, bias=b_fc if keep == "sum" else None)
     bias = _bias_of(b_fc, keep).to(x.dtype).contiguous()
     activated = kernels(x).bias_gelu(inner, bias)
-    out = product(activated, w_proj, x.dtype, bias=b_proj)
+    out = matmul(activated, w_proj, x.dtype, bias=b_proj)
     return out.view(*x.shape[:-1], out.shape[1]), _kept(inner, keep)
 
 
@@ -238,7 +238,7 @@ def _gelu_mlp_backward_cpu(
     kept: str = "product",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad, dtype = rows(grad), x.dtype
-    grad_inner = product(grad, w_proj.t(), dtype)
+    grad_inner = matmul(grad, w_proj.t(), dtype)
     activated = torch.empty_like(grad_inner)
     bias = _bias_of(b_fc, kept).to(dtype).contiguous()
     grad_b_fc = kernels(x).bias_gelu_backward(grad_inner, inner, bias, grad_inner, activated)
@@ -246,7 +246,7 @@ def _gelu_mlp_backward_cpu(
     grad_w_proj = weight_gradient(activated, grad, w_proj, grad_b_proj)
     del activated
     grad_w_fc = weight_gradient(rows(x), grad_inner, w_fc)
-    grad_x = product(grad_inner, w_fc.t(), dtype).view(x.shape)
+    grad_x = matmul(grad_inner, w_fc.t(), dtype).view(x.shape)
     return grad_x, grad_w_fc, grad_b_fc.to(b_fc.dtype), grad_w_proj, grad_b_proj.to(w_proj.dtype)
 
 
@@ -366,10 +366,10 @@ def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Te
     if any(ctx.needs_input_grad[1:5]):
         return *_gelu_mlp_gradient.gradient(grad, x, inner, w_fc, b_fc, w_proj, ctx.kept), None
     # The weights are frozen: half of the products would be for nobody.
-    grad_inner = product(rows(grad), w_proj.t(), x.dtype)
+    grad_inner = matmul(rows(grad), w_proj.t(), x.dtype)
     bias = _bias_of(b_fc, ctx.kept).to(x.dtype)
     grad_inner, _ = _bias_gelu_backward.gradient(grad_inner, inner, bias)
-    grad_x = product(grad_inner, w_fc.t(), x.dtype).view(x.shape)
+    grad_x = matmul(grad_inner, w_fc.t(), x.dtype).view(x.shape)
     return grad_x, None, None, None, None, None
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Op, autocast, statistics_dtype
+from .matmul import matmul, reads_wider_weights, refuses_mixture, weight_gradient
 from .native import native, rows
-from .product import product, reads_wider_weights, refuses_mixture, weight_gradient
 from .requirements import check_floating, check_shape
 
 
@@ -72,7 +72,7 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out = product(rows(x), weight, x.dtype, bias=bias)
+    out = matmul(rows(x), weight, x.dtype, bias=bias)
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
@@ -95,7 +95,7 @@ def _backward_native(
     grad_x, grad_weight = grad.new_empty(0), weight.new_empty(0)
     sums = grad.new_empty(grad.shape[1] if wanted[2] else 0, dtype=torch.float32)
     if wanted[0]:
-        grad_x = product(grad, weight.t(), dtype).view(x.shape)
+        grad_x = matmul(grad, weight.t(), dtype).view(x.shape)
     if wanted[1]:
         grad_weight = weight_gradient(rows(x), grad, weight, sums if wanted[2] else None)
     elif wanted[2]:

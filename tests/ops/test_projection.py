@@ -8,8 +8,8 @@ from torch.library import opcheck
 from comparison import DTYPES, LAYOUTS, backend, compare, needs_native, random
 from gpt2fast import ops
 from gpt2fast.nn import Projection
-from gpt2fast.ops import product as products
-from gpt2fast.ops.product import product, weight_gradient
+from gpt2fast.ops import matmul as matmuls
+from gpt2fast.ops.matmul import matmul, weight_gradient
 from gpt2fast.ops.projection import _projection
 from tolerance import assert_close
 
@@ -19,7 +19,7 @@ BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
 @pytest.fixture
 def ours(monkeypatch):
     """Products of any size and shape run on our kernels, where there are any."""
-    monkeypatch.setattr(products, "_is_faster", lambda *shape: True)
+    monkeypatch.setattr(matmuls, "_is_faster", lambda *shape: True)
 
 
 def theirs(x, weight, bias):
@@ -127,7 +127,7 @@ def test_autocast_sets_the_dtype_and_gradients_keep_theirs(name, ours):
 def test_adds_to_what_is_there(dtype, ours):
     a, b, out = random(33, 50), random(50, 40), random(33, 40).float()
     expected = out.double() + a @ b
-    product(a.to(dtype), b.to(dtype), dtype, out=out, add=True)
+    matmul(a.to(dtype), b.to(dtype), dtype, out=out, add=True)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 

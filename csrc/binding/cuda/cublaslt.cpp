@@ -23,17 +23,17 @@ bool multiply(const Tensor& a, const Tensor& b, const Tensor& out, launch::Epilo
     GPT2FAST_CHECK(float_dtype_of(a) == float_dtype_of(b) && dtype_of(a) == dtype_of(out),
                    "a product's factors and result must have one dtype");
     for (const Tensor* each : {&b, &out}) check_device(*each, "b and out", a, "a");
-    const launch::Product product{
+    const launch::Matmul matmul{
         operand_of(a), operand_of(b), out.mutable_data_ptr(), epilogue, bias,
         inner,         dtype_of(a),   a.get_device_index()};
-    launch::ProductPlan plan;
-    if (!launch::plan_product(product, plan)) return false;
+    launch::MatmulPlan plan;
+    if (!launch::plan_matmul(matmul, plan)) return false;
     // torch aligns to more on a GPU, to less on a CPU.
     size_t room = plan.workspace_bytes + launch::workspace_alignment;
     Tensor workspace = torch::stable::new_empty(a, {int64_t(room)}, ScalarType::Byte);
     void* aligned = workspace.mutable_data_ptr();
     std::align(launch::workspace_alignment, plan.workspace_bytes, aligned, room);
-    launch::run_product(product, plan, aligned, on.stream);
+    launch::run_matmul(matmul, plan, aligned, on.stream);
     return true;
 }
 

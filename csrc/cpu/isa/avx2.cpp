@@ -13,7 +13,7 @@
 
 #include "../simd/avx2.h"
 
-#include "../families.h"
+#include "../kernel_table.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

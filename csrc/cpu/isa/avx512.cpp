@@ -15,7 +15,7 @@
 
 #include "../simd/avx512.h"
 
-#include "../families.h"
+#include "../kernel_table.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,6 +5,6 @@
 #include "../prelude.h"
 #include "../simd/neon.h"
 
-#include "../families.h"
+#include "../kernel_table.h"
 
 #endif

@@ -3,4 +3,4 @@
 #include "../prelude.h"
 #include "../simd/portable.h"
 
-#include "../families.h"
+#include "../kernel_table.h"

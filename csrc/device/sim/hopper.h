@@ -52,11 +52,11 @@ struct Accumulator {
     int under_way = 0;
 };
 
-struct Product {
+struct Matmul {
     uint64_t a, b;
     bool add;
     Accumulator* c;
-    void (*multiply)(Product&, Clock&);
+    void (*multiply)(Matmul&, Clock&);
     Site site;
     Agent agent;
 };
@@ -68,7 +68,7 @@ struct Warpgroup {
     std::array<void*, warpgroup_size> slots{};
     bool fenced = false;
     std::list<Accumulator> accumulators;
-    std::deque<Product> products;  // of the groups, then the open ones
+    std::deque<Matmul> products;  // of the groups, then the open ones
     std::deque<size_t> groups;
     size_t open = 0;
     Clock clock;
@@ -328,7 +328,7 @@ GPT2FAST_UNCHECKED void accumulate(const float (*a)[16], const float (*b)[16], b
 }
 
 template <class T, int N>
-void multiply(Product& product, Clock& done) {
+void multiply(Matmul& product, Clock& done) {
     const std::vector<Range> a_chunks = operand(product.a, 64, product.site);
     const std::vector<Range> b_chunks = operand(product.b, N, product.site);
     product.agent.access(a_chunks.data(), a_chunks.size(), nullptr, 0, done, block().end);
@@ -354,7 +354,7 @@ Accumulator& accumulator_of(Warpgroup& group, float* const (&registers)[warpgrou
     return c;
 }
 
-struct ProductArguments {
+struct MatmulArguments {
     float* c;
     uint64_t a, b;
     bool add;
@@ -362,14 +362,14 @@ struct ProductArguments {
 
 template <class T, int N>
 void wgmma(float (&c)[N / 2], uint64_t a, uint64_t b, bool add, const Site& site) {
-    ProductArguments mine{c, a, b, add};
+    MatmulArguments mine{c, a, b, add};
     warpgroup_together(
         "wgmma", &mine,
         [&](Warpgroup& group) {
             if (!group.fenced) fail("wgmma without a wgmma_fence before it", site);
             float* registers[warpgroup_size];
             for (size_t t = 0; t < warpgroup_size; ++t) {
-                const auto& each = *static_cast<const ProductArguments*>(group.slots[t]);
+                const auto& each = *static_cast<const MatmulArguments*>(group.slots[t]);
                 if (each.a != a || each.b != b || each.add != add) {
                     fail("wgmma: the threads of a warpgroup differ in their operands", site);
                 }
@@ -401,7 +401,7 @@ inline void commit_wgmma(const Site& site) {
 }
 
 inline void finish(Warpgroup& group) {
-    Product product = std::move(group.products.front());
+    Matmul product = std::move(group.products.front());
     group.products.pop_front();
     product.multiply(product, group.clock);
     Accumulator& c = *product.c;

@@ -218,7 +218,7 @@ def decode_step(
 
     def plan(outputs: int) -> tuple[dict[str, int], tuple[int, int]]:
         launch = settings(
-            "decode_product",
+            "decode_matmul",
             x.device,
             element_size=wte.element_size(),
             batch=batch,

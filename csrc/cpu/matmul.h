@@ -19,7 +19,7 @@ namespace gpt2fast::GPT2FAST_ISA {
 // own cache, or one does.
 constexpr int64_t most_panels = 4, most_panel_bytes = 1 << 19;
 
-constexpr int64_t product_alignment = 64;
+constexpr int64_t matmul_alignment = 64;
 
 inline int64_t words_of(Format format, int64_t inputs) {
     return (inputs + inputs_per_word(format) - 1) / inputs_per_word(format);
@@ -200,7 +200,7 @@ void pack(const View& view, int64_t inputs, Format format, int64_t begin, int64_
 
 // Measured: 16 floats a vector and, for bfloat16, the instruction for it. What has tiles for
 // bfloat16 (AMX) leaves vectors behind, and torch uses it.
-inline bool product_pays(bool narrow) {
+inline bool matmul_pays(bool narrow) {
     if (!narrow) return Vec::width == 16;
 #ifdef GPT2FAST_AVX512_BF16
     return !__builtin_cpu_supports("amx-bf16");
@@ -209,11 +209,11 @@ inline bool product_pays(bool narrow) {
 #endif
 }
 
-inline ProductPlan product_plan(const Product& args, int threads) {
+inline MatmulPlan matmul_plan(const Matmul& args, int threads) {
     const Tiles tiles(args.format, args.rows);
     const int64_t panels = (args.columns + panel_columns - 1) / panel_columns;
     const int64_t words = words_of(args.format, args.inputs);
-    ProductPlan best{};
+    MatmulPlan best{};
     double least = 0.0;
     for (int64_t parts = 1; parts <= std::min<int64_t>(threads, tiles.count); ++parts) {
         const int64_t room = most_panel_bytes / (4 * panel_columns * std::max<int64_t>(1, words));
@@ -232,12 +232,12 @@ inline ProductPlan product_plan(const Product& args, int threads) {
         }
     }
     best.tiles = tiles.count;
-    best.workspace = 4 * words * args.rows + product_alignment;
+    best.workspace = 4 * words * args.rows + matmul_alignment;
     return best;
 }
 
 // Packs tiles [begin, end) of a's rows.
-inline void product_pack(const Product& args, int64_t begin, int64_t end) {
+inline void matmul_pack(const Matmul& args, int64_t begin, int64_t end) {
     const Tiles tiles(args.format, args.rows);
     const int64_t words = words_of(args.format, args.inputs);
     pack(args.a, args.inputs, args.format, begin, end, [&](int64_t tile) {
@@ -299,7 +299,7 @@ inline MultiplyTile multiply_tile_for(Format format, int rows) {
 }
 
 // The result's place comes from memory while its sums are computed.
-inline void ask_for_rows(const Product& args, int64_t row, int rows, int64_t column) {
+inline void ask_for_rows(const Matmul& args, int64_t row, int rows, int64_t column) {
     const int64_t size = args.out_dtype == DType::float32 ? 4 : 2;
     for (int r = 0; r < rows; ++r) {
         const int64_t at = (row + r) * args.out_stride + column;
@@ -310,7 +310,7 @@ inline void ask_for_rows(const Product& args, int64_t row, int rows, int64_t col
 }
 
 template <typename Out>
-void finish_rows(const Product& args, const float* sums, int64_t row, int rows, int64_t column) {
+void finish_rows(const Matmul& args, const float* sums, int64_t row, int rows, int64_t column) {
     const int64_t columns = std::min<int64_t>(panel_columns, args.columns - column);
     for (int r = 0; r < rows; ++r) {
         Out* out = static_cast<Out*>(args.out) + (row + r) * args.out_stride + column;
@@ -347,8 +347,8 @@ inline float* panel_memory(int64_t floats) {
 }
 
 // Items [begin, end): a group of panels each, with one part of the rows.
-inline void product(const Product& args, int64_t begin, int64_t end) {
-    const ProductPlan& plan = args.plan;
+inline void matmul(const Matmul& args, int64_t begin, int64_t end) {
+    const MatmulPlan& plan = args.plan;
     const Tiles tiles(args.format, args.rows);
     const int64_t words = words_of(args.format, args.inputs);
     const int64_t panels = (args.columns + panel_columns - 1) / panel_columns;

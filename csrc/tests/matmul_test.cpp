@@ -13,7 +13,7 @@ using gpt2fast::bfloat16;
 using gpt2fast::DType;
 using gpt2fast::Format;
 using gpt2fast::kernels;
-using gpt2fast::Product;
+using gpt2fast::Matmul;
 using gpt2fast::to_float;
 using gpt2fast::View;
 using testing::expect;
@@ -59,7 +59,7 @@ void check(Random& random, Format format, int64_t rows, int64_t inputs, int64_t 
     for (float& x : before) x = std::fabs(x);
     std::vector<float> sums(static_cast<size_t>(columns), 3.0f);
 
-    Product args{};
+    Matmul args{};
     args.a = a.view();
     args.b = b.view();
     args.out = out.data();
@@ -74,12 +74,12 @@ void check(Random& random, Format format, int64_t rows, int64_t inputs, int64_t 
     args.columns = columns;
     args.inputs = inputs;
     args.format = format;
-    args.plan = kernels().product_plan(args, threads);
+    args.plan = kernels().matmul_plan(args, threads);
     void* packed = std::aligned_alloc(64, size_t(args.plan.workspace + 63) / 64 * 64);
     args.packed = static_cast<float*>(packed);
-    for (int64_t i = 0; i < args.plan.tiles; ++i) kernels().product_pack(args, i, i + 1);
+    for (int64_t i = 0; i < args.plan.tiles; ++i) kernels().matmul_pack(args, i, i + 1);
     const int64_t items = args.plan.parts * args.plan.groups;
-    for (int64_t i = 0; i < items; ++i) kernels().product(args, items - 1 - i, items - i);
+    for (int64_t i = 0; i < items; ++i) kernels().matmul(args, items - 1 - i, items - i);
     std::free(packed);
 
     const std::string what = std::to_string(rows) + " x " + std::to_string(inputs) + " x " +
@@ -107,7 +107,7 @@ void check(Random& random, Format format, int64_t rows, int64_t inputs, int64_t 
 }
 
 template <typename A, typename B, typename Out>
-void products_are_exact(Format format) {
+void matmuls_are_exact(Format format) {
     Random random;
     for (int64_t rows : {1, 17, 30}) {
         for (int64_t inputs : {1, 7, 64, 101}) {
@@ -129,7 +129,7 @@ void threads_do_not_change_the_result() {
     std::vector<std::vector<float>> results;
     for (int threads : {1, 2, 7}) {
         std::vector<float> out(100 * 200);
-        Product args{};
+        Matmul args{};
         args.a = a.view();
         args.b = b.view();
         args.out = out.data();
@@ -137,11 +137,11 @@ void threads_do_not_change_the_result() {
         args.rows = 100;
         args.inputs = 64;
         args.format = Format::float32;
-        args.plan = kernels().product_plan(args, threads);
+        args.plan = kernels().matmul_plan(args, threads);
         std::vector<float> packed(size_t(args.plan.workspace) / 4);
         args.packed = packed.data();
-        kernels().product_pack(args, 0, args.plan.tiles);
-        kernels().product(args, 0, args.plan.parts * args.plan.groups);
+        kernels().matmul_pack(args, 0, args.plan.tiles);
+        kernels().matmul(args, 0, args.plan.parts * args.plan.groups);
         results.push_back(out);
     }
     expect(results[0] == results[1] && results[0] == results[2], "a bit differs");
@@ -153,12 +153,12 @@ int main() {
     testing::need_kernels();
     using testing::passes;
     bool fine = passes("products of float32",
-                       [] { products_are_exact<float, float, float>(Format::float32); });
+                       [] { matmuls_are_exact<float, float, float>(Format::float32); });
     fine &= passes("products of bfloat16",
-                   [] { products_are_exact<bfloat16, bfloat16, bfloat16>(Format::bfloat16); });
+                   [] { matmuls_are_exact<bfloat16, bfloat16, bfloat16>(Format::bfloat16); });
     fine &= passes("products of bfloat16 with float32 weights", [] {
-        products_are_exact<bfloat16, float, bfloat16>(Format::bfloat16);
-        products_are_exact<float, bfloat16, float>(Format::bfloat16);
+        matmuls_are_exact<bfloat16, float, bfloat16>(Format::bfloat16);
+        matmuls_are_exact<float, bfloat16, float>(Format::bfloat16);
     });
     fine &= passes("threads do not change the result", threads_do_not_change_the_result);
     return fine ? 0 : 1;

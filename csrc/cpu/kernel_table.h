@@ -11,7 +11,7 @@
 #include "layer_norm.h"
 #include "mlp.h"
 #include "optimizer.h"
-#include "product.h"
+#include "matmul.h"
 #include "sampling.h"
 
 #define GPT2FAST_NAME_(isa) #isa
@@ -28,10 +28,10 @@ const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {
     GPT2FAST_ISA::bias_gelu,
     GPT2FAST_ISA::bias_gelu_backward,
     GPT2FAST_ISA::add_blocks,
-    GPT2FAST_ISA::product_pays,
-    GPT2FAST_ISA::product_plan,
-    GPT2FAST_ISA::product_pack,
-    GPT2FAST_ISA::product,
+    GPT2FAST_ISA::matmul_pays,
+    GPT2FAST_ISA::matmul_plan,
+    GPT2FAST_ISA::matmul_pack,
+    GPT2FAST_ISA::matmul,
     GPT2FAST_ISA::layer_norm,
     GPT2FAST_ISA::layer_norm_backward,
     GPT2FAST_ISA::attention,

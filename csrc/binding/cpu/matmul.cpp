@@ -73,23 +73,23 @@ View from(View view, int64_t line, int64_t input) {
 }
 
 // Whether the kernels here multiply float32, or bfloat16 if `narrow`, faster than torch's do.
-bool multiplies(bool narrow) { return kernels().product_pays(narrow); }
+bool multiplies(bool narrow) { return kernels().matmul_pays(narrow); }
 
-void multiply(Product args) {
-    args.plan = kernels().product_plan(args, int(torch::stable::get_num_threads()));
+void multiply(Matmul args) {
+    args.plan = kernels().matmul_plan(args, int(torch::stable::get_num_threads()));
     const Workspace workspace(args.plan.workspace);
     args.packed = workspace.aligned();
     parallel(args.plan.tiles, args.inputs * 16,
-             [&](int64_t begin, int64_t end) { kernels().product_pack(args, begin, end); });
+             [&](int64_t begin, int64_t end) { kernels().matmul_pack(args, begin, end); });
     // An item is worth a thread.
     parallel(args.plan.parts * args.plan.groups, args.inputs * args.rows,
-             [&](int64_t begin, int64_t end) { kernels().product(args, begin, end); });
+             [&](int64_t begin, int64_t end) { kernels().matmul(args, begin, end); });
 }
 
 // out = (out if add else 0) + a b + bias, multiplied in bfloat16 if `narrow`; the sums of b's
 // columns go to column_sums. Rows of out are contiguous; bias and column_sums are float32.
-void product(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add, bool narrow,
-             std::optional<Tensor> column_sums) {
+void matmul(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add, bool narrow,
+            std::optional<Tensor> column_sums) {
     const View whole_a = lines_of(a, 0, 1), whole_b = lines_of(b, 1, 0);
     const int64_t rows = a.size(0), inputs = a.size(1), columns = b.size(1);
     check_rows(out, "out", {rows, columns});
@@ -112,7 +112,7 @@ void product(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool ad
     if (blocks > 1 && !wide) sums = floats(out, {rows, columns});
     const Tensor& continued = sums ? *sums : out;
 
-    Product args{};
+    Matmul args{};
     args.columns = columns;
     args.format = narrow ? Format::bfloat16 : Format::float32;
     args.before_stride = continued.stride(0);
@@ -148,7 +148,7 @@ void product(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool ad
 STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
     m.def("multiplies(bool narrow) -> bool");
     m.def(
-        "product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add, bool narrow, "
+        "matmul(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add, bool narrow, "
         "Tensor(b!)? column_sums) -> ()");
 }
 
@@ -156,6 +156,6 @@ STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CompositeExplicitAutograd, m) {
     m.impl("multiplies", TORCH_BOX(&multiplies));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) { m.impl("product", TORCH_BOX(&product)); }
+STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) { m.impl("matmul", TORCH_BOX(&matmul)); }
 
 }  // namespace gpt2fast::binding

@@ -61,7 +61,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
 
 
-def product(
+def matmul(
     a: Tensor,
     b: Tensor,
     dtype: torch.dtype,
@@ -90,7 +90,7 @@ def product(
     if out is None:
         out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype or dtype)
     if _ours(a, b, out, dtype, add):
-        torch.ops.gpt2fast_native.product(
+        torch.ops.gpt2fast_native.matmul(
             _readable(a),
             _readable(b),
             None if bias is None else bias.float().contiguous(),
@@ -124,8 +124,8 @@ def weight_gradient(
     if weight.stride(0) == 1 and weight.stride(1) != 1:  # a transposed view of (out, in)
         if column_sums is not None:
             torch.sum(grad, 0, dtype=column_sums.dtype, out=column_sums)
-        return product(grad.t(), x, grad.dtype, out_dtype=weight.dtype).t()
-    return product(x.t(), grad, grad.dtype, out_dtype=weight.dtype, column_sums=column_sums)
+        return matmul(grad.t(), x, grad.dtype, out_dtype=weight.dtype).t()
+    return matmul(x.t(), grad, grad.dtype, out_dtype=weight.dtype, column_sums=column_sums)
 
 
 def refuses_mixture(*arguments: Any) -> str | None:
