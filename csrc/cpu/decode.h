@@ -68,10 +68,10 @@ constexpr int64_t resident_rows = 384 * 1024;
 
 class Step {
 public:
-    Step(const StepArgs& args, Member& member)
-        : args_(args), model_(*args.model), member_(member), width_(model_.width),
-          shared_packing_(args.tokens > few_tokens || member.threads() == 1),
-          parts_(parts(args, member.threads())) {
+    Step(const StepArgs& args, Worker& worker)
+        : args_(args), model_(*args.model), worker_(worker), width_(model_.width),
+          shared_packing_(args.tokens > few_tokens || worker.threads() == 1),
+          parts_(parts(args, worker.threads())) {
         uint8_t* next = args.workspace;
         hidden_ = floats(next, args.tokens * width_);
         qkv_ = floats(next, args.tokens * 3 * width_);
@@ -79,11 +79,11 @@ public:
         inner_ = floats(next, args.tokens * model_.inner_width);
         const int64_t packed = packed_size(args);
         const int64_t scratch = scratch_size(args);
-        packed_ = take(next, packed * (shared_packing_ ? 1 : member.threads())) +
-                  (shared_packing_ ? 0 : packed * member.index());
-        scratch_ = floats(next, scratch * member.threads()) + scratch * member.index();
+        packed_ = take(next, packed * (shared_packing_ ? 1 : worker.threads())) +
+                  (shared_packing_ ? 0 : packed * worker.index());
+        scratch_ = floats(next, scratch * worker.threads()) + scratch * worker.index();
         wide_ = take(next, wide_size(args));
-        partial_ = floats(next, partial_size(args, member.threads()));
+        partial_ = floats(next, partial_size(args, worker.threads()));
     }
 
     void run() {
@@ -193,7 +193,7 @@ private:
         const PackedMatrix& w = model_.embedding;
         const uint8_t* data = model_.at(w.data);
         const float* wpe = model_.floats(model_.wpe);
-        member_.for_each(args_.tokens, [&](int64_t token) {
+        worker_.for_each(args_.tokens, [&](int64_t token) {
             float* row = hidden_ + token * width_;
             unpack_column(w, data, args_.token_ids[token], row);
             const float* position = wpe + args_.positions[token] * width_;
@@ -213,7 +213,7 @@ private:
             }
         };
         if (shared_packing_) {
-            member_.for_each(tiles.count, pack_tile);
+            worker_.for_each(tiles.count, pack_tile);
         } else {
             for (int64_t tile = 0; tile < tiles.count; ++tile) pack_tile(tile);
         }
@@ -264,7 +264,7 @@ private:
         }
         const int64_t panels = w.panels();
         const int64_t blocks = (tiles.count + block - 1) / block;
-        member_.for_each(panels * blocks, [&](int64_t item) {
+        worker_.for_each(panels * blocks, [&](int64_t item) {
             const int64_t panel = item % panels, first = item / panels * block;
             alignas(64) float sums[most_rows(Format::float32) * panel_columns];
             const int64_t last = std::min(first + block, tiles.count);
@@ -388,7 +388,7 @@ private:
     void attend_single(int64_t layer, float scale) {
         const int heads = int(model_.heads), dim = int(model_.head_dim);
         const int64_t size = part_size(model_);
-        member_.for_each(args_.sequences * parts_, [&](int64_t item) {
+        worker_.for_each(args_.sequences * parts_, [&](int64_t item) {
             const int64_t sequence = item / parts_, part = item % parts_;
             const int64_t entries = entries_of(sequence);
             const auto bound = [&](int64_t p) {
@@ -429,7 +429,7 @@ private:
         const int64_t heads = model_.heads, dim = model_.head_dim;
         int64_t blocks = 0;
         for (int64_t i = 0; i < args_.sequences; ++i) blocks += blocks_of(i);
-        member_.for_each(args_.sequences * heads, [&](int64_t item) {
+        worker_.for_each(args_.sequences * heads, [&](int64_t item) {
             const int64_t sequence = item / heads, head = item % heads;
             append_head<T>(layer, sequence, head);
             if constexpr (widens) {
@@ -440,7 +440,7 @@ private:
                       wide<Wide>(sequence, head) + entries_of(sequence) * dim);
             }
         });
-        member_.for_each(blocks * heads, [&](int64_t item) {
+        worker_.for_each(blocks * heads, [&](int64_t item) {
             const int64_t head = item % heads;
             int64_t sequence = 0, block = item / heads;
             while (block >= blocks_of(sequence)) block -= blocks_of(sequence++);
@@ -506,7 +506,7 @@ private:
 
     const StepArgs& args_;
     const PackedModel& model_;
-    Member& member_;
+    Worker& worker_;
     int64_t width_;
     bool shared_packing_;
     int64_t parts_;
@@ -514,7 +514,7 @@ private:
     uint8_t *packed_, *wide_;
 };
 
-inline void step(const StepArgs& args, Member& member) { Step(args, member).run(); }
+inline void step(const StepArgs& args, Worker& worker) { Step(args, worker).run(); }
 
 inline int64_t step_workspace(const StepArgs& args, int threads) {
     return Step::workspace(args, threads);

@@ -255,7 +255,7 @@ struct Sample {
 };
 
 struct StepArgs;
-class Member;
+class Worker;
 
 struct Kernels {
     const char* name;
@@ -280,7 +280,7 @@ struct Kernels {
     void (*reorder_cache)(const ReorderCache&, int64_t begin, int64_t end);
     void (*sample)(const Sample&, int64_t begin, int64_t end, uint8_t* workspace);
     int64_t (*sample_workspace)(const Sample&);  // bytes for a thread
-    void (*step)(const StepArgs&, Member&);
+    void (*step)(const StepArgs&, Worker&);
     int64_t (*step_workspace)(const StepArgs&, int threads);  // bytes
 };
 

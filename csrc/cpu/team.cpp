@@ -61,14 +61,14 @@ bool wait_for(Ready ready, bool limited) {
 
 class Team {
 public:
-    void run(int threads, void (*body)(void*, Member&), void* context) {
+    void run(int threads, void (*body)(void*, Worker&), void* context) {
         std::unique_lock<std::mutex> alone(running_, std::try_to_lock);
         if (alone.owns_lock() && threads > 1) threads = grow(threads);
         if (!alone.owns_lock() || threads <= 1) {
             Meeting meeting;
             meeting.counters = std::make_unique<Meeting::Counter[]>(3);
-            Member member(meeting, 0, 1);
-            body(context, member);
+            Worker worker(meeting, 0, 1);
+            body(context, worker);
             return;
         }
         if (threads != meeting_threads_) {
@@ -90,8 +90,8 @@ public:
             std::lock_guard<std::mutex> lock(mutex_);
             wake_.notify_all();
         }
-        Member member(meeting_, 0, threads);
-        body(context, member);
+        Worker worker(meeting_, 0, threads);
+        body(context, worker);
         wait_for([&] { return finished_.load(std::memory_order_acquire) == threads - 1; }, false);
     }
 
@@ -124,8 +124,8 @@ private:
             seen = order_.load(std::memory_order_acquire);
             const int threads = int(seen & 0xffff);
             if (index >= threads) continue;
-            Member member(meeting_, index, threads);
-            body_(context_, member);
+            Worker worker(meeting_, index, threads);
+            body_(context_, worker);
             finished_.fetch_add(1, std::memory_order_release);
         }
     }
@@ -134,7 +134,7 @@ private:
     int workers_ = 0;
     int meeting_threads_ = 0;
     Meeting meeting_;
-    void (*body_)(void*, Member&) = nullptr;
+    void (*body_)(void*, Worker&) = nullptr;
     void* context_ = nullptr;
     // A count of the runs in the upper 48 bits, the number of threads in the lower 16.
     alignas(64) std::atomic<uint64_t> order_{0};
@@ -178,7 +178,7 @@ int quota(int none) {
 
 }  // namespace
 
-void Member::barrier() {
+void Worker::barrier() {
     if (threads_ == 1) return;
     const uint32_t round = meeting_.round.load(std::memory_order_relaxed);
     if (meeting_.arrived.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
@@ -189,7 +189,7 @@ void Member::barrier() {
     wait_for([&] { return meeting_.round.load(std::memory_order_acquire) != round; }, false);
 }
 
-void run_team(int threads, void (*body)(void*, Member&), void* context) {
+void run_team(int threads, void (*body)(void*, Worker&), void* context) {
     the_team().run(threads, body, context);
 }
 

@@ -25,9 +25,9 @@ struct Meeting {
 };
 
 // One thread's part in a run.
-class Member {
+class Worker {
 public:
-    Member(Meeting& meeting, int index, int threads)
+    Worker(Meeting& meeting, int index, int threads)
         : meeting_(meeting), index_(index), threads_(threads) {}
 
     int index() const { return index_; }
@@ -68,14 +68,14 @@ private:
     int set_ = 0;
 };
 
-// Runs body(context, member) on `threads` threads, the caller's among them. Where the team is at
+// Runs body(context, worker) on `threads` threads, the caller's among them. Where the team is at
 // work for another caller, or was forked from under us, the caller's thread runs alone.
-void run_team(int threads, void (*body)(void* context, Member& member), void* context);
+void run_team(int threads, void (*body)(void* context, Worker& worker), void* context);
 
 template <typename Body>
 void run_team(int threads, Body body) {
     run_team(
-        threads, [](void* context, Member& member) { (*static_cast<Body*>(context))(member); },
+        threads, [](void* context, Worker& worker) { (*static_cast<Body*>(context))(worker); },
         &body);
 }
 

@@ -272,7 +272,7 @@ void advance(const PackedModel* model, Cache& k_cache, Cache& v_cache, DType dty
     args.logits = logits.data();
     const Memory workspace = aligned(kernels().step_workspace(args, threads));
     args.workspace = workspace.get();
-    run_team(threads, [&](Member& member) { kernels().step(args, member); });
+    run_team(threads, [&](Worker& worker) { kernels().step(args, worker); });
     auto next = logits.begin();
     for (size_t i = 0; i < sequences.size(); ++i) {
         const auto end = next + counts[i] * vocab;

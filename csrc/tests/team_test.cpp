@@ -19,8 +19,8 @@
 #endif
 #endif
 
-using gpt2fast::Member;
 using gpt2fast::run_team;
+using gpt2fast::Worker;
 using testing::expect;
 
 namespace {
@@ -28,9 +28,9 @@ namespace {
 void every_item_is_done_once(int threads) {
     for (int64_t items : {0, 1, 2, 3, 7, 64, 1000}) {
         std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[size_t(items) + 1]());
-        run_team(threads, [&](Member& member) {
+        run_team(threads, [&](Worker& worker) {
             for (int phase = 0; phase < 5; ++phase) {
-                member.for_each(items, [&](int64_t i) { done[size_t(i)].fetch_add(1); });
+                worker.for_each(items, [&](int64_t i) { done[size_t(i)].fetch_add(1); });
             }
         });
         for (int64_t i = 0; i < items; ++i) {
@@ -46,10 +46,10 @@ void every_item_is_done_once(int threads) {
 void a_phase_sees_the_one_before(int threads) {
     constexpr int64_t items = 37;
     std::vector<int64_t> here(items, 0), there(items, 0);
-    run_team(threads, [&](Member& member) {
+    run_team(threads, [&](Worker& worker) {
         for (int phase = 0; phase < 200; ++phase) {
-            member.for_each(items, [&](int64_t i) { there[size_t(i)] = here[size_t(i)] + 1; });
-            member.for_each(items,
+            worker.for_each(items, [&](int64_t i) { there[size_t(i)] = here[size_t(i)] + 1; });
+            worker.for_each(items,
                             [&](int64_t i) { here[size_t(i)] = there[size_t((i + 11) % items)]; });
         }
     });
@@ -59,12 +59,12 @@ void a_phase_sees_the_one_before(int threads) {
 void a_barrier_holds_everybody(int threads) {
     std::atomic<int> arrived{0};
     std::atomic<bool> early{false};
-    run_team(threads, [&](Member& member) {
+    run_team(threads, [&](Worker& worker) {
         for (int round = 1; round <= 100; ++round) {
             arrived.fetch_add(1);
-            member.barrier();
-            if (arrived.load() < round * member.threads()) early = true;
-            member.barrier();
+            worker.barrier();
+            if (arrived.load() < round * worker.threads()) early = true;
+            worker.barrier();
         }
     });
     expect(!early, "a thread left a barrier that another one had not reached");
@@ -76,8 +76,8 @@ void callers_do_not_disturb_each_other() {
     for (int caller = 0; caller < 4; ++caller) {
         callers.emplace_back([&] {
             for (int run = 0; run < 50; ++run) {
-                run_team(3, [&](Member& member) {
-                    member.for_each(100, [&](int64_t i) { total.fetch_add(i); });
+                run_team(3, [&](Worker& worker) {
+                    worker.for_each(100, [&](int64_t i) { total.fetch_add(i); });
                 });
             }
         });
@@ -88,12 +88,12 @@ void callers_do_not_disturb_each_other() {
 
 void sizes_may_change_from_run_to_run() {
     for (int threads : {4, 1, 2, 8, 3, 8, 2}) {
-        std::atomic<int> members{0};
-        run_team(threads, [&](Member& member) {
-            if (member.threads() == threads) members.fetch_add(1);
-            member.for_each(10, [](int64_t) {});
+        std::atomic<int> workers{0};
+        run_team(threads, [&](Worker& worker) {
+            if (worker.threads() == threads) workers.fetch_add(1);
+            worker.for_each(10, [](int64_t) {});
         });
-        expect(members == threads, "a member is missing");
+        expect(workers == threads, "a worker is missing");
     }
 }
 
@@ -110,7 +110,7 @@ void a_forked_child_has_a_team_of_its_own() {
     every_item_is_done_once(3);
     std::atomic<bool> stop{false};
     std::thread busy([&] {
-        while (!stop) run_team(3, [](Member& member) { member.for_each(50, [](int64_t) {}); });
+        while (!stop) run_team(3, [](Worker& worker) { worker.for_each(50, [](int64_t) {}); });
     });
     for (int child = 0; child < 5; ++child) {
         const pid_t pid = fork();

@@ -217,7 +217,7 @@ Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<T
     const int team = threads();
     const auto workspace = workspace_of(kernels().step_workspace(args, team), args.tokens);
     args.workspace = static_cast<uint8_t*>(workspace.get());
-    run_team(team, [&](Member& member) { kernels().step(args, member); });
+    run_team(team, [&](Worker& worker) { kernels().step(args, worker); });
     return logits;
 }
 
@@ -279,7 +279,7 @@ void set_history(Sample& args, const Tensor& history, int64_t rows) {
     args.history_step = history.stride(1);
 }
 
-// Room for each member of a team to choose in. Kept between steps: fresh memory of this size would
+// Room for each worker of a team to choose in. Kept between steps: fresh memory of this size would
 // be mapped and cleared for each.
 uint8_t* sample_workspace(int64_t bytes) {
     thread_local std::vector<uint8_t> workspace;
@@ -287,10 +287,10 @@ uint8_t* sample_workspace(int64_t bytes) {
     return workspace.data();
 }
 
-void choose_rows(const Sample& args, int64_t rows, Member& member, uint8_t* workspace,
+void choose_rows(const Sample& args, int64_t rows, Worker& worker, uint8_t* workspace,
                  int64_t bytes) {
-    member.for_each(rows, [&](int64_t row) {
-        kernels().sample(args, row, row + 1, workspace + bytes * member.index());
+    worker.for_each(rows, [&](int64_t row) {
+        kernels().sample(args, row, row + 1, workspace + bytes * worker.index());
     });
 }
 
@@ -322,7 +322,7 @@ Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, doub
     if (team == 1) {
         kernels().sample(args, 0, rows, workspace);
     } else {
-        run_team(team, [&](Member& member) { choose_rows(args, rows, member, workspace, bytes); });
+        run_team(team, [&](Worker& worker) { choose_rows(args, rows, worker, workspace, bytes); });
     }
     return out;
 }
@@ -368,9 +368,9 @@ std::tuple<Tensor, Tensor> packed_next(
     args.workspace = static_cast<uint8_t*>(workspace.get());
     const int64_t bytes = sample_bytes(chosen);
     uint8_t* const choosing = sample_workspace(bytes * team);
-    run_team(team, [&](Member& member) {
-        kernels().step(args, member);
-        choose_rows(chosen, rows, member, choosing, bytes);
+    run_team(team, [&](Worker& worker) {
+        kernels().step(args, worker);
+        choose_rows(chosen, rows, worker, choosing, bytes);
     });
     return {logits, out};
 }

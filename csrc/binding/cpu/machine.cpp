@@ -23,8 +23,8 @@ int64_t fingerprint(std::vector<Tensor> tensors) {
         }
     }
     std::vector<uint64_t> parts(chunks.size());
-    run_team(threads(), [&](Member& member) {
-        member.for_each(int64_t(chunks.size()), [&](int64_t i) {
+    run_team(threads(), [&](Worker& worker) {
+        worker.for_each(int64_t(chunks.size()), [&](int64_t i) {
             parts[size_t(i)] =
                 gpt2fast::fingerprint(chunks[size_t(i)].first, chunks[size_t(i)].second);
         });
