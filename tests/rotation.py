@@ -49,7 +49,8 @@ BACKEND_PARTS = {
     ("tests/ops/test_borders.py::", "[triton]"): 16,
     ("tests/ops/test_borders.py::", "-triton]"): 16,
 }
-# What test-fast leaves out: processes that start others, compilers, whole models.
+# What test-fast leaves out: processes that start others, compilers, whole models, pictures, and
+# Triton's interpreter.
 LONG = (
     "test_distributed.py", "test_kills.py", "test_triton_compiles.py", "test_readme.py",
     "test_build.py", "test_native_training.py", "test_bundled_model.py", "test_cuda_build.py",
@@ -57,9 +58,10 @@ LONG = (
     "passes_opcheck", "pass_opcheck",
     "test_killed", "test_flag_changes", "test_a_reader_that_goes", "bundled_model_passes",
     "four_real_sizes", "on_a_long_sequence", "never_holds_all_logits", "large_vocabulary",
+    "test_report.py", "test_benchmarks.py", "test_triton_", "triton]", "-triton-",
 )  # fmt: skip
-FAST_PARTS = 4
-"""Into how many parts test-fast cuts the ops' tests."""
+FAST_PARTS = 6
+"""Into how many parts test-fast cuts tests of several cases."""
 
 
 def _is_set(name: str) -> bool:
@@ -96,7 +98,7 @@ def runs_today(name: str, today: int, fast: bool = False) -> bool:
     if fast:
         if any(test in name for test in LONG):
             return False
-        if "/ops/" in name and "[" in name:
+        if "[" in name:
             parts = max(parts, FAST_PARTS)
     return (zlib.crc32(name.encode()) + today) % parts == 0
 
