@@ -371,7 +371,7 @@ def test_a_named_cache_that_cannot_be_written_is_an_error(compiler, monkeypatch)
 
 def test_two_processes_build_once(tmp_path, compiler):
     slow = FakeCompiler(tmp_path / "slow", seconds=0.3)
-    code = LOGGED + "from gpt2fast import library; print(library.find_library().path)"
+    code = LOGGED + "from gpt2fast.kernels import library; print(library.find_library().path)"
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "CXX": str(slow.path)}
     both = [
@@ -387,7 +387,7 @@ def test_two_processes_build_once(tmp_path, compiler):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_build_leaves_nothing_that_would_be_used(how, compiler, tmp_path):
     compiler.behave("slow")
-    code = "from gpt2fast import library; library.find_library()"
+    code = "from gpt2fast.kernels import library; library.find_library()"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while len(compiler.calls) < compilation.processors():
