@@ -18,6 +18,8 @@ from .inference.graph_pool import forget_moved
 from .inference.packed import PackedGPT2, pack
 from .lora.adapters import is_adapted, without_adapters
 from .nn import Block, LayerNorm, LinearCrossEntropy
+from .nn.dropout import drop
+from .nn.embedding import Embedding
 from .nn.inputs import (
     check_cache,
     check_inputs,
@@ -27,7 +29,8 @@ from .nn.inputs import (
     is_known_full,
 )
 from .nn.kv_cache import KVCache
-from .nn.modules import Embedding, OutputProjection, TiedOutputProjection, add_and_normalize, drop
+from .nn.layer_norm import add_and_normalize
+from .nn.output_projection import OutputProjection, TiedOutputProjection
 from .nn.plain import is_plain, is_unwatched
 from .nn.structure import check_held, layer_weights, why_not_read
 from .ops.backend import requested_backend
@@ -325,7 +328,7 @@ class GPT2(nn.Module):
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layer(layer, counts, front)
             fused = is_plain(block, Block)
-            run: Callable[..., Any] = block.branch if fused else block
+            run: Callable[..., Any] = block.forward_open_residual if fused else block
             stream = (x, residual) if fused else (_stream(x, residual),)
             if self.gradient_checkpointing and self.training and cache is None:
                 added = checkpoint(run, *stream, mask, use_reentrant=False)

@@ -83,6 +83,15 @@ def check_cache(config: GPT2Config, cache: KVCache, rows: int) -> None:
         )
 
 
+def check_stream(x: Tensor, width: int) -> None:
+    """A block's input: (batch, time, width)."""
+    if x.dim() != 3 or x.shape[-1] != width:
+        way_out = "; x[None] makes a batch of one sequence" if x.shape[1:] == (width,) else ""
+        raise ArgumentError(
+            f"x has the shape {tuple(x.shape)}; it must be (batch, time, width={width}){way_out}"
+        )
+
+
 def is_known_full(mask: Tensor) -> bool:
     """Whether a mask hides nothing, as far as that can be told for free."""
     return _is_readable(mask) and bool(_values(mask).all())

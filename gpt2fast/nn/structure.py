@@ -15,7 +15,9 @@ from ..errors import ArgumentError
 from ..lora.adapters import LoRAProjection
 from ..ops.decode import LAYER_WEIGHTS
 from . import GELUMLP, Block, CausalSelfAttention, LayerNorm, LinearCrossEntropy, Projection
-from .modules import Activation, Embedding, OutputProjection, TiedOutputProjection
+from .embedding import Embedding
+from .mlp import Activation
+from .output_projection import OutputProjection, TiedOutputProjection
 from .plain import is_plain, is_unwatched, why_not_plain
 
 if TYPE_CHECKING:

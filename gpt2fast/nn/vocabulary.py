@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, shown
 from ..inference.graph_pool import forget_moved
-from .modules import TiedOutputProjection
+from .output_projection import TiedOutputProjection
 from .structure import check_held
 
 if TYPE_CHECKING:
