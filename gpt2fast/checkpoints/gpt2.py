@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,19 +34,17 @@ from .._system.parsing import read_json
 from ..config import PRESETS, GPT2Config
 from ..errors import ArgumentError, ConfigError, WeightsError, shown
 from ..inference.generation_config import first_end_token, read_generation_config
-from ..lora.adapters import without_adapters
-from ..lora.storage import WEIGHTS_FILES as ADAPTER_FILES
-from ..nn.structure import check_held, why_not_configured
+from ..inference.packed import PackedGPT2, model_shape
+from ..inference.structure import why_not_configured
+from ..model import GPT2
+from ..nn.inputs import check_held
+from ..nn.projection import merged
 from ..ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from ..quantization.storage import from_tensors, is_quantized, to_tensors
-from .foreign_files import ADAPTER_CONFIG, what_adapter_is, what_folder_is
+from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, what_adapter_is, what_folder_is
 from .hub import resolve
 from .tensor_files import describes_itself, file_kind, read_tensors, write_safetensors
 from .tensor_names import NamedTensors, find_model, listed, same, with_shape
-
-if TYPE_CHECKING:
-    from ..inference.packed import PackedGPT2
-    from ..model import GPT2
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
@@ -177,11 +175,11 @@ def save_pretrained(model: GPT2, directory: str | os.PathLike[str], tokenizer: A
         TokenizerError: `tokenizer` is none; nothing is written then.
         WeightsError: the directory cannot be written.
     """
-    check_held(model)
+    check_held(model.wte)
     _check_described(model)
     tensors = {
         name if name == "lm_head.weight" else f"transformer.{name}": tensor
-        for name, tensor in without_adapters(model).state_dict().items()
+        for name, tensor in merged(model).state_dict().items()
     }
     _save(model, tensors, model.config.to_dict(), {}, Path(directory), tokenizer)
 
@@ -330,7 +328,7 @@ def _find(
             allow_patterns=patterns,
         )
         if not path.is_dir():
-            if path.name in ADAPTER_FILES and (path.parent / ADAPTER_CONFIG).is_file():
+            if path.name in ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():
                 raise WeightsError(f"{path} is {what_adapter_is(path.parent)}")
             return path
         for name in patterns:
@@ -510,8 +508,6 @@ def _advice(missing: list[str], problems: list[str]) -> str:
 def _build(
     named: dict[str, Tensor], config: GPT2Config, device: torch.device, dtype: torch.dtype
 ) -> GPT2:
-    from ..model import GPT2
-
     storages: set[int] = set()
     state: dict[str, Tensor] = {}
     for name in list(named):
@@ -530,8 +526,6 @@ def _build(
 def _build_quantized(
     stored: Mapping[str, Tensor], metadata: Mapping[str, str], config: GPT2Config, file: Path
 ) -> PackedGPT2:
-    from ..inference.packed import PackedGPT2, model_shape
-
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
     quantized = from_tensors(tensors, metadata, config, str(file))
     shape = model_shape(config)

@@ -116,3 +116,17 @@ class LinearCrossEntropy(nn.Module):
         """What print shows."""
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}{smoothing}"
+
+
+def loss_of_logits(loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+    """A model's loss where its head was called, and gave logits (B, T, V).
+
+    Raises:
+        ArgumentError: `loss` is a module of somebody's own, which takes hidden states.
+    """
+    if not isinstance(loss, LinearCrossEntropy):
+        raise ArgumentError(
+            f"loss is a {type(loss).__name__}, which takes the head's weight, and lm_head "
+            "is watched or replaced: remove one of them, or compute the loss from the logits"
+        )
+    return loss(logits, None, targets)

@@ -116,5 +116,12 @@ class TiedOutputProjection(nn.Module):
             )
 
 
+def tie_untied(model: nn.Module) -> None:
+    """Tie the projections of a model that was copied or loaded, which know none yet, to it."""
+    for module in model.modules():
+        if isinstance(module, TiedOutputProjection) and module.model is None:
+            module.tie(model)
+
+
 def _no_model() -> None:
     """In place of a reference to a model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .. import ops
 from .initialization import Device, Dtype
 from .plain import readable
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @readable
@@ -49,7 +51,45 @@ class Projection(nn.Module):
         """(..., in) -> (..., out)."""
         return ops.projection(x, self.weight, self.bias)
 
+    def merged_weight(self) -> Tensor:
+        """(in, out): the weight that alone gives what the module does; a subclass may add to it."""
+        return self.weight
+
     def extra_repr(self) -> str:
         """What print shows."""
         inputs, outputs = self.weight.shape
         return f"in_features={inputs}, out_features={outputs}"
+
+
+def merged(model: _Model) -> _Model:
+    """The model itself, or `merge` of it where a projection adds to its weight, as adapters do."""
+    return merge(model) if _adding(model) else model
+
+
+def merge(model: _Model) -> _Model:
+    """A plain model that computes, within rounding, what `model`, a GPT2, does with its adapters.
+
+    Adapted weights are new; all others are shared with `model`, which stays as it is. Everything in
+    the result is trainable, and it is in evaluation mode where `model` is.
+    """
+    state = model.state_dict()
+    for name, projection in _adding(model).items():
+        for part in projection.state_dict().keys() - {"weight", "bias"}:
+            del state[f"{name}.{part}"]
+        state[f"{name}.weight"] = projection.merged_weight()
+    source: Any = model
+    plain = type(source)(source.config, device="meta")
+    plain.load_state_dict(state, assign=True)
+    plain.gradient_checkpointing = source.gradient_checkpointing
+    plain.generation_config = dict(source.generation_config)
+    return plain.train(source.training)
+
+
+def _adding(model: nn.Module) -> dict[str, Projection]:
+    """The projections that are more than their weight and bias, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Projection)
+        and type(module).merged_weight is not Projection.merged_weight
+    }

@@ -10,22 +10,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..lora.adapters import without_adapters
+from ..model import GPT2
+from ..nn import Block, Projection
+from ..nn.projection import merged
 from ..ops.packed import QuantizedMatrix
 from .calibration import calibration_tokens
 from .feedback import round_with_feedback
 from .quantized import GROUPS, PROJECTIONS, QuantizedWeights, checked_group, matrix_shapes
 from .rounding import round_to_nearest
-
-if TYPE_CHECKING:
-    from ..model import GPT2
-    from ..nn import Block, Projection
 
 METHODS = ("feedback", "nearest")
 
@@ -76,7 +73,7 @@ def quantize_weights(
         raise ArgumentError(f"method={method!r:.80} is not one of {', '.join(METHODS)}")
     if model.device.type == "meta":
         raise ArgumentError("the model is on device 'meta' and has no weights; load some first")
-    model = without_adapters(model)
+    model = merged(model)
     names = matrix_shapes(model.config)
     if sensitive is None:
         sensitive = ["wte.weight"] if model.config.n_embd < NARROW else []
