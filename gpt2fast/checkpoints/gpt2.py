@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -190,7 +190,7 @@ def _check_described(model: GPT2) -> None:
     if reason is None:
         state = model.state_dict()
         shapes = {n: tuple(tensor.shape) for n, tensor in state.items() if ".lora_" not in n}
-        expected = dict(_parameter_shapes(model.config))
+        expected = model.config.parameter_shapes()
         if shapes != expected:
             strange = [n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n)]
             reason = f"{', '.join(map(shown, strange[:3]))} are not as the configuration has them"
@@ -269,33 +269,6 @@ def _save(
         atomic_write_text(folder / "config.json", _json(described))
     except OSError as error:
         raise WeightsError(f"the model cannot be saved to {folder}: {error}") from error
-
-
-def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of `GPT2(config)`, without building it."""
-    return dict(_parameter_shapes(config))
-
-
-def _parameter_shapes(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, inner = config.n_embd, config.inner_width
-    yield "wte.weight", (config.vocab_size, width)
-    yield "wpe.weight", (config.n_positions, width)
-    for layer in range(config.n_layer):
-        for name, sizes in (
-            ("attn.c_attn", (width, 3 * width)),
-            ("attn.c_proj", (width, width)),
-            ("mlp.c_fc", (width, inner)),
-            ("mlp.c_proj", (inner, width)),
-        ):
-            yield f"h.{layer}.{name}.weight", sizes
-            yield f"h.{layer}.{name}.bias", sizes[1:]
-        for name in ("ln_1", "ln_2"):
-            yield f"h.{layer}.{name}.weight", (width,)
-            yield f"h.{layer}.{name}.bias", (width,)
-    yield "ln_f.weight", (width,)
-    yield "ln_f.bias", (width,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, width)
 
 
 def find_weights(
@@ -417,7 +390,7 @@ def _is_biasless_nanogpt(extra: Mapping[str, Any]) -> bool:
 
 
 def _add_zero_biases(named: dict[str, Tensor], config: GPT2Config) -> None:
-    for name, shape in _parameter_shapes(config):
+    for name, shape in config.parameter_shapes().items():
         weight = named.get(name.removesuffix("bias") + "weight")
         if name.endswith(".bias") and name not in named and weight is not None:
             named[name] = torch.zeros(shape, dtype=weight.dtype)
@@ -427,7 +400,7 @@ def _recognised(named: Mapping[str, Tensor], file: Path) -> GPT2Config:
     """The one of OpenAI's models that has exactly these shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     for config in PRESETS.values():
-        expected = parameter_shapes(config)
+        expected = config.parameter_shapes()
         if {**shapes, "lm_head.weight": None} == {**expected, "lm_head.weight": None}:
             return config
     layers = {name.split(".")[1] for name in shapes if name.startswith("h.")}
@@ -455,7 +428,7 @@ def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
 
 def _check_fit(found: NamedTensors, config: GPT2Config, file: Path) -> None:
     named = found.tensors
-    expected = parameter_shapes(config)
+    expected = config.parameter_shapes()
     missing = [f"{name} {_shape(shape)}" for name, shape in expected.items() if name not in named]
     unexpected = [
         with_shape(name, tensor) for name, tensor in named.items() if name not in expected

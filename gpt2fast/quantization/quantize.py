@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from ..config import BLOCK_MATRICES
 from ..errors import ArgumentError
 from ..model import GPT2
 from ..nn import Block, Projection
@@ -21,7 +22,7 @@ from ..nn.projection import merged
 from ..ops.packed import QuantizedMatrix
 from .calibration import calibration_tokens
 from .feedback import round_with_feedback
-from .quantized import GROUPS, PROJECTIONS, QuantizedWeights, checked_group, matrix_shapes
+from .quantized import GROUPS, QuantizedWeights, checked_group, matrix_shapes
 from .rounding import round_to_nearest
 
 METHODS = ("feedback", "nearest")
@@ -154,12 +155,12 @@ def _calibrate_block(block: Block, prefix: str, x: Tensor, rounding: _Rounding) 
 
     def watch(name: str) -> None:
         def quantize(projection: Projection, inputs: tuple[Tensor, ...]) -> None:
-            matrix = rounding.add(f"{prefix}{name}.weight", projection.weight, _hessian(inputs[0]))
+            matrix = rounding.add(prefix + name, projection.weight, _hessian(inputs[0]))
             projection.weight.data = matrix.dequantize()
 
-        block.get_submodule(name).register_forward_pre_hook(quantize)
+        block.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(quantize)
 
-    for name in PROJECTIONS:
+    for name in BLOCK_MATRICES:
         watch(name)
     return block(x)
 
