@@ -7,7 +7,7 @@ import torch
 
 from contest import Work
 from gpt2fast import GPT2, PRESETS, backend
-from gpt2fast.inference.cuda_graphs import Steps
+from gpt2fast.inference.cuda_graphs import CapturedStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
@@ -25,7 +25,7 @@ def test_decoding(compete, preset, batch):
         with backend(name), torch.inference_mode():
             cache = model.new_cache(batch, LENGTH)
             model(tokens, cache=cache)
-            taken = Steps(model, batch, 1024, samples=False)
+            taken = CapturedStep(model, batch, 1024, samples=False)
             taken.start(model, cache, LENGTH, tokens[:, -1])
 
         return lambda: taken.replay_at(LENGTH)

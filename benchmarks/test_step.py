@@ -48,7 +48,7 @@ def test_prompt(benchmark, packed, entries):
     prompt = torch.randint(50257, (1, entries))
 
     def read():
-        packed.read(prompt, [entries], [0], packed.new_cache(1, entries))
+        packed.prefill(prompt, [entries], [0], packed.new_cache(1, entries))
 
     benchmark.pedantic(read, rounds=7, warmup_rounds=1)
     benchmark.extra_info["tokens_per_second"] = entries / benchmark.stats.stats.median

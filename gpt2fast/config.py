@@ -71,7 +71,7 @@ class GPT2Config:
     attn_pdrop: float = 0.1
     """Dropout probability on the attention weights."""
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every layer normalisation."""
+    """Added to the variance in every layer normalization."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     scale_attn_weights: bool = True
@@ -167,12 +167,21 @@ class GPT2Config:
     @property
     def parameter_count(self) -> int:
         """Number of parameters; a tied output projection counts once."""
-        width, inner = self.n_embd, self.inner_width
-        attention = width * 3 * width + 3 * width + width * width + width
-        mlp = width * inner + inner + inner * width + width
-        heads = 1 if self.tie_word_embeddings else 2
-        embeddings = heads * self.vocab_size * width + self.n_positions * width
-        return embeddings + self.n_layer * (attention + mlp + 4 * width) + 2 * width
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of a GPT-2 by name; projections are (in, out)."""
+        width, block = self.n_embd, block_shapes(self.n_embd, self.inner_width)
+        shapes: dict[str, tuple[int, ...]] = {
+            "wte.weight": (self.vocab_size, width),
+            "wpe.weight": (self.n_positions, width),
+        }
+        for layer in range(self.n_layer):
+            shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items()}
+        shapes |= {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, width)
+        return shapes
 
     def attention_scale(self, layer: int) -> float:
         """Factor on the attention scores of layer `layer` (0-based)."""
@@ -252,6 +261,36 @@ class GPT2Config:
             return float(value)
         except OverflowError:
             raise ConfigError(f"{name}={shown(value)} is beyond the largest float") from None
+
+
+def block_shapes(width: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a block by name, in the order in which a step reads them.
+
+    Args:
+        width: of the residual stream.
+        inner: width of the MLP's hidden layer.
+    """
+    return {
+        "ln_1.weight": (width,),
+        "ln_1.bias": (width,),
+        "attn.c_attn.weight": (width, 3 * width),
+        "attn.c_attn.bias": (3 * width,),
+        "attn.c_proj.weight": (width, width),
+        "attn.c_proj.bias": (width,),
+        "ln_2.weight": (width,),
+        "ln_2.bias": (width,),
+        "mlp.c_fc.weight": (width, inner),
+        "mlp.c_fc.bias": (inner,),
+        "mlp.c_proj.weight": (inner, width),
+        "mlp.c_proj.bias": (width,),
+    }
+
+
+BLOCK_PARAMETERS = tuple(block_shapes(1, 1))
+"""The names of a block's parameters."""
+
+BLOCK_MATRICES = tuple(name for name, shape in block_shapes(1, 1).items() if len(shape) == 2)
+"""Those of its projections' weights."""
 
 
 def plain_activation(name: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,88 +13,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
+from ._system.doors import above
 from .config import GPT2Config, as_config
-from .errors import ArgumentError
-from .inference.graph_pool import forget_moved
-from .inference.packed import PackedGPT2, pack
-from .lora.adapters import is_adapted, without_adapters
 from .nn import Block, LayerNorm, LinearCrossEntropy
-from .nn.inputs import (
-    check_cache,
-    check_inputs,
-    check_positions,
-    check_tokens,
-    check_wanted,
-    is_known_full,
-)
-from .nn.kv_cache import KVCache
-from .nn.modules import Embedding, OutputProjection, TiedOutputProjection, add_and_normalize, drop
-from .nn.plain import is_plain, is_unwatched
-from .nn.structure import check_held, layer_weights, why_not_read
-from .ops.backend import requested_backend
-from .ops.native import CACHE_DTYPES as KERNEL_CACHE_DTYPES
-from .ops.native import DTYPES as KERNEL_DTYPES
-from .ops.native import fingerprint, unavailable
+from .nn.changes import weights_moved
+from .nn.cross_entropy import loss_of_logits
+from .nn.dropout import drop
+from .nn.embedding import Embedding, table_of
+from .nn.initialization import Device, Dtype, reset
+from .nn.inputs import check_held, kept_columns, place, predicted, run_with_cache
+from .nn.kv_cache import KVCache, LayerCache
+from .nn.layer_norm import add_and_normalize
+from .nn.output import GPT2Output
+from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
+from .nn.plain import is_plain, why_not_plain_within
 
-
-class GPT2Output:
-    """What a forward pass returns.
-
-    With labels or targets the logits are computed when they are first read: who wants the loss
-    alone never pays for a (B, T, vocab) tensor. They are what the forward pass would have given,
-    under its gradient mode and autocast; changing the weights in between is an error.
-
-    Args:
-        loss: scalar, or None.
-        hidden: (B, T, width) hidden states.
-        projection: (vocab, width), which makes logits of them.
-    """
-
-    def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
-        self.loss = loss
-        """Scalar mean loss in nats, or None without labels and targets."""
-        self._logits = F.linear(hidden, projection) if loss is None else None
-        if loss is not None:
-            device = "cpu" if hidden.is_meta else hidden.device.type  # meta has no autocast
-            self._hidden, self._projection = hidden, projection
-            self._grad, self._device = torch.is_grad_enabled(), device
-            self._autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            # Neither a traced program nor a tensor made in inference mode counts its changes.
-            counted = not torch.compiler.is_compiling() and not projection.is_inference()
-            self._version = projection._version if counted else None
-
-    @classmethod
-    def computed(cls, loss: Tensor | None, logits: Tensor) -> GPT2Output:
-        """An output with this `loss` whose `logits`, (B, T, vocab), are there already."""
-        output = cls.__new__(cls)
-        output.loss, output._logits = loss, logits
-        return output
-
-    @property
-    def logits(self) -> Tensor:
-        """(B, T, vocab), or the positions kept by `logits_to_keep`.
-
-        Raises:
-            ArgumentError: read for the first time after the weights were changed.
-        """
-        if self._logits is None:
-            if self._version is not None and self._projection._version != self._version:
-                raise ArgumentError(
-                    "the weights were changed after this forward pass, which did not need its "
-                    "logits until now: read .logits before the optimizer's step"
-                )
-            enabled, dtype = self._autocast
-            with (
-                torch.inference_mode(self._hidden.is_inference()),
-                torch.set_grad_enabled(self._grad),
-                torch.autocast(self._device, dtype, enabled=enabled),
-            ):
-                self._logits = F.linear(self._hidden, self._projection)
-        return self._logits
-
-    @logits.setter
-    def logits(self, logits: Tensor) -> None:
-        self._logits = logits
+if TYPE_CHECKING:
+    from .inference.packed import PackedGPT2
 
 
 class GPT2(nn.Module):
@@ -105,19 +41,14 @@ class GPT2(nn.Module):
 
     Args:
         config: the shape; transformers' own is taken as well.
-        device, dtype: of the parameters, which are initialised as transformers does. On device
+        device, dtype: of the parameters, which are initialized as transformers does. On device
             "meta" nothing is stored or drawn.
 
     `model.gradient_checkpointing = True` trades time for memory: each block's activations are
     recomputed in the backward pass (Chen et al., 2016).
     """
 
-    def __init__(
-        self,
-        config: GPT2Config,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: GPT2Config, device: Device = None, dtype: Dtype = None):
         super().__init__()
         config = as_config(config)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -125,30 +56,21 @@ class GPT2(nn.Module):
         self.gradient_checkpointing = False
         self.generation_config: dict[str, Any] = {}
         """What generation_config.json says, where the model was loaded from one."""
-        self._packed: tuple[list[tuple[int, int]], int, PackedGPT2] | None = None
         std = config.initializer_range
         self.wte = Embedding(config.vocab_size, config.n_embd, std, **factory)
         self.wpe = Embedding(config.n_positions, config.n_embd, std, **factory)
         self.drop = nn.Dropout(config.embd_pdrop)
+        mlp = config.inner_width, config.activation_function
+        dropout, eps = (config.resid_pdrop, config.attn_pdrop), config.layer_norm_epsilon
         self.h = nn.ModuleList(
-            Block(
-                config.n_embd,
-                config.n_head,
-                config.inner_width,
-                config.activation_function,
-                config.resid_pdrop,
-                config.attn_pdrop,
-                config.attention_scale(layer),
-                config.layer_norm_epsilon,
-                **factory,
-            )
-            for layer in range(config.n_layer)
+            Block(config.n_embd, config.n_head, *mlp, *dropout, scale, eps, **factory)
+            for scale in map(config.attention_scale, range(config.n_layer))
         )
         for block in self.blocks:
             block.attn.c_attn.std = block.mlp.c_fc.std = std
             # What is added to the residual stream (Radford et al., 2019, section 2.3).
             block.attn.c_proj.std = block.mlp.c_proj.std = std / (2 * config.n_layer) ** 0.5
-        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, **factory)
+        self.ln_f = LayerNorm(config.n_embd, eps, **factory)
         self.lm_head: OutputProjection | TiedOutputProjection
         if config.tie_word_embeddings:
             self.lm_head = TiedOutputProjection(self)
@@ -160,16 +82,11 @@ class GPT2(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new weights: N(0, initializer_range^2), biases zero; what is added to the residual
         stream is scaled by 1 / sqrt(2 * n_layer) (Radford et al., 2019, section 2.3)."""
-        parts: list[nn.Module] = [self.wte, self.wpe]
+        reset(self.wte, self.wpe)
         for block in self.blocks:
-            parts += [block.attn.c_attn, block.mlp.c_fc, block.attn.c_proj, block.mlp.c_proj]
-            parts += [block.ln_1, block.ln_2]
-        parts.append(self.ln_f)
-        if not self.config.tie_word_embeddings:
-            parts.append(self.lm_head)
-        for part in parts:
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()  # type: ignore[operator]
+            reset(block.attn.c_attn, block.mlp.c_fc, block.attn.c_proj, block.mlp.c_proj)
+            reset(block.ln_1, block.ln_2)
+        reset(self.ln_f, self.lm_head)
 
     @property
     def blocks(self) -> list[Block]:
@@ -191,38 +108,18 @@ class GPT2(nn.Module):
         """(vocab, width) output projection: the token embedding where they are tied.
 
         Raises:
-            ArgumentError: what stands in the embedding's place holds not one such table.
+            ArgumentError: a module in the embedding's place holds not one such table.
         """
-        if not self.config.tie_word_embeddings:
-            return self.lm_head.weight
-        if "weight" in self.wte._parameters:
-            return self.wte.weight
-        # What wraps the embedding, parametrizes or prunes it leaves the head with the table itself,
-        # as in transformers.
-        if isinstance(self.wte, nn.Embedding):
-            changes: Any = getattr(self.wte, "parametrizations", {})
-            table = self.wte._parameters.get("weight_orig")
-            if "weight" in changes:
-                table = changes["weight"]._parameters.get("original")
-            return self.wte.weight if table is None else table
-        shape = (self.config.vocab_size, self.config.n_embd)
-        tables = [weight for weight in self.wte.parameters() if weight.shape == shape]
-        if len(tables) != 1:
-            # No AttributeError, of which nn.Module would make another one.
-            raise ArgumentError(
-                f"wte is a {type(self.wte).__name__} with {len(tables)} parameters of the shape "
-                f"{shape}, and the output projection is tied to one: give the configuration "
-                "tie_word_embeddings=False, or keep the embedding's weight inside"
-            )
-        return tables[0]
+        if self.config.tie_word_embeddings:
+            return table_of(self.wte, (self.config.vocab_size, self.config.n_embd))
+        return self.lm_head.weight
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a step for one token reads."""
-        looked_up = list(self.wpe.parameters())
-        if not self.config.tie_word_embeddings:
-            looked_up += self.wte.parameters()
-        return sum(p.nbytes for p in self.parameters()) - sum(p.nbytes for p in looked_up)
+        """Bytes of weights that a step for one token reads: all but tables to look up rows in."""
+        tables = [self.wpe] if self.config.tie_word_embeddings else [self.wpe, self.wte]
+        looked_up = sum(p.nbytes for table in tables for p in table.parameters())
+        return sum(p.nbytes for p in self.parameters()) - looked_up
 
     def forward(
         self,
@@ -239,7 +136,7 @@ class GPT2(nn.Module):
         Args:
             input_ids: (B, T) int64 token ids.
             attention_mask: (B, T), 1 where a token is real and 0 where it is padding; any pattern.
-                What is computed at a masked position is unspecified.
+                Outputs at masked positions are unspecified.
             position_ids: (B, T) or (T,) int64; defaults to 0 .. T - 1, or to what follows the
                 tokens seen where a cache is given.
             labels: (B, T) int64; position t is trained to predict labels[:, t + 1]; -100 does not
@@ -250,26 +147,18 @@ class GPT2(nn.Module):
             targets: (B, T) int64; position t is trained to predict targets[:, t]; -100 does not
                 count. Give labels or targets, not both.
         """
-        if labels is not None and targets is not None:
-            raise ArgumentError(
-                "give labels (shifted inside) or targets (already shifted), not both"
-            )
-        for name, wanted in (("labels", labels), ("targets", targets)):
-            if wanted is not None:
-                check_wanted(self.config, name, wanted, input_ids)
+        wanted, columns = predicted(self.config, input_ids, labels, targets)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
-        wanted = targets if labels is None else labels[:, 1:]
-        predicting = hidden if labels is None else hidden[:, :-1]
-        kept: Any = logits_to_keep
-        if isinstance(logits_to_keep, int):
-            kept = slice(-logits_to_keep if logits_to_keep else None, None)
+        kept = kept_columns(logits_to_keep)
         if self._reads_projection():
-            loss = None if wanted is None else self.loss(predicting, self.projection, wanted)
-            return GPT2Output(loss, hidden[:, kept], self.projection)
+            weight, loss = self.projection, None
+            if wanted is not None:
+                loss = self.loss(hidden[:, columns], weight, wanted)
+            return GPT2Output(loss, hidden[:, kept], weight)
         if wanted is None:
             return GPT2Output.computed(None, self.lm_head(hidden[:, kept]))
         logits = self.lm_head(hidden)
-        loss = self._loss_of_logits(logits if labels is None else logits[:, :-1], wanted)
+        loss = loss_of_logits(self.loss, logits[:, columns], wanted)
         return GPT2Output.computed(loss, logits[:, kept])
 
     def hidden_states(
@@ -279,58 +168,30 @@ class GPT2(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T, width) output of the last layer normalisation; arguments as in `forward`."""
-        check_inputs(self.config, input_ids, attention_mask)
-        check_held(self)
-        mask = None if attention_mask is None else attention_mask.bool()
-        if mask is not None and is_known_full(mask):
-            mask = None
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        """(B, T, width) output of the last layer normalization; arguments as in `forward`."""
+        check_held(self.wte)
+        placed = place(self.config, input_ids, attention_mask, position_ids, cache)
         if cache is None:
-            positions = steps if position_ids is None else position_ids
-            check_positions(self.config, positions)
-            return self._blocks(input_ids, positions, mask, None, None)
-        check_cache(self.config, cache, len(input_ids))
-        positions = cache.positions[:, None] + steps if position_ids is None else position_ids
-        check_positions(self.config, positions)
-        positions = positions.expand(input_ids.shape)
-        counts = None if mask is None else mask.sum(1)
-        cache.reserve(input_ids.shape[1], counts)
-        following = positions[:, -1] + 1
-        if mask is None:
-            hidden = self._blocks(input_ids, positions, None, cache, None)
-        else:
-            # Rows of a cache have no holes: bring the real tokens to the front, then back.
-            front = torch.argsort(mask, dim=1, descending=True, stable=True)
-            if self.why_not_read() is None:
-                hidden = self._blocks(
-                    input_ids.gather(1, front), positions.gather(1, front), None, cache, counts
-                )
-                hidden = hidden.gather(1, front.argsort(1)[..., None].expand(hidden.shape))
-            else:  # who looks at a module sees the tokens where they are
-                hidden = self._blocks(input_ids, positions, None, cache, counts, front)
-        cache.advance(input_ids.shape[1], counts, following)
-        return hidden
+            return self._blocks(input_ids, placed.positions, placed.mask, repeat(None))
+        is_watched = placed.mask is not None and why_not_plain_within(self) is not None
+        return run_with_cache(self._blocks, len(self.h), input_ids, placed, cache, is_watched)
 
     def _blocks(
         self,
         input_ids: Tensor,
         positions: Tensor,
         mask: Tensor | None,
-        cache: KVCache | None,
-        counts: Tensor | None,
-        front: Tensor | None = None,
+        caches: Iterable[LayerCache | None],
     ) -> Tensor:
         x, residual = self._embed(input_ids, positions), None
-        for layer, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layer(layer, counts, front)
+        for block, cache in zip(self.blocks, caches, strict=False):
             fused = is_plain(block, Block)
-            run: Callable[..., Any] = block.branch if fused else block
-            stream = (x, residual) if fused else (_stream(x, residual),)
+            run: Callable[..., Any] = block.forward_open_residual if fused else block
+            stream = (x, residual) if fused else (x if residual is None else residual + x,)
             if self.gradient_checkpointing and self.training and cache is None:
                 added = checkpoint(run, *stream, mask, use_reentrant=False)
             else:
-                added = run(*stream, mask, layer_cache)
+                added = run(*stream, mask, cache)
             x, residual = added if fused else (added, None)
         return add_and_normalize(self.ln_f, x, residual)[0]
 
@@ -350,176 +211,47 @@ class GPT2(nn.Module):
 
     def _reads_projection(self) -> bool:
         """Whether logits are a product with `projection`, and no module that is to be called."""
-        if isinstance(self.lm_head, TiedOutputProjection) and self.lm_head.model is not self:
-            return False
-        return is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
+        plain = is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
+        return plain and getattr(self.lm_head, "model", self) is self
 
-    def _loss_of_logits(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        if not isinstance(self.loss, LinearCrossEntropy):
-            raise ArgumentError(
-                f"loss is a {type(self.loss).__name__}, which takes the head's weight, and lm_head "
-                "is watched or replaced: remove one of them, or compute the loss from the logits"
-            )
-        return self.loss(logits, None, wanted)
+    def _apply(self, fn: Any, recurse: bool = True) -> GPT2:
+        super()._apply(fn, recurse)  # what .to(), .cuda(), .half() and the like do
+        weights_moved(self)
+        return self
 
-    def why_not_read(self) -> str | None:
-        """Why decoding has to call the modules, where it would read their weights; or None."""
-        return why_not_read(self, GPT2)
-
-    @torch.no_grad()
-    def decode_step(
-        self, tokens: Tensor, cache: KVCache, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """Append one token to each row of a cache and return the logits of the next.
-
-        Args:
-            tokens: (B,) int64.
-            cache: with B rows.
-            position_ids: (B,) int64; defaults to what follows the tokens seen.
-
-        Returns:
-            (B, vocab) logits. Not differentiable.
-
-        Where the native kernels run, the weights are packed first, and again when they have
-        changed; a change in place through `parameter.data`, which torch does not count, goes
-        unnoticed until `for_decoding` or `generate` is called: to look for it takes as long as a
-        step.
-        """
-        check_held(self)
-        if self.why_not_read() is not None:
-            places = None if position_ids is None else position_ids[:, None]
-            return self._called(tokens[:, None], None, places, cache)
-        packed = self._packed_form(thorough=False)
-        if packed is not None and cache.k.dtype in KERNEL_CACHE_DTYPES:
-            return packed.decode_step(tokens, cache, position_ids).to(self.dtype)
-        positions = cache.positions if position_ids is None else position_ids
-        check_tokens(self.config, tokens)
-        check_positions(self.config, positions[:, None])
-        check_cache(self.config, cache, len(tokens))
-        cache.reserve(1)
-        logits = ops.decode_step(
-            self.decode_weights(),
-            cache.k,
-            cache.v,
-            tokens,
-            positions,
-            cache.lengths,
-            n_head=self.config.n_head,
-            scales=[block.attn.scale for block in self.blocks],
-            activation=self.config.activation,
-            eps=self.config.layer_norm_epsilon,
-            k_scales=cache.k_scales,
-            v_scales=cache.v_scales,
-        )
-        cache.advance(1, None, positions + 1)
-        return logits
-
-    def decode_weights(self) -> list[Tensor]:
-        """The weights as `ops.decode_step` takes them, adapters merged.
-
-        Raises:
-            ArgumentError: weights alone do not say what the model computes; see `why_not_read`.
-        """
-        if reason := self.why_not_read():
-            raise ArgumentError(f"weights cannot be read past the modules: {reason}")
-        if is_adapted(self):
-            return without_adapters(self).decode_weights()
-        layers = [weight for block in self.blocks for weight in layer_weights(block)]
-        return [
-            self.wte.weight,
-            self.wpe.weight,
-            *layers,
-            self.ln_f.weight,
-            self.ln_f.bias,
-            self.projection,
-        ]
-
-    def next_tokens(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        history: Tensor,
-        uniform: Tensor | None = None,
-        *,
-        vocab_size: int | None = None,
-        **choice: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """`decode_step`, then `ops.sample` among the tokens below `vocab_size`.
-
-        Arguments and results as of `PackedGPT2.next_tokens`.
-        """
-        logits = self.decode_step(tokens, cache)
-        return logits, ops.sample(logits[:, :vocab_size], history, uniform, **choice)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        tie_untied(self)
 
     def new_cache(
         self, batch_size: int, max_length: int | None = None, dtype: torch.dtype | None = None
     ) -> KVCache:
-        """An empty cache for this model.
+        """An empty cache; arguments as of `KVCache.of`, without a dtype in the model's."""
+        return KVCache.of(self.config, batch_size, max_length, dtype or self.dtype, self.device)
 
-        Args:
-            batch_size: rows.
-            max_length: entries a row; None means `n_positions`.
-            dtype: of keys and values; None means the model's, and `torch.int8` takes half the
-                bytes of 16 bits.
-        """
-        config = self.config
-        return KVCache(
-            config.n_layer,
-            batch_size,
-            config.n_positions if max_length is None else max_length,
-            config.n_head,
-            config.head_dim,
-            dtype or self.dtype,
-            self.device,
-        )
-
-    @torch.no_grad()
-    def read(
-        self, tokens: Tensor, counts: Sequence[int], offsets: Sequence[int], cache: KVCache | None
+    def generate(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """Logits (B, V) after the newest tokens of each row.
+        """Continue each row; see `gpt2fast.inference.generation.generate` for the options."""
+        generation = above("inference.generation")
+        return generation.generate(self, input_ids, attention_mask, **options)
 
-        Args:
-            tokens: (B, T) int64; row b's newest counts[b] columns are read.
-            counts: tokens of each row, at least 1.
-            offsets: position of each row's first token.
-            cache: with B rows, which keeps what was read; None keeps nothing.
-        """
-        longest = max(counts)
-        mask = positions = None
-        if any(offsets) or min(counts) < longest:
-            column = torch.arange(longest, device=tokens.device) - longest
-            index = column + torch.tensor(counts, device=tokens.device)[:, None]
-            mask = (index >= 0).long()
-            starts = torch.tensor(offsets, device=tokens.device)[:, None]
-            positions = (index + starts).clamp(min=0)
-        return self._called(tokens[:, -longest:].clamp(min=0), mask, positions, cache)
-
-    def _called(
-        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: KVCache | None
+    def decode_step(
+        self, tokens: Tensor, cache: KVCache, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, V) after the last column, by calling what there is to call."""
-        if is_unwatched(self, GPT2):
-            hidden = self.hidden_states(tokens, mask, positions, cache)
-            return self.project(hidden[:, -1:])[:, -1]  # (B, 1, C), as hooks see it in transformers
-        return self(tokens, mask, positions, cache=cache, logits_to_keep=1).logits[:, -1]
+        """Append one token to each row of a cache; gives the logits (B, vocab) of the next.
+
+        Arguments as of `inference.engine.decode_step`.
+        """
+        return above("inference.engine").decode_step(self, tokens, cache, position_ids)
 
     def for_decoding(self) -> GPT2 | PackedGPT2:
-        """The form of this model that decodes fastest here.
-
-        Where the native kernels run, that is a packed copy of the weights. It is made when it is
-        first asked for and again after the weights have changed; `pack(release=True)` keeps no
-        second copy. Adapters are merged.
-        """
-        check_held(self)
-        if self.why_not_read() is not None:
-            return self
-        return self._packed_form(thorough=True) or without_adapters(self)
+        """The form of this model that decodes fastest here; see `inference.engine.for_decoding`."""
+        return above("inference.engine").for_decoding(self)
 
     def can_be_packed(self) -> bool:
         """Whether there are kernels here that read packed weights of this model."""
-        chosen = requested_backend() in ("auto", "native") and unavailable() is None
-        return chosen and self._unpackable() is None
+        return above("inference.packing").can_be_packed(self)
 
     def pack(self, *, release: bool = False) -> PackedGPT2:
         """A copy for inference whose weights, in their own dtype, lie as a step reads them.
@@ -529,15 +261,9 @@ class GPT2(nn.Module):
                 copy of them; only the result can be used then.
 
         Raises:
-            ArgumentError: the model is not on the CPU, or its weights are of another dtype than
-                float32 and bfloat16.
+            ArgumentError: not on the CPU, or of another dtype than float32 and bfloat16.
         """
-        check_held(self)
-        reason = self._unpackable()
-        if reason is not None:
-            raise ArgumentError(f"this model cannot be packed: {reason}")
-        self._packed = None
-        return pack(self, release=release)
+        return above("inference.packing").pack(self, release=release)
 
     def quantize(self, scheme: str, *, release: bool = False, **options: Any) -> PackedGPT2:
         """A copy for inference with weights of 8 or 4 bits.
@@ -545,25 +271,9 @@ class GPT2(nn.Module):
         Args:
             scheme: "int8" or "int4".
             release: free this model's parameters on the way; only the result can be used then.
-            options: `calibration`, `group_size`, `seed`, ... of
-                `gpt2fast.quantization.quantize_weights`.
-
-        Raises:
-            ArgumentError, WeightsError: as there.
+            options: `calibration`, `group_size`, … of `gpt2fast.quantization.quantize_weights`.
         """
-        from .quantization import quantize_weights
-
-        if self.device.type not in ("cpu", "meta"):
-            raise ArgumentError(
-                f"quantised weights run on the CPU, and the model is on {self.device}; "
-                "move it with .cpu() first"
-            )
-        check_held(self)
-        if reason := self.why_not_read():
-            raise ArgumentError(f"this model cannot be quantized: {reason}")
-        quantized = quantize_weights(self, scheme, **options)
-        self._packed = None
-        return pack(self, quantized, release=release)
+        return above("inference.packing").quantize(self, scheme, release=release, **options)
 
     def resize_token_embeddings(
         self,
@@ -571,81 +281,15 @@ class GPT2(nn.Module):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Embedding:
-        """Another number of tokens, in place; see `nn.vocabulary.resize_token_embeddings`."""
-        from .nn.vocabulary import resize_token_embeddings
-
-        resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
-        return self.wte
-
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Continue each row; see `gpt2fast.inference.generation.generate` for the options."""
-        from .inference.generation import generate
-
-        return generate(self, input_ids, attention_mask, **options)
+        """Another number of tokens, in place; see `vocabulary.resize_token_embeddings`."""
+        resize = above("vocabulary").resize_token_embeddings
+        return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         """Load a checkpoint; see `gpt2fast.checkpoints.gpt2.from_pretrained` for the options."""
-        from .checkpoints.gpt2 import from_pretrained
-
-        return from_pretrained(name_or_path, **options)
+        return above("checkpoints.gpt2").from_pretrained(name_or_path, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Write a directory that transformers loads; see `checkpoints.gpt2.save_pretrained`."""
-        from .checkpoints.gpt2 import save_pretrained
-
-        save_pretrained(self, directory, tokenizer)
-
-    def _packed_form(self, *, thorough: bool) -> PackedGPT2 | None:
-        """The packed copy of the weights as they are now, or None where kernels cannot use it.
-
-        Args:
-            thorough: look at the weights themselves and not at torch's count of their changes
-                alone, which `parameter.data` passes by.
-        """
-        if torch.compiler.is_compiling() or not self.can_be_packed():
-            return None
-        parameters = list(self.parameters())
-        state = [
-            (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-            for parameter in parameters
-        ]
-        known = self._packed
-        digest = known[1] if known is not None and known[0] == state and not thorough else None
-        if digest is None:
-            digest = fingerprint(parameters)
-        if known is None or known[1] != digest:
-            known = (state, digest, pack(self))
-        self._packed = (state, *known[1:])
-        return known[2]
-
-    def _unpackable(self) -> str | None:
-        """Why the weights cannot be packed, or None."""
-        if self.device.type != "cpu":
-            return f"it is on {self.device}; move it with .cpu()"
-        if self.dtype not in KERNEL_DTYPES:
-            return f"it is in {self.dtype}; use .float() or .bfloat16()"
-        return self.why_not_read()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> GPT2:
-        super()._apply(fn, recurse)  # what .to(), .cuda(), .half() and the like do
-        forget_moved(self)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_packed": None}  # type: ignore[misc]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for module in self.modules():
-            if isinstance(module, TiedOutputProjection) and module.model is None:
-                module.tie(self)
-
-
-def _stream(x: Tensor, residual: Tensor | None) -> Tensor:
-    return x if residual is None else residual + x
+        above("checkpoints.gpt2").save_pretrained(self, directory, tokenizer)

@@ -10,7 +10,8 @@ import torch
 from gpt2fast import GPT2, Error, GPT2Config
 from gpt2fast.errors import GenerationError
 from gpt2fast.inference import teacher_forcing
-from gpt2fast.inference.decoding import Context, Timing
+from gpt2fast.inference.decoding import Timing
+from gpt2fast.inference.engine import DecodeState
 from gpt2fast.inference.generator import Generation, Generator
 from gpt2fast.inference.sampling import Draw, uniforms
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
@@ -457,7 +458,7 @@ def test_a_sliding_window_keeps_the_newest_half(use_cache):
     model = small_model(n_positions=12).eval()
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], list(range(30))]
     with torch.inference_mode():
-        context = Context(model, prompts, 40, use_cache=use_cache, slides=True)
+        context = DecodeState(model, prompts, 40, use_cache=use_cache, slides=True)
         seen = [list(prompt) if len(prompt) <= 12 else prompt[-6:] for prompt in prompts]
         logits = context.read()
         for _ in range(40):

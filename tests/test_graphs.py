@@ -14,8 +14,9 @@ from comparison import backend, needs_gpu, needs_simulator
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import GenerationError
 from gpt2fast.inference import cuda_graphs as graphs
-from gpt2fast.inference import decoding, graph_pool
+from gpt2fast.inference import decoding, engine, graph_pool
 from gpt2fast.inference.sampling import SamplingOptions
+from gpt2fast.inference.stopping import StopCriteria
 from gpt2fast.ops.backend import record_calls
 
 PROMPTS = torch.tensor([[0, 0, 7, 3], [5, 1, 2, 9], [0, 4, 4, 8]])
@@ -36,7 +37,7 @@ def model() -> GPT2:
 class Graph:
     """As a CUDA graph: reads and writes what it was captured with, wherever that lies by then."""
 
-    def __init__(self, steps: graphs.Steps):
+    def __init__(self, steps: graphs.CapturedStep):
         self.steps, self.weights = steps, list(steps._weights)
         self.buffers = self.addresses()
 
@@ -70,7 +71,7 @@ class Seen:
 def ahead(monkeypatch) -> Seen:
     """Lets steps run ahead on the CPU, with stand-ins for graphs."""
     seen = Seen()
-    start = graphs.Steps.start
+    start = graphs.CapturedStep.start
 
     def capture(self):
         self._step()
@@ -81,9 +82,9 @@ def ahead(monkeypatch) -> Seen:
         seen.started.append(len(tokens))
         return start(self, model, cache, longest, tokens, rows)
 
-    monkeypatch.setattr(graphs.Steps, "_capture", capture)
-    monkeypatch.setattr(graphs.Steps, "start", counted)
-    monkeypatch.setattr(decoding, "is_worthwhile", lambda model, steps: True)
+    monkeypatch.setattr(graphs.CapturedStep, "_capture", capture)
+    monkeypatch.setattr(graphs.CapturedStep, "start", counted)
+    monkeypatch.setattr(engine, "is_worthwhile", lambda model, steps: True)
     monkeypatch.setattr(GPT2, "for_decoding", lambda self: self)  # packed models are the CPU's
     return seen
 
@@ -94,7 +95,7 @@ def plainly(monkeypatch):
 
     def generate(model: GPT2, *prompt: torch.Tensor, **options) -> torch.Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(decoding, "is_worthwhile", lambda model, steps: False)
+            patch.setattr(engine, "is_worthwhile", lambda model, steps: False)
             return model.generate(*prompt, **options)
 
     return generate
@@ -142,13 +143,13 @@ def test_padding_changes_no_token(rows, model, ahead, plainly):
 @pytest.mark.parametrize("name", ["cuda", "cuda-triton"])
 def test_cuda_graphs_are_kept_and_change_no_token(name, model, plainly, monkeypatch):
     captured: list[torch.cuda.CUDAGraph | None] = []
-    capture = graphs.Steps._capture
+    capture = graphs.CapturedStep._capture
 
     def counted(self):
         captured.append(capture(self))
         return captured[-1]
 
-    monkeypatch.setattr(graphs.Steps, "_capture", counted)
+    monkeypatch.setattr(graphs.CapturedStep, "_capture", counted)
     model.cuda()
     with backend(name):
         for rows in (1, 3, 5, 3, 1):
@@ -167,7 +168,7 @@ def test_padding_stays_where_it_is_and_no_row_sees_it(name, model):
         model(torch.tensor([[1, 2], [3, 4], [5, 6]]), cache=cache)
         caches = []
         for rows in (3, 4):
-            steps = graphs.Steps(model, rows, 16, samples=False)
+            steps = graphs.CapturedStep(model, rows, 16, samples=False)
             # Of whoever had the graph before.
             steps.cache.k[3:] = steps.cache.v[3:] = torch.nan
             for left in (steps.tokens, steps._growth, steps.cache.lengths, steps.cache.positions):
@@ -251,7 +252,7 @@ def test_weights_changed_in_place_are_read_and_others_captured_anew(model, ahead
 
 
 def test_weights_replaced_on_the_way_end_with_the_call(model, ahead):
-    criteria = decoding.StopCriteria([])
+    criteria = StopCriteria([])
     with backend("torch"):
         steps = decoding.decode(model, [[7, 3]], [40], SamplingOptions(max_new_tokens=40), criteria)
         before = [next(steps).tokens for _ in range(3)]
@@ -275,7 +276,7 @@ def test_two_calls_at_once_have_a_graph_each(model, ahead, plainly):
         def call(index: int) -> None:
             tokens = (prompts(3)[0] + index).tolist()
             rows: list[list[int]] = [[] for _ in tokens]
-            criteria = decoding.StopCriteria([])
+            criteria = StopCriteria([])
             options = SamplingOptions(max_new_tokens=40)
             for step in decoding.decode(model, tokens, [40] * 3, options, criteria):
                 gate.wait()  # both are on their way
@@ -297,7 +298,7 @@ def test_two_calls_at_once_have_a_graph_each(model, ahead, plainly):
 
 @pytest.mark.parametrize("way", ["error", "closed", "dropped", "in a step", "in the start"])
 def test_a_call_that_breaks_off_leaves_a_clean_graph(way, model, ahead, plainly, monkeypatch):
-    criteria = decoding.StopCriteria([])
+    criteria = StopCriteria([])
     options = SamplingOptions(max_new_tokens=60)
     pool = graph_pool.pool_of(model)
 
@@ -342,7 +343,7 @@ def test_a_graph_whose_device_has_failed_is_not_kept(model, ahead, monkeypatch):
     def fail(self):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(graphs.Steps, "stop", fail)
+    monkeypatch.setattr(graphs.CapturedStep, "stop", fail)
     with (
         backend("torch"),
         pytest.raises(RuntimeError, match="illegal memory access"),
@@ -410,7 +411,7 @@ def test_choices_that_read_the_history_are_made_one_by_one(options, model, ahead
 
 
 def test_rows_that_would_slide_are_taken_one_by_one(model, ahead):
-    criteria = decoding.StopCriteria([])
+    criteria = StopCriteria([])
     with backend("torch"):
         steps = list(
             decoding.decode(
@@ -424,7 +425,7 @@ def test_a_step_is_one_call_of_each_op(model):
     cache = model.new_cache(2)
     with backend("torch"), torch.inference_mode():
         model(torch.tensor([[1, 2], [3, 4]]), cache=cache)
-        steps = graphs.Steps(model, 2, 8, samples=False, temperature=1.0)
+        steps = graphs.CapturedStep(model, 2, 8, samples=False, temperature=1.0)
         steps.start(model, cache, 2, torch.tensor([5, 6]))
         with record_calls() as calls:
             steps.run(3, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import gc
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ import torch
 
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import ConfigError
+from gpt2fast.inference.packed import PackedGPT2
 from gpt2fast.tokenizer.char import CharTokenizer
 from gpt2fast.training import TrainConfig, flops, train
 from gpt2fast.training.logs.columns import COLUMNS
@@ -427,6 +429,12 @@ def test_training_is_bit_for_bit_the_same_with_every_log_on(tmp_path):
     assert not (tmp_path / "plain" / "samples.jsonl").exists()
 
 
+def packed_models() -> int:
+    """How many there are in this process."""
+    gc.collect()
+    return sum(type(thing) is PackedGPT2 for thing in gc.get_objects())
+
+
 def test_a_sample_leaves_everything_as_it_was(tokenizer):
     model = GPT2(
         GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -435,12 +443,13 @@ def test_a_sample_leaves_everything_as_it_was(tokenizer):
     model.h[1].eval()
     modes = {name: module.training for name, module in model.named_modules()}
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    packed = packed_models()
     text = sample_text(model, tokenizer, "the", 40, seed=3)
     assert len(text) == 40  # longer than the model's context
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
     assert states[2] == numpy.random.get_state()[1].tolist()
-    assert torch.is_grad_enabled() and model._packed is None
+    assert torch.is_grad_enabled() and packed_models() == packed
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     torch.manual_seed(99)
     assert sample_text(model, tokenizer, "the", 40, seed=3) == text

@@ -11,6 +11,7 @@ import torch
 
 from comparison import BACKENDS
 from gpt2fast import GPT2, GPT2Config, backend, ops
+from gpt2fast.inference.engine import decoder_of
 from gpt2fast.inference.packed import PackedGPT2
 
 ROWS, LONGEST = 6, 64
@@ -37,7 +38,7 @@ class Server:
     """Rows of a cache, each with a text; a text that has its length makes room for a new one."""
 
     def __init__(self, model):
-        self.model = model.for_decoding()
+        self.model = decoder_of(model)
         self.cache = self.model.new_cache(ROWS)
         self.random = random.Random(0)
         self.texts = [[] for _ in range(ROWS)]
@@ -60,7 +61,7 @@ class Server:
         longest = max(len(text) for text in self.texts)
         tokens = torch.tensor([[-1] * (longest - len(text)) + text for text in self.texts])
         offsets = [len(text) - count for text, count in zip(self.texts, counts, strict=True)]
-        return self.model.read(tokens, counts, offsets, self.cache)
+        return self.model.prefill(tokens, counts, offsets, self.cache)
 
     def choose(self, logits, options):
         """Draw each text's next token."""
@@ -103,7 +104,7 @@ def test_long_decoding_keeps_to_the_uncached_logits_and_to_its_memory(name):
                     assert (logits[row] - uncached).abs().max() < 1e-4
             server.choose(logits, OPTIONS[step % len(OPTIONS)])
             if step % 97 == 96:
-                server.branch()
+                server.forward_open_residual()
             if step == warm:
                 before = resident_bytes()
     # A step's logits alone are 120 kB.

@@ -16,7 +16,7 @@ from gpt2fast import GPT2, GPT2Config
 from gpt2fast.config import ACTIVATION_NAMES
 from gpt2fast.errors import ConfigError
 from gpt2fast.nn import Block, LayerNorm, LinearCrossEntropy, ResidualLayerNorm
-from gpt2fast.nn.modules import Activation
+from gpt2fast.nn.mlp import Activation
 
 CONFIG = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=61, n_positions=16)
 TOKENS = torch.tensor([[5, 7, 60], [0, 1, 2]])

@@ -10,7 +10,8 @@ import torch
 from comparison import needs_native
 from gpt2fast import GPT2, GPT2Config, backend, ops
 from gpt2fast.errors import ArgumentError, BackendError, GenerationError, WeightsError
-from gpt2fast.inference.packed import PackedGPT2, pack
+from gpt2fast.inference.packed import PackedGPT2
+from gpt2fast.inference.packing import pack_weights
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
 from gpt2fast.quantization import quantize_weights
@@ -95,7 +96,7 @@ def test_a_step_is_as_exact_as_torch(config, form):
     padded = torch.stack([torch.cat([row[:1].expand(width - n), row[:n]])
                           for row, n in zip(rows, counts, strict=True)])  # fmt: skip
     with torch.no_grad(), backend("native"):
-        found = [packed.read(padded, counts, [0, 0, 0], cache)]
+        found = [packed.prefill(padded, counts, [0, 0, 0], cache)]
         for step in range(3):
             tokens = torch.stack([row[n + step] for row, n in zip(rows, counts, strict=True)])
             found.append(packed.decode_step(tokens, cache))
@@ -131,7 +132,7 @@ def test_native_and_reference_steps_agree(form, cache_dtype):
     for name in ("native", "reference"):
         cache = packed.new_cache(2, 64, cache_dtype)
         with backend(name):
-            found[name] = [packed.read(ids, [40, 23], [0, 0], cache)]
+            found[name] = [packed.prefill(ids, [40, 23], [0, 0], cache)]
             found[name] += [packed.decode_step(ids[:, step], cache) for step in range(3)]
     exact = cache_dtype == torch.float32 and form == "float32"
     for ours, theirs in zip(found["native"], found["reference"], strict=True):
@@ -165,7 +166,7 @@ def stepping(packed, rows):
     torch.manual_seed(1)
     cache = packed.new_cache(rows, 20)
     prompts = torch.randint(packed.config.vocab_size, (rows, 5))
-    packed.read(prompts, list(range(5 - rows + 1, 6)), [0] * rows, cache)
+    packed.prefill(prompts, list(range(5 - rows + 1, 6)), [0] * rows, cache)
     return cache, torch.randint(packed.config.vocab_size, (rows,))
 
 
@@ -181,7 +182,7 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_next_tokens_are_a_step_and_a_choice(rows, form, choice):
+def test_decode_and_sample_is_a_step_and_a_choice(rows, form, choice):
     packed = in_format(random_model(CONFIG), form)
     cache, tokens = stepping(packed, rows)
     other, _ = stepping(packed, rows)
@@ -190,7 +191,7 @@ def test_next_tokens_are_a_step_and_a_choice(rows, form, choice):
     logits = packed.decode_step(tokens, other)
     processors = {name: value for name, value in choice.items() if name != "vocab_size"}
     expected = ops.sample(logits[:, : choice.get("vocab_size")], history, uniform, **processors)
-    found_logits, found = packed.next_tokens(tokens, cache, history, uniform, **choice)
+    found_logits, found = packed.decode_and_sample(tokens, cache, history, uniform, **choice)
     assert_equal(found_logits, logits)
     assert_equal(found, expected)
     for name in ("k", "v", "lengths", "positions"):
@@ -228,17 +229,17 @@ def test_steps_compile_to_one_graph(name):
     assert_equal(compiled(*packed_arguments()[name]), step(*packed_arguments()[name]))
 
 
-def test_next_tokens_names_mistakes():
+def test_decode_and_sample_names_mistakes():
     packed = random_model(CONFIG).pack()
     cache = packed.new_cache(1, 8)
     history = torch.zeros(1, 0, dtype=torch.int64)
     with pytest.raises(GenerationError, match="token id 101"):
-        packed.next_tokens(torch.tensor([101]), cache, history)
+        packed.decode_and_sample(torch.tensor([101]), cache, history)
     cache.positions = torch.tensor([CONFIG.n_positions])
     with pytest.raises(GenerationError, match="n_positions=96"):
-        packed.next_tokens(torch.tensor([1]), cache, history)
+        packed.decode_and_sample(torch.tensor([1]), cache, history)
     with pytest.raises(GenerationError, match="cache"):
-        packed.next_tokens(torch.tensor([1, 2]), cache, history)
+        packed.decode_and_sample(torch.tensor([1, 2]), cache, history)
 
 
 @needs_native
@@ -319,7 +320,7 @@ def test_long_prompts_pass_in_blocks():
     ids = torch.randint(config.vocab_size, (2, 1023))
     packed = model.pack()
     cache = packed.new_cache(2, 1200)
-    found = packed.read(ids, [1023, 600], [0, 0], cache)
+    found = packed.prefill(ids, [1023, 600], [0, 0], cache)
     with torch.no_grad(), backend("torch"):
         assert_allclose(found[0], model(ids[:1]).logits[0, -1], atol=2e-4)
         assert_allclose(found[1], model(ids[1:, -600:]).logits[0, -1], atol=2e-4)
@@ -404,7 +405,7 @@ def test_nothing_to_do_is_done():
     packed = random_model(CONFIG).pack()
     none = torch.zeros(0, dtype=torch.int64)
     cache = packed.new_cache(0, 8)
-    logits, tokens = packed.next_tokens(none, cache, none[:, None])
+    logits, tokens = packed.decode_and_sample(none, cache, none[:, None])
     assert logits.shape == (0, CONFIG.vocab_size) and tokens.shape == (0,)
     assert packed.decode_step(none, packed.new_cache(0, 8)).shape == (0, CONFIG.vocab_size)
 
@@ -431,7 +432,7 @@ def test_tokens_of_any_integer_type():
 def test_quantised_matrices_enter_as_they_are():
     model = random_model(CONFIG)
     quantized = quantize_weights(model, "int4", method="nearest")
-    packed = pack(model, quantized)
+    packed = pack_weights(model, quantized)
     for name, matrix in quantized.matrices.items():
         found = packed.weights.get(name)
         assert torch.equal(found.q, matrix.q) and torch.equal(found.scales, matrix.scales)

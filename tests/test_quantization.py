@@ -15,7 +15,8 @@ from torch import Tensor
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.errors import ArgumentError, WeightsError
-from gpt2fast.inference.packed import PackedGPT2, pack
+from gpt2fast.inference.packed import PackedGPT2
+from gpt2fast.inference.packing import pack_weights
 from gpt2fast.quantization import (
     QuantizedWeights,
     from_tensors,
@@ -337,7 +338,7 @@ def assert_gate(model: GPT2, scheme: str, batches: list[tuple[Tensor, Tensor]]) 
     """Simulated, as the kernels compute it, and with the cache that they write by default."""
     exact = perplexity(model, batches)
     weights = quantize_weights(model, scheme)
-    packed = pack(model, weights)
+    packed = pack_weights(model, weights)
     changes = {
         "simulated": perplexity(simulate(model, weights, activations=True), batches),
         "packed": perplexity(packed, batches),

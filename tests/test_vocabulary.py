@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import ArgumentError, ConfigError
-from gpt2fast.inference.cuda_graphs import Steps
+from gpt2fast.inference.cuda_graphs import CapturedStep
 from gpt2fast.inference.graph_pool import addresses, pool_of
 from gpt2fast.lora import add_adapters, merge, save_adapter
 from gpt2fast.lora.adapters import adapted
@@ -177,7 +177,7 @@ def test_a_cache_goes_on(tmp_path):
 def test_captured_steps_go_with_the_old_table():
     model = make()
     key = (1, 8, torch.float32)
-    steps = Steps(model, *key, samples=False)
+    steps = CapturedStep(model, *key, samples=False)
     pool = pool_of(model)
     assert pool.take(addresses(model), key, lambda: steps) is steps
     pool.give_back(steps)

@@ -26,7 +26,6 @@ from torch import nn
 
 import gpt2fast
 from gpt2fast import GPT2, PRESETS, Error, GPT2Config
-from gpt2fast.checkpoints.gpt2 import parameter_shapes
 from gpt2fast.checkpoints.hub import BUNDLED
 from gpt2fast.checkpoints.tensor_files import read_tensors, write_safetensors
 from gpt2fast.errors import ConfigError, WeightsError
@@ -468,10 +467,9 @@ def test_parameter_shapes_are_the_models(preset):
     for tied in (True, False):
         config = GPT2Config.preset(preset, tie_word_embeddings=tied)
         built = GPT2(config, device="meta").state_dict()
-        assert {name: tuple(tensor.shape) for name, tensor in built.items()} == parameter_shapes(
-            config
-        )
-        count = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values())
+        shapes = {name: tuple(tensor.shape) for name, tensor in built.items()}
+        assert shapes == config.parameter_shapes()
+        count = sum(torch.Size(shape).numel() for shape in config.parameter_shapes().values())
         assert count == config.parameter_count
 
 

@@ -14,6 +14,7 @@ from ..errors import Error, shown
 from . import llm_c
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _OLD_TRANSFORMERS = (
     "transformers 5 does not read them; version 4 converts them, in an environment of its own with "

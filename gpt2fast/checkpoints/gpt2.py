@@ -19,12 +19,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,19 +34,17 @@ from .._system.parsing import read_json
 from ..config import PRESETS, GPT2Config
 from ..errors import ArgumentError, ConfigError, WeightsError, shown
 from ..inference.generation_config import first_end_token, read_generation_config
-from ..lora.adapters import without_adapters
-from ..lora.storage import WEIGHTS_FILES as ADAPTER_FILES
-from ..nn.structure import check_held, why_not_configured
+from ..inference.packed import PackedGPT2, model_shape
+from ..inference.structure import why_not_configured
+from ..model import GPT2
+from ..nn.inputs import check_held
+from ..nn.projection import merged
 from ..ops.packed import MatrixFormat, PackedWeights, QuantizedMatrix
 from ..quantization.storage import from_tensors, is_quantized, to_tensors
-from .foreign_files import ADAPTER_CONFIG, what_adapter_is, what_folder_is
+from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, what_adapter_is, what_folder_is
 from .hub import resolve
 from .tensor_files import describes_itself, file_kind, read_tensors, write_safetensors
 from .tensor_names import NamedTensors, find_model, listed, same, with_shape
-
-if TYPE_CHECKING:
-    from ..inference.packed import PackedGPT2
-    from ..model import GPT2
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
@@ -177,11 +175,11 @@ def save_pretrained(model: GPT2, directory: str | os.PathLike[str], tokenizer: A
         TokenizerError: `tokenizer` is none; nothing is written then.
         WeightsError: the directory cannot be written.
     """
-    check_held(model)
+    check_held(model.wte)
     _check_described(model)
     tensors = {
         name if name == "lm_head.weight" else f"transformer.{name}": tensor
-        for name, tensor in without_adapters(model).state_dict().items()
+        for name, tensor in merged(model).state_dict().items()
     }
     _save(model, tensors, model.config.to_dict(), {}, Path(directory), tokenizer)
 
@@ -192,7 +190,7 @@ def _check_described(model: GPT2) -> None:
     if reason is None:
         state = model.state_dict()
         shapes = {n: tuple(tensor.shape) for n, tensor in state.items() if ".lora_" not in n}
-        expected = dict(_parameter_shapes(model.config))
+        expected = model.config.parameter_shapes()
         if shapes != expected:
             strange = [n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n)]
             reason = f"{', '.join(map(shown, strange[:3]))} are not as the configuration has them"
@@ -273,33 +271,6 @@ def _save(
         raise WeightsError(f"the model cannot be saved to {folder}: {error}") from error
 
 
-def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of `GPT2(config)`, without building it."""
-    return dict(_parameter_shapes(config))
-
-
-def _parameter_shapes(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, inner = config.n_embd, config.inner_width
-    yield "wte.weight", (config.vocab_size, width)
-    yield "wpe.weight", (config.n_positions, width)
-    for layer in range(config.n_layer):
-        for name, sizes in (
-            ("attn.c_attn", (width, 3 * width)),
-            ("attn.c_proj", (width, width)),
-            ("mlp.c_fc", (width, inner)),
-            ("mlp.c_proj", (inner, width)),
-        ):
-            yield f"h.{layer}.{name}.weight", sizes
-            yield f"h.{layer}.{name}.bias", sizes[1:]
-        for name in ("ln_1", "ln_2"):
-            yield f"h.{layer}.{name}.weight", (width,)
-            yield f"h.{layer}.{name}.bias", (width,)
-    yield "ln_f.weight", (width,)
-    yield "ln_f.bias", (width,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, width)
-
-
 def find_weights(
     name_or_path: str | os.PathLike[str],
     *,
@@ -330,7 +301,7 @@ def _find(
             allow_patterns=patterns,
         )
         if not path.is_dir():
-            if path.name in ADAPTER_FILES and (path.parent / ADAPTER_CONFIG).is_file():
+            if path.name in ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():
                 raise WeightsError(f"{path} is {what_adapter_is(path.parent)}")
             return path
         for name in patterns:
@@ -419,7 +390,7 @@ def _is_biasless_nanogpt(extra: Mapping[str, Any]) -> bool:
 
 
 def _add_zero_biases(named: dict[str, Tensor], config: GPT2Config) -> None:
-    for name, shape in _parameter_shapes(config):
+    for name, shape in config.parameter_shapes().items():
         weight = named.get(name.removesuffix("bias") + "weight")
         if name.endswith(".bias") and name not in named and weight is not None:
             named[name] = torch.zeros(shape, dtype=weight.dtype)
@@ -429,7 +400,7 @@ def _recognised(named: Mapping[str, Tensor], file: Path) -> GPT2Config:
     """The one of OpenAI's models that has exactly these shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     for config in PRESETS.values():
-        expected = parameter_shapes(config)
+        expected = config.parameter_shapes()
         if {**shapes, "lm_head.weight": None} == {**expected, "lm_head.weight": None}:
             return config
     layers = {name.split(".")[1] for name in shapes if name.startswith("h.")}
@@ -457,7 +428,7 @@ def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
 
 def _check_fit(found: NamedTensors, config: GPT2Config, file: Path) -> None:
     named = found.tensors
-    expected = parameter_shapes(config)
+    expected = config.parameter_shapes()
     missing = [f"{name} {_shape(shape)}" for name, shape in expected.items() if name not in named]
     unexpected = [
         with_shape(name, tensor) for name, tensor in named.items() if name not in expected
@@ -510,8 +481,6 @@ def _advice(missing: list[str], problems: list[str]) -> str:
 def _build(
     named: dict[str, Tensor], config: GPT2Config, device: torch.device, dtype: torch.dtype
 ) -> GPT2:
-    from ..model import GPT2
-
     storages: set[int] = set()
     state: dict[str, Tensor] = {}
     for name in list(named):
@@ -530,8 +499,6 @@ def _build(
 def _build_quantized(
     stored: Mapping[str, Tensor], metadata: Mapping[str, str], config: GPT2Config, file: Path
 ) -> PackedGPT2:
-    from ..inference.packed import PackedGPT2, model_shape
-
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
     quantized = from_tensors(tensors, metadata, config, str(file))
     shape = model_shape(config)

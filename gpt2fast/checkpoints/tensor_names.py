@@ -28,16 +28,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..config import BLOCK_MATRICES, BLOCK_PARAMETERS
 from ..errors import WeightsError, shown
-
-PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-"""How the names of the matrices end that may be stored as (out, in)."""
 
 Path = tuple[str, ...]
 
 _OUTER = ("wte", "wpe", "ln_f", "lm_head")
-_BLOCK = ("ln_1", "attn", "ln_2", "mlp")
-_OWN = {"h", *_OUTER, *_BLOCK, "c_attn", "c_proj", "c_fc"}
+_BLOCK = {name.split(".")[0] for name in BLOCK_PARAMETERS}
+_OWN = {"h", *_OUTER, *(part for name in BLOCK_PARAMETERS for part in name.split(".")[:-1])}
 _LEAVES = {"g": "weight", "gamma": "weight", "w": "weight", "b": "bias", "beta": "bias"}
 _MASKS = ("bias", "masked_bias")
 # What a head is called in a model that has no module of its own to keep it out of.
@@ -271,7 +269,7 @@ def _check_left_out(found: NamedTensors, source: str) -> None:
 
 def _turn(named: dict[str, Tensor]) -> None:
     """Turn projections that are stored as (out, in), and take off axes of length one."""
-    projections = [name for name in named if name.endswith(PROJECTIONS)]
+    projections = [name for name in named if name.endswith(BLOCK_MATRICES)]
     for name in projections:
         if named[name].ndim == 3 and len(named[name]) == 1:  # OpenAI's 1-D convolutions
             named[name] = named[name][0]

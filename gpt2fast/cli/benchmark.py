@@ -22,10 +22,11 @@ from .. import __version__
 from .._system.output import complain, deliver
 from ..config import PRESETS, GPT2Config
 from ..errors import Error
-from ..inference.decoding import StopCriteria, Timing, decode
+from ..inference.decoding import Timing, decode
 from ..inference.generation import check_length
 from ..inference.packed import PackedGPT2
 from ..inference.sampling import SamplingOptions
+from ..inference.stopping import StopCriteria
 from ..model import GPT2
 from ..ops import native
 from .arguments import OneLineParser, ParagraphFormatter

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..model import GPT2
 from ..ops.sampling import process
-from .decoding import Context, StopCriteria, Timing, check_numbers, evaluating
+from .decoding import Timing, check_numbers, evaluating
+from .engine import DecodeState
 from .sampling import SamplingOptions
-
-if TYPE_CHECKING:
-    from ..model import GPT2
+from .stopping import StopCriteria
 
 _NEVER = -1.0e9
 """Score of what must not be chosen; finite, as in transformers, so that ties fall the same way."""
@@ -51,17 +50,17 @@ def beam_search(
     best: list[list[list[int]]] = [[] for _ in prompts]
     with evaluating(model):
         start = time.perf_counter()
-        context = Context(model, prompts, options.max_new_tokens, use_cache=use_cache)
-        logits = context.read()
+        state = DecodeState(model, prompts, options.max_new_tokens, use_cache=use_cache)
+        logits = state.read()
         check_numbers(logits)
-        context.expand(options.num_beams)
+        state.expand(options.num_beams)
         logits = logits.repeat_interleave(options.num_beams, dim=0)
         search = _Search(len(prompts), options, criteria, model.device)
         searched = list(range(len(prompts)))
         while True:
             scores = process(
                 logits[:, :vocab_size].float().log_softmax(-1),
-                context.history,
+                state.history,
                 **options.history_processors(),
             )
             origins = search.extend(scores)
@@ -70,7 +69,7 @@ def beam_search(
             if search.length == 1:
                 timing.add_prefill(seconds, prompts)
             else:
-                timing.add_step(seconds, origins.numel(), context.step_bytes())
+                timing.add_step(seconds, origins.numel(), state.step_bytes())
             start = time.perf_counter()
             for index, prompt in enumerate(searched):
                 if ended[index]:
@@ -83,8 +82,8 @@ def beam_search(
                 kept = torch.tensor(live, device=model.device)
                 search.keep(kept)
                 origins = origins[kept]
-            context.keep(origins.flatten())
-            logits = context.append(search.last_tokens())
+            state.keep(origins.flatten())
+            logits = state.append(search.last_tokens())
 
 
 class _Search:

@@ -1,19 +1,15 @@
-"""Many steps of decoding without the host in between: captured once, replayed for each.
+"""A step of decoding as a CUDA graph: captured once, replayed for each token.
 
 A step of GPT-2 is some eighty small kernels, and starting them from Python takes far longer than
-they run. `Steps` captures one step, with the choice of the next token in it, as a CUDA graph. Its
-tokens, positions, lengths and cache are the graph's own and stay on the device, so that one graph
-serves every position of every text. `Ahead` runs blocks of such steps. It takes a graph from those
-that `graph_pool.py` keeps with the model, for its rows and entries rounded up, and a smaller one
-when enough rows have left; so the same call runs the same shapes, whatever ran before.
+they run. `CapturedStep` captures one step, with the choice of the next token in it, as a CUDA
+graph. Its tokens, positions, lengths and cache are the graph's own and stay on the device, so that
+one graph serves every position of every text.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,163 +17,18 @@ from torch import Tensor
 from .. import ops
 from ..errors import GenerationError
 from ..kernels.library import notice
-from ..ops.backend import requested_backend
-from .graph_pool import addresses, length_bucket, pool_of, rows_bucket
-from .sampling import Numbers
-
-if TYPE_CHECKING:
-    from ..model import GPT2
-    from ..nn.kv_cache import KVCache
-
-BLOCK = 16
-"""Steps that run before the host looks at their tokens."""
+from ..model import GPT2
+from ..nn.kv_cache import KVCache
+from .structure import decode_weights, run_step, step_constants
 
 _capturing = threading.Lock()
 """One capture at a time: beginning one waits for the device, which another one forbids."""
 
 
-def is_worthwhile(model: object, steps: int) -> TypeGuard[GPT2]:
-    """Whether so many steps of `model` are to be captured: on a GPU, and more than a few."""
-    from ..model import GPT2
-
-    return (
-        isinstance(model, GPT2)
-        and model.device.type == "cuda"
-        and steps > BLOCK
-        and model.why_not_read() is None
-    )
-
-
-@dataclass
-class _Block:
-    """Tokens that some steps have chosen or are about to."""
-
-    rows: list[int]
-    """Of the rows that ran, those that are looked at."""
-    chosen: Tensor
-    """(rows that ran, steps), on the host: there once `done` has happened."""
-    done: torch.cuda.Event | None
-
-
-class Ahead:
-    """Tokens of every row, chosen in blocks before anybody looks at them.
-
-    A block is under way while the one before it is looked at. Rows that have ended run on, unseen,
-    until those that are left fit a graph for half as many. `close` gives the graph back.
-
-    Args:
-        model: whose steps they are.
-        cache: what its rows have read, which is copied; `max_length` is at least what will have
-            been read in the end.
-        longest: entries in its longest row.
-        tokens: (B,) the newest token of each row, not in the cache yet.
-        numbers: where random numbers come from, if tokens are drawn.
-        choice: `vocab_size` and the processors, as for `Steps`.
-    """
-
-    def __init__(
-        self,
-        model: GPT2,
-        cache: KVCache,
-        longest: int,
-        tokens: Tensor,
-        numbers: Numbers | None,
-        **choice: Any,
-    ):
-        self._model, self._numbers, self._choice = model, numbers, choice
-        self._pool, self._dtype = pool_of(model), cache.k.dtype
-        self._length = length_bucket(cache.max_length, model.config.n_positions)
-        # Of the rows that run, those that are looked at.
-        self._rows = list(range(len(tokens)))
-        self._under_way: list[_Block] = []
-        self._seen: _Block | None = None
-        self._columns: list[list[int]] = []
-        self._steps: Steps | None = self._take(len(tokens))
-        try:
-            self._steps.start(model, cache, longest, tokens)
-        except BaseException:
-            self.close()
-            raise
-
-    def next(self, remaining: int) -> list[int]:
-        """The next token of each row; `remaining` of them will be asked for at most."""
-        if not self._columns:
-            if not self._under_way:
-                self._begin(remaining)
-            ahead = sum(block.chosen.shape[1] for block in self._under_way)
-            if remaining > ahead:
-                self._begin(remaining - ahead)
-            self._seen = self._under_way.pop(0)
-            if self._seen.done is not None:
-                self._seen.done.synchronize()
-            self._columns = self._seen.chosen.t().tolist()
-        assert self._seen is not None
-        column = self._columns.pop(0)
-        return [column[row] for row in self._seen.rows]
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        for block in (self._seen, *self._under_way):
-            if block is not None:
-                block.rows = [block.rows[row] for row in rows]
-        self._rows = [self._rows[row] for row in rows]
-
-    def close(self) -> None:
-        """Give the graph back, whatever has happened; nothing more can be asked for."""
-        steps, self._steps = self._steps, None
-        if steps is not None:
-            self._pool.give_back(steps)
-
-    def _begin(self, remaining: int) -> None:
-        assert self._steps is not None, "closed"
-        if 2 * len(self._rows) <= self._steps.rows:
-            self._steps = self._smaller(self._steps)
-        steps, count = self._steps, min(BLOCK, remaining)
-        uniforms = None
-        if self._numbers is not None:
-            # Rows that nobody looks at have to choose something, too.
-            uniforms = torch.zeros(
-                steps.rows, count, dtype=torch.float32, device=steps.tokens.device
-            )
-            rows = torch.tensor(self._rows, device=steps.tokens.device)
-            uniforms[rows] = self._numbers.take(count)
-        chosen, done = steps.run(count, uniforms), None
-        if chosen.is_cuda:
-            # On the CPU whatever the default device is, which pinned memory would fail on.
-            host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
-            stream = torch.cuda.current_stream(chosen.device)
-            chosen = host.copy_(chosen, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(stream)
-        self._under_way.append(_Block(list(self._rows), chosen, done))
-
-    def _smaller(self, before: Steps) -> Steps:
-        """A graph for the rows that are looked at."""
-        rows = torch.tensor(self._rows, device=before.tokens.device)
-        after = self._take(len(rows))
-        try:
-            after.start(self._model, before.cache, before.longest, before.tokens[rows], rows)
-        except BaseException:
-            self._pool.give_back(after)
-            raise
-        self._rows = list(range(len(rows)))
-        self._pool.give_back(before)
-        return after
-
-    def _take(self, count: int) -> Steps:
-        model, rows, samples = self._model, rows_bucket(count), self._numbers is not None
-        shape = (rows, self._length, self._dtype)
-        return self._pool.take(
-            addresses(model),
-            (*shape, samples, *sorted(self._choice.items()), *_settings(model)),
-            lambda: Steps(model, *shape, samples=samples, **self._choice),
-        )
-
-
-class Steps:
+class CapturedStep:
     """A step of `model` for so many rows, each taking the token that it chose the last time.
 
-    What it runs on is its own, and stays where it is: `start` copies texts into it. Rows that are
+    Its buffers are its own, and stay where they are: `start` copies texts into them. Rows that are
     left over are padding, which writes the first entry of its cache again and again and sees no
     other. The weights are read where they were when the step was captured; they are held on to
     between `start` and `stop` only.
@@ -206,13 +57,7 @@ class Steps:
         vocab_size: int | None = None,
         **choice: Any,
     ):
-        config = model.config
-        self._config: dict[str, Any] = {
-            "n_head": config.n_head,
-            "scales": [block.attn.scale for block in model.blocks],
-            "activation": config.activation,
-            "eps": config.layer_norm_epsilon,
-        }
+        self._constants = step_constants(model)
         self._vocab_size, self._choice = vocab_size, choice
         self.rows = rows
         """B, padding included."""
@@ -223,7 +68,7 @@ class Steps:
         device = self.cache.k.device
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         """(B,) the newest token of each row, not in the cache yet."""
-        # What a step adds to lengths and positions: 1, of padding 0.
+        # Added to lengths and positions in each step: 1, of padding 0.
         self._growth = torch.zeros_like(self.tokens)
         self._uniform = torch.zeros(rows, dtype=torch.float32, device=device) if samples else None
         self._history = self.tokens.new_empty((rows, 0))
@@ -250,7 +95,7 @@ class Steps:
 
         Args:
             model: as before; its weights lie where they did.
-            cache: what the texts' tokens left there, copied from it.
+            cache: of the texts' tokens, which is copied.
             longest: entries in its longest row.
             tokens: (N,) the newest token of each text, not in the cache yet; N <= B.
             rows: (N,) the texts' rows of `cache`; None means all.
@@ -339,17 +184,7 @@ class Steps:
 
     def _step(self) -> None:
         cache = self.cache
-        logits = ops.decode_step(
-            self._weights,
-            cache.k,
-            cache.v,
-            self.tokens,
-            cache.positions,
-            cache.lengths,
-            k_scales=cache.k_scales,
-            v_scales=cache.v_scales,
-            **self._config,
-        )
+        logits = run_step(self._weights, self._constants, self.tokens, cache.positions, cache)
         chosen = ops.sample(
             logits[:, : self._vocab_size], self._history, self._uniform, **self._choice
         )
@@ -359,21 +194,11 @@ class Steps:
 
 
 def _entries(cache: KVCache) -> list[Tensor]:
-    """What a cache holds of each token, (L, B, T_max, ...)."""
+    """The tensors of a cache that hold something of each token, (L, B, T_max, ...)."""
     parts = (cache.k, cache.v, cache.k_scales, cache.v_scales)
     return [part for part in parts if part is not None]
 
 
 def _weights(model: GPT2) -> list[Tensor]:
     # Not the parameters themselves, which another storage may be put under.
-    return [weight.detach() for weight in model.decode_weights()]
-
-
-def _settings(model: GPT2) -> tuple[Hashable, ...]:
-    """What else decides which kernels a step of `model` captures, and their constants."""
-    return (
-        *(block.attn.scale for block in model.blocks),
-        requested_backend(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-    )
+    return [weight.detach() for weight in decode_weights(model)]

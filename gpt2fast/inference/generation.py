@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import GenerationError, shown
+from ..model import GPT2
+from ..tokenizer import Tokenizer
 from .beam_search import beam_search
-from .decoding import StopCriteria, decode
+from .decoding import decode
+from .packed import PackedGPT2
 from .sampling import SamplingOptions
-
-if TYPE_CHECKING:
-    from ..model import GPT2
-    from ..tokenizer import Tokenizer
-    from .packed import PackedGPT2
+from .stopping import StopCriteria
 
 
 class _FromConfig:

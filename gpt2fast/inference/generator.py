@@ -22,7 +22,7 @@ from ..lora import load_adapter, merge
 from ..model import GPT2
 from ..tokenizer import Tokenizer
 from .beam_search import beam_search
-from .decoding import Step, StopCriteria, Timing, decode
+from .decoding import Step, Timing, decode
 from .generation import (
     FROM_CONFIG,
     EosTokenId,
@@ -34,6 +34,7 @@ from .generation import (
 from .packed import PackedGPT2
 from .sampling import Draw, Draws, SamplingOptions
 from .scores import Scores
+from .stopping import StopCriteria
 from .teacher_forcing import score_sequences
 
 WINDOWS = ("error", "slide", "stop")

@@ -1,30 +1,31 @@
-"""Captured steps, kept with the model that they belong to and lent to one call at a time."""
+"""Captured steps, kept for as long as their model and lent to one call at a time."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from ..model import GPT2
-    from .cuda_graphs import Steps
+from ..model import GPT2
+from ..nn.changes import on_moved_weights
+from .cuda_graphs import CapturedStep
+from .structure import decode_weights, why_not_read
 
 KEPT = 8
 """Most graphs of a model that wait for their next use."""
 SHARE = 8
-"""Of a GPU's memory, at most one part in so many is held by the caches of a model's graphs that
-wait; on other devices, where nothing is captured, only their number is limited."""
+"""The caches of a model's graphs that wait take at most this part of a GPU's memory, 1 / SHARE; on
+other devices, where nothing is captured, only the number of graphs is limited."""
 SHORTEST = 128
 """Entries of the shortest cache."""
 MOST_ROWS = 64
 """From here on, batches are rounded up to multiples of it."""
 
-_pools: WeakKeyDictionary[GPT2, Pool] = WeakKeyDictionary()
+_pools: WeakKeyDictionary[nn.Module, Pool] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -36,20 +37,23 @@ class Pool:
     `KEPT` of them, or more than their share of memory, would wait: the one not used for longest.
 
     One graph's cache takes `2 * n_layer * rows * length * n_embd` elements: of 124M in bfloat16
-    4.7 MB for one row of 128 entries, 2.4 GB for 64 rows of 1024. What a step computes on the way,
-    its logits above all, is the graph's too and not counted.
+    4.7 MB for one row of 128 entries, 2.4 GB for 64 rows of 1024. A step's intermediate results,
+    its logits above all, are the graph's too and not counted.
     """
 
     def __init__(self) -> None:
         # Re-entrant: a generator that nobody holds any more gives its graph back whenever Python
         # finds it, maybe in the thread that is in here.
         self._lock = threading.RLock()
-        self._idle: list[Steps] = []
-        self._keys: WeakKeyDictionary[Steps, tuple[Hashable, Hashable]] = WeakKeyDictionary()
+        self._idle: list[CapturedStep] = []
+        self._keys: WeakKeyDictionary[CapturedStep, tuple[Hashable, Hashable]]
+        self._keys = WeakKeyDictionary()
         self.weights: Hashable = None
         """`addresses` of the model when a graph was last taken."""
 
-    def take(self, weights: Hashable, key: Hashable, make: Callable[[], Steps]) -> Steps:
+    def take(
+        self, weights: Hashable, key: Hashable, make: Callable[[], CapturedStep]
+    ) -> CapturedStep:
         """A graph that nobody else has.
 
         Args:
@@ -60,33 +64,33 @@ class Pool:
         with self._lock:
             if weights != self.weights:
                 self._idle, self.weights = [], weights
-            fitting = [steps for steps in self._idle if self._keys[steps] == (weights, key)]
+            fitting = [step for step in self._idle if self._keys[step] == (weights, key)]
             if fitting:
                 self._idle.remove(fitting[-1])
                 return fitting[-1]
-        steps = None
+        step = None
         with suppress(torch.OutOfMemoryError):
-            steps = make()
-        if steps is None:
+            step = make()
+        if step is None:
             with self._lock:
-                self._idle = []  # what waits has less right to the memory
-            steps = make()
+                self._idle = []  # graphs that wait have less right to the memory
+            step = make()
         with self._lock:
-            self._keys[steps] = (weights, key)
-        return steps
+            self._keys[step] = (weights, key)
+        return step
 
-    def give_back(self, steps: Steps) -> None:
-        """What was taken; it is kept if its weights are still the model's and there is room.
+    def give_back(self, step: CapturedStep) -> None:
+        """Keep a graph that was taken, if its weights are still the model's and there is room.
 
         Raises:
             RuntimeError: the device has failed. The graph is not kept then.
         """
-        steps.stop()
+        step.stop()
         with self._lock:
-            if self._keys[steps][0] != self.weights:
+            if self._keys[step][0] != self.weights:
                 return
-            room = kept_bytes(steps.tokens.device)
-            self._idle.append(steps)
+            room = kept_bytes(step.tokens.device)
+            self._idle.append(step)
             while len(self._idle) > KEPT or sum(each.nbytes for each in self._idle) > room:
                 del self._idle[0]
 
@@ -106,11 +110,14 @@ def pool_of(model: GPT2) -> Pool:
         return _pools.setdefault(model, Pool())
 
 
-def forget_moved(model: GPT2) -> None:
+@on_moved_weights
+def _forget_graphs(model: nn.Module) -> None:
     """Free the graphs of `model` if its weights are no longer where they were captured."""
     with _lock:
         pool = _pools.get(model)
-    if pool is not None and (model.why_not_read() or pool.weights != addresses(model)):
+    if pool is None or not isinstance(model, GPT2):
+        return
+    if why_not_read(model) or pool.weights != addresses(model):
         pool.clear()
 
 
@@ -118,7 +125,7 @@ def addresses(model: GPT2) -> Hashable:
     """Where a step of `model` reads its weights."""
     return tuple(
         (weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
-        for weight in model.decode_weights()
+        for weight in decode_weights(model)
     )
 
 

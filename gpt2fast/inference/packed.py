@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .._system.doors import above
 from ..config import GPT2Config
 from ..errors import ArgumentError
-from ..lora.adapters import without_adapters
 from ..nn.inputs import (
     check_cache,
     check_inputs,
     check_positions,
     check_tokens,
-    check_wanted,
-    is_known_full,
+    kept_columns,
+    place,
+    predicted,
 )
 from ..nn.kv_cache import KVCache
+from ..nn.output import GPT2Output
 from ..nn.plain import is_unwatched
-from ..ops.packed import Matrix, MatrixFormat, ModelShape, PackedWeights
-
-if TYPE_CHECKING:
-    from ..model import GPT2, GPT2Output
-    from ..quantization import QuantizedWeights
+from ..ops.packed import ModelShape, PackedWeights
+from ..quantization.quantized import QuantizedWeights
 
 # Tokens that pass through the model at once: more need more memory and gain nothing.
 _BLOCK = 512
@@ -45,7 +43,7 @@ class PackedGPT2(nn.Module):
     Args:
         config: the shape.
         weights: packed.
-        quantization: how they were quantised, without the matrices; None: they were not.
+        quantization: how they were quantized, without the matrices; None: they were not.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class PackedGPT2(nn.Module):
         return 8 * self.weights.arena.numel() / self.config.parameter_count
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedGPT2:
-        """What .to(), .half(), .cuda() and the like do: nothing, or an error."""
+        """Called by .to(), .half(), .cuda() and the like: does nothing, or raises."""
         logits = torch.empty(0, dtype=self.dtype, device=self.device)
         moved = fn(logits)
         if moved.dtype != logits.dtype or moved.device != logits.device:
@@ -99,7 +97,7 @@ class PackedGPT2(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Printed with the module's name."""
         return f"{self.format}, {self.bits_per_weight:.2f} bits per weight"
 
     def new_cache(
@@ -111,22 +109,14 @@ class PackedGPT2(nn.Module):
             batch_size: rows.
             max_length: entries a row; None means `n_positions`.
             dtype: of keys and values: float32, bfloat16 or int8. None means that of float weights,
-                and int8 beside quantised ones.
+                and int8 beside quantized ones.
         """
         config = self.config
         if dtype is None:
             dtype = _CACHE_DTYPES.get(self.format, torch.int8)
             if dtype == torch.bfloat16 and config.head_dim % 2:
                 dtype = torch.float32  # the kernels read bfloat16 in pairs
-        return KVCache(
-            config.n_layer,
-            batch_size,
-            config.n_positions if max_length is None else max_length,
-            config.n_head,
-            config.head_dim,
-            dtype,
-            self.device,
-        )
+        return KVCache.of(config, batch_size, max_length, dtype, self.device)
 
     @torch.no_grad()
     def forward(
@@ -143,47 +133,21 @@ class PackedGPT2(nn.Module):
 
         Nothing has a gradient. Logits at masked positions are zero.
         """
-        from ..model import GPT2Output
-
-        if labels is not None and targets is not None:
-            raise ArgumentError(
-                "give labels (shifted inside) or targets (already shifted), not both"
-            )
-        for name, wanted in (("labels", labels), ("targets", targets)):
-            if wanted is not None:
-                check_wanted(self.config, name, wanted, input_ids)
+        wanted, columns = predicted(self.config, input_ids, labels, targets)
         check_inputs(self.config, input_ids, attention_mask)
-        input_ids = input_ids.long()
         batch, time = input_ids.shape
-        if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if targets is not None:
-            kept = torch.arange(time, device="cpu")
-        elif isinstance(logits_to_keep, Tensor):
-            kept = torch.arange(time, device="cpu")[logits_to_keep]
-        else:
-            kept = torch.arange(time, device="cpu")[-logits_to_keep if logits_to_keep else 0 :]
-        mask = None if attention_mask is None else attention_mask.bool()
-        if mask is not None and is_known_full(mask):
-            mask = None
-        fresh = cache is None
         if cache is None:
             cache = self.new_cache(batch, time, torch.float32)
-        check_cache(self.config, cache, batch)
-        steps = torch.arange(time, device="cpu")
-        positions = steps if fresh else cache.positions[:, None] + steps
-        if position_ids is not None:
-            positions = position_ids
-        check_positions(self.config, positions)
-        positions = positions.expand(batch, time)
-        counts = None if mask is None else mask.sum(1)
-        cache.reserve(time, counts)
+        mask, positions, counts = place(self.config, input_ids, attention_mask, position_ids, cache)
+        kept = torch.arange(time, device="cpu")
+        if wanted is None:
+            kept = kept[kept_columns(logits_to_keep)]
         real = torch.ones(batch, time, dtype=torch.bool, device="cpu") if mask is None else mask
         # Where each kept position's token stands among the real ones.
         order = real.flatten().cumsum(0).view(batch, time)[:, kept] - 1
         shown = real[:, kept]
         found = self._run(
-            input_ids[real],
+            input_ids.long()[real],
             positions[real],
             real.sum(1).tolist(),
             cache,
@@ -193,12 +157,13 @@ class PackedGPT2(nn.Module):
         logits[shown] = found
         cache.advance(time, counts, positions[:, -1] + 1)
         loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        if wanted is not None:
+            predicting = logits[:, columns].flatten(0, 1)
+            loss = F.cross_entropy(predicting, wanted.flatten(), ignore_index=-100)
         return GPT2Output.computed(loss, logits)
 
     @torch.no_grad()
-    def read(
+    def prefill(
         self, tokens: Tensor, counts: Sequence[int], offsets: Sequence[int], cache: KVCache | None
     ) -> Tensor:
         """Logits (B, V) after the newest tokens of each row.
@@ -264,7 +229,7 @@ class PackedGPT2(nn.Module):
         return logits
 
     @torch.no_grad()
-    def next_tokens(
+    def decode_and_sample(
         self,
         tokens: Tensor,
         cache: KVCache,
@@ -314,9 +279,8 @@ class PackedGPT2(nn.Module):
         **options: Any,
     ) -> Tensor:
         """Continue each row; see `gpt2fast.inference.generation.generate` for the options."""
-        from .generation import generate
-
-        return generate(self, input_ids, attention_mask, **options)  # type: ignore[arg-type]
+        generation = above("inference.generation")
+        return generation.generate(self, input_ids, attention_mask, **options)
 
     def resize_token_embeddings(self, *arguments: Any, **options: Any) -> None:
         """Refuse what `GPT2.resize_token_embeddings` does.
@@ -346,10 +310,8 @@ class PackedGPT2(nn.Module):
         return self
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a directory that `GPT2.from_pretrained` loads; see `weights.save_packed`."""
-        from ..checkpoints.gpt2 import save_packed
-
-        save_packed(self, directory, tokenizer)
+        """Write a directory that `from_pretrained` loads; see `checkpoints.gpt2.save_packed`."""
+        above("checkpoints.gpt2").save_packed(self, directory, tokenizer)
 
     def _run(
         self,
@@ -408,7 +370,7 @@ def _blocks(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int, int]]]:
 
 
 def model_shape(config: GPT2Config) -> ModelShape:
-    """What packed weights say about a model of this shape."""
+    """The header of packed weights for a model of this configuration."""
     return ModelShape(
         config.n_head,
         config.n_embd,
@@ -420,42 +382,3 @@ def model_shape(config: GPT2Config) -> ModelShape:
         tuple(config.attention_scale(layer) for layer in range(config.n_layer)),
         config.tie_word_embeddings,
     )
-
-
-def pack(
-    model: GPT2,
-    quantized: QuantizedWeights | None = None,
-    *,
-    release: bool = False,
-) -> PackedGPT2:
-    """Pack a model's weights.
-
-    Args:
-        model: on the CPU; adapters are merged.
-        quantized: matrices that take the place of the model's.
-        release: free each parameter of `model` as soon as it is packed; the model can only be
-            thrown away afterwards.
-    """
-    matrices = quantized.matrices if quantized is not None else {}
-    shape = model_shape(model.config)
-    merged = without_adapters(model)
-    if release and merged is not model:
-        for parameter in model.parameters():  # what `merged` shares stays with it
-            parameter.data = parameter.data.new_empty(0)
-    parameters = dict(merged.named_parameters())
-    formats = {
-        name: MatrixFormat.of(matrices.get(name, parameters[name])) for name in shape.matrices()
-    }
-    weights = PackedWeights(shape, formats)
-    for name, parameter in parameters.items():
-        value: Matrix = matrices.get(name, parameter.detach())
-        if name in ("wte.weight", "lm_head.weight") and isinstance(value, Tensor):
-            value = value.t()
-        weights.put(name, value)
-        if release:
-            parameter.data = parameter.data.new_empty(0)
-    packed = PackedGPT2(
-        model.config, weights, None if quantized is None else replace(quantized, matrices={})
-    )
-    packed.generation_config = dict(model.generation_config)
-    return packed

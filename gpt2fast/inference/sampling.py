@@ -202,7 +202,7 @@ def uniforms(draws: Sequence[Draw]) -> Iterator[Tensor]:
         )
 
 
-class Numbers:
+class RowRandom:
     """The random numbers of the continuations that still run, step after step.
 
     Args:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..model import GPT2
 from .decoding import check_numbers, evaluating
 from .scores import Scores, score
-
-if TYPE_CHECKING:
-    from ..model import GPT2
 
 # Of logits held at once, unless a single row has more.
 _MOST_BYTES = 1 << 28

@@ -1,6 +1,7 @@
 """Low-rank adapters: fine-tuning that changes a fraction of a per cent of the weights."""
 
-from .adapters import LoRAProjection, add_adapters, is_adapted, merge
+from ..nn.projection import merge
+from .adapters import LoRAProjection, add_adapters, is_adapted
 from .storage import load_adapter, save_adapter
 
 __all__ = [

@@ -12,18 +12,15 @@ import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..nn import Projection
+from ..model import GPT2
 from ..nn.plain import readable
-
-if TYPE_CHECKING:
-    from ..model import GPT2
+from ..nn.projection import Projection
 
 RANK, ALPHA, TARGETS = 8, 8.0, "c_attn"
 """What PEFT takes for GPT-2 when it is told nothing."""
@@ -64,7 +61,7 @@ class LoRAProjection(Projection):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """(in, out): what the base's weight and the adapter are together, in the base's dtype."""
+        """(in, out): the sum of the base's weight and the adapter's, in the base's dtype."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         added = self.lora_A.to(wide).t() @ self.lora_B.to(wide).t()
         return (self.weight.to(wide) + self.scale * added).to(self.weight.dtype)
@@ -123,30 +120,9 @@ def add_adapters(
     return chosen
 
 
-def merge(model: GPT2) -> GPT2:
-    """A plain model that computes, within rounding, what `model` does with its adapters.
-
-    Adapted weights are new; all others are shared with `model`, which stays as it is. Everything in
-    the result is trainable, and it is in evaluation mode where `model` is.
-    """
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    for name, projection in adapted(model).items():
-        state[f"{name}.weight"] = projection.merged_weight()
-    merged = type(model)(model.config, device="meta")
-    merged.load_state_dict(state, assign=True)
-    merged.gradient_checkpointing = model.gradient_checkpointing
-    merged.generation_config = dict(model.generation_config)
-    return merged.train(model.training)
-
-
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model has adapters."""
     return any(isinstance(module, LoRAProjection) for module in model.modules())
-
-
-def without_adapters(model: GPT2) -> GPT2:
-    """The model itself, or `merge` of it where it has adapters: for what reads weights alone."""
-    return merge(model) if is_adapted(model) else model
 
 
 def adapted(model: nn.Module) -> dict[str, LoRAProjection]:

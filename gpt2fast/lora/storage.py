@@ -17,17 +17,18 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._system.files import atomic_write_text
 from .._system.parsing import read_json
-from ..checkpoints.foreign_files import ADAPTER_CONFIG
+from ..checkpoints.foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..checkpoints.hub import resolve
 from ..checkpoints.tensor_files import read_tensors, write_safetensors
 from ..errors import ArgumentError, WeightsError
+from ..model import GPT2
 from .adapters import (
     LoRAProjection,
     adapted,
@@ -37,10 +38,6 @@ from .adapters import (
     require_plain,
 )
 
-if TYPE_CHECKING:
-    from ..model import GPT2
-
-WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model.transformer."
 
 _HARMLESS = frozenset(
@@ -106,7 +103,7 @@ def save_adapter(
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / WEIGHTS_FILES[0], tensors)
+        write_safetensors(folder / ADAPTER_WEIGHTS[0], tensors)
         atomic_write_text(folder / ADAPTER_CONFIG, json.dumps(described, indent=2) + "\n")
     except OSError as error:
         raise WeightsError(f"the adapter cannot be saved to {folder}: {error}") from error
@@ -138,12 +135,12 @@ def load_adapter(
         name_or_path,
         revision=revision,
         local_files_only=local_files_only,
-        allow_patterns=(ADAPTER_CONFIG, *WEIGHTS_FILES),
+        allow_patterns=(ADAPTER_CONFIG, *ADAPTER_WEIGHTS),
     )
     described = folder / ADAPTER_CONFIG
-    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    weights = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if not described.is_file() or weights is None:
-        missing = ADAPTER_CONFIG if not described.is_file() else WEIGHTS_FILES[0]
+        missing = ADAPTER_CONFIG if not described.is_file() else ADAPTER_WEIGHTS[0]
         hint = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter").is_dir() else ""
         raise WeightsError(f"{folder} holds no adapter in PEFT's format: no {missing}{hint}")
     values = read_json(described, WeightsError)

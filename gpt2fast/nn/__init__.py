@@ -1,14 +1,15 @@
-"""Modules of GPT-2 on fused ops, for any model."""
+"""Modules of GPT-2 on fused ops, for any model (Radford et al., 2019, section 2.3).
 
-from .modules import (
-    GELUMLP,
-    Block,
-    CausalSelfAttention,
-    LayerNorm,
-    LinearCrossEntropy,
-    Projection,
-    ResidualLayerNorm,
-)
+Constructor arguments are plain sizes; parameters carry the names of GPT-2's checkpoints, and
+projections are stored (in, out) as there.
+"""
+
+from .attention import CausalSelfAttention
+from .block import Block
+from .cross_entropy import LinearCrossEntropy
+from .layer_norm import LayerNorm, ResidualLayerNorm
+from .mlp import GELUMLP
+from .projection import Projection
 
 __all__ = [
     "Block",

@@ -2,12 +2,122 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import GPT2Config
 from ..errors import ArgumentError, GenerationError
 from .kv_cache import KVCache
+
+
+class Placed(NamedTuple):
+    """New tokens (B, T) among those that were there before."""
+
+    mask: Tensor | None
+    """(B, T) bool, false at padding; None where there is none."""
+    positions: Tensor
+    """(B, T), or (T,) where every row has the same and there is no cache."""
+    counts: Tensor | None
+    """(B,) real tokens of each row; None: all."""
+
+
+def place(
+    config: GPT2Config,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: KVCache | None,
+) -> Placed:
+    """Check what a forward pass is given, and that a cache has room for it."""
+    check_inputs(config, input_ids, attention_mask)
+    mask = None if attention_mask is None else attention_mask.bool()
+    if mask is not None and _is_readable(mask) and bool(_values(mask).all()):
+        mask = None
+    counts = None if mask is None else mask.sum(1)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if cache is not None:
+        check_cache(config, cache, len(input_ids))
+        positions = cache.positions[:, None] + positions
+    if position_ids is not None:
+        positions = position_ids
+    check_positions(config, positions)
+    if cache is not None:
+        positions = positions.expand(input_ids.shape)
+        cache.reserve(input_ids.shape[1], counts)
+    return Placed(mask, positions, counts)
+
+
+def run_with_cache(
+    blocks: Callable[..., Tensor],
+    n_layer: int,
+    input_ids: Tensor,
+    placed: Placed,
+    cache: KVCache,
+    is_watched: bool,
+) -> Tensor:
+    """(B, T, width) hidden states of new tokens that see a cache, and go into it.
+
+    Rows of a cache have no holes, so that the real tokens are brought to the front, and the hidden
+    states back.
+
+    Args:
+        blocks: a model's, called with token ids, positions, a mask and a `LayerCache` each.
+        n_layer: how many blocks there are.
+        input_ids: (B, T) int64.
+        placed: of them.
+        cache: with B rows.
+        is_watched: whether hooks see the tokens in the blocks, where they have to stand as given.
+    """
+    mask, positions, counts = placed
+    front = None if mask is None else mask.argsort(dim=1, descending=True, stable=True)
+    inside = front if is_watched else None
+    caches = [cache.layer(layer, counts, inside) for layer in range(n_layer)]
+    if front is None or is_watched:
+        hidden = blocks(input_ids, positions, None, caches)
+    else:
+        hidden = blocks(input_ids.gather(1, front), positions.gather(1, front), None, caches)
+        hidden = hidden.gather(1, front.argsort(1)[..., None].expand(hidden.shape))
+    cache.advance(input_ids.shape[1], counts, positions[:, -1] + 1)
+    return hidden
+
+
+def predicted(
+    config: GPT2Config, input_ids: Tensor, labels: Tensor | None, targets: Tensor | None
+) -> tuple[Tensor | None, slice]:
+    """The tokens to predict (B, T'), if any are given, and the T' columns that predict them.
+
+    Args:
+        labels: (B, T), which each position predicts for the one after it.
+        targets: (B, T), which each position predicts itself; not both.
+    """
+    if labels is not None and targets is not None:
+        raise ArgumentError("give labels (shifted inside) or targets (already shifted), not both")
+    if labels is not None:
+        check_wanted(config, "labels", labels, input_ids)
+        return labels[:, 1:], slice(None, -1)
+    if targets is not None:
+        check_wanted(config, "targets", targets, input_ids)
+    return targets, slice(None)
+
+
+def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The columns whose logits are wanted: the last so many, all for 0, or those of an index."""
+    if isinstance(logits_to_keep, int):
+        return slice(-logits_to_keep if logits_to_keep else None, None)
+    return logits_to_keep
+
+
+def check_held(embedding: nn.Module) -> None:
+    """Raise ArgumentError if the weights of its model were freed by `pack(release=True)`."""
+    weight = embedding._parameters.get("weight")
+    if weight is not None and not weight.numel():
+        raise ArgumentError(
+            "this model's weights were released by pack(release=True) or quantize(release=True); "
+            "use what that returned, or load the model again"
+        )
 
 
 def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -83,9 +193,13 @@ def check_cache(config: GPT2Config, cache: KVCache, rows: int) -> None:
         )
 
 
-def is_known_full(mask: Tensor) -> bool:
-    """Whether a mask hides nothing, as far as that can be told for free."""
-    return _is_readable(mask) and bool(_values(mask).all())
+def check_stream(x: Tensor, width: int) -> None:
+    """A block's input: (batch, time, width)."""
+    if x.dim() != 3 or x.shape[-1] != width:
+        way_out = "; x[None] makes a batch of one sequence" if x.shape[1:] == (width,) else ""
+        raise ArgumentError(
+            f"x has the shape {tuple(x.shape)}; it must be (batch, time, width={width}){way_out}"
+        )
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .._system.memory import zeros
+from ..config import GPT2Config
 from ..errors import GenerationError
 
 
@@ -100,6 +101,27 @@ class KVCache:
         """Whether gradients end at what it holds: a backward pass through that is an error."""
         # At least the longest row; known without asking the device.
         self._longest = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: GPT2Config,
+        batch_size: int,
+        max_length: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        """An empty cache for a model.
+
+        Args:
+            config: the model's.
+            batch_size: rows.
+            max_length: entries a row; None means `n_positions`.
+            dtype, device: of keys and values; `torch.int8` takes half the bytes of 16 bits.
+        """
+        length = config.n_positions if max_length is None else max_length
+        sizes = (config.n_layer, batch_size, length, config.n_head, config.head_dim)
+        return cls(*sizes, dtype, device)
 
     @property
     def batch_size(self) -> int:

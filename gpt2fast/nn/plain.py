@@ -25,14 +25,17 @@ def readable(kind: _Kind) -> _Kind:
     return kind
 
 
-for _kind in (nn.Embedding, nn.Linear, nn.Dropout):
-    readable(_kind)
+readable(nn.Dropout)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether `module` is exactly one of `kinds`, and nothing watches or changes it."""
+    return type(module) in kinds and _is_untouched(module)
+
+
+def _is_untouched(module: nn.Module) -> bool:
     kind = type(module)
-    return kind in kinds and _FORWARDS[kind] is kind.forward and _has_no_hook(module)
+    return _FORWARDS.get(kind) is kind.forward and _has_no_hook(module)
 
 
 def _has_no_hook(module: nn.Module) -> bool:
@@ -55,13 +58,17 @@ def is_unwatched(module: nn.Module, base: type[nn.Module]) -> bool:
     return type(module).forward is base.forward and _has_no_hook(module)
 
 
-def why_not_plain(module: nn.Module, *kinds: type[nn.Module]) -> str:
-    """What keeps a module that is not plain from being read, in words."""
-    kind = type(module)
-    if hasattr(module, "parametrizations"):
-        return "has a parametrization"
-    if kind not in kinds:
-        return f"is of the class {kind.__name__}, which is not one of GPT-2's parts"
-    if "forward" in module.__dict__ or _FORWARDS[kind] is not kind.forward:
-        return "has another forward"
-    return "has a hook"
+def why_not_plain_within(model: nn.Module) -> str | None:
+    """Why some module of `model` has to be called, in words; None if all of them are plain."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if module is model or kind is nn.ModuleList or _is_untouched(module):
+            continue
+        if hasattr(module, "parametrizations"):
+            return f"{name} has a parametrization"
+        if kind not in _FORWARDS:
+            return f"{name} is of the class {kind.__name__}, which is not one of GPT-2's parts"
+        if "forward" in module.__dict__ or _FORWARDS[kind] is not kind.forward:
+            return f"{name} has another forward"
+        return f"{name} has a hook"
+    return None

@@ -10,15 +10,12 @@ of its own: rows of `generate` that share a prompt share their draws, and would 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-
-if TYPE_CHECKING:
-    from ..model import GPT2
+from ..model import GPT2
 
 SEQUENCES = 16
 LENGTH = 256

@@ -10,22 +10,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..config import BLOCK_MATRICES
 from ..errors import ArgumentError
-from ..lora.adapters import without_adapters
+from ..model import GPT2
+from ..nn import Block, Projection
+from ..nn.projection import merged
 from ..ops.packed import QuantizedMatrix
 from .calibration import calibration_tokens
 from .feedback import round_with_feedback
-from .quantized import GROUPS, PROJECTIONS, QuantizedWeights, checked_group, matrix_shapes
+from .quantized import GROUPS, QuantizedWeights, checked_group, matrix_shapes
 from .rounding import round_to_nearest
-
-if TYPE_CHECKING:
-    from ..model import GPT2
-    from ..nn import Block, Projection
 
 METHODS = ("feedback", "nearest")
 
@@ -76,7 +74,7 @@ def quantize_weights(
         raise ArgumentError(f"method={method!r:.80} is not one of {', '.join(METHODS)}")
     if model.device.type == "meta":
         raise ArgumentError("the model is on device 'meta' and has no weights; load some first")
-    model = without_adapters(model)
+    model = merged(model)
     names = matrix_shapes(model.config)
     if sensitive is None:
         sensitive = ["wte.weight"] if model.config.n_embd < NARROW else []
@@ -157,12 +155,12 @@ def _calibrate_block(block: Block, prefix: str, x: Tensor, rounding: _Rounding) 
 
     def watch(name: str) -> None:
         def quantize(projection: Projection, inputs: tuple[Tensor, ...]) -> None:
-            matrix = rounding.add(f"{prefix}{name}.weight", projection.weight, _hessian(inputs[0]))
+            matrix = rounding.add(prefix + name, projection.weight, _hessian(inputs[0]))
             projection.weight.data = matrix.dequantize()
 
-        block.get_submodule(name).register_forward_pre_hook(quantize)
+        block.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(quantize)
 
-    for name in PROJECTIONS:
+    for name in BLOCK_MATRICES:
         watch(name)
     return block(x)
 

@@ -12,9 +12,6 @@ from ..ops.packed import QuantizedMatrix
 GROUPS = {"int8": (64,), "int4": (32, 64)}
 """Inputs that may share a scale, by scheme; the first is the default."""
 
-PROJECTIONS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-"""The matrices of a block."""
-
 
 @dataclass(frozen=True)
 class QuantizedWeights:
@@ -44,15 +41,11 @@ class QuantizedWeights:
 
 def matrix_shapes(config: GPT2Config) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of every matrix that is quantised, by name."""
-    width, inner = config.n_embd, config.inner_width
-    shapes = {"wte.weight": (width, config.vocab_size)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (width, config.vocab_size)
-    sizes = ((width, 3 * width), (width, width), (width, inner), (inner, width))
-    for layer in range(config.n_layer):
-        for name, size in zip(PROJECTIONS, sizes, strict=True):
-            shapes[f"h.{layer}.{name}.weight"] = size
-    return shapes
+    return {
+        name: (shape[0], shape[1]) if name.startswith("h.") else (shape[1], shape[0])
+        for name, shape in config.parameter_shapes().items()
+        if len(shape) == 2 and name != "wpe.weight"
+    }
 
 
 def checked_group(scheme: str, group: int | None) -> int:

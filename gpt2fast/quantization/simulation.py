@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lora.adapters import without_adapters
+from ..model import GPT2
+from ..nn.projection import merged
 from .quantized import QuantizedWeights
 from .rounding import inverse
-
-if TYPE_CHECKING:
-    from ..model import GPT2
 
 
 def simulate(model: GPT2, quantized: QuantizedWeights, activations: bool = False) -> GPT2:
@@ -24,10 +22,7 @@ def simulate(model: GPT2, quantized: QuantizedWeights, activations: bool = False
         quantized: its matrices.
         activations: round what goes into each matrix as well.
     """
-    state = {
-        name: tensor.detach().float()
-        for name, tensor in without_adapters(model).state_dict().items()
-    }
+    state = {name: tensor.detach().float() for name, tensor in merged(model).state_dict().items()}
     for name, matrix in quantized.matrices.items():
         values = matrix.dequantize().to(model.device)
         state[name] = values if name.startswith("h.") else values.t().contiguous()

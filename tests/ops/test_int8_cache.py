@@ -9,6 +9,8 @@ from torch.library import opcheck
 from comparison import BACKENDS, CUDA_BACKENDS, TRITON_BACKENDS, backend, needs_native, random
 from gpt2fast import GPT2, GPT2Config, KVCache, ops
 from gpt2fast.errors import ArgumentError, BackendError
+from gpt2fast.inference import engine
+from gpt2fast.inference.engine import ModelDecoder
 from gpt2fast.ops.attention import _cached
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.cache import _append
@@ -71,8 +73,8 @@ def test_packed_models_write_the_same_bytes():
     model = GPT2(GPT2Config(vocab_size=97, n_positions=16, n_embd=96, n_layer=1, n_head=2)).eval()
     tokens = torch.tensor([[5, 9, 70, 2]])
     packed, unpacked = (model.new_cache(1, 8, torch.int8) for _ in range(2))
-    model.pack().read(tokens, [4], [0], packed)
-    model.read(tokens, [4], [0], unpacked)
+    model.pack().prefill(tokens, [4], [0], packed)
+    ModelDecoder(model).prefill(tokens, [4], [0], unpacked)
     # Keys differ by float32's rounding before they are stored.
     assert (packed.k.int() - unpacked.k.int()).abs().max() <= 1
     assert_allclose(packed.k_scales, unpacked.k_scales, rtol=1e-4)
@@ -290,7 +292,7 @@ def test_a_whole_step_needs_the_factors():
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_model_decodes_with_half_the_cache(name, monkeypatch):
     # The simulator's tensors are on a CPU, where a model would be packed for steps.
-    monkeypatch.setattr(GPT2, "_packed_form", lambda self, thorough: None)
+    monkeypatch.setattr(engine, "packed_copy", lambda model, thorough: None)
     config = GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=2)
     model = GPT2(config).eval()
     for parameter in model.parameters():
@@ -301,7 +303,7 @@ def test_a_model_decodes_with_half_the_cache(name, monkeypatch):
         """After a padded prompt, after two more tokens at once, and after two single steps."""
         cache = model.new_cache(2, 12, dtype)
         with backend(name), record_calls() as calls, torch.no_grad():
-            found = [model.read(prompts, [5, 3], [0, 0], cache)]
+            found = [ModelDecoder(model).prefill(prompts, [5, 3], [0, 0], cache)]
             found.append(model(prompts[:, :2], cache=cache).logits[:, -1])
             found += [model.decode_step(prompts[:, i], cache) for i in (2, 3)]
         return torch.stack(found), cache, {call.op for call in calls}

@@ -6,6 +6,7 @@ import torch
 
 from ...errors import ConfigError, TokenizerError
 from ...inference.generator import Generator
+from ...inference.packing import keeping_no_copy
 from ...model import GPT2
 from ...tokenizer import Tokenizer
 
@@ -47,12 +48,8 @@ def sample_text(model: GPT2, tokenizer: Tokenizer, prompt: str, tokens: int, see
         seed: what the draws depend on, together with the weights.
     """
     devices = [model.device] if model.device.type == "cuda" else []
-    packed = model._packed
-    try:
-        with torch.random.fork_rng(devices):
-            generator = Generator(model, tokenizer, window="slide", notify=lambda _: None)
-            drawn = generator(prompt, max_new_tokens=tokens, seed=seed)
-    finally:
-        model._packed = packed
+    with keeping_no_copy(model), torch.random.fork_rng(devices):
+        generator = Generator(model, tokenizer, window="slide", notify=lambda _: None)
+        drawn = generator(prompt, max_new_tokens=tokens, seed=seed)
     assert not isinstance(drawn, list)
     return drawn.text

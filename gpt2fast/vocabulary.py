@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, shown
-from ..inference.graph_pool import forget_moved
-from .modules import TiedOutputProjection
-from .structure import check_held
-
-if TYPE_CHECKING:
-    from ..model import GPT2
+from .errors import ArgumentError, shown
+from .model import GPT2
+from .nn.changes import weights_moved
+from .nn.inputs import check_held
+from .nn.output_projection import TiedOutputProjection
 
 
 def resize_token_embeddings(
@@ -68,14 +66,13 @@ def resize_token_embeddings(
     for head in tables[1:]:
         head.out_features = wanted  # type: ignore[assignment]
     model.config = config
-    model._packed = None
-    forget_moved(model)
+    weights_moved(model)
     return model.wte
 
 
 def _tables(model: GPT2) -> list[nn.Module]:
     """`wte`, and `lm_head` where it has a table of its own."""
-    check_held(model)
+    check_held(model.wte)
     head = model._modules.get("lm_head")
     places: list[tuple[str, nn.Module | None, type[nn.Module]]] = [("wte", model.wte, nn.Embedding)]
     if not model.config.tie_word_embeddings:

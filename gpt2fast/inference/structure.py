@@ -1,43 +1,28 @@
-"""Whether a GPT-2 is what its configuration says, and whether its weights alone tell what it does.
+"""Whether a GPT-2's weights and configuration alone tell what it computes.
 
-Decoding, packing and saving read weights and configuration, and call no module. Where modules do
-something else, decoding calls them instead, and the others refuse.
+Decoding, packing and saving read them and call no module. Where modules do something else, decoding
+calls them instead, and the others refuse.
 """
 
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .. import ops
 from ..errors import ArgumentError
-from ..lora.adapters import LoRAProjection
+from ..model import GPT2
+from ..nn import GELUMLP, Block, CausalSelfAttention, LayerNorm
+from ..nn.kv_cache import KVCache
+from ..nn.mlp import Activation
+from ..nn.output_projection import TiedOutputProjection
+from ..nn.plain import is_unwatched, why_not_plain_within
+from ..nn.projection import merged
 from ..ops.decode import LAYER_WEIGHTS
-from . import GELUMLP, Block, CausalSelfAttention, LayerNorm, LinearCrossEntropy, Projection
-from .modules import Activation, Embedding, OutputProjection, TiedOutputProjection
-from .plain import is_plain, is_unwatched, why_not_plain
 
-if TYPE_CHECKING:
-    from ..model import GPT2
-
-_PARTS = (
-    Activation,
-    Block,
-    CausalSelfAttention,
-    Embedding,
-    GELUMLP,
-    LayerNorm,
-    LinearCrossEntropy,
-    LoRAProjection,
-    OutputProjection,
-    Projection,
-    TiedOutputProjection,
-    nn.Dropout,
-)
-"""What a model is made of, and adapters."""
-
-layer_weights = attrgetter(*LAYER_WEIGHTS)
+_layer_weights = attrgetter(*LAYER_WEIGHTS)
 """Of a block: its weights in the order of `ops.decode_step`."""
 
 
@@ -90,27 +75,59 @@ def _why_not_this_block(model: GPT2, layer: int, block: nn.Module) -> str | None
     return None
 
 
-def why_not_read(model: GPT2, base: type[nn.Module]) -> str | None:
-    """Why decoding has to call the modules, where it would read their weights; or None.
+def why_not_read(model: GPT2) -> str | None:
+    """Why decoding has to call the modules, where it would read their weights; or None."""
+    if not is_unwatched(model, GPT2):
+        return "a hook or another forward is on the model"
+    return why_not_plain_within(model) or why_not_configured(model)
+
+
+def decode_weights(model: GPT2) -> list[Tensor]:
+    """The weights as `ops.decode_step` takes them, adapters merged.
+
+    Raises:
+        ArgumentError: weights alone do not say what the model computes; see `why_not_read`.
+    """
+    if reason := why_not_read(model):
+        raise ArgumentError(f"weights cannot be read past the modules: {reason}")
+    model = merged(model)
+    layers = [weight for block in model.blocks for weight in _layer_weights(block)]
+    last = [model.ln_f.weight, model.ln_f.bias, model.projection]
+    return [model.wte.weight, model.wpe.weight, *layers, *last]
+
+
+def step_constants(model: GPT2) -> dict[str, Any]:
+    """The other arguments of `ops.decode_step` that a model brings."""
+    return {
+        "n_head": model.config.n_head,
+        "scales": [block.attn.scale for block in model.blocks],
+        "activation": model.config.activation,
+        "eps": model.config.layer_norm_epsilon,
+    }
+
+
+def run_step(
+    weights: list[Tensor],
+    constants: dict[str, Any],
+    tokens: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+) -> Tensor:
+    """Logits (B, vocab) after tokens (B,) at positions (B,), whose entries go into a cache.
 
     Args:
-        base: the class `GPT2`, whose `forward` is known.
+        weights, constants: `decode_weights` and `step_constants` of a model.
+        tokens, positions: (B,) int64.
+        cache: with B rows; it is left to the caller to count the new entries.
     """
-    if not is_unwatched(model, base):
-        return "a hook or another forward is on the model"
-    for name, module in model.named_modules():
-        if module is model or type(module) is nn.ModuleList:
-            continue
-        if not is_plain(module, *_PARTS):
-            return f"{name} {why_not_plain(module, *_PARTS)}"
-    return why_not_configured(model)
-
-
-def check_held(model: GPT2) -> None:
-    """Raise ArgumentError for a model whose weights `pack(release=True)` has freed."""
-    weight = model.wte._parameters.get("weight")
-    if weight is not None and not weight.numel():
-        raise ArgumentError(
-            "this model's weights were released by pack(release=True) or quantize(release=True); "
-            "use what that returned, or load the model again"
-        )
+    return ops.decode_step(
+        weights,
+        cache.k,
+        cache.v,
+        tokens,
+        positions,
+        cache.lengths,
+        k_scales=cache.k_scales,
+        v_scales=cache.v_scales,
+        **constants,
+    )

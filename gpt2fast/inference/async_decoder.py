@@ -1,0 +1,167 @@
+"""Tokens chosen in blocks of steps that run before the host looks at them.
+
+`AsyncDecoder` runs captured steps (`cuda_graphs.py`). It takes a graph from those that
+`graph_pool.py` keeps, for its rows and entries rounded up, and a smaller one when enough rows have
+left; so the same call runs the same shapes, whatever ran before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import GPT2
+from ..nn.kv_cache import KVCache
+from ..ops.backend import requested_backend
+from .cuda_graphs import CapturedStep
+from .graph_pool import addresses, length_bucket, pool_of, rows_bucket
+from .sampling import RowRandom
+from .structure import why_not_read
+
+BLOCK = 16
+"""Steps that run before the host looks at their tokens."""
+
+
+def is_worthwhile(model: GPT2, steps: int) -> bool:
+    """Whether so many steps of `model` are to be captured: on a GPU, and more than a few."""
+    return model.device.type == "cuda" and steps > BLOCK and why_not_read(model) is None
+
+
+@dataclass
+class _Block:
+    """Tokens of some steps that have run or are running."""
+
+    rows: list[int]
+    """Of the rows that run, those of texts that have not ended."""
+    chosen: Tensor
+    """(rows that ran, steps), on the host: there once `done` has happened."""
+    done: torch.cuda.Event | None
+
+
+class AsyncDecoder:
+    """Tokens of every row, chosen in blocks before anybody looks at them.
+
+    A block is under way while the one before it is looked at. Rows that have ended run on, unseen,
+    until those that are left fit a graph for half as many. `close` gives the graph back.
+
+    Args:
+        model: whose steps they are.
+        cache: what its rows have read, which is copied; `max_length` is at least what will have
+            been read in the end.
+        longest: entries in its longest row.
+        tokens: (B,) the newest token of each row, not in the cache yet.
+        random: where random numbers come from, if tokens are drawn.
+        choice: `vocab_size` and the processors, as for `CapturedStep`.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        cache: KVCache,
+        longest: int,
+        tokens: Tensor,
+        random: RowRandom | None,
+        **choice: Any,
+    ):
+        self._model, self._random, self._choice = model, random, choice
+        self._pool, self._dtype = pool_of(model), cache.k.dtype
+        self._length = length_bucket(cache.max_length, model.config.n_positions)
+        # Of the rows that run, those of texts that have not ended.
+        self._rows = list(range(len(tokens)))
+        self._under_way: list[_Block] = []
+        self._seen: _Block | None = None
+        self._columns: list[list[int]] = []
+        self._step: CapturedStep | None = self._take(len(tokens))
+        try:
+            self._step.start(model, cache, longest, tokens)
+        except BaseException:
+            self.close()
+            raise
+
+    def next(self, remaining: int) -> list[int]:
+        """The next token of each row; `remaining` of them will be asked for at most."""
+        if not self._columns:
+            if not self._under_way:
+                self._begin(remaining)
+            ahead = sum(block.chosen.shape[1] for block in self._under_way)
+            if remaining > ahead:
+                self._begin(remaining - ahead)
+            self._seen = self._under_way.pop(0)
+            if self._seen.done is not None:
+                self._seen.done.synchronize()
+            self._columns = self._seen.chosen.t().tolist()
+        assert self._seen is not None
+        column = self._columns.pop(0)
+        return [column[row] for row in self._seen.rows]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        for block in (self._seen, *self._under_way):
+            if block is not None:
+                block.rows = [block.rows[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
+
+    def close(self) -> None:
+        """Give the graph back, whatever has happened; nothing more can be asked for."""
+        step, self._step = self._step, None
+        if step is not None:
+            self._pool.give_back(step)
+
+    def _begin(self, remaining: int) -> None:
+        assert self._step is not None, "closed"
+        if 2 * len(self._rows) <= self._step.rows:
+            self._step = self._smaller(self._step)
+        steps, count = self._step, min(BLOCK, remaining)
+        uniforms = None
+        if self._random is not None:
+            # Rows that nobody looks at have to choose something, too.
+            uniforms = torch.zeros(
+                steps.rows, count, dtype=torch.float32, device=steps.tokens.device
+            )
+            rows = torch.tensor(self._rows, device=steps.tokens.device)
+            uniforms[rows] = self._random.take(count)
+        chosen, done = steps.run(count, uniforms), None
+        if chosen.is_cuda:
+            # On the CPU whatever the default device is, which pinned memory would fail on.
+            host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
+            stream = torch.cuda.current_stream(chosen.device)
+            chosen = host.copy_(chosen, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+        self._under_way.append(_Block(list(self._rows), chosen, done))
+
+    def _smaller(self, before: CapturedStep) -> CapturedStep:
+        """A graph for the rows that are looked at."""
+        rows = torch.tensor(self._rows, device=before.tokens.device)
+        after = self._take(len(rows))
+        try:
+            after.start(self._model, before.cache, before.longest, before.tokens[rows], rows)
+        except BaseException:
+            self._pool.give_back(after)
+            raise
+        self._rows = list(range(len(rows)))
+        self._pool.give_back(before)
+        return after
+
+    def _take(self, count: int) -> CapturedStep:
+        model, rows, samples = self._model, rows_bucket(count), self._random is not None
+        shape = (rows, self._length, self._dtype)
+        return self._pool.take(
+            addresses(model),
+            (*shape, samples, *sorted(self._choice.items()), *_settings(model)),
+            lambda: CapturedStep(model, *shape, samples=samples, **self._choice),
+        )
+
+
+def _settings(model: GPT2) -> tuple[Hashable, ...]:
+    """Everything else that decides which kernels a step captures, and their constants."""
+    return (
+        *(block.attn.scale for block in model.blocks),
+        requested_backend(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )

@@ -1,0 +1,174 @@
+"""Multi-head causal self-attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import ArgumentError
+from ..ops.backend import statistics_dtype
+from ..ops.derivatives import is_transformed, refused
+from ..ops.int8_cache import read as read_cache
+from .dropout import check_probability, drop
+from .initialization import Device, Dtype, reset
+from .inputs import check_stream
+from .kv_cache import LayerCache
+from .plain import is_plain, readable
+from .projection import Projection
+
+
+@readable
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each position to itself and those before it.
+
+    Args:
+        width: of the residual stream.
+        heads: number of heads; divides `width`.
+        dropout: probability of dropping an attention weight while training.
+        scale: factor on the scores; None means 1 / sqrt(width / heads).
+        residual_dropout: probability of dropping an element of the result while training.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        *,
+        residual_dropout: float = 0.0,
+        device: Device = None,
+        dtype: Dtype = None,
+    ):
+        super().__init__()
+        if width % heads:
+            raise ArgumentError(f"width={width} is not a multiple of heads={heads}")
+        check_probability("dropout", dropout)
+        check_probability("residual_dropout", residual_dropout)
+        self.width = width
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5 if scale is None else scale
+        self.c_attn = Projection(width, 3 * width, device=device, dtype=dtype)
+        self.c_proj = Projection(width, width, device=device, dtype=dtype)
+        self.attn_dropout = nn.Dropout(dropout)
+        self.resid_dropout = nn.Dropout(residual_dropout)
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an attention weight while training."""
+        return self.attn_dropout.p
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        self.attn_dropout.p = dropout
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        reset(*self.children())
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, T, width).
+            attention_mask: (B, T) bool or 0/1, false at positions that must not be seen.
+            cache: keys and values of the positions before x; x's own are appended to it.
+
+        Returns:
+            (B, T, width).
+        """
+        check_stream(x, self.width)
+        batch, time, width = x.shape
+        qkv = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads)
+        if cache is not None and cache.front is not None:
+            qkv = _in_order(qkv, cache.front)
+        q, k, v = qkv.unbind(2)
+        out = self._attend(q, k, v, attention_mask, cache).reshape(batch, time, width)
+        if cache is not None and cache.front is not None:
+            out = _in_order(out, cache.front.argsort(1))
+        return drop(self.resid_dropout, self.c_proj(out))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        """(B, T, heads, head size), from queries, keys and values of that shape."""
+        fused = is_plain(self.attn_dropout, nn.Dropout)
+        dropout = self.attn_dropout.p if fused and self.training else 0.0
+        if cache is not None:
+            scales = cache.k_scales, cache.v_scales
+            stored = _as_constants(k, v, cache)
+            ops.append_to_cache(*stored, cache.k, cache.v, cache.lengths, cache.counts, *scales)
+            if not cache.empty and fused and not dropout:
+                out = ops.attention_with_cache(
+                    q, cache.k, cache.v, cache.lengths, self.scale, *scales
+                )
+                return _of_constants(out, cache)
+            if not cache.empty:
+                k = read_cache(cache.k, cache.k_scales, q.dtype)
+                v = read_cache(cache.v, cache.v_scales, q.dtype)
+                out = self._attend_openly(q, k, v, None, cache.lengths)
+                return _of_constants(out, cache)
+        if not fused:
+            return self._attend_openly(q, k, v, mask, None)
+        seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
+        return ops.causal_attention(q, k, v, self.scale, mask, dropout, seed)
+
+    def _attend_openly(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        """Attention whose weights (B, heads, T, S) pass through `attn_dropout`.
+
+        Args:
+            q: (B, T, heads, head size).
+            k, v: (B, S, heads, head size).
+            mask: (B, S), false at keys that must not be seen.
+            lengths: (B,) keys before the first query; None: none.
+        """
+        dtype = statistics_dtype(q.dtype)
+        scores = torch.einsum("bthd,bshd->bhts", q.to(dtype), k.to(dtype)) * self.scale
+        last = torch.arange(q.shape[1], device=q.device)
+        if lengths is not None:
+            last = last + lengths[:, None, None]
+        seen = torch.arange(k.shape[1], device=q.device) <= last[..., None]
+        if mask is not None:
+            seen = seen & mask.bool()[:, None, None]
+        # Finite: a row that sees nothing is no number otherwise, and spreads.
+        scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
+        weights = self.attn_dropout(scores.softmax(-1).to(v.dtype))
+        return torch.einsum("bhts,bshd->bthd", weights, v)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"width={self.width}, heads={self.heads}, scale={self.scale:g}"
+
+
+def _as_constants(k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
+    """Keys and values as a cache stores them, which remembers if they had gradients."""
+    if is_transformed() or not torch.is_grad_enabled() or not (k.requires_grad or v.requires_grad):
+        return k, v
+    if cache.constants is not None:
+        cache.constants.lost = True
+    return k.detach(), v.detach()
+
+
+def _of_constants(out: Tensor, cache: LayerCache) -> Tensor:
+    """What was computed from a cache, whose backward pass is an error where it would be wrong."""
+    lost = cache.constants is not None and cache.constants.lost
+    if not torch.is_grad_enabled() or not (lost or out.requires_grad):
+        return out
+    anchor = out if out.requires_grad else out.new_zeros(()).requires_grad_()
+    return refused(
+        out,
+        anchor,
+        "a cache keeps keys and values without their gradients: to train, give all tokens to one "
+        "call without a cache; to compute without gradients, use torch.no_grad()",
+    )
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T, ...) with the positions of each row in `order` (B, T)."""
+    index = order.view(*order.shape, *[1] * (x.dim() - 2)).expand(x.shape)
+    return x.gather(1, index)

@@ -1,0 +1,16 @@
+"""How modules are made: where, in which type, and with which first weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+Device = torch.device | str | None
+Dtype = torch.dtype | None
+
+
+def reset(*modules: nn.Module) -> None:
+    """Draw new weights, in this order, for all that have them drawn."""
+    for module in modules:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]

@@ -1,0 +1,69 @@
+"""What a forward pass of a language model returns."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+
+class GPT2Output:
+    """What a forward pass returns.
+
+    With labels or targets the logits are computed when they are first read: who wants the loss
+    alone never pays for a (B, T, vocab) tensor. They are what the forward pass would have given,
+    under its gradient mode and autocast; changing the weights in between is an error.
+
+    Args:
+        loss: scalar, or None.
+        hidden: (B, T, width) hidden states.
+        projection: (vocab, width), which makes logits of them.
+    """
+
+    def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
+        self.loss = loss
+        """Scalar mean loss in nats, or None without labels and targets."""
+        self._logits = F.linear(hidden, projection) if loss is None else None
+        if loss is not None:
+            device = "cpu" if hidden.is_meta else hidden.device.type  # meta has no autocast
+            self._hidden, self._projection = hidden, projection
+            self._grad, self._device = torch.is_grad_enabled(), device
+            self._autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            # Neither a traced program nor a tensor made in inference mode counts its changes.
+            counted = not torch.compiler.is_compiling() and not projection.is_inference()
+            self._version = projection._version if counted else None
+
+    @classmethod
+    def computed(cls, loss: Tensor | None, logits: Tensor) -> GPT2Output:
+        """An output with this `loss` whose `logits`, (B, T, vocab), are there already."""
+        output = cls.__new__(cls)
+        output.loss, output._logits = loss, logits
+        return output
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, T, vocab), or the positions kept by `logits_to_keep`.
+
+        Raises:
+            ArgumentError: read for the first time after the weights were changed.
+        """
+        if self._logits is None:
+            if self._version is not None and self._projection._version != self._version:
+                raise ArgumentError(
+                    "the weights were changed after this forward pass, which did not need its "
+                    "logits until now: read .logits before the optimizer's step"
+                )
+            enabled, dtype = self._autocast
+            with (
+                torch.inference_mode(self._hidden.is_inference()),
+                torch.set_grad_enabled(self._grad),
+                torch.autocast(self._device, dtype, enabled=enabled),
+            ):
+                self._logits = F.linear(self._hidden, self._projection)
+        return self._logits
+
+    @logits.setter
+    def logits(self, logits: Tensor) -> None:
+        self._logits = logits
