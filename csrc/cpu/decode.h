@@ -308,7 +308,7 @@ private:
         switch (args_.cache_dtype) {
             case DType::float32: return attend<float>(layer, scale);
             case DType::bfloat16: return attend<bfloat16>(layer, scale);
-            case DType::int8: return attend<int8_t>(layer, scale);
+            default: return attend<int8_t>(layer, scale);
         }
     }
 

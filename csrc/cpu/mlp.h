@@ -44,9 +44,10 @@ void bias_gelu_backward_blocks(const BiasGeluBackward& args, int64_t begin, int6
                 for_columns(columns, [&](int64_t j, auto step, auto) {
                     const Vec z = load(x + j, step) + load(bias + j, step);
                     const Vec square = z * z;
-                    const Vec u = z * fma(square, Vec(0.0356774081f), Vec(0.7978845608f));
+                    const Vec u = z * fma(square, Vec(gelu_scale * gelu_cubic), Vec(gelu_scale));
                     const Vec s = Vec(1.0f) / (Vec(1.0f) + exp(Vec(-2.0f) * u));
-                    const Vec twice = fma(square, Vec(0.2140644486f), Vec(1.5957691216f));
+                    const Vec twice =
+                        fma(square, Vec(6 * (gelu_scale * gelu_cubic)), Vec(2 * gelu_scale));
                     const Vec activated = z * s;
                     const Vec slope = fma(activated * (Vec(1.0f) - s), twice, s);
                     const Vec product = load(grad + j, step) * slope;

@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../common/gelu.h"
+#include "../common/philox.h"
 #include "kernels.h"
 #include "step.h"
 #include "team.h"

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common/dtype.h"
+
 namespace gpt2fast {
 
 // The upper half of a float32.
@@ -15,8 +17,6 @@ struct bfloat16 {
 struct float16 {
     uint16_t bits;
 };
-
-enum class DType : int32_t { float32, bfloat16, int8 };
 
 inline float to_float(float x) { return x; }
 

@@ -1,6 +1,6 @@
 // Where the kernels meet a machine: under nvcc these are PTX instructions (sm_80 and up), under
 // any other compiler the simulator in sim/, which runs the same kernels on a CPU for tests.
-// Kernels include nothing else. docs/simulator.md says what the simulator finds.
+// Kernels include this and common/ only. docs/simulator.md says what the simulator finds.
 //
 //   GPT2FAST_SHARED(name);           unsigned char* name: the launch's shared memory, aligned to
 //                                    1024 bytes. There is no other: kernels carve it by hand

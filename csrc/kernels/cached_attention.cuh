@@ -14,7 +14,7 @@
 #pragma once
 
 #include "cache.cuh"
-#include "storage.cuh"
+#include "elements.cuh"
 #include "ticket.cuh"
 
 namespace gpt2fast::kernels {
@@ -27,7 +27,7 @@ template <typename C>
 struct CachedAttentionArgs {
     const void* q;  // (batch, time, heads, head_dim), the last dimension contiguous
     void* out;      // as q, contiguous
-    Storage q_storage;
+    DType q_dtype;
     int64_t q_row_stride, q_time_stride, q_head_stride;
     Heads<const C> k, v;
     Heads<const float> k_scales, v_scales;  // of int8 caches: (rows, entries, heads)
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(cached_attention_threads)
 #pragma unroll
         for (int i = 0; i < values; ++i) {
             const int c = column + i / Width * Lanes * Width + i % Width;
-            q[j][i] = c < head_dim ? load_float(args.q, args.q_storage, at + c) * args.scale : 0.0f;
+            q[j][i] = c < head_dim ? load_float(args.q, args.q_dtype, at + c) * args.scale : 0.0f;
         }
     }
 
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(cached_attention_threads)
         return (row * args.time + first_query + j) * args.heads + head;
     };
     const auto write = [&](int j, int c, float, float total, float value) {
-        store_float(args.out, args.q_storage, item(j) * head_dim + c,
+        store_float(args.out, args.q_dtype, item(j) * head_dim + c,
                     total == 0.0f ? 0.0f : value / total);
     };
     const auto in_shared = [&](int j) { return shared + j * size; };

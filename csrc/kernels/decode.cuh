@@ -19,7 +19,7 @@
 
 #include "cache.cuh"
 #include "gelu.cuh"
-#include "storage.cuh"
+#include "elements.cuh"
 #include "ticket.cuh"
 
 namespace gpt2fast::kernels {
@@ -145,7 +145,7 @@ struct DecodeMatmul {
     // split: queries go to out, keys and values into the cache behind each row's end
     void* cache[2];
     int64_t cache_row_stride[2], cache_entry_stride[2], cache_head_stride[2];
-    Storage cache_storage;
+    DType cache_dtype;
     Integers lengths;
     int first_row;  // of the cache
     int head_dim, entries;
@@ -180,7 +180,7 @@ __device__ __forceinline__ void finish_matmul(const DecodeMatmul<T>& args, int r
         entry * (keys ? args.cache_entry_stride[0] : args.cache_entry_stride[1]) +
         place / args.head_dim * (keys ? args.cache_head_stride[0] : args.cache_head_stride[1]) +
         place % args.head_dim;
-    store_float(keys ? args.cache[0] : args.cache[1], args.cache_storage, at, value);
+    store_float(keys ? args.cache[0] : args.cache[1], args.cache_dtype, at, value);
 }
 
 // Bytes of shared memory.

@@ -5,14 +5,12 @@
 // one division (approximate, by 2 units in the last place); tanh.approx would be off by 2^-11.
 #pragma once
 
+#include "../common/gelu.h"
 #include "../device/device_api.h"
 
 namespace gpt2fast::kernels {
 
 using namespace device;
-
-constexpr float gelu_scale = 0.7978845608028654f;  // sqrt(2 / pi)
-constexpr float gelu_cubic = 0.044715f;
 
 __device__ __forceinline__ float gelu_sigmoid(float z) {
     constexpr float log2_e = 1.4426950408889634f;

@@ -6,6 +6,7 @@
 // mma.m16n8k16. It takes 20 wide multiplications and about as many logical operations.
 #pragma once
 
+#include "../common/philox.h"
 #include "../device/device_api.h"
 
 namespace gpt2fast::kernels {
@@ -18,14 +19,9 @@ __device__ __forceinline__ RandomWords philox(uint64_t key, uint32_t c0, uint32_
                                               uint32_t c3) {
     uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
 #pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t x = uint64_t(0xD2511F53u) * c0, y = uint64_t(0xCD9E8D57u) * c2;
-        c0 = uint32_t(y >> 32) ^ c1 ^ low;
-        c1 = uint32_t(y);
-        c2 = uint32_t(x >> 32) ^ c3 ^ high;
-        c3 = uint32_t(x);
-        low += 0x9E3779B9u;
-        high += 0xBB67AE85u;
+    for (int round = 0; round < philox_rounds; ++round) {
+        philox_round(c0, c1, c2, c3, low, high);
+        philox_next_key(low, high);
     }
     return {{c0, c1, c2, c3}};
 }

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "../kernels/cached_attention.cuh"
-#include "storage.h"
+#include "dispatch.h"
 
 namespace gpt2fast::launch {
 namespace {
@@ -36,7 +36,7 @@ void launch_tiles(const CachedAttention& args, cudaStream_t stream) {
     CachedAttentionArgs<C> given{};
     given.q = args.q.data;
     given.out = args.out;
-    given.q_storage = storage_of(args.dtype);
+    given.q_dtype = args.dtype;
     given.q_row_stride = args.q.row_stride;
     given.q_time_stride = args.q.entry_stride;
     given.q_head_stride = args.q.head_stride;

@@ -4,7 +4,7 @@
 
 #include "../kernels/decode.cuh"
 #include "cached_attention.h"
-#include "storage.h"
+#include "dispatch.h"
 
 namespace gpt2fast::launch {
 namespace {
@@ -142,7 +142,7 @@ void launch_matmul(const DecodeStep& args, const DecodeLayer& layer, const Matmu
         given.cache_entry_stride[i] = layer.cache[i].entry_stride;
         given.cache_head_stride[i] = layer.cache[i].head_stride;
     }
-    if (!is_int8(args)) given.cache_storage = storage_of(args.cache_dtype);
+    if (!is_int8(args)) given.cache_dtype = args.cache_dtype;
     given.lengths = {args.lengths.data, args.lengths.stride};
     given.first_row = int(first);
     given.head_dim = int(args.head_dim);

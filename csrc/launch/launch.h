@@ -8,13 +8,9 @@
 
 #include <cstdint>
 
+#include "../common/dtype.h"
+
 namespace gpt2fast::launch {
-
-enum class DType { float32, float16, bfloat16, int8 };
-
-inline int64_t size_of(DType dtype) {
-    return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2;
-}
 
 // Launchers work on the current device of the CUDA run-time that they are linked with, which may be
 // another one than their caller's: call this first.

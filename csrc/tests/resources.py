@@ -189,7 +189,7 @@ def _shortened(name: str) -> str:
     name = re.sub(r"gpt2fast::(kernels|device)::", "", name)
     name = name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
     name = re.sub(r"\bsigned char", "int8_t", name)
-    name = re.sub(r"\(\w+\)(\d+)", r"\1", name)  # (Storage)1
+    name = re.sub(r"\(\w+\)(\d+)", r"\1", name)  # (DType)1
     depth = 0
     for i, letter in enumerate(name):  # the arguments begin at the first bracket outside of <>
         depth += (letter == "<") - (letter == ">")

@@ -30,8 +30,6 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace gpt2fast::binding {
 
-using launch::DType;
-
 inline DType dtype_of(const Tensor& x) {
     switch (x.scalar_type()) {
         case ScalarType::Float: return DType::float32;

@@ -34,9 +34,9 @@ inline Vec tanh(Vec x) {
     return select(abs(x) < Vec(0.625f), near, far);
 }
 
-// z / 2 * (1 + tanh(u)) = z / (1 + e^-2u), u = sqrt(2 / pi) (z + 0.044715 z^3).
+// As common/gelu.h has it.
 inline Vec gelu(Vec z) {
-    const Vec u = z * fma(z * z, Vec(0.0356774081f), Vec(0.7978845608f));
+    const Vec u = z * fma(z * z, Vec(gelu_scale * gelu_cubic), Vec(gelu_scale));
     return z / (Vec(1.0f) + exp(Vec(-2.0f) * u));
 }
 

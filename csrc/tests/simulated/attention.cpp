@@ -8,8 +8,6 @@
 namespace gpt2fast::simulated {
 namespace {
 
-using launch::DType;
-
 template <class T>
 constexpr DType dtype_of = DType::float32;
 template <>

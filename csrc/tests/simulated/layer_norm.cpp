@@ -234,11 +234,10 @@ CASE("layer_norm of unaligned rows") {
 CASE("layer_norm refuses other mixtures") {
     launch::LayerNormForward args{};
     args.rows = args.columns = 1;
-    args.x_dtype = launch::DType::float32;
-    args.residual_dtype = args.weight_dtype = launch::DType::bfloat16;
+    args.x_dtype = DType::float32;
+    args.residual_dtype = args.weight_dtype = DType::bfloat16;
     expect_error("mixture of dtypes", [&] { launch::layer_norm_forward(args, nullptr); });
-    expect(!launch::layer_norm_takes(launch::DType::int8, launch::DType::int8, launch::DType::int8),
-           "takes int8");
+    expect(!launch::layer_norm_takes(DType::int8, DType::int8, DType::int8), "takes int8");
 }
 
 }  // namespace

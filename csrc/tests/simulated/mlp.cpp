@@ -173,7 +173,7 @@ CASE("bias_gelu far from zero") {
     args.out = out.data();
     args.rows = 1;
     args.columns = args.x_stride = 8;
-    args.dtype = launch::DType::float32;
+    args.dtype = DType::float32;
     launch::bias_gelu(args, nullptr);
     expect_each(out, exact, 1, 1.0, "gelu");
 }

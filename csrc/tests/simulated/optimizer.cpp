@@ -121,8 +121,7 @@ CASE("adamw of unaligned tensors") {
 CASE("adamw of no elements") {
     check<float, float>({}, false);
     check<bf16, float>({{5}, {100, {1}}}, true);
-    launch::AdamW args{
-        {}, 1, lr, beta1, beta2, eps, weight_decay, launch::DType::float32, launch::DType::float32};
+    launch::AdamW args{{}, 1, lr, beta1, beta2, eps, weight_decay, DType::float32, DType::float32};
     args.tensors.push_back({nullptr, nullptr, nullptr, nullptr, nullptr, 0});
     launch::adamw(args, nullptr);
 }
@@ -139,15 +138,7 @@ CASE("adamw of many tensors") {
 }
 
 CASE("adamw refuses moments of another storage") {
-    launch::AdamW args{{},
-                       1,
-                       lr,
-                       beta1,
-                       beta2,
-                       eps,
-                       weight_decay,
-                       launch::DType::float32,
-                       launch::DType::bfloat16};
+    launch::AdamW args{{}, 1, lr, beta1, beta2, eps, weight_decay, DType::float32, DType::bfloat16};
     expect_error("moments", [&] { launch::adamw(args, nullptr); });
 }
 

@@ -12,18 +12,18 @@
 namespace gpt2fast::simulated {
 
 template <class T>
-constexpr launch::DType dtype_of = std::is_same_v<T, float>  ? launch::DType::float32
-                                   : std::is_same_v<T, fp16> ? launch::DType::float16
-                                   : std::is_same_v<T, bf16> ? launch::DType::bfloat16
-                                                             : launch::DType::int8;
+constexpr DType dtype_of = std::is_same_v<T, float>  ? DType::float32
+                           : std::is_same_v<T, fp16> ? DType::float16
+                           : std::is_same_v<T, bf16> ? DType::bfloat16
+                                                     : DType::int8;
 
 template <class T>
 std::string name_of() {
-    constexpr launch::DType dtype = dtype_of<T>;
-    return dtype == launch::DType::float32    ? "fp32"
-           : dtype == launch::DType::float16  ? "fp16"
-           : dtype == launch::DType::bfloat16 ? "bf16"
-                                              : "int8";
+    constexpr DType dtype = dtype_of<T>;
+    return dtype == DType::float32    ? "fp32"
+           : dtype == DType::float16  ? "fp16"
+           : dtype == DType::bfloat16 ? "bf16"
+                                      : "int8";
 }
 
 // Where rows lie: `offset` elements behind aligned memory, with `gap` elements between them.
