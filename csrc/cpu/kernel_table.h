@@ -1,4 +1,26 @@
-// All kernels, compiled for the instruction set GPT2FAST_ISA, and their table.
+// All kernels, compiled for one instruction set, and their table. A file of isa/ names the
+// instruction set (GPT2FAST_ISA), the header of its vectors (GPT2FAST_SIMD) and, unless the
+// compiler may use it everywhere, what to switch on (GPT2FAST_TARGET), then includes this.
+#include "prelude.h"
+
+#define GPT2FAST_PRAGMA(text) _Pragma(#text)
+#define GPT2FAST_STRING_(text) #text
+#define GPT2FAST_STRING(text) GPT2FAST_STRING_(text)
+#define GPT2FAST_TABLE_(isa) kernels_##isa
+#define GPT2FAST_TABLE(isa) GPT2FAST_TABLE_(isa)
+
+#if defined(GPT2FAST_TARGET) && defined(__clang__)
+#define GPT2FAST_SWITCH_ON(sets) \
+    GPT2FAST_PRAGMA(clang attribute push(__attribute__((target(sets))), apply_to = function))
+GPT2FAST_SWITCH_ON(GPT2FAST_TARGET)
+#elif defined(GPT2FAST_TARGET)
+#pragma GCC push_options
+#define GPT2FAST_SWITCH_ON(sets) GPT2FAST_PRAGMA(GCC target(sets))
+GPT2FAST_SWITCH_ON(GPT2FAST_TARGET)
+#endif
+
+#include GPT2FAST_SIMD
+
 #include "simd/math.h"
 
 #include "attention_backward.h"
@@ -9,45 +31,24 @@
 #include "embedding.h"
 #include "gemm.h"
 #include "layer_norm.h"
+#include "matmul.h"
 #include "mlp.h"
 #include "optimizer.h"
-#include "matmul.h"
 #include "sampling.h"
-
-#define GPT2FAST_NAME_(isa) #isa
-#define GPT2FAST_NAME(isa) GPT2FAST_NAME_(isa)
-#define GPT2FAST_TABLE_(isa) kernels_##isa
-#define GPT2FAST_TABLE(isa) GPT2FAST_TABLE_(isa)
 
 namespace gpt2fast {
 
 extern const Kernels GPT2FAST_TABLE(GPT2FAST_ISA);
-const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {
-    // clang-format off
-    GPT2FAST_NAME(GPT2FAST_ISA),
-    GPT2FAST_ISA::bias_gelu,
-    GPT2FAST_ISA::bias_gelu_backward,
-    GPT2FAST_ISA::add_blocks,
-    GPT2FAST_ISA::matmul_pays,
-    GPT2FAST_ISA::matmul_plan,
-    GPT2FAST_ISA::matmul_pack,
-    GPT2FAST_ISA::matmul,
-    GPT2FAST_ISA::layer_norm,
-    GPT2FAST_ISA::layer_norm_backward,
-    GPT2FAST_ISA::attention,
-    GPT2FAST_ISA::attention_backward,
-    GPT2FAST_ISA::cross_entropy,
-    GPT2FAST_ISA::adamw,
-    GPT2FAST_ISA::embedding,
-    GPT2FAST_ISA::embedding_backward,
-    GPT2FAST_ISA::cached_attention,
-    GPT2FAST_ISA::append_to_cache,
-    GPT2FAST_ISA::reorder_cache,
-    GPT2FAST_ISA::sample,
-    GPT2FAST_ISA::sample_workspace,
-    GPT2FAST_ISA::step,
-    GPT2FAST_ISA::step_workspace,
-    // clang-format on
+const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {GPT2FAST_STRING(GPT2FAST_ISA),
+#define GPT2FAST_ENTRY(Result, kernel, arguments) GPT2FAST_ISA::kernel,
+                                              GPT2FAST_KERNELS(GPT2FAST_ENTRY)
+#undef GPT2FAST_ENTRY
 };
 
 }  // namespace gpt2fast
+
+#if defined(GPT2FAST_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#elif defined(GPT2FAST_TARGET)
+#pragma GCC pop_options
+#endif

@@ -1,4 +1,4 @@
-// What every instruction set offers: one table of functions, filled by isa/<name>.cpp.
+// The kernels of an instruction set: one table of functions, filled by isa/<name>.cpp.
 //
 // A kernel of a single op handles rows [begin, end) of its arguments and starts no thread: who
 // calls decides how ranges are spread. Only the whole-model step takes a thread team.
@@ -257,31 +257,40 @@ struct Sample {
 struct StepArgs;
 class Worker;
 
+// The kernels: what each returns, its name, its arguments. A new one is a line here and a function
+// of that name in a header that kernel_table.h includes.
+// clang-format off
+#define GPT2FAST_KERNELS(KERNEL)                                                                  \
+    KERNEL(void, bias_gelu, (const BiasGelu&, int64_t begin, int64_t end))                        \
+    KERNEL(void, bias_gelu_backward, (const BiasGeluBackward&, int64_t begin, int64_t end))       \
+    KERNEL(void, add_blocks, (const AddBlocks&, int64_t begin, int64_t end))                      \
+    /* Whether a product of float32 (of bfloat16, if narrow) here is faster than torch's own. */  \
+    KERNEL(bool, matmul_pays, (bool narrow))                                                      \
+    KERNEL(MatmulPlan, matmul_plan, (const Matmul&, int threads))                                 \
+    KERNEL(void, matmul_pack, (const Matmul&, int64_t begin, int64_t end))                        \
+    KERNEL(void, matmul, (const Matmul&, int64_t begin, int64_t end))                             \
+    KERNEL(void, layer_norm, (const LayerNorm&, int64_t begin, int64_t end))                      \
+    KERNEL(void, layer_norm_backward, (const LayerNormBackward&, int64_t begin, int64_t end))     \
+    KERNEL(void, attention, (const Attention&, int64_t begin, int64_t end))                       \
+    KERNEL(void, attention_backward, (const AttentionBackward&, int64_t begin, int64_t end))      \
+    KERNEL(void, cross_entropy, (const CrossEntropy&, int64_t begin, int64_t end))                \
+    KERNEL(void, adamw, (const AdamW&, int64_t begin, int64_t end))                               \
+    KERNEL(void, embedding, (const Embedding&, int64_t begin, int64_t end))                       \
+    KERNEL(void, embedding_backward, (const EmbeddingBackward&, int64_t begin, int64_t end))      \
+    KERNEL(void, cached_attention, (const CachedAttention&, int64_t begin, int64_t end))          \
+    KERNEL(void, append_to_cache, (const AppendToCache&, int64_t begin, int64_t end))             \
+    KERNEL(void, reorder_cache, (const ReorderCache&, int64_t begin, int64_t end))                \
+    KERNEL(void, sample, (const Sample&, int64_t begin, int64_t end, uint8_t* workspace))         \
+    KERNEL(int64_t, sample_workspace, (const Sample&))  /* bytes for a thread */                  \
+    KERNEL(void, step, (const StepArgs&, Worker&))                                                \
+    KERNEL(int64_t, step_workspace, (const StepArgs&, int threads))  /* bytes */
+// clang-format on
+
 struct Kernels {
-    const char* name;
-    void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
-    void (*bias_gelu_backward)(const BiasGeluBackward&, int64_t begin, int64_t end);
-    void (*add_blocks)(const AddBlocks&, int64_t begin, int64_t end);
-    // Whether a product of float32 (of bfloat16, if narrow) here is faster than torch's own.
-    bool (*matmul_pays)(bool narrow);
-    MatmulPlan (*matmul_plan)(const Matmul&, int threads);
-    void (*matmul_pack)(const Matmul&, int64_t begin, int64_t end);
-    void (*matmul)(const Matmul&, int64_t begin, int64_t end);
-    void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end);
-    void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end);
-    void (*attention)(const Attention&, int64_t begin, int64_t end);
-    void (*attention_backward)(const AttentionBackward&, int64_t begin, int64_t end);
-    void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end);
-    void (*adamw)(const AdamW&, int64_t begin, int64_t end);
-    void (*embedding)(const Embedding&, int64_t begin, int64_t end);
-    void (*embedding_backward)(const EmbeddingBackward&, int64_t begin, int64_t end);
-    void (*cached_attention)(const CachedAttention&, int64_t begin, int64_t end);
-    void (*append_to_cache)(const AppendToCache&, int64_t begin, int64_t end);
-    void (*reorder_cache)(const ReorderCache&, int64_t begin, int64_t end);
-    void (*sample)(const Sample&, int64_t begin, int64_t end, uint8_t* workspace);
-    int64_t (*sample_workspace)(const Sample&);  // bytes for a thread
-    void (*step)(const StepArgs&, Worker&);
-    int64_t (*step_workspace)(const StepArgs&, int threads);  // bytes
+    const char* name;  // of the instruction set
+#define GPT2FAST_POINTER(Result, kernel, arguments) Result(*kernel) arguments;
+    GPT2FAST_KERNELS(GPT2FAST_POINTER)
+#undef GPT2FAST_POINTER
 };
 
 // The table of the best instruction set that this processor has, or of the one that the

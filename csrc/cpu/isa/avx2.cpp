@@ -1,24 +1,7 @@
-// Every kernel for avx2,fma,f16c.
+// Every kernel for AVX2.
 #if defined(__x86_64__)
-
 #define GPT2FAST_ISA avx2
-#include "../prelude.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
-#include "../simd/avx2.h"
-
+#define GPT2FAST_SIMD "simd/avx2.h"
+#define GPT2FAST_TARGET "avx2,fma,f16c"
 #include "../kernel_table.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
 #endif

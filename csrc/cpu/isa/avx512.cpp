@@ -1,26 +1,7 @@
-// Every kernel for avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c.
+// Every kernel for AVX-512.
 #if defined(__x86_64__)
-
 #define GPT2FAST_ISA avx512
-#include "../prelude.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(                                                               \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
-#endif
-
-#include "../simd/avx512.h"
-
+#define GPT2FAST_SIMD "simd/avx512.h"
+#define GPT2FAST_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
 #include "../kernel_table.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
 #endif

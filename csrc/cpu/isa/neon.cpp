@@ -1,10 +1,6 @@
 // Every kernel for AArch64, all of which has NEON.
 #if defined(__aarch64__)
-
 #define GPT2FAST_ISA neon
-#include "../prelude.h"
-#include "../simd/neon.h"
-
+#define GPT2FAST_SIMD "simd/neon.h"
 #include "../kernel_table.h"
-
 #endif

@@ -1,6 +1,4 @@
 // Every kernel for whatever the compiler was told to build for.
 #define GPT2FAST_ISA portable
-#include "../prelude.h"
-#include "../simd/portable.h"
-
+#define GPT2FAST_SIMD "simd/portable.h"
 #include "../kernel_table.h"
