@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/sampling.h"
 #include "step.h"
 #include "types.h"
 
@@ -233,25 +234,6 @@ struct ReorderCache {
     int64_t steps;
     int64_t row_stride, entry_stride, head_stride, head_bytes;  // bytes
     int64_t heads;
-};
-
-// One token for each row of logits; gpt2fast/ops/sampling.py says what the options mean.
-struct Sample {
-    const void* logits;  // (rows, vocab)
-    int64_t vocab;
-    int64_t logits_stride;
-    DType dtype;
-    const int64_t* history;  // (rows, history_length)
-    int64_t history_length, history_stride, history_step;
-    const float* uniform;  // (rows), or null: the highest score
-    int64_t uniform_stride;
-    float temperature;
-    int64_t top_k;
-    double top_p;
-    float min_p;
-    float repetition_penalty;
-    int64_t no_repeat_ngram_size;
-    int64_t* out;  // (rows)
 };
 
 struct StepArgs;

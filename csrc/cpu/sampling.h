@@ -60,8 +60,7 @@ private:
     template <typename T>
     int64_t choose_from() {
         const T* x = static_cast<const T*>(args_.logits) + row_ * args_.logits_stride;
-        const bool reads_history = args_.history_length > 0 && (args_.repetition_penalty != 1.0f ||
-                                                                args_.no_repeat_ngram_size > 0);
+        const bool reads_history = args_.history_length > 0 && args_.reads_history();
         if (reads_history) {
             for (int64_t i = 0; i < vocab_ / score_group; ++i) {
                 for (int64_t j = i * score_group; j < (i + 1) * score_group; j += Vec::width) {
@@ -99,7 +98,7 @@ private:
     void penalise(const T* x) {
         const int64_t* history = args_.history + row_ * args_.history_stride;
         const int64_t step = args_.history_step, length = args_.history_length;
-        const float penalty = args_.repetition_penalty;
+        const float penalty = float(args_.repetition_penalty);
         if (penalty != 1.0f) {
             for (int64_t i = 0; i < length; ++i) {
                 const int64_t token = history[i * step];
@@ -177,7 +176,7 @@ private:
     template <typename T, bool divide>
     void read_groups(const T* x) {
         const Vec infinity(std::numeric_limits<float>::infinity());
-        const Vec lowest(-std::numeric_limits<float>::max()), temperature(args_.temperature);
+        const Vec lowest(-std::numeric_limits<float>::max()), temperature(float(args_.temperature));
         Vec smallest = infinity;
         largest_ = -std::numeric_limits<float>::infinity();
         const auto read_group = [&](int64_t group, const auto* from) {
@@ -415,7 +414,7 @@ private:
         const int64_t begin = group * score_group;
         const bool split = begin < kept.split && kept.split < begin + score_group;
         const Vec low(begin < kept.split && !split ? kept.before : kept.after);
-        const Vec least(args_.min_p), none(0.0f);
+        const Vec least(float(args_.min_p)), none(0.0f);
         for (int64_t i = 0; i < score_group; i += Vec::width) {
             const Vec score = Vec::load(scores_ + begin + i);
             Vec weight = exp(score - Vec(largest_));

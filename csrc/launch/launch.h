@@ -9,13 +9,12 @@
 #include <cstdint>
 
 #include "../common/dtype.h"
+#include "../common/rounding.h"
 
 namespace gpt2fast::launch {
 
 // Launchers work on the current device of the CUDA run-time that they are linked with, which may be
 // another one than their caller's: call this first.
 void use_device(int index);
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace gpt2fast::launch

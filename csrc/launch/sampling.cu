@@ -26,8 +26,7 @@ void sample(const Sample& args, void* stream) {
     }
     if (args.rows > 65535) throw std::invalid_argument("more rows than a grid has blocks");
     const bool greedy = args.uniform == nullptr;
-    const bool reads_history = args.history_length > 0 &&
-                               (args.repetition_penalty != 1.0 || args.no_repeat_ngram_size > 0);
+    const bool reads_history = args.history_length > 0 && args.reads_history();
     const int64_t blocks = sample_blocks(args.vocab);
     auto* best = static_cast<unsigned long long*>(args.best);
     with_float(args.dtype, [&](auto type) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -15,7 +16,12 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
+
+#include "../../common/dtype.h"
+#include "../../common/rounding.h"
 
 namespace gpt2fast::binding {
 
@@ -35,6 +41,12 @@ template <typename... Parts>
     do {                                                            \
         if (!(condition)) ::gpt2fast::binding::refuse(__VA_ARGS__); \
     } while (false)
+
+inline Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 inline std::string text_of(const int64_t* sizes, int64_t count) {
     std::ostringstream text;
@@ -118,6 +130,17 @@ inline void check_device(const Tensor& x, const char* name, const Tensor& like, 
     GPT2FAST_CHECK(x.is_cpu() == like.is_cpu() && x.is_cuda() == like.is_cuda() &&
                        x.get_device_index() == like.get_device_index(),
                    name, " must be on the device of ", other);
+}
+
+// (batch, time, heads, head size), all alike, their last dimension contiguous.
+inline void check_heads(std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
+    const auto& [q, first] = *tensors.begin();
+    check_rows(*q, first, {-1, -1, -1, -1});
+    for (const auto& [x, name] : tensors) {
+        check_rows(*x, name, {q->size(0), q->size(1), q->size(2), q->size(3)});
+        check_same_type(*x, name, *q, first);
+        check_device(*x, name, *q, first);
+    }
 }
 
 // (batch, time): which positions can be seen.

@@ -1,53 +1,11 @@
 // Ops on a cache of keys and values.
-#include "tensors.h"
-
 #include <limits>
-#include <utility>
 
 #include "../../cpu/row_copies.h"
+#include "tensors.h"
 
 namespace gpt2fast::binding {
 namespace {
-
-// A (batch, time, heads, head size) tensor whose last dimension is contiguous.
-Heads heads_of(const Tensor& x, const char* name) {
-    check_rows(x, name, {-1, -1, -1, -1});
-    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
-                            double scale) {
-    CachedAttention args{};
-    args.q = heads_of(q, "q");
-    args.k = heads_of(k_cache, "k_cache");
-    args.v = heads_of(v_cache, "v_cache");
-    args.batch = q.size(0);
-    args.time = q.size(1);
-    args.heads = q.size(2);
-    args.head_dim = q.size(3);
-    args.entries = k_cache.size(1);
-    for (const Tensor* cache : {&k_cache, &v_cache}) {
-        GPT2FAST_CHECK(cache->size(0) == args.batch && cache->size(1) == args.entries &&
-                           cache->size(2) == args.heads && cache->size(3) == args.head_dim &&
-                           cache->scalar_type() == k_cache.scalar_type(),
-                       "caches must be (", args.batch, ", entries, ", args.heads, ", ",
-                       args.head_dim, ") and of one dtype");
-    }
-    std::vector<int64_t> copy;
-    args.lengths = checked(lengths, "lengths", args.batch, 0, args.entries, copy);
-    args.scale = float(scale);
-    args.dtype = float_dtype_of(q);
-    args.cache_dtype = float_dtype_of(k_cache);
-    Tensor out = torch::stable::new_empty(q, q.sizes());
-    args.out = out.mutable_data_ptr();
-    int64_t longest = 0;
-    for (int64_t i = 0; i < args.batch; ++i) longest = std::max(longest, args.lengths[i]);
-    const int64_t block = std::min(args.time, attention_queries);
-    const int64_t blocks = (args.time + attention_queries - 1) / attention_queries;
-    parallel(args.batch * blocks * args.heads, block * (longest + args.time) * args.head_dim,
-             [&](int64_t begin, int64_t end) { kernels().cached_attention(args, begin, end); });
-    return out;
-}
 
 void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths,
                      std::optional<Tensor> counts) {
@@ -89,8 +47,7 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
         args.row_stride = cache->stride(0);
         args.entry_stride = cache->stride(1);
         args.head_stride = cache->stride(2);
-        parallel(batch * args.time, args.heads * args.head_dim,
-                 [&](int64_t begin, int64_t end) { kernels().append_to_cache(args, begin, end); });
+        spread(kernels().append_to_cache, args, batch * args.time, args.heads * args.head_dim);
     }
 }
 
@@ -113,8 +70,8 @@ void reorder_cache(Tensor k_cache, Tensor v_cache, Tensor rows) {
         args.head_stride = cache->stride(2) * size;
         args.head_bytes = cache->size(3) * size;
         args.heads = cache->size(2);
-        parallel(cache->size(1), args.steps * args.heads * args.head_bytes / 4,
-                 [&](int64_t begin, int64_t end) { kernels().reorder_cache(args, begin, end); });
+        spread(kernels().reorder_cache, args, cache->size(1),
+               args.steps * args.heads * args.head_bytes / 4);
     }
 }
 
@@ -129,22 +86,8 @@ void release_rows(Tensor lengths, Tensor rows) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
-    m.def(
-        "attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
-        "float scale) -> Tensor");
-    m.def(
-        "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor lengths, Tensor? counts) -> ()");
-    m.def("reorder_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()");
-    m.def("release_rows(Tensor(a!) lengths, Tensor rows) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) {
-    m.impl("attention_with_cache", TORCH_BOX(&attention_with_cache));
-    m.impl("append_to_cache", TORCH_BOX(&append_to_cache));
-    m.impl("reorder_cache", TORCH_BOX(&reorder_cache));
-    m.impl("release_rows", TORCH_BOX(&release_rows));
-}
+GPT2FAST_OP(append_to_cache, "k, v, k_cache!, v_cache!, lengths, counts");
+GPT2FAST_OP(reorder_cache, "k_cache!, v_cache!, rows");
+GPT2FAST_OP(release_rows, "lengths!, rows");
 
 }  // namespace gpt2fast::binding

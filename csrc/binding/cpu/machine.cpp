@@ -44,19 +44,8 @@ double read_bandwidth(int64_t threads, int64_t bytes, int64_t repeats) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
-    m.def("isa() -> str");
-    m.def("read_bandwidth(int threads, int bytes, int repeats) -> float");
-    m.def("fingerprint(Tensor[] tensors) -> int");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CompositeExplicitAutograd, m) {
-    m.impl("isa", TORCH_BOX(&isa));
-    m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) {
-    m.impl("fingerprint", TORCH_BOX(&fingerprint));
-}
+GPT2FAST_OP_EVERYWHERE(isa, "");
+GPT2FAST_OP_EVERYWHERE(read_bandwidth, "threads, bytes, repeats");
+GPT2FAST_OP(fingerprint, "tensors");
 
 }  // namespace gpt2fast::binding

@@ -56,8 +56,6 @@ std::mutex Workspace::mutex_;
 std::unique_ptr<uint8_t[]> Workspace::kept_;
 int64_t Workspace::kept_size_ = 0;
 
-int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 // A matrix whose lines are its rows (of the left factor) or its columns (of the right one).
 View lines_of(const Tensor& x, int line, int input) {
     check_sizes(x, "a factor", {-1, -1});
@@ -68,7 +66,7 @@ View lines_of(const Tensor& x, int line, int input) {
 
 View from(View view, int64_t line, int64_t input) {
     const int64_t elements = line * view.line_stride + input * view.input_stride;
-    view.data = static_cast<const uint8_t*>(view.data) + elements * bytes_of(view.dtype);
+    view.data = static_cast<const uint8_t*>(view.data) + elements * size_of(view.dtype);
     return view;
 }
 
@@ -79,11 +77,9 @@ void multiply(Matmul args) {
     args.plan = kernels().matmul_plan(args, int(torch::stable::get_num_threads()));
     const Workspace workspace(args.plan.workspace);
     args.packed = workspace.aligned();
-    parallel(args.plan.tiles, args.inputs * 16,
-             [&](int64_t begin, int64_t end) { kernels().matmul_pack(args, begin, end); });
+    spread(kernels().matmul_pack, args, args.plan.tiles, args.inputs * 16);
     // An item is worth a thread.
-    parallel(args.plan.parts * args.plan.groups, args.inputs * args.rows,
-             [&](int64_t begin, int64_t end) { kernels().matmul(args, begin, end); });
+    spread(kernels().matmul, args, args.plan.parts * args.plan.groups, args.inputs * args.rows);
 }
 
 // out = (out if add else 0) + a b + bias, multiplied in bfloat16 if `narrow`; the sums of b's
@@ -107,7 +103,7 @@ void matmul(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add
                    "bfloat16 is multiplied as such");
     const int64_t per_word = narrow ? 2 : 1;
     const int64_t most = per_word * (wide ? most_words : most_narrow_words);
-    const int64_t blocks = std::max<int64_t>(1, (inputs + most - 1) / most);
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(inputs, most));
     std::optional<Tensor> sums;  // of all blocks but the last, where out cannot hold them
     if (blocks > 1 && !wide) sums = floats(out, {rows, columns});
     const Tensor& continued = sums ? *sums : out;
@@ -128,13 +124,13 @@ void matmul(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add
         args.out_dtype = dtype_of(to);
         // Many rows pass in turns.
         const int64_t fit = std::max<int64_t>(256, most_packed * per_word / args.inputs);
-        const int64_t turns = (rows + fit - 1) / fit;
+        const int64_t turns = ceil_div(rows, fit);
         for (int64_t turn = 0; turn < turns; ++turn) {
             const int64_t row = rows * turn / turns;
             args.rows = rows * (turn + 1) / turns - row;
             args.a = from(whole_a, row, first);
             args.out = static_cast<uint8_t*>(to.mutable_data_ptr()) +
-                       row * args.out_stride * bytes_of(args.out_dtype);
+                       row * args.out_stride * size_of(args.out_dtype);
             args.before =
                 block > 0 || add ? floats_of(continued) + row * args.before_stride : nullptr;
             args.column_sums = turn == 0 && column_sums ? floats_of(*column_sums) : nullptr;
@@ -145,17 +141,7 @@ void matmul(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
-    m.def("multiplies(bool narrow) -> bool");
-    m.def(
-        "matmul(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add, bool narrow, "
-        "Tensor(b!)? column_sums) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CompositeExplicitAutograd, m) {
-    m.impl("multiplies", TORCH_BOX(&multiplies));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) { m.impl("matmul", TORCH_BOX(&matmul)); }
+GPT2FAST_OP_EVERYWHERE(multiplies, "narrow");
+GPT2FAST_OP(matmul, "a, b, bias, out!, add, narrow, column_sums!");
 
 }  // namespace gpt2fast::binding

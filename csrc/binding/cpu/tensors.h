@@ -19,6 +19,12 @@
 #include "../../cpu/kernels.h"
 #include "../../cpu/team.h"
 #include "../common/check.h"
+#include "../common/registration.h"
+
+#define GPT2FAST_OP(op, names) GPT2FAST_REGISTER(gpt2fast_native, CPU, op, names)
+// An op without tensors.
+#define GPT2FAST_OP_EVERYWHERE(op, names) \
+    GPT2FAST_REGISTER(gpt2fast_native, CompositeExplicitAutograd, op, names)
 
 namespace gpt2fast::binding {
 
@@ -42,13 +48,30 @@ inline void check_on_cpu(const Tensor& x, const char* name) {
     GPT2FAST_CHECK(x.is_cpu(), name, " must be on the CPU");
 }
 
-// Runs kernel(begin, end) over ranges of [0, items) on torch's own threads; `work` is the cost of
-// an item in elements.
-template <typename Kernel>
-void parallel(int64_t items, int64_t work, Kernel kernel) {
-    constexpr int64_t worthwhile = 32768;  // elements for which a second thread pays
+// Elements for which a second thread pays.
+constexpr int64_t worthwhile = 32768;
+
+// Runs a kernel over ranges of [0, items) on torch's own threads; `work` is the cost of an item in
+// elements.
+template <typename Args>
+void spread(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items,
+            int64_t work) {
     const int64_t grain = std::max<int64_t>(1, worthwhile / std::max<int64_t>(1, work));
-    torch::stable::parallel_for(0, items, grain, kernel);
+    torch::stable::parallel_for(0, items, grain,
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+inline Blocks blocks_of(int64_t rows) {
+    return {rows, std::min<int64_t>(64, std::max<int64_t>(1, rows / 16))};
+}
+
+// The sums of the blocks in `sums` (blocks, stride), from column `first` on, added up.
+inline Tensor added_blocks(const Tensor& sums, int64_t first, int64_t columns, const Tensor& like) {
+    Tensor out = torch::stable::new_empty(like, {columns});
+    const AddBlocks args{floats_of(sums) + first, out.mutable_data_ptr(), sums.size(0),
+                         sums.size(1), dtype_of(like)};
+    spread(kernels().add_blocks, args, columns, sums.size(0));
+    return out;
 }
 
 // Threads of the team that a whole step runs on.
@@ -57,12 +80,11 @@ inline int threads() {
     return std::min(int(torch::stable::get_num_threads()), available);
 }
 
-// float32 tensors for what kernels share between their ranges.
-inline Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(like, sizes, ScalarType::Float);
+// A (batch, time, heads, head size) tensor, the last dimension contiguous.
+inline Heads heads_of(const Tensor& x, const char* name) {
+    check_rows(x, name, {-1, -1, -1, -1});
+    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
-
-inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 // int64 values of a vector, checked to lie in [low, high]; `copy` holds them where they are
 // strided.

@@ -1,8 +1,6 @@
 // Causal attention over whole sequences.
 #include "../../launch/attention.h"
 
-#include <utility>
-
 #include "tensors.h"
 
 namespace gpt2fast::binding {
@@ -10,18 +8,6 @@ namespace {
 
 launch::AttentionHeads heads_of(const Tensor& x) {
     return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-// (batch, time, heads, head_dim), all alike, their last dimension contiguous.
-void check_heads(std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
-    const Tensor& q = *tensors.begin()->first;
-    check_rows(q, tensors.begin()->second, {-1, -1, -1, -1});
-    float_dtype_of(q);
-    for (const auto& [x, name] : tensors) {
-        check_rows(*x, name, {q.size(0), q.size(1), q.size(2), q.size(3)});
-        check_same_type(*x, name, q, "q");
-        check_device(*x, name, q, "q");
-    }
 }
 
 launch::Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
@@ -53,6 +39,7 @@ launch::Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
                                      std::optional<Tensor> visible, double dropout_p,
                                      std::optional<Tensor> seed) {
+    float_dtype_of(q);
     check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}});
     const OnDeviceOf on(q);
     Tensor out = torch::stable::new_empty(q, q.sizes());
@@ -68,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
                                                       std::optional<Tensor> visible,
                                                       double dropout_p, std::optional<Tensor> seed,
                                                       bool deterministic) {
+    float_dtype_of(q);
     check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}, {&grad, "grad"}, {&out, "out"}});
     check_contiguous(lse, "lse", {q.size(0), q.size(2), q.size(1)});
     check_floats(lse, "lse");
@@ -87,19 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def(
-        "attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? visible, float dropout_p, "
-        "Tensor? seed) -> (Tensor, Tensor)");
-    m.def(
-        "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        "float scale, Tensor? visible, float dropout_p, Tensor? seed, bool deterministic) "
-        "-> (Tensor, Tensor, Tensor)");
-}
-
-GPT2FAST_CUDA_IMPL(m) {
-    m.impl("attention", TORCH_BOX(&attention));
-    m.impl("attention_backward", TORCH_BOX(&attention_backward));
-}
+GPT2FAST_OP(attention, "q, k, v, scale, visible, dropout_p, seed");
+GPT2FAST_OP(attention_backward,
+            "grad, q, k, v, out, lse, scale, visible, dropout_p, seed, deterministic");
 
 }  // namespace gpt2fast::binding

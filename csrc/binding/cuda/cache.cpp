@@ -67,19 +67,9 @@ void release_rows(Tensor lengths, Tensor rows) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def(
-        "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor lengths, Tensor? counts, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) "
-        "-> ()");
-    m.def("reorder_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()");
-    m.def("release_rows(Tensor(a!) lengths, Tensor rows) -> ()");
-}
-
-GPT2FAST_CUDA_IMPL(m) {
-    m.impl("append_to_cache", TORCH_BOX(&append_to_cache));
-    m.impl("reorder_cache", TORCH_BOX(&reorder_cache));
-    m.impl("release_rows", TORCH_BOX(&release_rows));
-}
+GPT2FAST_OP(append_to_cache,
+            "k, v, k_cache!, v_cache!, lengths, counts, k_scales!=None, v_scales!=None");
+GPT2FAST_OP(reorder_cache, "k_cache!, v_cache!, rows");
+GPT2FAST_OP(release_rows, "lengths!, rows");
 
 }  // namespace gpt2fast::binding

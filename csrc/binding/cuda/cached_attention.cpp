@@ -44,12 +44,7 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def(
-        "attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
-        "float scale, Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor");
-}
-
-GPT2FAST_CUDA_IMPL(m) { m.impl("attention_with_cache", TORCH_BOX(&attention_with_cache)); }
+GPT2FAST_OP(attention_with_cache,
+            "q, k_cache, v_cache, lengths, scale, k_scales=None, v_scales=None");
 
 }  // namespace gpt2fast::binding

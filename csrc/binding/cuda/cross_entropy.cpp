@@ -29,12 +29,6 @@ void cross_entropy(Tensor logits, Tensor targets, Tensor losses, int64_t ignore_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def(
-        "cross_entropy(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, int ignore_index, "
-        "Tensor factor, bool differentiate) -> ()");
-}
-
-GPT2FAST_CUDA_IMPL(m) { m.impl("cross_entropy", TORCH_BOX(&cross_entropy)); }
+GPT2FAST_OP(cross_entropy, "logits!, targets, losses!, ignore_index, factor, differentiate");
 
 }  // namespace gpt2fast::binding

@@ -89,24 +89,10 @@ bool cublaslt_column_sums(Tensor a, Tensor b, Tensor out, Tensor sums) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def("cublaslt_missing(Tensor x) -> str");
-    m.def("cublaslt_bias(Tensor a, Tensor b, Tensor bias, Tensor(a!) out) -> bool");
-    m.def(
-        "cublaslt_bias_gelu(Tensor a, Tensor b, Tensor bias, Tensor(a!) out, Tensor(b!)? inner) "
-        "-> bool");
-    m.def(
-        "cublaslt_gelu_gradient(Tensor a, Tensor b, Tensor inner, Tensor(a!) out, Tensor(b!) sums) "
-        "-> bool");
-    m.def("cublaslt_column_sums(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) sums) -> bool");
-}
-
-GPT2FAST_CUDA_IMPL(m) {
-    m.impl("cublaslt_missing", TORCH_BOX(&cublaslt_missing));
-    m.impl("cublaslt_bias", TORCH_BOX(&cublaslt_bias));
-    m.impl("cublaslt_bias_gelu", TORCH_BOX(&cublaslt_bias_gelu));
-    m.impl("cublaslt_gelu_gradient", TORCH_BOX(&cublaslt_gelu_gradient));
-    m.impl("cublaslt_column_sums", TORCH_BOX(&cublaslt_column_sums));
-}
+GPT2FAST_OP(cublaslt_missing, "x");
+GPT2FAST_OP(cublaslt_bias, "a, b, bias, out!");
+GPT2FAST_OP(cublaslt_bias_gelu, "a, b, bias, out!, inner!");
+GPT2FAST_OP(cublaslt_gelu_gradient, "a, b, inner, out!, sums!");
+GPT2FAST_OP(cublaslt_column_sums, "a, b, out!, sums!");
 
 }  // namespace gpt2fast::binding

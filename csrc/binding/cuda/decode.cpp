@@ -118,13 +118,8 @@ Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def(
-        "decode_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor tokens, "
-        "Tensor positions, Tensor lengths, float[] scales, float eps, "
-        "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor");
-}
-
-GPT2FAST_CUDA_IMPL(m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
+GPT2FAST_OP(decode_step,
+            "weights, k_cache!, v_cache!, tokens, positions, lengths, scales, eps, k_scales!=None, "
+            "v_scales!=None");
 
 }  // namespace gpt2fast::binding

@@ -49,14 +49,7 @@ Tensor embedding_backward(Tensor grad, Tensor sorted, Tensor order, int64_t rows
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def("embedding(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) -> Tensor");
-    m.def("embedding_backward(Tensor grad, Tensor sorted, Tensor order, int rows) -> Tensor");
-}
-
-GPT2FAST_CUDA_IMPL(m) {
-    m.impl("embedding", TORCH_BOX(&embedding));
-    m.impl("embedding_backward", TORCH_BOX(&embedding_backward));
-}
+GPT2FAST_OP(embedding, "tokens, positions, wte, wpe");
+GPT2FAST_OP(embedding_backward, "grad, sorted, order, rows");
 
 }  // namespace gpt2fast::binding

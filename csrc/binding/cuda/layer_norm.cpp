@@ -75,18 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_normed,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def(
-        "layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-    m.def(
-        "layer_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, "
-        "Tensor mean, Tensor rstd, Tensor weight) -> (Tensor, Tensor, Tensor)");
-}
-
-GPT2FAST_CUDA_IMPL(m) {
-    m.impl("layer_norm", TORCH_BOX(&layer_norm));
-    m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
-}
+GPT2FAST_OP(layer_norm, "x, residual, weight, bias, eps");
+GPT2FAST_OP(layer_norm_backward, "grad_normed, grad_summed, summed, mean, rstd, weight");
 
 }  // namespace gpt2fast::binding

@@ -65,18 +65,8 @@ Tensor sum_rows(Tensor x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
-    m.def(
-        "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, Tensor(a!) grad_x, "
-        "Tensor(b!)? activated) -> Tensor");
-    m.def("sum_rows(Tensor x) -> Tensor");
-}
-
-GPT2FAST_CUDA_IMPL(m) {
-    m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
-    m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
-    m.impl("sum_rows", TORCH_BOX(&sum_rows));
-}
+GPT2FAST_OP(bias_gelu, "x, bias");
+GPT2FAST_OP(bias_gelu_backward, "grad, x, bias, grad_x!, activated!");
+GPT2FAST_OP(sum_rows, "x");
 
 }  // namespace gpt2fast::binding

@@ -63,13 +63,8 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_cuda, m) {
-    m.def(
-        "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, int step, float lr, float beta1, "
-        "float beta2, float eps, float weight_decay) -> ()");
-}
-
-GPT2FAST_CUDA_IMPL(m) { m.impl("adamw", TORCH_BOX(&adamw)); }
+GPT2FAST_OP(
+    adamw,
+    "params!, grads, exp_avgs!, exp_avg_sqs!, masters!, step, lr, beta1, beta2, eps, weight_decay");
 
 }  // namespace gpt2fast::binding

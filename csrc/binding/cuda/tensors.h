@@ -19,11 +19,12 @@
 
 #include "../../launch/launch.h"
 #include "../common/check.h"
+#include "../common/registration.h"
 
 #ifdef GPT2FAST_SIMULATED
-#define GPT2FAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(gpt2fast_cuda, CPU, m)
+#define GPT2FAST_OP(op, names) GPT2FAST_REGISTER(gpt2fast_cuda, CPU, op, names)
 #else
-#define GPT2FAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(gpt2fast_cuda, CUDA, m)
+#define GPT2FAST_OP(op, names) GPT2FAST_REGISTER(gpt2fast_cuda, CUDA, op, names)
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
@@ -67,12 +68,6 @@ private:
     torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
-
-inline Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(like, sizes, ScalarType::Float);
-}
-
-inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 inline const void* data_of(const std::optional<Tensor>& x) {
     return x.has_value() ? x->const_data_ptr() : nullptr;

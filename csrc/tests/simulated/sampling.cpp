@@ -9,19 +9,12 @@
 namespace gpt2fast::simulated {
 namespace {
 
-struct Choice {
-    double temperature = 1.0;
-    int64_t top_k = 0;
-    double top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0;
-    int64_t no_repeat_ngram_size = 0;
-};
-
 constexpr double minus_infinity = -std::numeric_limits<double>::infinity();
 
 using Scores = std::vector<double>;
 using History = std::vector<int64_t>;
 
-void penalise(Scores& scores, const History& history, const Choice& choice) {
+void penalise(Scores& scores, const History& history, const SamplingOptions& choice) {
     const Scores given = scores;
     for (const int64_t token : history) {
         if (token < 0) continue;
@@ -77,7 +70,7 @@ struct Drawn {
     double margin;
 };
 
-Drawn draw(Scores scores, const History& history, const Choice& choice, double uniform) {
+Drawn draw(Scores scores, const History& history, const SamplingOptions& choice, double uniform) {
     penalise(scores, history, choice);
     for (double& score : scores) score /= choice.temperature;
     if (choice.top_k > 0) keep_top_k(scores, choice.top_k);
@@ -102,7 +95,7 @@ Drawn draw(Scores scores, const History& history, const Choice& choice, double u
 template <class T>
 Buffer<int64_t> sample(const Rows<T>& logits, int64_t rows, int64_t vocab,
                        const Buffer<int64_t>& history, int64_t length, const Buffer<float>* uniform,
-                       const Choice& choice) {
+                       const SamplingOptions& choice) {
     Buffer<int64_t> out(rows);
     Buffer<float> scores(uniform == nullptr ? 0 : rows * vocab);
     Buffer<uint64_t> best(rows * launch::sample_blocks(vocab));
@@ -119,12 +112,7 @@ Buffer<int64_t> sample(const Rows<T>& logits, int64_t rows, int64_t vocab,
     args.rows = rows;
     args.vocab = vocab;
     args.dtype = dtype_of<T>;
-    args.temperature = choice.temperature;
-    args.top_k = choice.top_k;
-    args.top_p = choice.top_p;
-    args.min_p = choice.min_p;
-    args.repetition_penalty = choice.repetition_penalty;
-    args.no_repeat_ngram_size = choice.no_repeat_ngram_size;
+    static_cast<SamplingOptions&>(args) = choice;
     args.scores = scores.data();
     args.best = best.data();
     launch::sample(args, nullptr);
@@ -138,7 +126,8 @@ Scores row_of(const Rows<float>& logits, int64_t row, int64_t vocab) {
 }
 
 // Logits are multiples of `grain`, so that several are equal.
-void check_draws(int64_t rows, int64_t vocab, float scale, float grain, const Choice& choice) {
+void check_draws(int64_t rows, int64_t vocab, float scale, float grain,
+                 const SamplingOptions& choice) {
     Random random;
     Rows<float> logits(random, rows, vocab, {1, 3}, scale);
     for (int64_t row = 0; row < rows; ++row) {
@@ -198,7 +187,7 @@ CASE("sample the highest score") {
     logits.set(2, 70, INFINITY);
     for (int64_t i = 0; i < vocab; ++i) logits.set(3, i, i == 4 ? 2.0f : i == 9 ? 1.5f : -1.0f);
     const Buffer<int64_t> none(0);
-    const Choice penalties{1.0, 0, 1.0, 0.0, 1.5, 0};
+    const SamplingOptions penalties{1.0, 0, 1.0, 0.0, 1.5, 0};
     const Buffer<int64_t> history = integers({-1, -1, 4, 2, 4, 4, 2});
     Buffer<int64_t> repeated(rows * length);
     for (int64_t i = 0; i < repeated.size(); ++i) repeated[i] = history[i % length];
@@ -228,7 +217,7 @@ CASE("sample a row without probabilities") {
     for (int64_t i = 0; i < 300; ++i) logits.set(2, i, float(minus_infinity));
     const Buffer<int64_t> none(0);
     const Buffer<float> uniform(3, 0.5f);
-    const Choice choice{1.0, 3, 0.9, 0.1};
+    const SamplingOptions choice{1.0, 3, 0.9, 0.1};
     expect_equal(sample(logits, 3, 300, none, 0, &uniform, choice), {0, 0, 0}, "token 0");
 }
 

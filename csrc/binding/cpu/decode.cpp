@@ -1,12 +1,9 @@
-// Whole steps of a packed model, and the choice of a token.
-#include "tensors.h"
-
-#include <cmath>
+// Whole steps of a packed model.
 #include <cstdlib>
 #include <memory>
-#include <utility>
 
 #include "../../cpu/step.h"
+#include "sampling.h"
 
 namespace gpt2fast::binding {
 namespace {
@@ -66,7 +63,7 @@ private:
     void floats(int64_t at, int64_t count) const {
         require(at % 64 == 0);
         // Read in whole panels.
-        inside(at, 4 * ((count + panel_columns - 1) / panel_columns * panel_columns));
+        inside(at, 4 * panel_columns * ceil_div(count, panel_columns));
     }
     void matrix(const PackedMatrix& w, int64_t inputs, int64_t outputs, bool has_bias) const {
         require(w.inputs == inputs && w.outputs == outputs && w.data % 64 == 0);
@@ -74,7 +71,7 @@ private:
         require(quantized || w.format == Format::float32 || w.format == Format::bfloat16);
         require(quantized ? w.group == 32 || w.group == 64 : w.group == 0);
         const int64_t unit = quantized ? w.group : w.format == Format::bfloat16 ? 2 : 1;
-        require(w.padded_inputs == (inputs + unit - 1) / unit * unit);
+        require(w.padded_inputs == ceil_div(inputs, unit) * unit);
         const int64_t bits = w.format == Format::float32    ? 32
                              : w.format == Format::bfloat16 ? 16
                              : w.format == Format::int8     ? 8
@@ -221,118 +218,13 @@ Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<T
     return logits;
 }
 
-// How tokens are chosen: the options of `sample`.
-struct Choice {
-    double temperature;
-    int64_t top_k;
-    double top_p, min_p, repetition_penalty;
-    int64_t no_repeat_ngram_size;
-
-    bool reads_history() const { return repetition_penalty != 1.0 || no_repeat_ngram_size > 0; }
-};
-
-// As gpt2fast/ops/sampling.py does, which words it better.
-void check_choice(const Choice& choice) {
-    const auto finite = [](double x) { return std::isfinite(x); };
-    GPT2FAST_CHECK(choice.temperature > 0.0 && finite(choice.temperature) &&
-                       choice.repetition_penalty > 0.0 && finite(choice.repetition_penalty),
-                   "temperature and repetition_penalty must be finite numbers above 0");
-    GPT2FAST_CHECK(
-        choice.top_p >= 0.0 && choice.top_p <= 1.0 && choice.min_p >= 0.0 && choice.min_p <= 1.0,
-        "top_p and min_p must be in [0, 1]");
-    GPT2FAST_CHECK(choice.top_k >= 0 && choice.no_repeat_ngram_size >= 0,
-                   "top_k and no_repeat_ngram_size must be 0 at least");
-}
-
-// What both ops that choose tokens share; logits, history and the result are left to them.
-Sample sample_args(const Choice& choice, int64_t rows, const std::optional<Tensor>& uniform) {
-    Sample args{};
-    if (uniform) {
-        check_on_cpu(*uniform, "uniform");
-        check_sizes(*uniform, "uniform", {rows});
-        check_floats(*uniform, "uniform");
-        args.uniform = static_cast<const float*>(uniform->const_data_ptr());
-        args.uniform_stride = uniform->stride(0);
-        for (int64_t i = 0; i < rows; ++i) {
-            const float number = args.uniform[i * args.uniform_stride];
-            GPT2FAST_CHECK(number >= 0.0f && number < 1.0f, "uniform[", i, "] = ", number,
-                           " is not in [0, 1)");
-        }
-    }
-    check_choice(choice);
-    args.temperature = float(choice.temperature);
-    args.top_k = choice.top_k;
-    args.top_p = choice.top_p;
-    args.min_p = float(choice.min_p);
-    args.repetition_penalty = float(choice.repetition_penalty);
-    args.no_repeat_ngram_size = choice.no_repeat_ngram_size;
-    return args;
-}
-
-void set_history(Sample& args, const Tensor& history, int64_t rows) {
-    check_on_cpu(history, "history");
-    check_sizes(history, "history", {rows, -1});
-    check_integers(history, "history");
-    args.history = static_cast<const int64_t*>(history.const_data_ptr());
-    args.history_length = history.size(1);
-    args.history_stride = history.stride(0);
-    args.history_step = history.stride(1);
-}
-
-// Room for each worker of a team to choose in. Kept between steps: fresh memory of this size would
-// be mapped and cleared for each.
-uint8_t* sample_workspace(int64_t bytes) {
-    thread_local std::vector<uint8_t> workspace;
-    if (workspace.size() < size_t(bytes)) workspace.resize(size_t(bytes));
-    return workspace.data();
-}
-
-void choose_rows(const Sample& args, int64_t rows, Worker& worker, uint8_t* workspace,
-                 int64_t bytes) {
-    worker.for_each(rows, [&](int64_t row) {
-        kernels().sample(args, row, row + 1, workspace + bytes * worker.index());
-    });
-}
-
-int64_t sample_bytes(const Sample& args) {
-    return (kernels().sample_workspace(args) + 63) / 64 * 64;
-}
-
-Tensor sample(Tensor logits, Tensor history, std::optional<Tensor> uniform, double temperature,
-              int64_t top_k, double top_p, double min_p, double repetition_penalty,
-              int64_t no_repeat_ngram_size) {
-    check_rows(logits, "logits", {-1, -1});
-    GPT2FAST_CHECK(logits.size(1) > 0, "logits have no token to choose");
-    const int64_t rows = logits.size(0);
-    const Choice choice{temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size};
-    Sample args = sample_args(choice, rows, uniform);
-    args.logits = logits.const_data_ptr();
-    args.vocab = logits.size(1);
-    args.logits_stride = logits.stride(0);
-    args.dtype = float_dtype_of(logits);
-    if (choice.reads_history()) set_history(args, history, rows);
-    Tensor out = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
-    args.out = static_cast<int64_t*>(out.mutable_data_ptr());
-
-    // The team, not torch's threads: those would spin on, into the model's next step.
-    constexpr int64_t worthwhile = 32768;  // elements for which a second thread pays
-    const int team = rows * args.vocab < worthwhile ? 1 : int(std::min<int64_t>(rows, threads()));
-    const int64_t bytes = sample_bytes(args);
-    uint8_t* const workspace = sample_workspace(bytes * team);
-    if (team == 1) {
-        kernels().sample(args, 0, rows, workspace);
-    } else {
-        run_team(team, [&](Worker& worker) { choose_rows(args, rows, worker, workspace, bytes); });
-    }
-    return out;
-}
-
 // One more token for each row of the cache, and the choice of the next.
-std::tuple<Tensor, Tensor> packed_next(
-    Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k_scales,
-    std::optional<Tensor> v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history,
-    std::optional<Tensor> uniform, int64_t allowed, double temperature, int64_t top_k, double top_p,
-    double min_p, double repetition_penalty, int64_t no_repeat_ngram_size) {
+std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_cache,
+                                       std::optional<Tensor> k_scales,
+                                       std::optional<Tensor> v_scales, Tensor tokens,
+                                       Tensor positions, Tensor lengths, Tensor history,
+                                       std::optional<Tensor> uniform,
+                                       int64_t allowed GPT2FAST_SAMPLING_PARAMETERS) {
     StepArgs args = step_args(arena, k_cache, v_cache, k_scales, v_scales);
     const int64_t rows = tokens.numel();
     GPT2FAST_CHECK(k_cache.size(1) == rows, rows, " tokens for a cache of ", k_cache.size(1),
@@ -350,18 +242,11 @@ std::tuple<Tensor, Tensor> packed_next(
     Tensor logits = torch::stable::new_empty(arena, {rows, args.model->vocab}, ScalarType::Float);
     args.logits = floats_of(logits);
 
-    const Choice choice{temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size};
-    Sample chosen = sample_args(choice, rows, uniform);
-    chosen.logits = args.logits;
-    chosen.vocab = allowed;
-    chosen.logits_stride = args.model->vocab;
-    chosen.dtype = DType::float32;
-    check_sizes(history, "history", {rows, -1});
-    check_integers(history, "history");
-    if (choice.reads_history()) set_history(chosen, history, rows);
     Tensor out = torch::stable::new_empty(arena, {rows}, ScalarType::Long);
+    const Sample chosen = sample_args(logits, allowed, history, uniform, out, DType::float32,
+                                      GPT2FAST_SAMPLING_VALUES);
+    check_uniform(chosen);
     if (rows == 0) return {logits, out};
-    chosen.out = static_cast<int64_t*>(out.mutable_data_ptr());
 
     const int team = threads();
     const auto workspace = workspace_of(kernels().step_workspace(args, team), rows);
@@ -370,32 +255,19 @@ std::tuple<Tensor, Tensor> packed_next(
     uint8_t* const choosing = sample_workspace(bytes * team);
     run_team(team, [&](Worker& worker) {
         kernels().step(args, worker);
-        choose_rows(chosen, rows, worker, choosing, bytes);
+        choose_rows(chosen, worker, choosing, bytes);
     });
     return {logits, out};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2fast_native, m) {
-    m.def(
-        "packed_step(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
-        "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor starts, Tensor rows, "
-        "Tensor lengths, Tensor output_tokens) -> Tensor");
-    m.def(
-        "packed_next(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
-        "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history, "
-        "Tensor? uniform, int allowed, float temperature, int top_k, float top_p, float min_p, "
-        "float repetition_penalty, int no_repeat_ngram_size) -> (Tensor, Tensor)");
-    m.def(
-        "sample(Tensor logits, Tensor history, Tensor? uniform, float temperature, int top_k, "
-        "float top_p, float min_p, float repetition_penalty, int no_repeat_ngram_size) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gpt2fast_native, CPU, m) {
-    m.impl("packed_step", TORCH_BOX(&packed_step));
-    m.impl("packed_next", TORCH_BOX(&packed_next));
-    m.impl("sample", TORCH_BOX(&sample));
-}
+GPT2FAST_OP(
+    packed_step,
+    "arena, k_cache!, v_cache!, k_scales!, v_scales!, tokens, positions, starts, rows, lengths, "
+    "output_tokens");
+GPT2FAST_OP(packed_next,
+            "arena, k_cache!, v_cache!, k_scales!, v_scales!, tokens, positions, lengths, history, "
+            "uniform, allowed" GPT2FAST_SAMPLING_NAMES);
 
 }  // namespace gpt2fast::binding
