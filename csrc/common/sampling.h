@@ -9,9 +9,8 @@
 namespace gpt2fast {
 
 // The options in the order in which ops take them, as their last arguments, and the values at which
-// they change nothing. A new one is a line
-// here, its limits in binding/common/sampling.h, and what the kernels do with it (cpu/sampling.h,
-// kernels/sampling.cuh and launch/sampling.cu).
+// they change nothing. A new one is a line here, its limits in binding/common/sampling.h, and what
+// the kernels do with it (cpu/sampling.h; kernels/sampling.cuh and launch/sampling.cu).
 #define GPT2FAST_SAMPLING_OPTIONS(OPTION)   \
     OPTION(double, temperature, 1.0)        \
     OPTION(int64_t, top_k, 0)               \

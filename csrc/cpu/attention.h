@@ -103,7 +103,7 @@ void pack_pairs(const T* x, int64_t stride, int64_t rows, int size, uint32_t* wo
     }
 }
 
-// What an attention weight meets besides causality.
+// Masks of attention weights besides the causal one: visible keys, and dropout.
 struct Weighting {
     const uint8_t* visible = nullptr;  // by key, or null: all of them
     float dropout = 0.0f;              // probability
@@ -161,7 +161,7 @@ inline Vec visible_scores(Vec scores, const Lanes& lanes, int c, int64_t first, 
     return select(lanes.v[c] < Vec(float(key - first)), hidden, scores);
 }
 
-// Rows of weights (keys, 32) as words, in place: in bfloat16 pairs of neighbouring keys share one.
+// Rows of weights (keys, 32) as words, in place: in bfloat16 pairs of neighboring keys share one.
 template <Format format>
 void pack_weights(float* weights, int keys) {
     if constexpr (format == Format::bfloat16) {

@@ -1,9 +1,9 @@
 // The backward pass of causal attention, without a T x T matrix (Dao et al., 2022).
 //
-// The weights of a block of 32 queries are computed again from their log-normalisers. Queries lie
+// The weights of a block of 32 queries are computed again from their log-normalizers. Queries lie
 // across the vectors as in the forward pass, for P, dP and dQ; for dK and dV, sums over queries,
-// the rows of queries and gradients are the panels and the rows of P and dS what they are
-// multiplied with. So nothing but the queries' block is transposed, and dK and dV of a head are
+// the rows of queries and gradients are the panels, and they are multiplied with the rows
+// of P and dS. So nothing but the queries' block is transposed, and dK and dV of a head are
 // summed in one pass by one thread: 5 T^2 D multiply-adds a head with the masked half skipped,
 // T^2 / 2 exponentials; memory sees q, k, v, out and the gradients once.
 #pragma once
@@ -96,11 +96,11 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
             pack_panels<format>(q_block, queries, size, q_panels);
             pack_panels<format>(grad_block, queries, size, grad_panels);
             std::memset(grad_q, 0, size_t(size) * n * sizeof(float));
-            alignas(64) float inner[n] = {}, normaliser[n];
+            alignas(64) float inner[n] = {}, normalizer[n];
             for (int i = 0; i < n; ++i) {
-                normaliser[i] = std::numeric_limits<float>::infinity();
+                normalizer[i] = std::numeric_limits<float>::infinity();
                 if (i >= queries) continue;
-                normaliser[i] = forward.lse[item * time + first + i];
+                normalizer[i] = forward.lse[item * time + first + i];
                 Sum sum;
                 for_columns(size, [&](int64_t d, auto step, auto chain) {
                     sum.v[chain] =
@@ -130,8 +130,8 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
                     dropout_factors(weighting, first, key + j, factors + j * n);
                 }
                 for (int c = 0; c < vectors; ++c) {
-                    const Vec lse = Vec::load(normaliser + c * Vec::width);
-                    const Vec centre = Vec::load(inner + c * Vec::width);
+                    const Vec lse = Vec::load(normalizer + c * Vec::width);
+                    const Vec center = Vec::load(inner + c * Vec::width);
                     for (int j = 0; j < keys; ++j) {
                         const int64_t at = j * n + c * Vec::width;
                         const Vec product = Vec::load(weights + at) * Vec(forward.scale);
@@ -144,7 +144,7 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
                             slope = slope * factor;
                             dropped = weight * factor;
                         }
-                        slope = weight * (slope - centre) * Vec(forward.scale);
+                        slope = weight * (slope - center) * Vec(forward.scale);
                         dropped.store(weights + at);
                         slope.store(slopes + at);
                         if constexpr (format == Format::bfloat16) {

@@ -19,7 +19,7 @@ struct Entries {
     int64_t stride;
 };
 
-// Neighbouring heads' keys or values: entry t of head h begins at data + t * stride + h * head_dim.
+// Neighboring heads' keys or values: entry t of head h begins at data + t * stride + h * head_dim.
 // int8 entries have factors, that of entry t of head h at scales[t * scale_stride + h].
 template <typename T>
 struct CachedHeads {
@@ -111,8 +111,8 @@ struct Query {
     }
 };
 
-// Into the second level of the cache: what is asked for while a few entries of all heads are at
-// work would drive these out of the first.
+// Into the second-level cache: in the first, prefetched lines would evict the entries that are in
+// use.
 inline void prefetch_range(const void* begin, int64_t bytes) {
     const auto* next = static_cast<const uint8_t*>(begin);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
@@ -222,7 +222,7 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
                 Vec products[width];
                 float scales[width] = {};
                 for (int i = 0; i < width; ++i) {
-                    // Past the last entry the last one again: its score is left out below.
+                    // Past the end the last entry is read again: its score is left out below.
                     const int64_t at = std::min(i, n - 1);
                     const T* key = keys + at * k.stride;
                     prefetch_range(key + width * k.stride, head_dim * int64_t(sizeof(T)));

@@ -1,4 +1,4 @@
-// How fast threads read this machine's memory: what a decoding step can be held against.
+// How fast threads read this machine's memory: the floor of a decoding step.
 //
 // Each thread walks its own part of a buffer far larger than the caches, as a decoding step walks
 // the weights. From one or several places at a time, with and without software prefetch: which one

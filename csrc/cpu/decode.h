@@ -1,9 +1,9 @@
 // A whole-model step (Radford et al., 2019): new tokens of one or many sequences in, logits out.
 //
 // Every thread of the team walks through the same chain of phases. Each phase is one matrix, one
-// attention or one normalisation, and ends at a barrier. With few tokens what lies between two
-// matrices - layer normalisation, the packing of rows - is done by every thread for itself, which
-// costs less than meeting.
+// attention or one normalization, and ends at a barrier. With few tokens what lies between two
+// matrices - layer normalization, the packing of rows - is done by every thread for itself, which
+// costs less than another barrier.
 //
 // Traffic of a step with few tokens: the bytes of the weights, once, and of the keys and values in
 // use. With many tokens the multiply-adds of the matrices bound it.
@@ -16,7 +16,7 @@
 namespace gpt2fast::GPT2FAST_ISA {
 
 // out = (x - mean) / sqrt(var + eps) * weight + bias over `size` elements.
-inline void normalise(const float* x, int64_t size, const float* weight, const float* bias,
+inline void normalize(const float* x, int64_t size, const float* weight, const float* bias,
                       float eps, float* out) {
     constexpr int width = Vec::width;
     const int64_t whole = size / width * width;
@@ -59,9 +59,9 @@ inline Vec activate(Activation activation, Vec z) {
     return Vec::load(values);
 }
 
-// Most tokens for which every thread normalises and packs all rows for itself.
+// Up to so many tokens, every thread normalizes and packs all rows for itself.
 constexpr int64_t few_tokens = 2;
-// Most tokens for which a matrix passes through once however many rows it meets.
+// Up to so many tokens, each matrix is read once, by all rows together.
 constexpr int64_t single_pass_tokens = 64;
 // Bytes of packed rows that stay in a core's own cache while panels pass by.
 constexpr int64_t resident_rows = 384 * 1024;
@@ -90,7 +90,7 @@ public:
         embed();
         for (int64_t layer = 0; layer < model_.layers; ++layer) {
             const PackedLayer& at = model_.layer(layer);
-            pack_normalised(at.qkv, at.ln_1_weight, at.ln_1_bias);
+            pack_normalized(at.qkv, at.ln_1_weight, at.ln_1_bias);
             multiply_rows(at.qkv, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
                 store(qkv_ + row * 3 * width_, at.qkv, column, sum);
             });
@@ -100,7 +100,7 @@ public:
                           [&](int64_t row, int64_t column, Vec sum) {
                               add(hidden_ + row * width_, at.attention_out, column, sum);
                           });
-            pack_normalised(at.inner, at.ln_2_weight, at.ln_2_bias);
+            pack_normalized(at.inner, at.ln_2_weight, at.ln_2_bias);
             multiply_rows(at.inner, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
                 store(inner_ + row * model_.inner_width, at.inner, column,
                       activate(model_.activation, sum));
@@ -111,7 +111,7 @@ public:
             });
         }
         if (args_.outputs == 0) return;
-        pack_normalised(model_.projection, model_.ln_f_weight, model_.ln_f_bias,
+        pack_normalized(model_.projection, model_.ln_f_weight, model_.ln_f_bias,
                         args_.output_tokens, args_.outputs);
         multiply_rows(model_.projection, args_.outputs, [&](int64_t row, int64_t column, Vec sum) {
             store(args_.logits + row * model_.vocab, model_.projection, column, sum);
@@ -149,7 +149,7 @@ private:
         return (most + 63) / 64 * 64;
     }
 
-    // Floats that each thread has for itself: a normalised row, an attention's scores.
+    // Floats of each thread's own scratch: a normalized row, an attention's scores.
     static int64_t scratch_size(const StepArgs& args) {
         const PackedModel& model = *args.model;
         int64_t longest = 0;
@@ -161,7 +161,7 @@ private:
         return (most + 15) / 16 * 16;
     }
 
-    // Bytes for the widened entries of an int8 cache that blocks of tokens meet.
+    // Bytes for the entries of an int8 cache, widened for blocks of tokens.
     static int64_t wide_size(const StepArgs& args) {
         if (args.cache_dtype != DType::int8 || args.tokens == args.sequences) return 0;
         int64_t entries = 0;
@@ -239,11 +239,11 @@ private:
         });
     }
 
-    // Packs the layer normalisation of hidden rows: of all, or of the chosen ones.
-    void pack_normalised(const PackedMatrix& w, int64_t weight, int64_t bias,
+    // Packs the layer normalization of hidden rows: of all, or of the chosen ones.
+    void pack_normalized(const PackedMatrix& w, int64_t weight, int64_t bias,
                          const int64_t* chosen = nullptr, int64_t count = -1) {
         pack(w, count < 0 ? args_.tokens : count, [&](int64_t row) {
-            normalise(hidden_ + (chosen ? chosen[row] : row) * width_, width_,
+            normalize(hidden_ + (chosen ? chosen[row] : row) * width_, width_,
                       model_.floats(weight), model_.floats(bias), float(model_.eps), scratch_);
             return scratch_;
         });
@@ -256,7 +256,8 @@ private:
         const Tiles tiles(w.format, rows);
         const uint8_t* data = model_.at(w.data);
         const float* bias = w.bias < 0 ? nullptr : model_.floats(w.bias);
-        // Few rows: the weights pass by once. Many: a block of rows stays, the panels pass by.
+        // Few rows: the weights are read once. Many: a block of rows stays in cache, panels stream
+        // by.
         int64_t block = tiles.count;
         if (rows > single_pass_tokens) {
             const int64_t tile_size = x.row_size() * most_rows(w.format);
@@ -382,7 +383,7 @@ private:
         append<T>(args_.v_cache, layer, sequence, head, qkv_ + 2 * width_);
     }
 
-    // One token a sequence. A thread has whole sequences or, where there are too few of them, a
+    // One token per sequence. A thread takes whole sequences or, where there are too few, a
     // part of the entries of each: either way memory is read in its order.
     template <typename T>
     void attend_single(int64_t layer, float scale) {
@@ -395,7 +396,7 @@ private:
                 return p == parts_ ? entries : entries * p / parts_ / Vec::width * Vec::width;
             };
             const int64_t begin = bound(part), count = bound(part + 1) - begin;
-            if (part == parts_ - 1) {  // it has the new entry, and never none
+            if (part == parts_ - 1) {  // it has the new entry, so it is never empty
                 for (int64_t head = 0; head < heads; ++head) append_head<T>(layer, sequence, head);
             }
             float* out = attended_ + sequence * width_;
@@ -423,7 +424,7 @@ private:
     // Blocks of 32 tokens of a sequence.
     template <typename T>
     void attend_blocks(int64_t layer, float scale) {
-        // Blocks meet int8 entries in the type that the processor multiplies fastest.
+        // Blocks read int8 entries in the type that the processor multiplies fastest.
         constexpr bool widens = std::is_same_v<T, int8_t>;
         using Wide = std::conditional_t<widens, Factor<bfloat16>, T>;
         const int64_t heads = model_.heads, dim = model_.head_dim;
@@ -444,7 +445,8 @@ private:
             const int64_t head = item % heads;
             int64_t sequence = 0, block = item / heads;
             while (block >= blocks_of(sequence)) block -= blocks_of(sequence++);
-            // The last blocks see most: they come first, the short ones even out the end.
+            // The last blocks see the most entries: they start first, and short ones fill in at the
+            // end.
             block = blocks_of(sequence) - 1 - block;
             const int64_t start = args_.starts[sequence] + block * panel_columns;
             const int queries =

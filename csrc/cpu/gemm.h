@@ -14,9 +14,9 @@ constexpr int panel_vectors = panel_columns / Vec::width;
 
 // The most rows in a tile, by the registers: sums, one word of a panel's column, one of a row.
 constexpr int most_rows(Format format) {
-    const bool quantised = format == Format::int8 || format == Format::int4;
-    if (Vec::width == 16) return quantised ? 6 : 14;
-    if (Vec::width == 8) return quantised ? 2 : 3;
+    const bool quantized = format == Format::int8 || format == Format::int4;
+    if (Vec::width == 16) return quantized ? 6 : 14;
+    if (Vec::width == 8) return quantized ? 2 : 3;
     return 1;
 }
 
@@ -128,7 +128,7 @@ inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8
     }
 }
 
-// What memory is asked for while a panel is at work: two lines at `next`, which then moves on by
+// Prefetches while a panel is at work: two lines at `next`, which then moves on by
 // two for each word of the inputs. Into the second level of the cache: the first is full of rows,
 // and can wait for few lines at a time.
 struct Ahead {
@@ -142,10 +142,10 @@ struct Ahead {
     }
 };
 
-// The lines to ask for while tile `index` of `count` meets a panel, the next panel lying behind it.
-// While one tile meets panel after panel the processor sees by itself what comes next.
+// The lines to prefetch while tile `index` of `count` is multiplied; the next panel follows this
+// one. While one tile meets panel after panel the processor sees by itself what comes next.
 inline Ahead ahead_of(const uint8_t* panel, int64_t panel_size, int64_t index, int64_t count) {
-    // Half the next panel each; the other tiles find nothing left to ask for.
+    // Half the next panel each; nothing is left to prefetch for the other tiles.
     if (count > 1 && index < 2) return {panel + panel_size + index * (panel_size / 2)};
     return {nullptr};
 }
@@ -217,7 +217,7 @@ void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* o
 // out (R, 32) = panel * tile for int8 and int4. The sums of a group are exact; its two scales are
 // applied in float32.
 template <Format format, int R>
-void multiply_quantised(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
+void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
                         float* out, Ahead ahead) {
     constexpr int vectors = panel_vectors;
     const int64_t groups = rows.padded_inputs / rows.group;
@@ -288,7 +288,7 @@ void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
         add_floats<format, R>(sums, panel, {tile, 4, 4 * R}, rows.words(), ahead);
         sums.store(out);
     } else {
-        multiply_quantised<format, R>(panel, tile, rows, out, ahead);
+        multiply_quantized<format, R>(panel, tile, rows, out, ahead);
     }
 }
 

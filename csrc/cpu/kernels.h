@@ -158,7 +158,7 @@ struct CrossEntropy {
     DType dtype;
 };
 
-// Some neighbouring elements of a parameter, its gradient and its moments.
+// Some neighboring elements of a parameter, its gradient and its moments.
 struct AdamWPiece {
     void* param;
     const void* grad;

@@ -1,4 +1,4 @@
-// Residual add and layer normalisation (Ba et al., 2016), forward and backward.
+// Residual add and layer normalization (Ba et al., 2016), forward and backward.
 //
 // A row is read from memory once and stays in the first cache for the passes that follow: sum,
 // variance, result. Bytes of an element in float32, with a residual: forward 8 read and 8 written,
@@ -13,7 +13,7 @@
 
 namespace gpt2fast::GPT2FAST_ISA {
 
-// X, R, W: storage of x and the result, of the residual and the sum, of weight and bias.
+// X, R, W: types of x and the result, of the residual and the sum, of weight and bias.
 template <typename X, typename R, typename W>
 void layer_norm_rows(const LayerNorm& args, int64_t begin, int64_t end) {
     const int64_t columns = args.columns;
@@ -23,7 +23,7 @@ void layer_norm_rows(const LayerNorm& args, int64_t begin, int64_t end) {
         const X* x = static_cast<const X*>(args.x) + row * args.x_stride;
         X* normed = static_cast<X*>(args.normed) + row * columns;
 
-        const auto normalise = [&](const auto* summed, float total) {
+        const auto normalize = [&](const auto* summed, float total) {
             float mean = total / float(columns);
             Sum deviation, square;
             for_columns(columns, [&](int64_t j, auto step, auto chain) {
@@ -31,7 +31,7 @@ void layer_norm_rows(const LayerNorm& args, int64_t begin, int64_t end) {
                 deviation.v[chain] = deviation.v[chain] + d;
                 square.v[chain] = fma(d, d, square.v[chain]);
             });
-            // What rounding left in the mean is the mean of the deviations from it.
+            // The rounding error of the mean is the mean of the deviations from it.
             const float correction = deviation.total() / float(columns);
             mean += correction;
             const float variance =
@@ -51,7 +51,7 @@ void layer_norm_rows(const LayerNorm& args, int64_t begin, int64_t end) {
             for_columns(columns, [&](int64_t j, auto step, auto chain) {
                 total.v[chain] = total.v[chain] + load(x + j, step);
             });
-            normalise(x, total.total());
+            normalize(x, total.total());
         } else {
             const R* residual = static_cast<const R*>(args.residual) + row * args.residual_stride;
             R* summed = static_cast<R*>(args.summed) + row * columns;
@@ -59,7 +59,7 @@ void layer_norm_rows(const LayerNorm& args, int64_t begin, int64_t end) {
                 store(load(residual + j, step) + load(x + j, step), summed + j, step);
                 total.v[chain] = total.v[chain] + load(summed + j, step);  // rounded
             });
-            normalise(summed, total.total());
+            normalize(summed, total.total());
         }
     }
 }
@@ -76,7 +76,7 @@ inline void layer_norm(const LayerNorm& args, int64_t begin, int64_t end) {
     });
 }
 
-// G, R, W: storage of the result's gradient, of the sum and its gradients, of the weight.
+// G, R, W: types of the result's gradient, of the sum and its gradients, of the weight.
 template <typename G, typename R, typename W>
 void layer_norm_backward_blocks(const LayerNormBackward& args, int64_t begin, int64_t end) {
     const int64_t columns = args.columns;
@@ -106,8 +106,8 @@ void layer_norm_backward_blocks(const LayerNormBackward& args, int64_t begin, in
                 for_columns(columns, [&](int64_t j, auto step, auto) {
                     const Vec standard = (load(summed + j, step) - mean) * rstd;
                     const Vec weighted = load(grad + j, step) * load(weight + j, step);
-                    const Vec centred = weighted - mean_sum - standard * mean_product;
-                    store(fma(rstd, centred, added(j, step)), out + j, step);
+                    const Vec centered = weighted - mean_sum - standard * mean_product;
+                    store(fma(rstd, centered, added(j, step)), out + j, step);
                 });
             };
             if (args.grad_summed == nullptr) {

@@ -80,8 +80,8 @@ void pack_lines(const T* from, int64_t line_stride, int64_t inputs, Format forma
             const int64_t there = std::min<int64_t>(width, words - k);
             for (int64_t i = 0; i < there; ++i) {
                 float* at = to + (k + i) * room + first;
-                // What a whole vector writes too much, the next word's replaces; the last ones have
-                // no next.
+                // A whole vector writes past its word; the next one overwrites that. The last have
+                // none to follow.
                 if ((words - k - i) * room - first >= width) {
                     block[i].store(at);
                 } else {
@@ -92,7 +92,7 @@ void pack_lines(const T* from, int64_t line_stride, int64_t inputs, Format forma
     }
 }
 
-// Two neighbouring inputs of `width` lines, as words.
+// Two neighboring inputs of `width` lines, as words.
 template <typename T>
 Vec pair_words(const T* even, const T* odd, int lines) {
     constexpr int width = Vec::width;
@@ -115,7 +115,7 @@ Vec pair_words(const T* even, const T* odd, int lines) {
     return words;
 }
 
-// The same as pack_lines where the lines' elements are `stride` apart and the lines neighbours, for
+// The same as pack_lines where the lines' elements are `stride` apart and the lines neighbors, for
 // words [begin, end) alone.
 template <typename T>
 void pack_across(const T* from, int64_t stride, int64_t inputs, Format format, int lines, int room,
@@ -145,7 +145,7 @@ void pack_across(const T* from, int64_t stride, int64_t inputs, Format format, i
     }
 }
 
-// What is packed together: `lines` lines of a view from line `first` on, in columns of `room`.
+// Packed together: `lines` lines of a view from line `first` on, in columns of `room`.
 struct Pack {
     int64_t first;
     int lines, room;
@@ -164,7 +164,7 @@ void pack_of(const View& view, int64_t inputs, Format format, int64_t begin, int
         }
         return;
     }
-    // Neighbours in turns, so that each line of the cache, and each page, is asked for once.
+    // Neighbors in turns, so that each line of the cache, and each page, is asked for once.
     constexpr int64_t together = 8, block = 32;
     const int64_t words = words_of(format, inputs);
     const int64_t per_word = inputs_per_word(format);
@@ -189,7 +189,7 @@ void pack_of(const View& view, int64_t inputs, Format format, int64_t begin, int
     }
 }
 
-// Packs number [begin, end), each as packs(number) says.
+// Packs [begin, end), each as packs(number) says.
 template <typename Packs>
 void pack(const View& view, int64_t inputs, Format format, int64_t begin, int64_t end,
           Packs packs) {
@@ -198,8 +198,8 @@ void pack(const View& view, int64_t inputs, Format format, int64_t begin, int64_
     });
 }
 
-// Measured: 16 floats a vector and, for bfloat16, the instruction for it. What has tiles for
-// bfloat16 (AMX) leaves vectors behind, and torch uses it.
+// Measured: faster with vectors of 16 floats and, for bfloat16, its dot-product instruction; not on
+// processors with AMX, whose tiles torch uses.
 inline bool matmul_pays(bool narrow) {
     if (!narrow) return Vec::width == 16;
 #ifdef GPT2FAST_AVX512_BF16
@@ -249,7 +249,7 @@ inline void matmul_pack(const Matmul& args, int64_t begin, int64_t end) {
 
 // Adds up the inputs of each of a panel's columns.
 inline void sum_panel(const float* panel, int64_t words, Format format, float* sums) {
-    constexpr int64_t block = 64;  // inputs that are added up before they meet the rest
+    constexpr int64_t block = 64;  // inputs that are summed before they are added to the total
     Vec total[panel_vectors];
     for (Vec& x : total) x = Vec(0.0f);
     for (int64_t begin = 0; begin < words; begin += block) {
@@ -298,7 +298,7 @@ inline MultiplyTile multiply_tile_for(Format format, int rows) {
     return multiply_tile_of<Format::bfloat16>(rows, Counts());
 }
 
-// The result's place comes from memory while its sums are computed.
+// Prefetches the place of the result while its sums are computed.
 inline void ask_for_rows(const Matmul& args, int64_t row, int rows, int64_t column) {
     const int64_t size = args.out_dtype == DType::float32 ? 4 : 2;
     for (int r = 0; r < rows; ++r) {

@@ -1,4 +1,4 @@
-// What the kernels take from outside. Included before an instruction set is switched on, so that
+// Headers that the kernels need. Included before an instruction set is switched on, so that
 // no inline function of the standard library is compiled for it and then linked in elsewhere.
 #pragma once
 

@@ -42,7 +42,7 @@ struct Sum {
 };
 
 // Calls body(j, step, chain) for every vector of `columns` columns; `chain` is a constant below
-// `chains` that differs between neighbours.
+// `chains` that differs between neighbors.
 template <typename Body>
 inline void for_columns(int64_t columns, Body body) {
     using std::integral_constant;

@@ -70,7 +70,7 @@ private:
             for (int64_t i = vocab_ / score_group * score_group; i < vocab_; ++i) {
                 scores_[i] = to_float(x[i]);
             }
-            penalise(x);
+            penalize(x);
         }
         if (args_.uniform == nullptr) {
             return reads_history ? highest(scores_) : highest(x);
@@ -95,7 +95,7 @@ private:
 
     // Applies what depends on the tokens before to the copied scores; x holds them untouched.
     template <typename T>
-    void penalise(const T* x) {
+    void penalize(const T* x) {
         const int64_t* history = args_.history + row_ * args_.history_stride;
         const int64_t step = args_.history_step, length = args_.history_length;
         const float penalty = float(args_.repetition_penalty);

@@ -16,7 +16,7 @@ enum class Format : int64_t { float32, bfloat16, int8, int4 };
 
 // A weight matrix (inputs, outputs) as panels of 32 columns. Within a panel, for each unit of
 // inputs in turn, the 32 columns' words of 4 bytes: one float32, two bfloat16 or four int8, in the
-// order of the inputs. Of quantised matrices each group of inputs begins with the columns' scales,
+// order of the inputs. Of quantized matrices each group of inputs begins with the columns' scales,
 // 32 float16; weights are stored as unsigned bytes q + 128, or two to a byte as q + 8: inputs
 // 8i .. 8i + 3 in the low halves of a word, 8i + 4 .. 8i + 7 in the high ones.
 struct PackedMatrix {
@@ -24,7 +24,7 @@ struct PackedMatrix {
     int64_t inputs;
     int64_t padded_inputs;  // a multiple of the unit, or of the group; what is added is zero
     int64_t outputs;
-    int64_t group;       // inputs that share a scale; 0 without quantisation
+    int64_t group;       // inputs that share a scale; 0 without quantization
     int64_t data;        // bytes from the arena's begin, as all offsets here
     int64_t panel_size;  // bytes
     int64_t bias;        // float32, zeros up to a multiple of 32 columns; -1 without

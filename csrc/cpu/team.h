@@ -13,7 +13,7 @@ namespace gpt2fast {
 
 constexpr int max_threads = 256;
 
-// What the threads of one run share.
+// State that the threads of one run share.
 struct Meeting {
     struct alignas(64) Counter {
         std::atomic<int64_t> next{0};
@@ -79,7 +79,7 @@ void run_team(int threads, Body body) {
         &body);
 }
 
-// What this process may use at once: its affinity mask and its control group's quota, rounded up.
+// Processors that this process may use: its affinity mask, its control group's quota rounded up.
 int available_processors();
 
 }  // namespace gpt2fast

@@ -1,4 +1,4 @@
-// Storage types of the kernels. Arithmetic is always float32.
+// Elements of 16 bits, and conversions; arithmetic is always float32.
 #pragma once
 
 #include <cstdint>

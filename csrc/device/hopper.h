@@ -1,5 +1,5 @@
-// What only Hopper has (sm_90a): mbarriers, tensor-map copies (TMA) and wgmma; the same split as
-// device_api.h. Kernels that include it are compiled with
+// Hopper's own instructions (sm_90a): mbarriers, tensor-map copies (TMA) and wgmma; the same split
+// as device_api.h. Kernels that include it are compiled with
 //
 //     nvcc -gencode arch=compute_90a,code=sm_90a     (-arch=sm_90a also emits what rejects wgmma)
 //

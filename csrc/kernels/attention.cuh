@@ -1,4 +1,4 @@
-// What all kernels of causal attention are given, and which tile a block takes.
+// Arguments that all kernels of causal attention share, and which tile a block takes.
 #pragma once
 
 #include "philox.cuh"
@@ -10,7 +10,7 @@ using namespace device;
 constexpr float log2_e = 1.44269504088896341f;
 constexpr float ln_2 = 0.693147180559945309f;
 
-// What a block gets on the GPUs that have least of it, sm_86 and sm_89.
+// Shared memory of a block on the GPUs that have the least, sm_86 and sm_89.
 constexpr int shared_memory_limit = 99 * 1024;
 
 struct AttentionShape {
@@ -20,8 +20,9 @@ struct AttentionShape {
     Dropout dropout;
 };
 
-// What a block works on. Grids are (heads, tiles, batch): the tiles of one row of the batch, whose
-// keys and values are read together, follow each other, the largest of all heads first.
+// The tile that a block works on. Grids are (heads, tiles, batch): the tiles of one row of the
+// batch, whose keys and values are read together, follow each other, the largest of all heads
+// first.
 struct BlockPlace {
     int batch, head, tile;
     int row;  // among all rows' heads

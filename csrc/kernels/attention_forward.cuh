@@ -38,7 +38,7 @@ template <int D, bool Drops>
 struct ForwardTiles {
     static constexpr int queries = 128, warps = 4, threads = 32 * warps;
     static constexpr int m = queries / warps / 16;
-    // What the accumulators and the drawing of random bits leave of the registers.
+    // As many registers as the accumulators and the drawing of random bits leave.
     static constexpr int keys = D + 32 * Drops <= 96 ? 64 : 32;
     static constexpr bool queries_in_registers = D + 32 * Drops <= 64;
     static constexpr int query_bytes = queries * Tile<D>::row_bytes;

@@ -12,7 +12,7 @@
 namespace gpt2fast::kernels {
 
 constexpr float slack = 8.0f;
-// Of a row that has seen nothing: less than any score, and finite, so that differences are numbers.
+// For a row that has seen nothing: below any score, and finite, so that differences are not NaN.
 constexpr float no_exponent = -1.7e38f;
 
 // The state of the rows of M accumulator tiles: row [m][half] is 16 * m + 8 * half + lane / 4.
@@ -81,7 +81,7 @@ struct OnlineSoftmax {
         }
     }
 
-    // What the sums over values are multiplied by; 0 for a query that saw nothing.
+    // The factor of the sums over values; 0 for a query that saw nothing.
     __device__ __forceinline__ float inverse(int m, int half) const {
         return sum[m][half] == 0.0f ? 0.0f : 1.0f / sum[m][half];
     }

@@ -56,7 +56,7 @@ __device__ __forceinline__ uint32_t chunks_first() {
     return Tile<Columns>::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
-// Starts to copy rows from `first` on. What is past the end or past the head's size becomes zero.
+// Starts to copy rows from `first` on. Rows past the end and columns past the head's size are zero.
 template <int Rows, int Columns, int Threads, typename T>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const Heads<T>& heads, int first,
                                           const BlockPlace& block, const AttentionShape& shape) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void multiply(float (&sums)[M][N][4], int n,
     }
 }
 
-// Two neighbouring accumulators, which hold 16 x 16 values, as the first factor of a product.
+// Two neighboring accumulators, which hold 16 x 16 values, as the first factor of a product.
 template <typename T>
 __device__ __forceinline__ void as_factor(uint32_t (&factor)[4], const float (&left)[4],
                                           const float (&right)[4]) {

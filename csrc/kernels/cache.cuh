@@ -8,7 +8,7 @@
 // An int8 cache has a float32 factor for each head's entry, whose largest element is stored as 127:
 // 68 bytes a head of 64, where bfloat16 takes 128. Appending to one reads 2 bytes an element (a
 // second time from the L1) and writes 1.06. How it rounds is what csrc/cpu/decode.h does and
-// gpt2fast/ops/int8_cache.py defines. An element that is no number makes the factor none.
+// gpt2fast/ops/int8_cache.py defines. An element that is NaN makes the factor NaN.
 //
 // Reordering in place: a thread owns the same few bytes of all rows, and has read all that it needs
 // of them into shared memory before it writes the first, so that rows may repeat and swap freely
@@ -77,7 +77,7 @@ struct NewInt8Entries {
     Heads<float> scales[2];            // (rows, entries, heads)
 };
 
-// The larger of two; not a number if one of them is none.
+// The larger of two; NaN if one of them is.
 __device__ __forceinline__ float larger(float a, float b) { return b > a || b != b ? b : a; }
 
 // `Lanes` lanes a head's entry, block row y: keys or values.

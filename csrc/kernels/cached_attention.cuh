@@ -64,7 +64,7 @@ struct Elements<int8_t, Width, true> {
     }
 };
 
-// What a set of entries adds up to: sum_s 2^(score_s - maximum) * (1, v_s).
+// The sum over a set of entries: sum_s 2^(score_s - maximum) * (1, v_s).
 template <int Values>
 struct SoftmaxSum {
     float maximum = -INFINITY;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(cached_attention_threads)
     const int group = int(threadIdx.x) / Lanes;
     const int column = int(threadIdx.x) % Lanes * Width;
 
-    // What the newest query sees, and what of it is this block's.
+    // The entries that the newest query sees, and this block's share of them.
     const int64_t length = args.lengths[row];
     const auto seen_by = [&](int query) {
         return int(min(length + first_query + query + 1, int64_t(args.entries)));
@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(cached_attention_threads)
             sums[j].raise(highest);
 #pragma unroll
             for (int u = 0; u < unroll; ++u) {
-                // Values that a query doesn't see may be no numbers: nothing times them is.
+                // Values that a query doesn't see may be NaN, and 0 * NaN is NaN.
                 if (base + u * groups + group >= min(end, seen_by(j))) continue;
-                // -infinity less a maximum that is no more would be no number.
+                // -infinity minus a maximum of -infinity would be NaN.
                 const float weight =
                     scores[u] == -INFINITY ? 0.0f : exp2_approx(scores[u] - sums[j].maximum);
                 sums[j].total += weight;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(cached_attention_threads)
         }
     }
     __syncthreads();
-    // Calls finish(query, column, maximum, total, value) with what `count` sums amount to; those of
+    // Calls finish(query, column, maximum, total, value) with the total of `count` sums; those of
     // query j begin at from(j), `stride` apart.
     const auto merge = [&](auto from, int64_t stride, int count, auto finish) {
         for (int i = int(threadIdx.x); i < Queries * head_dim; i += cached_attention_threads) {

@@ -1,6 +1,6 @@
-// One whole step of GPT-2 for one new token of each row: embedding; for each layer normalisation,
-// queries, keys and values; attention (cached_attention.cuh); projection; normalisation, inner
-// layer with GELU; projection; then normalisation and logits. Five launches a layer; six with an
+// One whole step of GPT-2 for one new token of each row: embedding; for each layer normalization,
+// queries, keys and values; attention (cached_attention.cuh); projection; normalization, inner
+// layer with GELU; projection; then normalization and logits. Five launches a layer; six with an
 // int8 cache, since a factor needs all elements of a head, which several blocks compute.
 //
 // Every weight is read once for up to 8 rows (124M in bfloat16: 248 MB, 52 us at 4.8 TB/s; a launch
@@ -9,7 +9,7 @@
 //
 // Products: a block takes a stretch of the outputs and a slice of the inputs, so that there are
 // enough blocks for every multiprocessor whatever the matrix' shape. Lanes read 16 bytes of a row
-// of the matrix; the first ones are on their way while the block still normalises its slice of the
+// of the matrix; the first ones are on their way while the block still normalizes its slice of the
 // activations. Slots of threads take every n-th input; slots, warps, and the slices of the inputs
 // are added in a fixed order, the latter by the block that comes last.
 // Tokens, positions and entries outside of their tables end a kernel, as an assertion would.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(decode_threads)
     }
 }
 
-// Activations of a few rows, normalised first where there is a weight for that.
+// Activations of a few rows, normalized first where there is a weight for that.
 template <typename T>
 struct DecodedRows {
     const float* x;
@@ -99,8 +99,8 @@ __device__ __forceinline__ const float* normal_statistics(const DecodedRows<T>& 
     return statistics;
 }
 
-// Calls put(row, column, value) with the (normalised) activations of [begin, end); zeros for rows
-// that there are none of. A barrier must follow.
+// Calls put(row, column, value) with the (normalized) activations of [begin, end); zeros for rows
+// past the last. A barrier must follow.
 template <int Rows, typename T, typename Put>
 __device__ __forceinline__ void read_activations(const DecodedRows<T>& args, int begin, int end,
                                                  float* shared, Put put) {
@@ -126,7 +126,7 @@ __device__ __forceinline__ void read_activations(const DecodedRows<T>& args, int
     }
 }
 
-// What becomes of a product and its bias.
+// Where a product plus its bias goes.
 enum class MatmulResult { split, stored, activated, added };
 
 template <typename T>
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_logits(const DecodeL
     GPT2FAST_SHARED(memory);
     float* const activations = reinterpret_cast<float*>(memory);
     const int columns = args.from.columns, lane = int(threadIdx.x) % 32;
-    // Lanes read 16 bytes each, those of neighbours next to each other: of 8 elements the second
+    // Lanes read 16 bytes each, those of neighbors next to each other: of 8 elements the second
     // half lies apart.
     const auto place = [&](int row, int c) {
         return row * columns + c % Width / part * (columns / (Width / part)) + c / Width * part +

@@ -5,7 +5,7 @@
 // Not yet run on a GPU.
 //
 // Backward: the caller has sorted the indices, stably, so that what belongs to one row of the table
-// is neighbours. A block takes `embedding_stretch` of them in order. A run of equal indices that
+// is neighbors. A block takes `embedding_stretch` of them in order. A run of equal indices that
 // ends within its stretch is finished; of one that crosses a border, the block leaves the sum of
 // its part (the first in slot 0, the last in slot 1), and the second kernel adds these in order.
 // No atomics, and a frequent token is summed by as many blocks as it fills.

@@ -1,4 +1,4 @@
-// Residual add and layer normalisation (Ba et al., 2016), forward and backward.
+// Residual add and layer normalization (Ba et al., 2016), forward and backward.
 //
 // Bytes of an element in bfloat16: forward 4 read (x, residual) and 4 written (normed, summed);
 // backward 6 read (two gradients, the sum) and 2 written. Some ten operations an element: memory
@@ -16,11 +16,11 @@
 
 namespace gpt2fast::kernels {
 
-// X, R, W: storage of x and the result, of the residual and the sum, of weight and bias.
+// X, R, W: types of x and the result, of the residual and the sum, of weight and bias.
 template <typename X, typename R, typename W>
 struct LayerNormRows {
     const X* x;
-    const R* residual;  // null: summed is not written, x is normalised
+    const R* residual;  // null: summed is not written, x is normalized
     const W* weight;
     const W* bias;
     X* normed;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(layer_norm_any_threads)
     }
 }
 
-// G: storage of the gradient of `normed`; R: of the sum and its gradients.
+// G: type of the gradient of `normed`; R: of the sum and its gradients.
 template <typename G, typename R, typename W>
 struct LayerNormGradients {
     const G* grad_normed;

@@ -36,7 +36,7 @@ struct AdamWFactors {
     float eps;
 };
 
-// P: storage of parameters and gradients; M: of the moments. With masters those are the
+// P: type of parameters and gradients; M: of the moments. With masters those are the
 // parameters, and P their rounded copy.
 template <typename P, typename M, int Vector>
 __global__ void __launch_bounds__(adamw_threads)

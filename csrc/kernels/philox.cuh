@@ -1,9 +1,9 @@
 // Dropout from a counter: Philox4x32-10 (Salmon et al., 2011).
 //
-// Whether a weight is dropped is a function of the seed and of the weight's place alone, so that
-// the backward pass draws again what the forward pass drew, whatever its tiles. One call gives the
-// 16 bits of eight weights: those that a thread holds of 32 consecutive keys in the accumulators of
-// mma.m16n8k16. It takes 20 wide multiplications and about as many logical operations.
+// The seed and a weight's place alone decide if it is dropped, so that the backward pass draws
+// again what the forward pass drew, whatever its tiles. One call gives the 16 bits of eight
+// weights: those that a thread holds of 32 consecutive keys in the accumulators of mma.m16n8k16. It
+// takes 20 wide multiplications and about as many logical operations.
 #pragma once
 
 #include "../common/philox.h"

@@ -1,4 +1,4 @@
-// Reading, writing and summing rows: what the kernels that are bound by memory share.
+// Reading, writing and summing rows, for the kernels that are bound by memory.
 #pragma once
 
 #include "../device/device_api.h"
@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[N]) {
     }
 }
 
-// The value as it is stored: what other kernels read later.
+// The value rounded to T, as other kernels read it later.
 template <typename T>
 __device__ __forceinline__ float rounded(float value) {
     return to_float(from_float<T>(value));

@@ -1,4 +1,4 @@
-// Choosing the next token of each row of logits; nothing visits the host.
+// Choosing the next token of each row of logits; nothing is copied to the host.
 //
 // A row of V logits is read once (200 KB for GPT-2 in float32), its scores are written and, unless
 // the choice is greedy, read again from L2 by each pass that looks for the edge of top-k or top-p
@@ -163,7 +163,7 @@ constexpr int ranges_of_thread = draw_ranges / draw_threads;
 
 using Mass = unsigned long long;
 
-// What a score adds to the mass that top-k and top-p limit.
+// The mass of a score: a count for top-k, its weight for top-p.
 struct CountOfScores {
     __device__ __forceinline__ Mass operator()(float) const { return 1; }
 };
@@ -176,13 +176,13 @@ struct WeightOfScores {
     }
 };
 
-// Whether all but the k highest are below.
+// True if all but the k highest are below.
 struct MoreThanOthers {
     Mass k, total;
     __device__ __forceinline__ bool operator()(Mass mass) const { return mass + k > total; }
 };
 
-// Whether the share of the total exceeds what top-p leaves out; all of it always does.
+// True if the share of the total exceeds the 1 - p that top-p leaves out; all of it always does.
 struct MoreThanShare {
     float rest;
     Mass total;

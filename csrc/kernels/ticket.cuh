@@ -1,5 +1,5 @@
-// The last of several blocks finishes what all of them have begun: partial sums are added in a
-// fixed order without another launch.
+// The last of several blocks to end adds up the partial sums of all of them: in a fixed order, and
+// without another launch.
 #pragma once
 
 #include "../device/device_api.h"

@@ -10,7 +10,7 @@ namespace {
 
 using namespace kernels;
 
-// Elements that a thread takes at once: 16 bytes of the narrower storage.
+// Elements that a thread takes at once: 16 bytes of the narrower dtype.
 constexpr int append_vector = 8;
 
 template <typename View>
@@ -32,7 +32,7 @@ unsigned counted(int64_t pieces) {
     return unsigned(pieces);
 }
 
-// Without how many pieces there are.
+// All but the number of pieces.
 template <typename From, typename To>
 NewEntries<From, To> new_entries(const AppendToCache& args) {
     NewEntries<From, To> entries{};
@@ -68,7 +68,7 @@ void launch_int8_append(const AppendToCache& args, cudaStream_t stream) {
                    dim3(append_threads), 0, stream, given);
 }
 
-// Whether int8 entries can be written append_vector elements at a time.
+// True if int8 entries can be written append_vector elements at a time.
 bool is_written_by_vectors(const HeadsOf& cache) {
     return (reinterpret_cast<uintptr_t>(cache.data) | uint64_t(cache.row_stride) |
             uint64_t(cache.entry_stride) | uint64_t(cache.head_stride)) %
@@ -76,12 +76,12 @@ bool is_written_by_vectors(const HeadsOf& cache) {
            0;
 }
 
-// How many bytes of shared memory a block of the reordering kernel may take: two fit into an SM.
+// Bytes of shared memory that a block of the reordering kernel may take: two fit into an SM.
 constexpr int64_t reorder_shared = 48 * 1024;
 
 template <typename T, int Vector>
 void launch_reorder(const ReorderCache& args, cudaStream_t stream) {
-    // In words of T, of which an element or several make one.
+    // In words of T; a word is one element or several.
     const int64_t size = args.element_size;
     Reordered<T> reordered{};
     for (int i = 0; i < 2; ++i) {
@@ -104,7 +104,7 @@ void launch_reorder(const ReorderCache& args, cudaStream_t stream) {
                    size_t(threads * piece), stream, reordered);
 }
 
-// Whether all rows of both caches can be moved `bytes` at a time.
+// True if all rows of both caches can be moved `bytes` at a time.
 bool moves_by(const ReorderCache& args, int64_t bytes) {
     for (const HeadsOf& cache : args.cache) {
         const uint64_t address = reinterpret_cast<uintptr_t>(cache.data);

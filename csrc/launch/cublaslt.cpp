@@ -15,7 +15,7 @@
 namespace gpt2fast::launch {
 namespace {
 
-// What the library exports, as the header declares it.
+// The functions of the library, with the types that its header declares.
 struct CublasLt {
     std::string missing;
     decltype(&cublasLtCreate) create;
@@ -36,7 +36,7 @@ const char* named_library() {
     return named != nullptr && *named != 0 ? named : nullptr;
 }
 
-// The one that was named, or that torch has loaded, from wherever that was, or any other.
+// The library that was named, else the one that torch has loaded, else any that is found.
 void* open_library() {
     if (const char* const named = named_library()) return dlopen(named, RTLD_LAZY | RTLD_LOCAL);
     constexpr const char* names[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
@@ -204,7 +204,7 @@ bool is_suitable(const Matmul& matmul, Layout& a, Layout& b) {
            is_aligned(matmul.inner);
 }
 
-// What cuBLASLt asks for on Hopper; it takes less where it needs less.
+// The workspace that cuBLASLt recommends on Hopper; it takes less where it needs less.
 constexpr uint64_t most_workspace = 32 << 20;
 
 bool ask_for_plan(cublasLtHandle_t handle, const Matmul& matmul, const Layout& a, const Layout& b,
@@ -230,7 +230,7 @@ bool ask_for_plan(cublasLtHandle_t handle, const Matmul& matmul, const Layout& a
         cublaslt().find_algorithm(handle, described.operation, described.a, described.b,
                                   described.out, described.out, preference, 1, &best, &found);
     if (status != CUBLAS_STATUS_SUCCESS || found == 0 || best.state != CUBLAS_STATUS_SUCCESS) {
-        return false;  // another way is taken then
+        return false;  // the caller uses torch then
     }
     static_assert(sizeof plan.algorithm == sizeof best.algo.data, "an algorithm is 64 bytes");
     std::copy(std::begin(best.algo.data), std::end(best.algo.data), plan.algorithm);

@@ -14,7 +14,7 @@
 // torch.addmm, which has the same epilogue. Keeping gelu from the forward pass would spare another
 // 4 bytes backward, for as much memory as the layer keeps otherwise.
 //
-// What an epilogue costs cannot be counted. llm.c fuses GELU, forward and backward, from compute
+// The cost of an epilogue cannot be counted. llm.c fuses GELU, forward and backward, from compute
 // capability 9.0 on and not below, and so does gpt2fast/ops/cuda/cublaslt.py. Not yet run on a GPU:
 // benchmarks/test_gpu_ops.py times both.
 //

@@ -13,9 +13,9 @@ using namespace kernels;
 
 constexpr int64_t most_rows = 8;             // of a launch
 constexpr int64_t longest_slice = 1024;      // of a product's inputs
-constexpr int64_t logits_shared = 96 << 10;  // bytes, what the smallest GPUs have
+constexpr int64_t logits_shared = 96 << 10;  // bytes, as on the smallest GPUs
 
-// How a product is divided among blocks.
+// The share of a product that each block computes.
 struct Division {
     int64_t columns, stretches, slice, slices;
 };
@@ -45,7 +45,7 @@ bool is_int8(const DecodeStep& args) { return args.cache_dtype == DType::int8; }
 // Between the queries of two rows. Keys and values lie behind them until int8 caches take them.
 int64_t q_stride(const DecodeStep& args) { return is_int8(args) ? 3 * args.width : args.width; }
 
-// Of the work that a step needs, in floats.
+// The parts of a step's workspace, in floats.
 struct Work {
     int64_t x, q, attended, inner, partials, attention, total;
 };
@@ -73,7 +73,7 @@ void for_matmuls(const DecodeStep& args, Function function) {
 }
 
 Work work_of(const DecodeStep& args) {
-    // Room for either alignment: pointers differ from layer to layer.
+    // Enough for either alignment: pointers differ from layer to layer.
     int64_t partials = 0;
     for_matmuls(args, [&](int64_t inputs, int64_t outputs) {
         for (const bool aligned : {false, true}) {

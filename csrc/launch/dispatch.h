@@ -26,7 +26,7 @@ void with_float(DType dtype, Function function) {
     }
 }
 
-// Whether rows of `columns` elements, `stride` apart, can be read 16 bytes at a time.
+// True if rows of `columns` elements, `stride` apart, can be read 16 bytes at a time.
 inline bool is_vector_aligned(const void* data, int64_t columns, int64_t stride, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns * bytes % 16 == 0 &&
            stride * bytes % 16 == 0;

@@ -1,4 +1,4 @@
-// What all launchers share. They know neither torch nor, here, CUDA: a caller hands them raw
+// Shared by all launchers. They know neither torch nor, here, CUDA: a caller hands them raw
 // pointers into the device's memory, sizes and strides in elements, and the stream.
 //
 // A launcher allocates nothing, waits for nothing and reads nothing from the device, so that it

@@ -32,7 +32,7 @@ bool rows_are_aligned(const void* data, int64_t columns, int64_t stride, DType d
     return is_vector_aligned(data, columns, stride, size_of(dtype));
 }
 
-// Elements that one thread takes at once: 16 bytes of the narrowest storage.
+// Elements that one thread takes at once: 16 bytes of the narrowest dtype.
 template <typename X>
 constexpr int vector_of = 16 / int(sizeof(X));
 

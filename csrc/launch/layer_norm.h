@@ -36,7 +36,7 @@ struct LayerNormBackward {
     DType grad_dtype, summed_dtype, weight_dtype;
 };
 
-// Whether kernels exist for these dtypes of x (or the gradient), the residual stream, the weights.
+// True if kernels exist for these dtypes of x (or the gradient), the residual stream, the weights.
 bool layer_norm_takes(DType x, DType residual, DType weight);
 
 // Rows of partial sums that the backward pass leaves; a function of the shape alone.

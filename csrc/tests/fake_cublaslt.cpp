@@ -15,7 +15,7 @@
 //   - the workspace, which it overwrites
 // It computes in double and rounds once; GELU is the tanh form, of what is not rounded yet.
 //
-// What it cannot tell: which problems the real library has kernels for (GPT2FAST_FAKE_REFUSES names
+// It cannot tell which problems the real library has kernels for (GPT2FAST_FAKE_REFUSES names
 // epilogues, by number, that this one has none for), on which GPUs and how fast; its rounding, of
 // GELU and sums above all, and whether its GELU is the tanh form; alignments that it asks for
 // without saying; streams and CUDA graphs; anything about device memory.
@@ -115,7 +115,7 @@ uint64_t alignment_of(const void* pointer) {
     return address & (~address + 1);
 }
 
-// What an algorithm is found for, and what it relies on.
+// The problem that an algorithm was found for, and what it relies on.
 struct Problem {
     int64_t m, n, k;
     int32_t type, epilogue;

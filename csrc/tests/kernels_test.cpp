@@ -18,7 +18,7 @@ using testing::expect_close;
 using testing::Matrix;
 using testing::Random;
 
-// Loads and stores of every length leave their neighbours alone.
+// Loads and stores of every length leave their neighbors alone.
 template <typename T>
 void vectors_keep_to_their_length() {
     Random random;
@@ -119,7 +119,7 @@ void functions_are_accurate() {
     expect(std::isnan(y[0]), "exp(NaN) is a number");
 }
 
-// What a product makes of a row before it multiplies.
+// A row as the matmul rounds it before it multiplies.
 std::vector<double> as_multiplied(const std::vector<float>& x, const Matrix& w) {
     std::vector<double> row(x.begin(), x.end());
     if (w.format == Format::bfloat16) {

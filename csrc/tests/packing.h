@@ -24,7 +24,7 @@ inline const char* name_of(Format format) {
 
 constexpr Format formats[] = {Format::float32, Format::bfloat16, Format::int8, Format::int4};
 
-inline bool is_quantised(Format format) { return format == Format::int8 || format == Format::int4; }
+inline bool is_quantized(Format format) { return format == Format::int8 || format == Format::int4; }
 
 // In [2^-5, 2^-4) for four bits, in [2^-10, 2^-9) for eight: weights of some tenths.
 inline gpt2fast::float16 random_scale(Random& random, bool coarse) {
@@ -46,7 +46,7 @@ struct Matrix {
     }
 
     Matrix(Random& random, Format format, int64_t inputs, int64_t outputs, int64_t group)
-        : format(format), inputs(inputs), outputs(outputs), group(is_quantised(format) ? group : 0),
+        : format(format), inputs(inputs), outputs(outputs), group(is_quantized(format) ? group : 0),
           values(static_cast<size_t>(inputs * outputs)) {
         const int64_t bits = format == Format::float32    ? 32
                              : format == Format::bfloat16 ? 16
@@ -60,8 +60,8 @@ struct Matrix {
         for (int64_t n = 0; n < count * panel_columns; ++n) {
             uint8_t* panel = panels.data() + n / panel_columns * panel_size;
             const int64_t lane = n % panel_columns;
-            if (is_quantised(format)) {
-                fill_quantised(random, panel, lane, n, padded);
+            if (is_quantized(format)) {
+                fill_quantized(random, panel, lane, n, padded);
             } else {
                 fill_floats(random, panel, lane, n, padded);
             }
@@ -84,7 +84,7 @@ private:
         }
     }
 
-    void fill_quantised(Random& random, uint8_t* panel, int64_t lane, int64_t n, int64_t padded) {
+    void fill_quantized(Random& random, uint8_t* panel, int64_t lane, int64_t n, int64_t padded) {
         const bool bytes = format == Format::int8;
         const int64_t group_size = 2 * panel_columns + group * panel_columns / (bytes ? 1 : 2);
         for (int64_t g = 0; g < padded / group; ++g) {

@@ -133,7 +133,7 @@ private:
 
 using Row = std::vector<double>;
 
-Row normalised(const Row& x, const std::vector<float>& weight, const std::vector<float>& bias) {
+Row normalized(const Row& x, const std::vector<float>& weight, const std::vector<float>& bias) {
     double mean = 0, variance = 0;
     for (double value : x) mean += value / double(x.size());
     for (double value : x) variance += (value - mean) * (value - mean) / double(x.size());
@@ -170,7 +170,7 @@ std::vector<Row> logits_of(const Model& model, const std::vector<int64_t>& token
     for (const Layer& layer : model.at) {
         std::vector<Row> qkv;
         for (const Row& row : hidden) {
-            qkv.push_back(times(normalised(row, layer.ln_1_weight, layer.ln_1_bias), layer.qkv,
+            qkv.push_back(times(normalized(row, layer.ln_1_weight, layer.ln_1_bias), layer.qkv,
                                 &layer.qkv_bias));
         }
         for (size_t t = 0; t < hidden.size(); ++t) {
@@ -193,7 +193,7 @@ std::vector<Row> logits_of(const Model& model, const std::vector<int64_t>& token
             }
             const Row added = times(attended, layer.attention_out, &layer.attention_bias);
             for (size_t i = 0; i < width; ++i) hidden[t][i] += added[i];
-            Row wide = times(normalised(hidden[t], layer.ln_2_weight, layer.ln_2_bias),
+            Row wide = times(normalized(hidden[t], layer.ln_2_weight, layer.ln_2_bias),
                              layer.inner_matrix, &layer.inner_bias);
             for (double& x : wide) {
                 x *= 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
@@ -205,7 +205,7 @@ std::vector<Row> logits_of(const Model& model, const std::vector<int64_t>& token
     std::vector<Row> logits;
     for (const Row& row : hidden) {
         logits.push_back(
-            times(normalised(row, model.ln_f_weight, model.ln_f_bias), model.embedding, nullptr));
+            times(normalized(row, model.ln_f_weight, model.ln_f_bias), model.embedding, nullptr));
     }
     return logits;
 }

@@ -42,7 +42,7 @@ void every_item_is_done_once(int threads) {
     }
 }
 
-// What one phase wrote, the next one reads, on whichever thread.
+// A phase reads what the phase before wrote, on whichever thread.
 void a_phase_sees_the_one_before(int threads) {
     constexpr int64_t items = 37;
     std::vector<int64_t> here(items, 0), there(items, 0);

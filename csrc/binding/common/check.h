@@ -1,5 +1,5 @@
-// What every op here asks of its tensors before it touches their memory: a call that Python can
-// make ends in an error, not in a crash. What the op means by its arguments gpt2fast/ops checks.
+// Checks of tensors before an op touches their memory: a call that Python can make
+// ends in an error, not in a crash. What the op means by its arguments gpt2fast/ops checks.
 //
 // Refusals are exceptions of the standard library, so that their text shows neither a function nor
 // the path of the file that threw them, which are those of the machine that compiled it.
@@ -36,7 +36,7 @@ template <typename... Parts>
     throw std::runtime_error(text.str());
 }
 
-// What is refused is written out only then.
+// The message is put together only where the condition fails.
 #define GPT2FAST_CHECK(condition, ...)                              \
     do {                                                            \
         if (!(condition)) ::gpt2fast::binding::refuse(__VA_ARGS__); \

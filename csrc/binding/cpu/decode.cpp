@@ -12,7 +12,7 @@ struct Free {
     void operator()(void* p) const { std::free(p); }
 };
 
-// Memory aligned for the kernels, which they use until it goes.
+// Aligned memory for a step of the kernels.
 std::unique_ptr<void, Free> workspace_of(int64_t bytes, int64_t tokens) {
     std::unique_ptr<void, Free> memory(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
     GPT2FAST_CHECK(memory != nullptr, "no memory for a step of ", tokens, " tokens: ", bytes,
@@ -20,7 +20,7 @@ std::unique_ptr<void, Free> workspace_of(int64_t bytes, int64_t tokens) {
     return memory;
 }
 
-// Offsets and sizes in the header of an arena, each held against its end.
+// Checks that offsets and sizes in the header of an arena lie inside it.
 class ArenaBounds {
 public:
     ArenaBounds(const PackedModel& model) : model_(model) {}
@@ -90,7 +90,7 @@ private:
     const PackedModel& model_;
 };
 
-// What every expanded tensor has, and what is written must not have.
+// An expanded tensor has elements that share memory; a tensor that is written must have none.
 void check_no_overlap(const Tensor& x, const char* name) {
     for (int64_t dim = 0; dim < x.dim(); ++dim) {
         GPT2FAST_CHECK(x.size(dim) <= 1 || x.stride(dim) > 0, name,

@@ -1,4 +1,4 @@
-// What the library and the machine are.
+// The instruction set in use, the speed of memory, and fingerprints of tensors.
 #include "tensors.h"
 
 #include <string>
@@ -9,7 +9,7 @@
 namespace gpt2fast::binding {
 namespace {
 
-// Changes, in all likelihood, whenever a byte of the contiguous tensors does.
+// Almost surely changes when any byte of the contiguous tensors does.
 int64_t fingerprint(std::vector<Tensor> tensors) {
     constexpr int64_t chunk = 1 << 20;
     std::vector<std::pair<const uint8_t*, int64_t>> chunks;

@@ -1,4 +1,5 @@
-// Products of training: cut to what the kernels take at once, and spread over torch's threads.
+// Matrix products of training, cut into blocks that the kernels take and spread over torch's
+// threads.
 #include "tensors.h"
 
 #include <memory>
@@ -70,7 +71,7 @@ View from(View view, int64_t line, int64_t input) {
     return view;
 }
 
-// Whether the kernels here multiply float32, or bfloat16 if `narrow`, faster than torch's do.
+// True if the kernels here multiply float32, or bfloat16 if `narrow`, faster than torch's do.
 bool multiplies(bool narrow) { return kernels().matmul_pays(narrow); }
 
 void multiply(Matmul args) {
@@ -78,7 +79,7 @@ void multiply(Matmul args) {
     const Workspace workspace(args.plan.workspace);
     args.packed = workspace.aligned();
     spread(kernels().matmul_pack, args, args.plan.tiles, args.inputs * 16);
-    // An item is worth a thread.
+    // Every item is large enough for a thread.
     spread(kernels().matmul, args, args.plan.parts * args.plan.groups, args.inputs * args.rows);
 }
 
@@ -122,7 +123,7 @@ void matmul(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add
         const Tensor& to = last ? out : continued;
         args.out_stride = to.stride(0);
         args.out_dtype = dtype_of(to);
-        // Many rows pass in turns.
+        // Many rows are taken block by block.
         const int64_t fit = std::max<int64_t>(256, most_packed * per_word / args.inputs);
         const int64_t turns = ceil_div(rows, fit);
         for (int64_t turn = 0; turn < turns; ++turn) {

@@ -14,7 +14,7 @@ inline void check_uniform(const Sample& args) {
     }
 }
 
-// Room for each worker of a team to choose in. Kept between steps: fresh memory of this size would
+// Workspace for each worker of a team. Kept between steps: fresh memory of this size would
 // be mapped and cleared for each.
 inline uint8_t* sample_workspace(int64_t bytes) {
     thread_local std::vector<uint8_t> workspace;

@@ -37,7 +37,7 @@ inline DType dtype_of(const Tensor& x) {
     }
 }
 
-// What most kernels compute with: float32 or bfloat16.
+// The dtypes that kernels compute with: float32 and bfloat16.
 inline DType float_dtype_of(const Tensor& x) {
     const DType dtype = dtype_of(x);
     GPT2FAST_CHECK(dtype != DType::int8, "the CPU kernels take float32 and bfloat16, not int8");

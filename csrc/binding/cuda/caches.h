@@ -56,7 +56,7 @@ inline launch::IntegersOf integers_of(const Tensor& x, const char* name, int64_t
     return {static_cast<const int64_t*>(x.const_data_ptr()), x.stride(0)};
 }
 
-// Whether two tensors have the same sizes from `first` on.
+// True if two tensors have the same sizes from dimension `first` on.
 inline bool same_sizes(const Tensor& a, const Tensor& b, int64_t first = 0) {
     if (a.dim() != b.dim()) return false;
     for (int64_t i = first; i < a.dim(); ++i) {

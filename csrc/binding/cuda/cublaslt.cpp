@@ -54,7 +54,7 @@ void check_like(const Tensor& x, const char* name, const Tensor& a,
     check_device(x, name, a, "a");
 }
 
-// What the launchers only read they do not ask for as const: cuBLASLt has one pointer for both.
+// The launchers take pointers to non-const even to what they only read, as cuBLASLt's API does.
 void* read(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
 std::string cublaslt_missing(Tensor x) {

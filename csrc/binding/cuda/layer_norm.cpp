@@ -1,4 +1,4 @@
-// Residual add and layer normalisation.
+// Residual add and layer normalization.
 #include "../../launch/layer_norm.h"
 
 #include "tensors.h"

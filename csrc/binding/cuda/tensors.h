@@ -41,7 +41,7 @@ inline DType dtype_of(const Tensor& x) {
     }
 }
 
-// What most kernels compute with.
+// The dtypes that kernels compute with: all but int8.
 inline DType float_dtype_of(const Tensor& x) {
     const DType dtype = dtype_of(x);
     GPT2FAST_CHECK(dtype != DType::int8, "the CUDA kernels take floating-point numbers, not int8");

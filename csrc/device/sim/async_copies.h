@@ -1,7 +1,7 @@
 // The cp.async copies that one CUDA thread has under way.
 //
 // A copy whose arrival is deferred fills its destination with NaN and is made when its group is
-// waited for: whoever reads before the wait, or waits for too few groups, reads NaN.
+// waited for: a thread that reads before the wait, or waits for too few groups, reads NaN.
 #pragma once
 
 #include <cstddef>

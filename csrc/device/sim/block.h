@@ -42,7 +42,7 @@ struct Thread {
     int warp() const { return linear / warp_size; }
 };
 
-// Those that can run. A thread is in it once at most.
+// The threads that can run, each once at most.
 class Queue {
 public:
     void clear() { size_ = 0; }
@@ -100,7 +100,7 @@ struct Barrier {
 
 using Slots = std::array<void*, warp_size>;
 
-// What the lanes of a mask do together, while some are still to come.
+// An operation of the lanes of a mask, while some have still to arrive.
 struct WarpOperation {
     const char* name;
     const void* type;  // of what each lane brings
@@ -119,7 +119,7 @@ struct Warp {
     std::array<Clock, 2> clocks;
 };
 
-// What only some kernels use and keeps state in the block (mbarriers and wgmma).
+// State that only some kernels use (mbarriers and wgmma).
 struct Extension {
     virtual ~Extension() = default;
     // Empty, or what the block left undone when it ended.
@@ -250,7 +250,7 @@ inline void complete(Barrier& barrier) {
     barrier.waiting.clear();
 }
 
-// Whether the running thread is the last of those that barrier expects.
+// True if the running thread is the last that the barrier expects.
 inline bool arrive(Barrier& barrier, int expected, const Site& site) {
     if (barrier.arrived == 0) {
         barrier.expected = expected;

@@ -106,7 +106,7 @@ public:
     void name(const std::string& name) { __tsan_set_fiber_name(thread_, name.c_str()); }
 #endif
 
-    // Makes the OS thread's own stack something to return to.
+    // Makes the OS thread's own stack one that a fiber can switch back to.
     void adopt_os_thread() {
         known_ = false;
 #if defined(GPT2FAST_TSAN)
@@ -145,8 +145,8 @@ public:
 #endif
     }
 
-    // For a fiber that waits and will never go on: its thread ends here, as far as ThreadSanitizer
-    // knows, in the Bookkeeping that every wait is inside of.
+    // For a fiber that waits and will never continue: its thread ends here, as far as
+    // ThreadSanitizer knows, in the Bookkeeping that every wait is inside of.
     GPT2FAST_NO_TSAN void give_up([[maybe_unused]] Fiber& host, [[maybe_unused]] Clock& end) {
 #if defined(GPT2FAST_TSAN)
         if (ended_) return;

@@ -1,6 +1,6 @@
 // The instructions of sm_90a: mbarriers, tensor-map copies and wgmma.
 //
-// A copy arrives when somebody waits at its mbarrier, one at a time; until then its destination is
+// A copy arrives when a thread waits at its mbarrier, one at a time; until then its destination is
 // NaN. A wgmma reads its operands and writes its registers when its group is waited for; until
 // then they are NaN.
 #pragma once
@@ -110,7 +110,7 @@ inline Hopper& hopper() {
 inline Mbarrier& mbarrier_at(uint32_t address, const Site& site) {
     resolve(address, 8, 8, "mbarrier", site);
     const auto found = hopper().mbarriers.find(address);
-    if (found == hopper().mbarriers.end()) fail("mbarrier: not initialised", site);
+    if (found == hopper().mbarriers.end()) fail("mbarrier: not initialized", site);
     return found->second;
 }
 

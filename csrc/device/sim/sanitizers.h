@@ -1,4 +1,4 @@
-// What AddressSanitizer and ThreadSanitizer must be told, and nothing without them.
+// Hints for AddressSanitizer and ThreadSanitizer; empty without them.
 //
 // ThreadSanitizer sees each CUDA thread as a thread. Only barriers order them: a Clock is released
 // by those who arrive and acquired by those who leave. The simulator's own reads and writes happen

@@ -1,4 +1,4 @@
-// What a test may choose, and what a run has counted.
+// Settings of a simulated run, and its counters.
 //
 // The environment chooses for whole programs, a test with use_settings() for itself:
 //   GPT2FAST_SIM_ORDER   fifo (default), lifo, random: which of the threads that can run goes next,

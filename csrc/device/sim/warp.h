@@ -1,4 +1,4 @@
-// What the lanes of a warp do together: __syncwarp, shuffles and votes.
+// Operations of all lanes of a warp: __syncwarp, shuffles and votes.
 #pragma once
 
 #include <cstdint>

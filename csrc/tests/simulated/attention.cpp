@@ -36,7 +36,7 @@ std::vector<uint32_t> philox(uint64_t key, std::vector<uint32_t> counter) {
     return counter;
 }
 
-// What is left of the weight of a query and a key.
+// The factor of the weight of a query and a key after dropout.
 double kept(const Shape& shape, int64_t seed, int64_t head, int64_t query, int64_t key) {
     const auto threshold = uint32_t(std::lround(shape.dropout_p * 65536));
     if (threshold == 0) return 1.0;

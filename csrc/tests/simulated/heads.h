@@ -1,4 +1,4 @@
-// What the cases of the kernels on caches share: (rows, entries, heads, head size) numbers that lie
+// Shared by the cases of the kernels on caches: (rows, entries, heads, head size) numbers that lie
 // apart, and vectors of integers.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the cases of the kernels over rows share: rows that lie apart or unaligned, and comparisons
+// Shared by the cases of the kernels over rows: rows that lie apart or unaligned, and comparisons
 // that one wrong element fails.
 #pragma once
 
@@ -63,7 +63,7 @@ public:
         return all;
     }
 
-    // What lies between the rows is what it was.
+    // The memory between the rows is unchanged.
     void expect_gaps_untouched(const std::string& what) const {
         for (int64_t i = 0; i < memory_.size(); ++i) {
             const int64_t column = (i - offset_) % stride_;
@@ -80,7 +80,7 @@ private:
 };
 
 // Each element within `multiple` epsilons of its storage, measured by its own size or, where terms
-// have cancelled, by `scale`.
+// have canceled, by `scale`.
 template <class T>
 void expect_each(const Buffer<T>& ours, const std::vector<double>& exact, double multiple,
                  double scale, const std::string& what) {

@@ -14,7 +14,7 @@ constexpr double minus_infinity = -std::numeric_limits<double>::infinity();
 using Scores = std::vector<double>;
 using History = std::vector<int64_t>;
 
-void penalise(Scores& scores, const History& history, const SamplingOptions& choice) {
+void penalize(Scores& scores, const History& history, const SamplingOptions& choice) {
     const Scores given = scores;
     for (const int64_t token : history) {
         if (token < 0) continue;
@@ -71,7 +71,7 @@ struct Drawn {
 };
 
 Drawn draw(Scores scores, const History& history, const SamplingOptions& choice, double uniform) {
-    penalise(scores, history, choice);
+    penalize(scores, history, choice);
     for (double& score : scores) score /= choice.temperature;
     if (choice.top_k > 0) keep_top_k(scores, choice.top_k);
     if (choice.top_p < 1) keep_top_p(scores, choice.top_p);

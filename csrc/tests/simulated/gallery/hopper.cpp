@@ -132,7 +132,7 @@ BUG("mbarrier that counts too many arrivals") {
 BUG("mbarrier waited for with the wrong parity") {
     expect_product(planted ? Plant::wrong_parity : Plant::none);
 }
-BUG("mbarrier used before all threads know that it is initialised") {
+BUG("mbarrier used before all threads know that it is initialized") {
     expect_product(planted ? Plant::no_barrier_after_init : Plant::none);
 }
 BUG("wgmma's next 16 columns looked for 16 bytes on") {

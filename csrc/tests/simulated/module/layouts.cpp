@@ -197,7 +197,7 @@ std::map<std::string, int> layout_mismatches() {
         {"ldmatrix x2", ldmatrix_mismatches<SM75_U32x2_LDSM_N, 2, false>()},
         {"ldmatrix x4 trans", ldmatrix_mismatches<SM75_U16x8_LDSM_T, 4, true>()},
         {"ldmatrix x2 trans", ldmatrix_mismatches<SM75_U16x4_LDSM_T, 2, true>()},
-        // What a comparison that can fail looks like.
+        // A comparison that must fail.
         {"ldmatrix x4 against trans", ldmatrix_mismatches<SM75_U16x8_LDSM_T, 4, false>()},
         {"128-byte swizzle", swizzle_mismatches()},
         {"wgmma bf16 n64", wgmma_mismatches<bf16, 64, SM90_64x64x16_F32BF16BF16_SS<K, K>>()},

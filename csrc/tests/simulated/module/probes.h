@@ -7,7 +7,7 @@
 
 namespace gpt2fast::simulated {
 
-// What each lane gets of the values of a warp; lanes outside the mask keep theirs. kind: index,
+// The value that each lane of a warp gets; lanes outside the mask keep theirs. kind: index,
 // up, down, xor.
 std::vector<int> shuffle(const std::string& kind, const std::vector<int>& values, int argument,
                          int width, uint32_t mask);
@@ -28,7 +28,7 @@ std::vector<std::vector<uint32_t>> copy_async(const std::vector<uint32_t>& words
 std::vector<int> tma_box(const std::vector<int>& matrix, int rows, int columns, int row, int column,
                          int box_rows);
 
-// What two halves of a block read of each other's numbers, through two named barriers.
+// The numbers that two halves of a block read of each other, through two named barriers.
 std::vector<int> ping_pong(int rounds);
 
 // Sum, maximum and number of distinct owners (by compare-and-swap) over several blocks.
