@@ -212,7 +212,7 @@ BUGS = (
     ),
     Bug(
         "AdamW: the second piece of a 16-bit gradient begins where float32's would",
-        "csrc/binding/cpu/training.cpp",
+        "csrc/binding/cpu/optimizer.cpp",
         "static_cast<const uint8_t*>(grads[i].const_data_ptr()) + at * «bytes»,",
         "int64_t(at ? 0 : bytes)",
         (ADAMW,),
