@@ -413,7 +413,7 @@ class GPT2(nn.Module):
             positions,
             cache.lengths,
             n_head=self.config.n_head,
-            scales=[block.attn.scale for block in self.blocks],
+            attention_scales=[block.attn.scale for block in self.blocks],
             activation=self.config.activation,
             eps=self.config.layer_norm_epsilon,
             k_scales=cache.k_scales,

@@ -24,7 +24,7 @@ from .errors import ArgumentError
 from .ops.backend import statistics_dtype
 from .ops.decode import ACTIVATIONS
 from .ops.derivatives import is_transformed, refused
-from .ops.int8_cache import read as read_cache
+from .ops.int8_cache import dequantize
 from .plain import is_plain, readable
 
 __all__ = [
@@ -427,8 +427,8 @@ class CausalSelfAttention(nn.Module):
                 )
                 return _of_constants(out, cache)
             if not cache.empty:
-                k = read_cache(cache.k, cache.k_scales, q.dtype)
-                v = read_cache(cache.v, cache.v_scales, q.dtype)
+                k = dequantize(cache.k, cache.k_scales, q.dtype)
+                v = dequantize(cache.v, cache.v_scales, q.dtype)
                 out = self._attend_openly(q, k, v, None, cache.lengths)
                 return _of_constants(out, cache)
         if not fused:
