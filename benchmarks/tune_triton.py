@@ -98,21 +98,26 @@ def random(*shape: int) -> Tensor:
 
 def cases() -> Iterator[Case]:
     """What is measured: GPT-2's shapes, the likeliest options."""
-    from gpt2fast.ops.triton import attention, decode, mlp
+    from gpt2fast.ops.backend import OPS, Implementation
+
+    def run(op: str, *arguments: Any) -> Any:
+        implementation = OPS[op].implementations["triton"]
+        assert isinstance(implementation, Implementation)
+        return implementation.run(OPS[op].bind(*arguments))
 
     blocks = grid(BLOCK_M=[32, 64, 128], BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[2, 3])
     seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     for width, dropout in itertools.product((64, 128), (0, 1)):
         q, k, v = random(TOKENS // 1024, 1024, 3, 768 // width, width).unbind(2)
         options = (width**-0.5, None, 0.1 * dropout, seed if dropout else None)
-        out, lse = attention.forward(q, k, v, *options)
+        out, lse = run("causal_attention", q, k, v, *options)
         key = {"element_size": 2, "head_dim": width, "dropout": dropout}
 
         def forward(q=q, k=k, v=v, options=options):
-            return attention.forward(q, k, v, *options)
+            return run("causal_attention", q, k, v, *options)
 
         def backward(q=q, k=k, v=v, out=out, lse=lse, options=options):
-            return attention.backward(out, q, k, v, out, lse, *options)
+            return run("causal_attention_backward", out, q, k, v, out, lse, *options)
 
         yield Case("attention_forward", key, forward, blocks)
         yield Case("attention_keys", key, backward, blocks)
@@ -124,7 +129,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "attention_with_cache",
             {"element_size": 2, "head_dim": 64, "queries": queries},
-            lambda q=q: attention.with_cache(q, cache, cache, lengths, 0.125),
+            lambda q=q: run("attention_with_cache", q, cache, cache, lengths, 0.125),
             grid(BLOCK_M=heights, BLOCK_N=[32, 64, 128], num_warps=[2, 4, 8], num_stages=[2, 3]),
         )
     vectors = [random(768), random(768)]
@@ -138,8 +143,8 @@ def cases() -> Iterator[Case]:
         yield Case(
             "decode_matmul",
             {"element_size": 2, "batch": batch, "outputs": 4096},
-            lambda caches=caches, indices=indices: decode.decode_step(
-                weights, *caches, *indices, 12, [0.125], "gelu_new", 1e-5
+            lambda caches=caches, indices=indices: run(
+                "decode_step", weights, *caches, *indices, 12, [0.125], "gelu_new", 1e-5
             ),
             grid(
                 BLOCK_B=heights,
@@ -155,7 +160,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             kernel,
             {"element_size": 2, "unaligned": 0},
-            lambda: mlp.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj),
+            lambda: run("gelu_mlp", x, w_fc, b_fc, w_proj, b_proj),
             grid(
                 BLOCK_M=[64, 128],
                 BLOCK_N=[128, 256],

@@ -98,7 +98,7 @@ def arguments() -> dict[str, dict[str, object]]:
             "positions": torch.tensor([0, 1]),
             "lengths": torch.tensor([0, 1]),
             "n_head": 2,
-            "scales": [0.5],
+            "attention_scales": [0.5],
             "activation": "gelu_new",
             "eps": 1e-5,
         }

@@ -30,7 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 import gpt2fast.ops.triton
-from gpt2fast.ops.backend import OPS
+from gpt2fast.ops.backend import OPS, Implementation
 from gpt2fast.ops.decode import LAYER_WEIGHTS
 from gpt2fast.ops.triton import tuning
 
@@ -81,7 +81,9 @@ def kernels_of_package() -> set[JITFunction]:
 
 def call(op: str, *arguments: Any) -> None:
     """Run the Triton implementation of an op, whatever device the tensors are on."""
-    OPS[op].implementations["triton"].run(*arguments)
+    implementation = OPS[op].implementations["triton"]
+    assert isinstance(implementation, Implementation)
+    implementation.run(OPS[op].bind(*arguments))
 
 
 def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 12) -> None:

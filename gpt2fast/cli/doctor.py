@@ -171,7 +171,7 @@ def samples(device: str) -> dict[str, Callable[[], object]]:
         "decode_step": lambda: ops.decode_step(
             [weight, weight, *layer, bias, bias, weight],
             cache[None], cache[None].clone(), row, row, row,
-            n_head=2, scales=[0.2], activation="gelu_new", eps=1e-5,
+            n_head=2, attention_scales=[0.2], activation="gelu_new", eps=1e-5,
         ),  # fmt: skip
         "packed_step": lambda: ops.packed_step(
             packed, cache[None], cache[None].clone(), row, row, starts, row, row, row

@@ -100,7 +100,7 @@ def step_constants(model: GPT2) -> dict[str, Any]:
     """The other arguments of `ops.decode_step` that a model brings."""
     return {
         "n_head": model.config.n_head,
-        "scales": [block.attn.scale for block in model.blocks],
+        "attention_scales": [block.attn.scale for block in model.blocks],
         "activation": model.config.activation,
         "eps": model.config.layer_norm_epsilon,
     }

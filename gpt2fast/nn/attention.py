@@ -9,7 +9,7 @@ from .. import ops
 from ..errors import ArgumentError
 from ..ops.backend import statistics_dtype
 from ..ops.derivatives import is_transformed, refused
-from ..ops.int8_cache import read as read_cache
+from ..ops.int8_cache import dequantize
 from .dropout import check_probability, drop
 from .initialization import Device, Dtype, reset
 from .inputs import check_stream
@@ -107,8 +107,8 @@ class CausalSelfAttention(nn.Module):
                 )
                 return _of_constants(out, cache)
             if not cache.empty:
-                k = read_cache(cache.k, cache.k_scales, q.dtype)
-                v = read_cache(cache.v, cache.v_scales, q.dtype)
+                k = dequantize(cache.k, cache.k_scales, q.dtype)
+                v = dequantize(cache.v, cache.v_scales, q.dtype)
                 out = self._attend_openly(q, k, v, None, cache.lengths)
                 return _of_constants(out, cache)
         if not fused:

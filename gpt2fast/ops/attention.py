@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Implementation, Op, autocast, requested_backend, statistics_dtype
+from .backend import Arguments, Implementation, Op, autocast, requested_backend, statistics_dtype
 from .cuda import attention as on_cuda
-from .cuda import by_device, cuda, takes
+from .cuda import by_device, takes
 from .cuda import cached_attention as cached_on_cuda
 from .derivatives import is_transformed, wants_graph
 from .dropout import dropout_factors
-from .int8_cache import check_caches, check_scales, read
-from .native import native, refuses_int8, refuses_tensors
+from .int8_cache import check_caches, check_scales, dequantize
+from .native import native
 from .requirements import (
     check_below_one,
     check_constants,
@@ -34,7 +34,8 @@ from .requirements import (
     check_integers,
     check_shape,
 )
-from .triton import refuses_strided_caches, triton, unsuitable
+from .support import GPU_CACHE_DTYPES, MAX_HEAD_SIZE, Tensors
+from .triton import triton
 
 
 def causal_attention(
@@ -102,82 +103,57 @@ def _usual_scale(q: Tensor) -> float:
     return 1.0 / math.sqrt(max(1, q.shape[-1])) if q.dim() else 1.0
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
+def _check(call: Arguments) -> None:
+    q, k, v, mask, seed = call.q, call.k, call.v, call.mask, call.seed
     check_floating(q=q, k=k, v=v)
     if q.shape != k.shape or k.shape != v.shape or q.dim() != 4:
         raise ArgumentError(
             f"q, k and v must share one shape (B, T, H, D), not {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
-    check_finite(scale=scale)
+    check_finite(scale=call.scale)
     if mask is not None:
         check_shape("mask", mask, *q.shape[:2], says="(B, T)")
         if mask.dtype != torch.bool:
             raise ArgumentError(f"mask must be bool, not {mask.dtype}")
-    check_below_one(dropout_p=dropout_p)
+    check_below_one(dropout_p=call.dropout_p)
     if seed is not None:
         check_integers(seed=seed)
         check_shape("seed", seed, 1, says="one number")
-    elif dropout_p:
-        raise ArgumentError(f"dropout_p={dropout_p} needs seed, a (1,) int64 tensor")
+    elif call.dropout_p:
+        raise ArgumentError(f"dropout_p={call.dropout_p} needs seed, a (1,) int64 tensor")
 
 
-def _check_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    _check(q, k, v, scale, mask, dropout_p, seed)
-    check_floating(grad=grad, out=out)
-    for name, like_q in (("grad", grad), ("out", out)):
-        check_shape(name, like_q, *q.shape, says="q's shape")
+def _check_backward(call: Arguments) -> None:
+    _check(call)
+    q, lse = call.q, call.lse
+    check_floating(grad=call.grad, out=call.out)
+    check_shape("grad", call.grad, *q.shape, says="q's shape")
+    check_shape("out", call.out, *q.shape, says="q's shape")
     batch, time, heads, _ = q.shape
     check_shape("lse", lse, batch, heads, time, says="(B, H, T)")
     if lse.dtype != statistics_dtype(q.dtype):
         raise ArgumentError(f"lse of {q.dtype} queries must not be {lse.dtype}")
 
 
-def _check_cached(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    scale: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
+def _check_cached(call: Arguments) -> None:
+    q, k_cache = call.q, call.k_cache
     check_floating(q=q)
     check_dim("q", q, 4, says="(B, T, H, D)")
-    check_caches(k_cache, v_cache, 4, "(B, T_max, H, D)")
+    check_caches(call, 4, "(B, T_max, H, D)")
     batch, _, heads, width = q.shape
     check_shape(
         "k_cache", k_cache, batch, k_cache.shape[1], heads, width, says="(B, T_max, H, D) beside q"
     )
-    check_scales(k_cache, v_cache, k_scales, v_scales)
-    check_integers(lengths=lengths)
-    check_shape("lengths", lengths, batch, says="(B,)")
-    check_finite(scale=scale)
+    check_scales(call)
+    check_integers(lengths=call.lengths)
+    check_shape("lengths", call.lengths, batch, says="(B,)")
+    check_finite(scale=call.scale)
 
 
-def _check_cached_values(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *others: Any
-) -> None:
-    check_indices("lengths", lengths, 0, k_cache.shape[1], of="what a row of the cache holds")
+def _check_cached_values(call: Arguments) -> None:
+    entries = call.k_cache.shape[1]
+    check_indices("lengths", call.lengths, 0, entries, of="what a row of the cache holds")
 
 
 def _visible(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -200,7 +176,7 @@ def _factors(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 def _weights(
     q: Tensor, k: Tensor, scale: float, mask: Tensor | None, lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights (B, H, T, T) before dropout, and their log-normaliser (B, H, T)."""
+    """Attention weights (B, H, T, T) before dropout, and their log-normalizer (B, H, T)."""
     visible = _visible(q.shape[1], mask, q.device)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
     # Of a query that sees nothing, the scores stay finite, and with them the sum's derivatives:
@@ -259,119 +235,6 @@ def _backward_reference(
     return tuple(g.to(given).contiguous() for g in (grad_q, grad_k, grad_v))  # type: ignore
 
 
-def _flash_refuses(
-    scale: float, mask: Tensor | None, dropout_p: float, q: Tensor, *others: Tensor
-) -> str | None:
-    if scale <= 0:  # it scales after hiding: minus infinity times 0 is no number
-        return f"torch's flash attention takes scales above 0, not {scale}"
-    if any(other.dtype != q.dtype for other in others):
-        return "torch's flash attention takes tensors of one dtype"
-    if q.device.type != "cpu":
-        return "torch's flash attention is used on the CPU only"
-    if mask is not None:
-        return "torch's flash attention takes no padding mask here"
-    if dropout_p:
-        return "torch's flash attention on the CPU has no dropout"
-    if not q.numel():
-        return "torch's flash attention needs at least one element"
-    return None
-
-
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    # The kernel takes the last dimension's stride to be 1 without looking.
-    return [
-        (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
-        for tensor in tensors
-    ]
-
-
-def _flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, k, v), 0.0, True, scale=scale
-    )
-    return out.transpose(1, 2).contiguous(), lse.contiguous()
-
-
-def _flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_heads_first(grad, q, k, v, out), lse, 0.0, True, scale=scale
-    )
-    return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)  # type: ignore
-
-
-def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
-
-
-def _seed(dropout_p: float, seed: Tensor | None) -> int:
-    return int(seed.item()) if seed is not None and dropout_p else 0
-
-
-def _visible_keys(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
-
-
-def _native(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.gpt2fast_native.attention(
-        *_contiguous_heads(q, k, v), scale, _visible_keys(mask), dropout_p, _seed(dropout_p, seed)
-    )
-
-
-def _backward_native(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.gpt2fast_native.attention_backward(
-        *_contiguous_heads(grad, q, k, v, out),
-        lse.contiguous(),
-        scale,
-        _visible_keys(mask),
-        dropout_p,
-        _seed(dropout_p, seed),
-    )
-
-
-def _native_refuses(*tensors: Tensor) -> str | None:
-    if not tensors[0].numel():
-        return "the native kernels need at least one element"
-    return refuses_tensors(*tensors)
-
-
 def _cached_reference(
     q: Tensor,
     k_cache: Tensor,
@@ -389,90 +252,92 @@ def _cached_reference(
         if k_scales is not None and v_scales is not None:
             k_scales, v_scales = k_scales[:, :used], v_scales[:, :used]
     dtype = statistics_dtype(q.dtype)
-    scores = torch.einsum("bthd,bshd->bhts", q.to(dtype), read(k_cache, k_scales, dtype)) * scale
+    scores = torch.einsum("bthd,bshd->bhts", q.to(dtype), dequantize(k_cache, k_scales, dtype))
+    scores = scores * scale
     newest = lengths[:, None] + torch.arange(q.shape[1], device=q.device)
     hidden = torch.arange(k_cache.shape[1], device=q.device) > newest[:, None, :, None]
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
     # Entries past a row's end may hold anything, NaN included; 0 * NaN must not reach the sum.
     past_end = hidden[:, 0, -1:].any(1)  # of no query, none
-    v_cache = read(v_cache, v_scales, dtype).masked_fill(past_end[:, :, None, None], 0.0)
+    v_cache = dequantize(v_cache, v_scales, dtype).masked_fill(past_end[:, :, None, None], 0.0)
     return torch.einsum("bhts,bshd->bthd", weights, v_cache).to(q.dtype).contiguous()
 
 
-def _cached_native(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    scale: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> Tensor:
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    return torch.ops.gpt2fast_native.attention_with_cache(q, k_cache, v_cache, lengths, scale)
+def _flash_refuses(call: Arguments) -> str | None:
+    if call.scale <= 0:  # it scales after hiding: minus infinity times 0 is no number
+        return f"torch's flash attention takes scales above 0, not {call.scale}"
+    if len({x.dtype for x in call if isinstance(x, Tensor) and x.dim() == 4}) != 1:
+        return "torch's flash attention takes tensors of one dtype"
+    if call.q.device.type != "cpu":
+        return "torch's flash attention is used on the CPU only"
+    if call.mask is not None:
+        return "torch's flash attention takes no padding mask here"
+    if call.dropout_p:
+        return "torch's flash attention on the CPU has no dropout"
+    if not call.q.numel():
+        return "torch's flash attention needs at least one element"
+    return None
 
 
-def _cached_native_refuses(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    scale: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> str | None:
-    reason = refuses_tensors(q) or refuses_int8(k_cache) or refuses_tensors(k_cache, v_cache)
-    if reason is None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
-        return "the native kernels read caches whose last dimension is contiguous"
-    return reason
+def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
-def _triton_refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> str | None:
-    return unsuitable(q, k, v, one_dtype=True) or unsuitable(q, mask, seed) or _too_wide(q)
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    # torch's kernel takes the last dimension's stride to be 1 without looking.
+    return [tensor.transpose(1, 2) for tensor in _contiguous_heads(*tensors)]
 
 
-def _triton_refuses_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> str | None:
-    reason = unsuitable(grad, q, k, v, out, one_dtype=True)
-    return reason or unsuitable(q, lse, mask, seed) or _too_wide(q)
+def _flash(call: Arguments) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(call.q, call.k, call.v), 0.0, True, scale=call.scale
+    )
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-def _triton_refuses_cached(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    scale: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> str | None:
-    reason = unsuitable(q, k_cache, v_cache, lengths, k_scales, v_scales)
-    return reason or refuses_strided_caches(k_cache, v_cache) or _too_wide(q)
+def _flash_backward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_first(call.grad, call.q, call.k, call.v, call.out),
+        call.lse,
+        0.0,
+        True,
+        scale=call.scale,
+    )
+    return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)  # type: ignore
 
 
-def _too_wide(q: Tensor) -> str | None:
-    if q.shape[-1] <= 128:
-        return None
-    return f"the Triton kernels take heads of size up to 128, not {q.shape[-1]}"
+def _options(call: Arguments) -> tuple[float, Tensor | None, float, int]:
+    """Scale, visible keys, dropout and seed, as the CPU kernels take them."""
+    mask = None if call.mask is None else call.mask.contiguous()
+    seed = int(call.seed.item()) if call.seed is not None and call.dropout_p else 0
+    return call.scale, mask, call.dropout_p, seed
+
+
+@native(Tensors("q", "k", "v", one_dtype=True))
+def _native(call: Arguments) -> tuple[Tensor, Tensor]:
+    return torch.ops.gpt2fast_native.attention.default(
+        *_contiguous_heads(call.q, call.k, call.v), *_options(call)
+    )
+
+
+@native(Tensors("grad", "q", "k", "v", "out", one_dtype=True))
+def _backward_native(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.gpt2fast_native.attention_backward.default(
+        *_contiguous_heads(call.grad, call.q, call.k, call.v, call.out),
+        call.lse.contiguous(),
+        *_options(call),
+    )
+
+
+@native(
+    Tensors("q", may_be_empty=True),
+    Tensors("k_cache", "v_cache", one_dtype=True, may_be_empty=True, contiguous_rows=True),
+)
+def _cached_native(call: Arguments) -> Tensor:
+    (q,) = _contiguous_heads(call.q)
+    return torch.ops.gpt2fast_native.attention_with_cache.default(
+        q, call.k_cache, call.v_cache, call.lengths, call.scale
+    )
 
 
 _backward = Op(
@@ -480,22 +345,14 @@ _backward = Op(
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
     "Tensor? mask, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
-    native=by_device(
-        cpu=native(
-            _backward_native,
-            lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _native_refuses(
-                grad, q, k, v, out
-            ),
-        ),
-        cuda=cuda(on_cuda.backward, on_cuda.backward_refuses),
+    native=by_device(cpu=_backward_native, cuda=on_cuda.backward),
+    triton=triton(
+        "attention",
+        "backward",
+        Tensors("grad", "q", "k", "v", "out", one_dtype=True, max_head_size=MAX_HEAD_SIZE),
+        Tensors("lse", "mask", "seed"),
     ),
-    triton=triton("attention", "backward", _triton_refuses_backward),
-    torch=Implementation(
-        _flash_backward,
-        lambda grad, q, k, v, out, lse, scale, mask, dropout_p, seed: _flash_refuses(
-            scale, mask, dropout_p, q, k, v, grad, out
-        ),
-    ),
+    torch=Implementation(_flash_backward, _flash_refuses),
     reference=_backward_reference,
 )
 _forward = Op(
@@ -503,17 +360,14 @@ _forward = Op(
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed) "
     "-> (Tensor out, Tensor lse)",
     check=_check,
-    native=by_device(
-        cpu=native(_native, lambda q, k, v, scale, mask, dropout_p, seed: _native_refuses(q, k, v)),
-        cuda=cuda(on_cuda.forward, on_cuda.refuses),
+    native=by_device(cpu=_native, cuda=on_cuda.forward),
+    triton=triton(
+        "attention",
+        "forward",
+        Tensors("q", "k", "v", one_dtype=True, max_head_size=MAX_HEAD_SIZE),
+        Tensors("mask", "seed"),
     ),
-    triton=triton("attention", "forward", _triton_refuses),
-    torch=Implementation(
-        _flash,
-        lambda q, k, v, scale, mask, dropout_p, seed: _flash_refuses(
-            scale, mask, dropout_p, q, k, v
-        ),
-    ),
+    torch=Implementation(_flash, _flash_refuses),
     reference=_reference,
 )
 _cached = Op(
@@ -522,29 +376,30 @@ _cached = Op(
     "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
     check=_check_cached,
     values=_check_cached_values,
-    native=by_device(
-        cpu=native(_cached_native, _cached_native_refuses),
-        cuda=cuda(cached_on_cuda.run, cached_on_cuda.refuses),
+    native=by_device(cpu=_cached_native, cuda=cached_on_cuda.run),
+    triton=triton(
+        "attention",
+        "with_cache",
+        Tensors("q", max_head_size=MAX_HEAD_SIZE),
+        Tensors("k_cache", "v_cache", dtypes=GPU_CACHE_DTYPES, contiguous_rows=True),
+        Tensors("lengths", "k_scales", "v_scales"),
     ),
-    triton=triton("attention", "with_cache", _triton_refuses_cached),
-    torch=_cached_reference,
     reference=_cached_reference,
 )
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, ctx.scale, mask, ctx.dropout_p, seed = inputs
-    out, lse = output
+def _setup_context(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor]) -> None:
+    out, lse = results
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, mask, seed)
+    ctx.scale, ctx.dropout_p = call.scale, call.dropout_p
+    ctx.save_for_backward(call.q, call.k, call.v, out, lse, call.mask, call.seed)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
     if wants_graph():  # what was saved of the results is a constant
         out, lse = _forward.plain(q, k, v, ctx.scale, mask, ctx.dropout_p, seed)
-    gradients = _backward.gradient(grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed)
-    return (*gradients, None, None, None, None)
+    return _backward.gradient(grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed)
 
 
 _forward.register_autograd(_differentiate, _setup_context)
@@ -552,19 +407,19 @@ _cached.refuse_gradient("the cache serves generation; train with causal_attentio
 
 
 @_forward.register_fake
-def _(q, k, v, scale, mask, dropout_p, seed):  # type: ignore[no-untyped-def]
-    batch, time, heads, _ = q.shape
+def _(call: Arguments) -> tuple[Tensor, Tensor]:
+    batch, time, heads, _ = call.q.shape
     return (
-        q.new_empty(q.shape),
-        q.new_empty((batch, heads, time), dtype=statistics_dtype(q.dtype)),
+        call.q.new_empty(call.q.shape),
+        call.q.new_empty((batch, heads, time), dtype=statistics_dtype(call.q.dtype)),
     )
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, scale, mask, dropout_p, seed):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(call: Arguments) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (call.q, call.k, call.v))
 
 
 @_cached.register_fake
-def _(q, k_cache, v_cache, lengths, scale, k_scales=None, v_scales=None):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape)
+def _(call: Arguments) -> Tensor:
+    return call.q.new_empty(call.q.shape)

@@ -13,16 +13,15 @@ and a call that the forced one cannot run raises `BackendError` with the reason.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import _C, Tensor
-from torch._library.autograd import Info, make_autograd_impl
 
 from ..errors import ArgumentError, BackendError
 from .derivatives import (
@@ -42,7 +41,7 @@ AVAILABILITY: dict[str, Callable[[], str | None]] = {}
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: what ran it, and what was passed over."""
+    """One call of an op: which backend ran it, and which were passed over."""
 
     op: str
     backend: str
@@ -50,17 +49,20 @@ class Call:
     """Each backend tried before, and why it could not run the call."""
 
 
+class Arguments(tuple):
+    """The arguments of one call, by their names in the op's schema: `call.q`, `call.scale`.
+
+    Each op has a named tuple of its own. `reference(*call)` spells them out.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
 _LIBRARY = torch.library.Library("gpt2fast", "DEF")
 # One choice for the whole process: autograd runs backward passes in threads of its own.
 _requested = "auto"
-
-
-class _Thread(threading.local):
-    checked = False
-    """Whether the arguments of ops that are called now have been checked."""
-
-
-_thread = _Thread()
 _records: list[list[Call]] = []
 
 
@@ -68,42 +70,92 @@ _records: list[list[Call]] = []
 class Implementation:
     """One way to compute an op."""
 
-    run: Callable[..., Any]
-    """Takes the op's arguments, returns its results."""
-    refuses: Callable[..., str | None]
-    """Takes the op's arguments; returns why it cannot run them, or None."""
+    run: Callable[[Arguments], Any]
+    """Returns the op's results."""
+    refuses: Callable[[Arguments], str | None] = lambda call: None
+    """Returns why it cannot run a call, or None."""
     checks: bool = False
-    """Whether it looks itself, faster, at all that the op asks of its arguments."""
+    """Whether its kernels check everything that the op requires of its arguments, faster."""
+
+    def suiting(self, call: Arguments) -> Implementation:
+        """The implementation for this call."""
+        return self
+
+
+@dataclass(frozen=True)
+class ByDevice:
+    """An implementation for GPUs and another one for all other devices."""
+
+    cpu: Implementation
+    gpu: Implementation
+    is_for_gpu: Callable[[Tensor], bool]
+    """Whether a tensor is one for `gpu`."""
+
+    def suiting(self, call: Arguments) -> Implementation:
+        """The implementation for this call."""
+        return self.gpu if self.is_for_gpu(first_tensor(call)) else self.cpu
+
+
+def first_tensor(arguments: Iterable[Any]) -> Tensor:
+    """The first tensor among arguments, whose device is that of all."""
+    return next(tensors_in(arguments))
 
 
 _REFUSED_BY_KERNELS = "gpt2fast: "
-"""How the compiled ops begin to say what they cannot take (csrc/binding/common/check.h)."""
+"""How errors of the compiled ops begin (csrc/binding/common/check.h)."""
 
 
-def _asks_nothing(*args: Any, **kwargs: Any) -> None:
+def _requires_nothing(call: Arguments) -> None:
     pass
 
 
-def _has_no_elements(arguments: Sequence[Any]) -> bool:
+def _has_no_elements(call: Arguments) -> bool:
     """Whether the first tensor, or one of floating-point numbers, is empty: so is the result."""
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    tensors = [x for x in call if isinstance(x, Tensor)]
     return any(not x.numel() and (x is tensors[0] or x.is_floating_point()) for x in tensors)
 
 
-def _refuses_nothing(*args: Any, **kwargs: Any) -> str | None:
-    return None
+# Its fields are known at run time only.
+_named_tuple: Any = namedtuple
+_NOTHING_BETWEEN: dict[int, bool] = {}
+
+
+def _reaches_kernels(keys: _C.DispatchKeySet) -> bool:
+    """Whether torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
+
+    Otherwise something stands between: a mode, a subclass of Tensor, tracing, a device without
+    data.
+    """
+    raw = keys.raw_repr()
+    known = _NOTHING_BETWEEN.get(raw)
+    if known is None:
+        below = keys & _C._after_autograd_keyset
+        for passes_on in (_C.DispatchKey.ADInplaceOrView, _C.DispatchKey.BackendSelect):
+            below = below.remove(passes_on)
+        known = below.highestPriorityTypeId() in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+        _NOTHING_BETWEEN[raw] = known
+    return known
+
+
+_USUAL_TYPES = {
+    Tensor, torch.nn.Parameter, int, float, bool, str, list, torch.dtype, type(None)
+}  # fmt: skip
 
 
 class Op:
     """An op: a schema in torch's dispatcher and the implementations behind it.
 
+    A call is bound to the schema once; all functions below but the reference take it as one
+    argument, `call`, whose attributes are the op's arguments.
+
     Args:
         name, schema: as torch's dispatcher takes them.
-        check: takes the op's arguments; raises ArgumentError for shapes, dtypes and numbers that
-            no backend takes. It runs where the op is traced, too, so must not read values.
+        reference: the plain torch expression that defines the op. It takes the op's arguments.
+        check: raises ArgumentError for shapes, dtypes and numbers that no backend takes. It runs
+            where the op is traced, too, so must not read values.
         values: the same for values of tensors on the CPU.
         one_device: whether all tensors must be on one device.
-        implementations: by backend.
+        implementations: by backend; without one, `torch` is the reference.
     """
 
     def __init__(
@@ -111,56 +163,89 @@ class Op:
         name: str,
         schema: str,
         *,
-        check: Callable[..., None] | None = None,
-        values: Callable[..., None] | None = None,
+        reference: Callable[..., Any],
+        check: Callable[[Arguments], None] = _requires_nothing,
+        values: Callable[[Arguments], None] = _requires_nothing,
         one_device: bool = True,
-        **implementations: Implementation | Callable,
+        **implementations: Implementation | ByDevice | Callable[[Arguments], Any],
     ):
         self.name = name
-        self._check = check or _asks_nothing
-        self._check_values = values or _asks_nothing
+        self._check = check
+        self._check_values = values
+        plain = Implementation(lambda call: reference(*call))
         self.implementations = {
             backend: implementation
-            if isinstance(implementation, Implementation)
-            else Implementation(implementation, _refuses_nothing)
-            for backend, implementation in implementations.items()
-        }
-        self._checked_by_kernels = any(each.checks for each in self.implementations.values())
+            if isinstance(implementation, (Implementation, ByDevice))
+            else Implementation(implementation)
+            for backend, implementation in ({"torch": plain} | implementations).items()
+        } | {"reference": plain}
+        self._checked_by_kernels = any(
+            isinstance(each, Implementation) and each.checks
+            for each in self.implementations.values()
+        )
         _LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, self._dispatch, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         _LIBRARY.impl(name, self._batched, "FuncTorchBatched")
         self.call = getattr(torch.ops.gpt2fast, name).default
+        arguments = self.call._schema.arguments
+        defaults = [each.default_value for each in arguments if each.has_default_value()]
+        names = [each.name for each in arguments]
+        self.bind: Callable[..., Arguments] = _named_tuple(name, names, defaults=defaults)
+        """The call with these arguments."""
         self._memory = Memory(self.call._schema, one_device)
         OPS[name] = self
-        self._plain = self.implementations["reference"].run
-        self._differentiable: Callable[..., Any] | None = None
-        self._writes = [
-            index
-            for index, argument in enumerate(self.call._schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
+        self._reference = plain
+        self._plain = plain.run
+        self._graph: type[torch.autograd.Function] | None = None
+        self._writes = self._memory.writes
         self._no_gradient = "it writes in place" if self._writes else None
 
-    def register_fake(self, fake: Callable) -> None:
+    def register_fake(self, fake: Callable[[Arguments], Any]) -> None:
         """Say which shapes and dtypes the op returns, for tracing without data."""
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            self._memory.check_devices(args)
-            self._check(*args, **kwargs)
-            return fake(*args, **kwargs)
+        def checked(*args: Any) -> Any:
+            call = self.bind(*args)
+            self._memory.check_devices(call)
+            self._check(call)
+            return fake(call)
 
         torch.library.register_fake(f"gpt2fast::{self.name}", checked, lib=_LIBRARY)
 
-    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """Say how gradients flow; both functions as in `torch.library.register_autograd`.
+    def register_autograd(
+        self,
+        backward: Callable[..., tuple[Tensor | None, ...]],
+        setup_context: Callable[[Any, Arguments, Any], None],
+    ) -> None:
+        """Say how gradients flow.
 
-        Where `backward` is itself to be differentiated, or batched, it has to be an expression of
-        what was saved, to which the results of `gradient` belong.
+        Args:
+            backward: takes the context and the results' gradients; returns the gradients of the
+                first arguments, those after them having none. Where it is itself to be
+                differentiated, or batched, it has to be an expression of what was saved, to which
+                the results of `gradient` belong.
+            setup_context: takes the context, the call and its results, and saves what `backward`
+                needs.
         """
-        self._differentiable = make_autograd_impl(self.call, Info(backward, setup_context))
+        op, count = self, len(self.call._schema.arguments) + 1
 
-    def register_plain(self, plain: Callable) -> None:
+        class Graph(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                call = op.bind(*args[:-1])
+                result = op._below_autograd(args[-1], call)
+                setup_context(ctx, call, result)
+                return result
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                result = backward(ctx, *gradients)
+                return result + (None,) * (count - len(result))
+
+        Graph.__name__ = f"gpt2fast_{self.name}"
+        self._graph = Graph
+
+    def register_plain(self, plain: Callable[[Arguments], Any]) -> None:
         """Say which expression stands for the op where torch differentiates or batches it, should
         it be another one than the reference."""
         self._plain = plain
@@ -176,7 +261,7 @@ class Op:
         """
         self._no_gradient = why
 
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
+    def plain(self, *args: Any) -> Any:
         """The results by an expression that torch differentiates to any order, in both modes, and
         batches: the reference, whatever backend is chosen."""
         self.require(*args)
@@ -184,7 +269,7 @@ class Op:
         for record in _records:
             refusals = tuple((name, why) for name in ORDER if name != "reference")
             record.append(Call(self.name, "reference", refusals))
-        return outside_autocast(self._plain, *args, **kwargs)
+        return outside_autocast(self._plain, self.bind(*args))
 
     def gradient(self, *args: Any) -> Any:
         """The results within a backward pass, differentiable where that is asked for.
@@ -197,34 +282,42 @@ class Op:
         if wants_graph():
             return self.plain(*args)
         with _C._AutoDispatchBelowAutograd():
-            _thread.checked = True
-            try:
-                return self.call(*args)
-            finally:
-                _thread.checked = False
+            if _USUAL_TYPES.issuperset(map(type, args)) and _reaches_kernels(
+                _C._dispatch_keys(args[0]) | _C._dispatch_tls_local_include_set()
+            ):
+                return self._run(self.bind(*args), checked=True)
+            return self.call(*args)
 
-    def _autograd(self, keyset: Any, *args: Any) -> Any:
+    def _autograd(self, keyset: _C.DispatchKeySet, *args: Any) -> Any:
         transformed = is_transformed()
         if transformed and self._no_gradient is None:
             return self.plain(*args)
+        call = self.bind(*args)
         anchor = None
         if transformed or torch.is_grad_enabled():
-            if self._differentiable is not None:
-                return self._differentiable(keyset, *args)
-            anchor = differentiated(args)
-            if anchor is not None and self._no_gradient is None:
-                return self.plain(*args)
+            if self._graph is None:
+                anchor = differentiated(call)
+                if anchor is not None and self._no_gradient is None:
+                    return self.plain(*args)
+            elif _C._any_requires_grad(*args):
+                return self._graph.apply(*call, keyset)
         if anchor is not None and self._writes:
-            raise self._writing_error(args)
-        with _C._AutoDispatchBelowAutograd():
-            result = self.call.redispatch(keyset & _C._after_autograd_keyset, *args)
+            raise self._writing_error(call)
+        result = self._below_autograd(keyset, call)
         return result if anchor is None else self._refused(result, anchor, transformed)
 
-    def _writing_error(self, args: Sequence[Any]) -> NotImplementedError:
-        """What to say where an argument of an op that writes in place requires a gradient."""
+    def _below_autograd(self, keyset: _C.DispatchKeySet, call: Arguments) -> Any:
+        """The results, computed by what follows autograd in torch's dispatcher."""
+        with _C._AutoDispatchBelowAutograd():
+            if _reaches_kernels(keyset):
+                return self._run(call)
+            return self.call.redispatch(keyset & _C._after_autograd_keyset, *call)
+
+    def _writing_error(self, call: Arguments) -> NotImplementedError:
+        """The error where an argument of an op that writes in place requires a gradient."""
         name = next(
             argument.name
-            for argument, value in zip(self.call._schema.arguments, args, strict=False)
+            for argument, value in zip(self.call._schema.arguments, call, strict=True)
             if differentiated((value,)) is not None
         )
         return NotImplementedError(
@@ -251,68 +344,76 @@ class Op:
             )
         return self.plain(*args)
 
-    def _choose(self, *args: Any, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
-        """The backend that would run these arguments, and why each earlier one would not.
+    def _choose(self, call: Arguments) -> tuple[str, Implementation, Sequence[tuple[str, str]]]:
+        """The backend that would run a call, its implementation, and why each earlier one would
+        not.
 
         Raises:
-            BackendError: the forced backend cannot run them.
+            BackendError: the forced backend cannot run it.
         """
         refused: list[tuple[str, str]] = []
         for name in ORDER if _requested == "auto" else (_requested,):
-            reason = self._refusal(name, *args, **kwargs)
+            if name not in self.implementations:
+                refused.append((name, f"{self.name} has no {name} implementation"))
+                continue
+            implementation = self.implementations[name].suiting(call)
+            reason = implementation.refuses(call)
             if reason is None:
-                return name, refused
+                return name, implementation, refused
             refused.append((name, reason))
-        if _requested in self.implementations and _has_no_elements(args):
-            return "reference", refused  # kernels need something to compute
+        if _requested in self.implementations and _has_no_elements(call):
+            # kernels need something to compute
+            return "reference", self._reference, refused
         raise BackendError(
             f"backend {_requested!r} cannot run {self.name}: {refused[-1][1]}; "
             'gpt2fast.backend("auto") falls back to one that can'
         )
 
-    def _refusal(self, name: str, *args: Any, **kwargs: Any) -> str | None:
-        implementation = self.implementations.get(name)
-        if implementation is None:
-            return f"{self.name} has no {name} implementation"
-        return implementation.refuses(*args, **kwargs)
-
     def require(self, *args: Any) -> None:
         """The op's checks, for arguments that torch itself will compute with."""
+        call = self.bind(*args)
         if torch.compiler.is_compiling() or is_transformed():
-            self._check(*args)
+            self._check(call)
         else:
-            self._memory.check_devices(args)
-            self._check_all(*args)
+            self._memory.check_devices(call)
+            self._check_all(call)
 
-    def _check_all(self, *args: Any, **kwargs: Any) -> None:
+    def _check_all(self, call: Arguments) -> None:
         """Raises ArgumentError for arguments that no backend takes."""
-        self._check(*args, **kwargs)
-        self._memory.check(args)
-        self._check_values(*args, **kwargs)
+        self._check(call)
+        self._memory.check(call)
+        self._check_values(call)
 
-    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._checked_by_kernels and not _thread.checked:
-            self._check_all(*args, **kwargs)
+    def _dispatch(self, *args: Any) -> Any:
+        return self._run(self.bind(*args))
+
+    def _run(self, call: Arguments, checked: bool = False) -> Any:
+        """The results by the backend that was asked for.
+
+        Args:
+            checked: whether what no backend takes has been refused.
+        """
+        if not self._checked_by_kernels and not checked:
+            self._check_all(call)
         try:
-            name, refused = self._choose(*args, **kwargs)
+            name, implementation, refused = self._choose(call)
         except BackendError:
-            self._check_all(*args, **kwargs)  # what no backend takes comes first
+            self._check_all(call)  # what no backend takes comes first
             raise
-        implementation = self.implementations[name]
         if self._checked_by_kernels and not (
-            implementation.checks and self._memory.are_apart(args)
+            implementation.checks and self._memory.are_apart(call)
         ):
-            self._check_all(*args, **kwargs)
+            self._check_all(call)
         for record in _records:
             record.append(Call(self.name, name, tuple(refused)))
         try:
             # Dtypes are settled before an op is called; its insides compute as they are written.
-            return outside_autocast(implementation.run, *args, **kwargs)
+            return outside_autocast(implementation.run, call)
         except RuntimeError as error:
             message = str(error)
             if not message.startswith(_REFUSED_BY_KERNELS):
                 raise
-            self._check_all(*args, **kwargs)  # says what is wrong in words of every backend
+            self._check_all(call)  # says what is wrong in words of every backend
             raise ArgumentError(message.removeprefix(_REFUSED_BY_KERNELS)) from None
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Op
-from .cuda import CACHE_DTYPES, by_device, cuda, kernels
-from .cuda import unsuitable as unsuitable_for_cuda
+from .backend import Arguments, Op
+from .cuda import by_device, cuda, kernels
 from .int8_cache import check_caches, check_scales, stored
-from .native import native, refuses_int8, refuses_tensors
+from .native import native
 from .requirements import (
     check_dim,
     check_floating,
@@ -24,7 +23,8 @@ from .requirements import (
     check_room,
     check_shape,
 )
-from .triton import triton, unsuitable
+from .support import GPU_CACHE_DTYPES, Tensors
+from .triton import triton
 
 
 def append_to_cache(
@@ -73,44 +73,29 @@ def release_rows(lengths: Tensor, rows: Tensor) -> None:
     _release.call(lengths, rows)
 
 
-def _check_append(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
+def _check_append(call: Arguments) -> None:
+    k, v, k_cache = call.k, call.v, call.k_cache
     check_floating(k=k, v=v)
     check_dim("k", k, 4, says="(B, T, H, D)")
-    check_caches(k_cache, v_cache, 4, "(B, T_max, H, D)")
+    check_caches(call, 4, "(B, T_max, H, D)")
     if k.shape != v.shape or k.shape[0] != k_cache.shape[0] or k.shape[2:] != k_cache.shape[2:]:
         raise ArgumentError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be alike, and of the caches' sizes "
             f"{tuple(k_cache.shape)} only the second may differ"
         )
-    check_scales(k_cache, v_cache, k_scales, v_scales)
-    check_integers(lengths=lengths, counts=counts)
-    check_shape("lengths", lengths, k.shape[0], says="(B,)")
-    if counts is not None:
-        check_shape("counts", counts, k.shape[0], says="(B,)")
+    check_scales(call)
+    check_integers(lengths=call.lengths, counts=call.counts)
+    check_shape("lengths", call.lengths, k.shape[0], says="(B,)")
+    if call.counts is not None:
+        check_shape("counts", call.counts, k.shape[0], says="(B,)")
 
 
-def _check_append_values(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None,
-    *scales: Tensor | None,
-) -> None:
-    check_room(lengths, counts, k.shape[1], k_cache.shape[1])
+def _check_append_values(call: Arguments) -> None:
+    check_room(call.lengths, call.counts, call.k.shape[1], call.k_cache.shape[1])
 
 
-def _check_reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+def _check_reorder(call: Arguments) -> None:
+    k_cache, v_cache, rows = call.k_cache, call.v_cache, call.rows
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         raise ArgumentError(
             f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must share one "
@@ -124,18 +109,18 @@ def _check_reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
         )
 
 
-def _check_reorder_values(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
-    check_indices("rows", rows, 0, len(k_cache) - 1, of="the rows of the cache")
+def _check_reorder_values(call: Arguments) -> None:
+    check_indices("rows", call.rows, 0, len(call.k_cache) - 1, of="the rows of the cache")
 
 
-def _check_release(lengths: Tensor, rows: Tensor) -> None:
-    check_integers(lengths=lengths, rows=rows)
-    check_dim("lengths", lengths, 1, says="(B,)")
-    check_dim("rows", rows, 1, says="(N,)")
+def _check_release(call: Arguments) -> None:
+    check_integers(lengths=call.lengths, rows=call.rows)
+    check_dim("lengths", call.lengths, 1, says="(B,)")
+    check_dim("rows", call.rows, 1, says="(N,)")
 
 
-def _check_release_values(lengths: Tensor, rows: Tensor) -> None:
-    check_indices("rows", rows, 0, len(lengths) - 1, of="the rows of the cache")
+def _check_release_values(call: Arguments) -> None:
+    check_indices("rows", call.rows, 0, len(call.lengths) - 1, of="the rows of the cache")
 
 
 def _append_reference(
@@ -175,129 +160,39 @@ def _contiguous_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _refuses_cache(*caches: Tensor) -> str | None:
-    for cache in caches:
-        if cache.device.type != "cpu":
-            return f"the native kernels run on the CPU, and a cache is on {cache.device}"
-        if cache.stride(-1) != 1 and cache.shape[-1] != 1:
-            return "the native kernels write to caches whose last dimension is contiguous"
-    return None
+def _append_native(call: Arguments) -> None:
+    scales = () if call.k_scales is None else (call.k_scales, call.v_scales)
+    kernels(call.k).append_to_cache(
+        _contiguous_heads(call.k), _contiguous_heads(call.v),
+        call.k_cache, call.v_cache, call.lengths, call.counts, *scales,
+    )  # fmt: skip
 
 
-def _append_native(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
-    k, v = _contiguous_heads(k), _contiguous_heads(v)
-    scales = () if k_scales is None else (k_scales, v_scales)
-    kernels(k).append_to_cache(k, v, k_cache, v_cache, lengths, counts, *scales)
+def _reorder_native(call: Arguments) -> None:
+    kernels(call.k_cache).reorder_cache(*call)
 
 
-def _append_refuses(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> str | None:
-    return (
-        refuses_tensors(k, v)
-        or refuses_int8(k_cache)
-        or refuses_tensors(k_cache, v_cache)
-        or _refuses_cache(k_cache, v_cache)
-    )
+def _release_native(call: Arguments) -> None:
+    kernels(call.lengths).release_rows(*call)
 
 
-def _reorder_native(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
-    kernels(k_cache).reorder_cache(k_cache, v_cache, rows)
-
-
-def _release_native(lengths: Tensor, rows: Tensor) -> None:
-    kernels(lengths).release_rows(lengths, rows)
-
-
-def _release_refuses(lengths: Tensor, rows: Tensor) -> str | None:
-    if lengths.device.type != "cpu":
-        return f"the native kernels run on the CPU, and the lengths are on {lengths.device}"
-    return None
-
-
-def _triton_refuses_reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> str | None:
-    if len(rows) > 1024:
-        return f"the Triton kernel moves up to 1024 rows, not {len(rows)}"
-    return unsuitable(k_cache, v_cache, rows, may_be_empty=True)
-
-
-def _cuda_refuses_integers(*vectors: Tensor | None) -> str | None:
-    for vector in vectors:
-        if vector is not None and vector.dtype != torch.int64:
-            return f"the CUDA kernels take lengths, counts and rows in int64, not {vector.dtype}"
-    return None
-
-
-def _cuda_refuses_cache(*caches: Tensor) -> str | None:
-    for cache in caches:
-        if cache.stride(-1) != 1 and cache.shape[-1] != 1:
-            return "the CUDA kernels write to caches whose last dimension is contiguous"
-    return None
-
-
-def _append_cuda_refuses(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> str | None:
-    return (
-        unsuitable_for_cuda(k, v, one_dtype=True, may_be_empty=True)
-        or unsuitable_for_cuda(
-            k_cache, v_cache, dtypes=CACHE_DTYPES, one_dtype=True, may_be_empty=True
-        )
-        or unsuitable_for_cuda(
-            k, k_cache, lengths, counts, k_scales, v_scales, dtypes=CACHE_DTYPES, may_be_empty=True
-        )
-        or _cuda_refuses_cache(k_cache, v_cache)
-        or _cuda_refuses_integers(lengths, counts)
-    )
-
-
-# A thread reads what it needs of all replaced rows before it writes the first.
+# Each thread of a GPU reads what it needs of all replaced rows before it writes the first.
 _MOST_REORDERED = 1024
 
 
-def _reorder_cuda_refuses(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> str | None:
-    if rows.numel() > _MOST_REORDERED:
-        return f"the CUDA kernel reorders {_MOST_REORDERED} rows at most, not {rows.numel()}"
-    if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
+def _too_many_rows(call: Arguments) -> str | None:
+    if len(call.rows) <= _MOST_REORDERED:
+        return None
+    return f"the kernels reorder {_MOST_REORDERED} rows at most, not {len(call.rows)}"
+
+
+def _cuda_refuses_reorder(call: Arguments) -> str | None:
+    if call.k_cache.dtype != call.v_cache.dtype:
         return "the CUDA kernel reorders caches that are alike"
-    return (
-        unsuitable_for_cuda(
-            k_cache, v_cache, rows, dtypes=(*CACHE_DTYPES, torch.float64), may_be_empty=True
-        )
-        or _cuda_refuses_cache(k_cache, v_cache)
-        or _cuda_refuses_integers(rows)
-    )
+    return _too_many_rows(call)
 
 
-def _release_cuda_refuses(lengths: Tensor, rows: Tensor) -> str | None:
-    return unsuitable_for_cuda(lengths, rows, may_be_empty=True) or _cuda_refuses_integers(
-        lengths, rows
-    )
-
-
+_NEW = Tensors("k", "v", one_dtype=True, may_be_empty=True)
 _append = Op(
     "append_to_cache",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, "
@@ -305,26 +200,45 @@ _append = Op(
     check=_check_append,
     values=_check_append_values,
     native=by_device(
-        cpu=native(_append_native, _append_refuses),
-        cuda=cuda(_append_native, _append_cuda_refuses),
+        cpu=native(
+            _NEW,
+            Tensors("k_cache", "v_cache", one_dtype=True, may_be_empty=True, contiguous_rows=True),
+        )(_append_native),
+        cuda=cuda(
+            _NEW,
+            Tensors(
+                "k_cache", "v_cache",
+                dtypes=GPU_CACHE_DTYPES, one_dtype=True, may_be_empty=True, contiguous_rows=True,
+            ),
+        )(_append_native),
     ),
-    triton=triton("cache", "append"),
-    torch=_append_reference,
+    triton=triton(
+        "cache",
+        "append",
+        Tensors("k", "v", may_be_empty=True),
+        Tensors("k_cache", "v_cache", dtypes=GPU_CACHE_DTYPES, may_be_empty=True),
+    ),
     reference=_append_reference,
-)
+)  # fmt: skip
+_MOVED = Tensors(
+    "k_cache", "v_cache",
+    dtypes=(*GPU_CACHE_DTYPES, torch.float64), may_be_empty=True, contiguous_rows=True,
+)  # fmt: skip
 _reorder = Op(
     "reorder_cache",
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows) -> ()",
     check=_check_reorder,
     values=_check_reorder_values,
     native=by_device(
-        cpu=native(
-            _reorder_native, lambda k_cache, v_cache, rows: _refuses_cache(k_cache, v_cache)
-        ),
-        cuda=cuda(_reorder_native, _reorder_cuda_refuses),
+        cpu=native(_MOVED)(_reorder_native),
+        cuda=cuda(_MOVED, refuses=_cuda_refuses_reorder)(_reorder_native),
     ),
-    triton=triton("cache", "reorder", _triton_refuses_reorder),
-    torch=_reorder_reference,
+    triton=triton(
+        "cache",
+        "reorder",
+        Tensors("k_cache", "v_cache", dtypes=GPU_CACHE_DTYPES, may_be_empty=True),
+        refuses=_too_many_rows,
+    ),
     reference=_reorder_reference,
 )
 _release = Op(
@@ -332,12 +246,8 @@ _release = Op(
     "(Tensor(a!) lengths, Tensor rows) -> ()",
     check=_check_release,
     values=_check_release_values,
-    native=by_device(
-        cpu=native(_release_native, _release_refuses),
-        cuda=cuda(_release_native, _release_cuda_refuses),
-    ),
+    native=by_device(cpu=native()(_release_native), cuda=cuda()(_release_native)),
     triton=triton("cache", "release"),
-    torch=_release_reference,
     reference=_release_reference,
 )
 
@@ -346,15 +256,15 @@ _append.refuse_gradient("what it stores are constants; train with causal_attenti
 
 
 @_append.register_fake
-def _(k, v, k_cache, v_cache, lengths, counts, k_scales=None, v_scales=None):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> None:
     return None
 
 
 @_reorder.register_fake
-def _(k_cache, v_cache, rows):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> None:
     return None
 
 
 @_release.register_fake
-def _(lengths, rows):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> None:
     return None

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Op, autocast, statistics_dtype
-from .cuda import by_device, cuda, unsuitable
+from .backend import Arguments, Op, autocast, statistics_dtype
+from .cuda import by_device, cuda
 from .derivatives import outside_autocast, wants_graph
 from .matmul import matmul, reads_wider_weights
-from .native import native, refuses_tensors
+from .native import native
 from .requirements import check_floating, check_indices, check_integers
+from .support import Tensors
 from .triton import triton
-from .triton import unsuitable as unsuitable_for_triton
 
 # Of logits held at once. Every chunk reads the weight and adds to its gradient, so fewer rows cost
 # more (docs/performance.md).
@@ -56,14 +56,8 @@ def linear_cross_entropy(
     return _forward.call(hidden, weight, targets, ignore_index, *wanted)[0]
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> None:
+def _check(call: Arguments) -> None:
+    hidden, weight, targets = call.hidden, call.weight, call.targets
     check_floating(hidden=hidden, weight=weight)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ArgumentError(
@@ -78,11 +72,10 @@ def _check(
         )
 
 
-def _check_values(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *others: object
-) -> None:
+def _check_values(call: Arguments) -> None:
+    last = len(call.weight) - 1
     check_indices(
-        "targets", targets, 0, len(weight) - 1, but=ignore_index, of="the classes of weight"
+        "targets", call.targets, 0, last, but=call.ignore_index, of="the classes of weight"
     )
 
 
@@ -112,15 +105,13 @@ def _reference(
     )
 
 
-def _loss_alone(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_alone(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     # Who differentiates the loss as an expression has no use for gradients beside it.
-    return _reference(hidden, weight, targets, ignore_index, False, False)
+    return _reference(*call._replace(hidden_grad=False, weight_grad=False))
 
 
-def _count(targets: Tensor, ignore_index: int) -> Tensor:
-    return (targets != ignore_index).sum()
+def _count(call: Arguments) -> Tensor:
+    return (call.targets != call.ignore_index).sum()
 
 
 def _grad_logits(logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -142,24 +133,22 @@ def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
 def _chunked(
     turn: Callable[[Tensor, Tensor, Tensor], Tensor],
     add: Callable[[Tensor, Tensor], object],
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    hidden_grad: bool,
-    weight_grad: bool,
+    call: Arguments,
     alignment: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses of all rows and the wanted gradients, a chunk of logits at a time.
 
     turn(logits, targets, losses) fills in the losses of a chunk and returns the gradient of its
     logits, which may take their place; add(total, x) adds x to a sum of a wider dtype. Rows of
-    logits lie a multiple of `alignment` elements apart.
+    logits lie a multiple of `alignment` elements apart. The weight is read in `hidden`'s dtype.
     """
+    hidden, targets = call.hidden, call.targets
+    weight = call.weight.to(hidden.dtype)
     dtype = statistics_dtype(hidden.dtype)
     losses = hidden.new_empty(len(hidden), dtype=dtype)
-    grad_hidden = hidden.new_empty(hidden.shape if hidden_grad else 0)
-    grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
-    if weight_grad and not len(hidden):
+    grad_hidden = hidden.new_empty(hidden.shape if call.hidden_grad else 0)
+    grad_weight = weight.new_empty(weight.shape if call.weight_grad else 0)
+    if call.weight_grad and not len(hidden):
         grad_weight.zero_()
     step = _chunk_rows(hidden, weight)
     logits = hidden.new_empty((step, -(-len(weight) // alignment) * alignment))[:, : len(weight)]
@@ -172,9 +161,9 @@ def _chunked(
         chunk = logits[: len(hidden[rows])]
         torch.mm(hidden[rows], weight.t(), out=chunk)
         grad_logits = turn(chunk, targets[rows], losses[rows])
-        if hidden_grad:
+        if call.hidden_grad:
             torch.mm(grad_logits, weight, out=grad_hidden[rows])
-        if weight_grad:
+        if call.weight_grad:
             if start > 0 and total is grad_weight:
                 total.addmm_(grad_logits.t(), hidden[rows])
             else:
@@ -183,22 +172,19 @@ def _chunked(
                     add(total, grad_weight)
                 elif total is not grad_weight:
                     total.copy_(grad_weight)
-    return losses, grad_hidden, total.to(weight.dtype)
+    return losses, grad_hidden, total.to(weight.dtype).to(call.weight.dtype)
 
 
 def _chunked_products(
     turn: Callable[[Tensor, Tensor, Tensor], Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    hidden_grad: bool,
-    weight_grad: bool,
+    call: Arguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_chunked` for a CPU: the weight may be wider than `hidden`, sums are float32 throughout."""
+    hidden, weight, targets = call.hidden, call.weight, call.targets
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-    grad_hidden = hidden.new_empty(hidden.shape if hidden_grad else 0)
-    grad_weight = weight.new_empty(weight.shape if weight_grad else 0, dtype=torch.float32)
-    if weight_grad and not len(hidden):
+    grad_hidden = hidden.new_empty(hidden.shape if call.hidden_grad else 0)
+    grad_weight = weight.new_empty(weight.shape if call.weight_grad else 0, dtype=torch.float32)
+    if call.weight_grad and not len(hidden):
         grad_weight.zero_()
     step = _chunk_rows(hidden, weight)
     logits = hidden.new_empty((step, len(weight)))
@@ -207,78 +193,53 @@ def _chunked_products(
         chunk = logits[: len(hidden[rows])]
         matmul(hidden[rows], weight.t(), hidden.dtype, out=chunk)
         grad_logits = turn(chunk, targets[rows], losses[rows])
-        if hidden_grad:
+        if call.hidden_grad:
             matmul(grad_logits, weight, hidden.dtype, out=grad_hidden[rows])
-        if weight_grad:
+        if call.weight_grad:
             matmul(grad_logits.t(), hidden[rows], hidden.dtype, out=grad_weight, add=start > 0)
     return losses, grad_hidden, grad_weight.to(weight.dtype)
 
 
-def _torch(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = _count(targets, ignore_index)
-    narrow = weight.to(hidden.dtype)
+def _torch(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    count = _count(call)
 
     def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
         wide = logits.to(losses.dtype)
         lse = wide.logsumexp(-1)
-        counted = targets != ignore_index
+        counted = targets != call.ignore_index
         picked = wide.gather(1, targets.where(counted, 0)[:, None])[:, 0]
         losses.copy_((lse - picked) * counted)
-        if not (hidden_grad or weight_grad):
+        if not (call.hidden_grad or call.weight_grad):
             return logits
-        return (
-            _grad_logits(wide, lse, targets, ignore_index).div_(count.clamp(min=1)).to(logits.dtype)
-        )
+        grad = _grad_logits(wide, lse, targets, call.ignore_index)
+        return grad.div_(count.clamp(min=1)).to(logits.dtype)
 
-    losses, grad_hidden, grad_weight = _chunked(
-        turn, Tensor.add_, hidden, narrow, targets, hidden_grad, weight_grad
-    )
-    return losses.sum() / count, grad_hidden, grad_weight.to(weight.dtype)
+    losses, grad_hidden, grad_weight = _chunked(turn, Tensor.add_, call)
+    return losses.sum() / count, grad_hidden, grad_weight
 
 
-def _native(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = int(_count(targets, ignore_index))
+@native(Tensors("hidden", may_be_empty=True), Tensors("weight", may_be_empty=True))
+def _native(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    count = int(_count(call))
 
     def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
         torch.ops.gpt2fast_native.cross_entropy(
             logits,
             targets.contiguous(),
             losses,
-            ignore_index,
+            call.ignore_index,
             1.0 / max(1, count),
-            hidden_grad or weight_grad,
+            call.hidden_grad or call.weight_grad,
         )
         return logits
 
-    losses, grad_hidden, grad_weight = _chunked_products(
-        turn, hidden, weight, targets, hidden_grad, weight_grad
-    )
+    losses, grad_hidden, grad_weight = _chunked_products(turn, call)
     return losses.sum() / count, grad_hidden, grad_weight
 
 
-def _cuda(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = _count(targets, ignore_index)
+@cuda(Tensors("hidden", "weight", one_dtype=True), Tensors("targets"))
+def _cuda(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    count = _count(call)
     factor = count.clamp(min=1).to(torch.float32).reciprocal()  # stays on the device
 
     def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
@@ -286,37 +247,15 @@ def _cuda(
             logits,
             targets.contiguous(),
             losses,
-            ignore_index,
+            call.ignore_index,
             factor,
-            hidden_grad or weight_grad,
+            call.hidden_grad or call.weight_grad,
         )
         return logits
 
     # GPT-2's vocabulary is odd: without room between the rows, none but the first is aligned.
-    losses, grad_hidden, grad_weight = _chunked(
-        turn, Tensor.add_, hidden, weight, targets, hidden_grad, weight_grad, alignment=64
-    )
+    losses, grad_hidden, grad_weight = _chunked(turn, Tensor.add_, call, alignment=64)
     return losses.sum() / count, grad_hidden, grad_weight
-
-
-def _cuda_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
-    if targets.dtype != torch.int64:
-        return "the CUDA kernels take int64 targets"
-    return unsuitable(hidden, weight, targets, one_dtype=True)
-
-
-def _native_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
-    if targets.dtype != torch.int64:
-        return "the native kernels take int64 targets"
-    return refuses_tensors(hidden) or refuses_tensors(weight)
-
-
-def _triton_refuses(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> str | None:
-    if targets.dtype != torch.int64:
-        return "the Triton kernels take int64 targets"
-    return unsuitable_for_triton(
-        hidden, weight, targets, one_dtype=True, may_be_empty=True
-    ) or unsuitable_for_triton(weight)
 
 
 _forward = Op(
@@ -325,28 +264,31 @@ _forward = Op(
     "bool weight_grad) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
     check=_check,
     values=_check_values,
-    native=by_device(
-        cpu=native(_native, _native_refuses),
-        cuda=cuda(_cuda, _cuda_refuses),
+    native=by_device(cpu=_native, cuda=_cuda),
+    triton=triton(
+        "cross_entropy",
+        "forward",
+        Tensors("hidden", "weight", one_dtype=True, may_be_empty=True),
+        Tensors("weight"),
     ),
-    triton=triton("cross_entropy", "forward", _triton_refuses),
     torch=_torch,
     reference=_reference,
 )
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, weight, targets, ctx.ignore_index, *ctx.wanted = inputs
-    _, grad_hidden, grad_weight = output
+def _setup_context(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, grad_hidden, grad_weight = results
     ctx.mark_non_differentiable(grad_hidden, grad_weight)
     # The gradients would get zeros of their size as gradients.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_hidden, grad_weight, hidden, weight, targets)
+    ctx.ignore_index = call.ignore_index
+    ctx.wanted = call.hidden_grad, call.weight_grad
+    ctx.save_for_backward(grad_hidden, grad_weight, call.hidden, call.weight, call.targets)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
     if grad is None:  # nothing depends on the loss: within derivatives of derivatives
-        return (None,) * 6
+        return ()
     grad_hidden, grad_weight, hidden, weight, targets = ctx.saved_tensors
     # Where the graph is not kept, nobody asks again for what was saved: it needs no second copy.
     # What is traced keeps its values.
@@ -360,11 +302,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ..
             _reference, hidden, weight, targets, ctx.ignore_index, *ctx.wanted
         )
     multiply = Tensor.mul if kept else Tensor.mul_
-    gradients = (
+    return tuple(
         multiply(gradient, grad) if wanted else None
         for gradient, wanted in zip((grad_hidden, grad_weight), ctx.wanted, strict=True)
     )
-    return (*gradients, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, _setup_context)
@@ -372,9 +313,10 @@ _forward.register_plain(_loss_alone)
 
 
 @_forward.register_fake
-def _(hidden, weight, targets, ignore_index, hidden_grad, weight_grad):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = call.hidden, call.weight
     return (
         hidden.new_empty((), dtype=statistics_dtype(hidden.dtype)),
-        hidden.new_empty(hidden.shape if hidden_grad else 0),
-        weight.new_empty(weight.shape if weight_grad else 0),
+        hidden.new_empty(hidden.shape if call.hidden_grad else 0),
+        weight.new_empty(weight.shape if call.weight_grad else 0),
     )

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .attention import attention_with_cache
-from .backend import Implementation, Op
+from .backend import Arguments, Implementation, Op
 from .cache import append_to_cache
-from .cuda import by_device, cuda
+from .cuda import by_device
 from .cuda import decode as on_cuda
 from .embedding import embedding
-from .int8_cache import check_caches, check_scales, read, stored
+from .int8_cache import check_caches, check_scales, dequantize, stored
 from .layer_norm import residual_layer_norm
 from .mlp import bias_gelu
 from .native import CACHE_DTYPES, native
@@ -36,14 +36,21 @@ from .requirements import (
     check_dim,
     check_finite,
     check_floating,
-    check_fractions,
     check_indices,
     check_integers,
     check_room,
     check_shape,
 )
-from .sampling import check_choice, sample_reference
-from .triton import refuses_strided_caches, triton, unsuitable
+from .sampling import (
+    CHOICE,
+    check_choice,
+    check_choice_values,
+    choice,
+    refuses_uniform,
+    sample_reference,
+)
+from .support import GPU_CACHE_DTYPES, MAX_HEAD_SIZE, Tensors
+from .triton import triton
 
 LAYER_WEIGHTS = (
     "ln_1.weight",
@@ -79,7 +86,7 @@ def decode_step(
     lengths: Tensor,
     *,
     n_head: int,
-    scales: Sequence[float],
+    attention_scales: Sequence[float],
     activation: str,
     eps: float,
     k_scales: Tensor | None = None,
@@ -94,9 +101,9 @@ def decode_step(
         positions: (B,) int64, each token's position.
         lengths: (B,) int64, entries stored before; not changed.
         n_head: H.
-        scales: factor on the attention scores of each layer.
+        attention_scales: factor on the attention scores of each layer.
         activation: a key of `ACTIVATIONS`.
-        eps: of the layer normalisations.
+        eps: of the layer normalizations.
         k_scales, v_scales: (L, B, T_max, H) float32 factors of int8 caches, written in place.
 
     Returns:
@@ -107,45 +114,33 @@ def decode_step(
     """
     return _decode.call(
         list(weights), k_cache, v_cache, tokens, positions, lengths,
-        n_head, list(scales), activation, eps, k_scales, v_scales,
+        n_head, list(attention_scales), activation, eps, k_scales, v_scales,
     )  # fmt: skip
 
 
-def _check(
-    weights: list[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    n_head: int,
-    scales: list[float],
-    activation: str,
-    eps: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
+def _check(call: Arguments) -> None:
+    weights, scales, tokens, n_head = call.weights, call.attention_scales, call.tokens, call.n_head
     if len(weights) != 5 + len(scales) * len(LAYER_WEIGHTS):
         raise ArgumentError(
-            f"{len(weights)} weights do not fit {len(scales)} layers, a scale each: it takes "
-            f"{5 + len(scales) * len(LAYER_WEIGHTS)}"
+            f"{len(weights)} weights do not fit {len(scales)} attention_scales, one a layer: it "
+            f"takes {5 + len(scales) * len(LAYER_WEIGHTS)}"
         )
-    check_integers(tokens=tokens, positions=positions, lengths=lengths)
+    check_integers(tokens=tokens, positions=call.positions, lengths=call.lengths)
     check_dim("tokens", tokens, 1, says="(B,)")
     batch = len(tokens)
-    check_shape("positions", positions, batch, says="(B,)")
-    check_shape("lengths", lengths, batch, says="(B,)")
-    check_caches(k_cache, v_cache, 5, "(L, B, T_max, H, D)")
+    check_shape("positions", call.positions, batch, says="(B,)")
+    check_shape("lengths", call.lengths, batch, says="(B,)")
+    check_caches(call, 5, "(L, B, T_max, H, D)")
     wte = weights[0]
     check_dim("wte", wte, 2, says="(V, C)")
     width = wte.shape[1]
     if n_head < 1 or width % n_head:
         raise ArgumentError(f"n_head={n_head} does not divide the width {width}")
     check_shape(
-        "k_cache", k_cache, len(scales), batch, k_cache.shape[2], n_head, width // n_head,
+        "k_cache", call.k_cache, len(scales), batch, call.k_cache.shape[2], n_head, width // n_head,
         says="(L, B, T_max, H, D)",
     )  # fmt: skip
-    check_scales(k_cache, v_cache, k_scales, v_scales)
+    check_scales(call)
     inner = weights[2 + LAYER_WEIGHTS.index("mlp.c_fc.weight")].shape[-1] if scales else 0
     shapes = {
         "attn.c_attn": (width, 3 * width),
@@ -170,24 +165,17 @@ def _check(
     for weight in weights:
         check_floating(weights=weight)
     for scale in scales:
-        check_finite(scales=scale)
-    check_at_least(0, eps=eps)
-    if activation not in ACTIVATIONS:
-        raise ArgumentError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+        check_finite(attention_scales=scale)
+    check_at_least(0, eps=call.eps)
+    if call.activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation={call.activation!r} is none of {', '.join(ACTIVATIONS)}")
 
 
-def _check_values(
-    weights: list[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    *others: Any,
-) -> None:
-    check_indices("tokens", tokens, 0, len(weights[0]) - 1, of="the rows of wte")
-    check_indices("positions", positions, 0, len(weights[1]) - 1, of="the rows of wpe")
-    check_room(lengths, None, 1, k_cache.shape[2])
+def _check_values(call: Arguments) -> None:
+    wte, wpe, *_ = call.weights
+    check_indices("tokens", call.tokens, 0, len(wte) - 1, of="the rows of wte")
+    check_indices("positions", call.positions, 0, len(wpe) - 1, of="the rows of wpe")
+    check_room(call.lengths, None, 1, call.k_cache.shape[2])
 
 
 def _reference(
@@ -198,7 +186,7 @@ def _reference(
     positions: Tensor,
     lengths: Tensor,
     n_head: int,
-    scales: list[float],
+    attention_scales: list[float],
     activation: str,
     eps: float,
     k_scales: Tensor | None = None,
@@ -209,7 +197,7 @@ def _reference(
     batch, _, width = x.shape
     residual = None
     size = len(LAYER_WEIGHTS)
-    for layer, scale in enumerate(scales):
+    for layer, scale in enumerate(attention_scales):
         ln_1_w, ln_1_b, qkv_w, qkv_b, out_w, out_b, ln_2_w, ln_2_b, fc_w, fc_b, proj_w, proj_b = (
             layers[layer * size : (layer + 1) * size]
         )
@@ -231,47 +219,40 @@ def _reference(
     return normed[:, 0] @ projection.t()
 
 
-def _triton_refuses(
-    weights: list[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    n_head: int,
-    scales: list[float],
-    activation: str,
-    eps: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> str | None:
-    reason = unsuitable(*weights, one_dtype=True)
-    reason = reason or unsuitable(
-        weights[0], k_cache, v_cache, tokens, positions, lengths, k_scales, v_scales
-    )
-    if reason is None and k_cache.shape[-1] > 128:
-        return f"the Triton kernels take heads of size up to 128, not {k_cache.shape[-1]}"
-    return reason or refuses_strided_caches(k_cache, v_cache)
-
-
 _decode = Op(
     "decode_step",
     "(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor tokens, Tensor positions, "
-    "Tensor lengths, int n_head, float[] scales, str activation, float eps, "
+    "Tensor lengths, int n_head, float[] attention_scales, str activation, float eps, "
     "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor",
     check=_check,
     values=_check_values,
     native=by_device(
-        cpu=Implementation(_reference, lambda *args: "the CPU's kernels take packed weights"),
-        cuda=cuda(on_cuda.run, on_cuda.refuses),
+        cpu=Implementation(
+            lambda call: _reference(*call), lambda call: "the CPU's kernels take packed weights"
+        ),
+        cuda=on_cuda.run,
     ),
-    triton=triton("decode", "decode_step", _triton_refuses),
-    torch=_reference,
+    triton=triton(
+        "decode",
+        "decode_step",
+        Tensors("weights", one_dtype=True),
+        Tensors(
+            "k_cache", "v_cache",
+            dtypes=GPU_CACHE_DTYPES, contiguous_rows=True, max_head_size=MAX_HEAD_SIZE,
+        ),
+        Tensors("tokens", "positions", "lengths", "k_scales", "v_scales"),
+    ),
     reference=_reference,
-)
+)  # fmt: skip
 
 
 _decode.refuse_gradient("its caches serve generation; train with the ops that it is made of")
+
+
+@_decode.register_fake
+def _(call: Arguments) -> Tensor:
+    projection = call.weights[-1]
+    return projection.new_empty((len(call.tokens), len(projection)))
 
 
 def packed_step(
@@ -314,59 +295,37 @@ def packed_step(
     )  # fmt: skip
 
 
-def _check_packed(
-    arena: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    tokens: Tensor,
-    positions: Tensor,
-    starts: Tensor,
-    rows: Tensor,
-    lengths: Tensor,
-    outputs: Tensor,
-    vocab_size: int,
-) -> None:
-    check_caches(k_cache, v_cache, 5, "(L, B, T_max, H, D)")
-    check_scales(k_cache, v_cache, k_scales, v_scales)
-    check_integers(tokens=tokens, positions=positions, starts=starts)
-    check_integers(rows=rows, lengths=lengths, outputs=outputs)
-    for name, vector in (("tokens", tokens), ("rows", rows), ("outputs", outputs)):
-        check_dim(name, vector, 1, says="a vector")
-    check_shape("positions", positions, len(tokens), says="(N,)")
-    check_shape("starts", starts, len(rows) + 1, says="(S + 1,)")
-    check_shape("lengths", lengths, len(rows), says="(S,)")
+def _check_packed(call: Arguments) -> None:
+    tokens, rows = call.tokens, call.rows
+    check_caches(call, 5, "(L, B, T_max, H, D)")
+    check_scales(call)
+    check_integers(tokens=tokens, positions=call.positions, starts=call.starts)
+    check_integers(rows=rows, lengths=call.lengths, outputs=call.outputs)
+    for name in ("tokens", "rows", "outputs"):
+        check_dim(name, getattr(call, name), 1, says="a vector")
+    check_shape("positions", call.positions, len(tokens), says="(N,)")
+    check_shape("starts", call.starts, len(rows) + 1, says="(S + 1,)")
+    check_shape("lengths", call.lengths, len(rows), says="(S,)")
 
 
-def _check_packed_values(
-    arena: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    tokens: Tensor,
-    positions: Tensor,
-    starts: Tensor,
-    rows: Tensor,
-    lengths: Tensor,
-    outputs: Tensor,
-    vocab_size: int,
-) -> None:
-    shape = PackedWeights.from_arena(arena).shape
-    entries = k_cache.shape[2]
+def _check_packed_values(call: Arguments) -> None:
+    shape = PackedWeights.from_arena(call.arena).shape
+    tokens, starts, rows, lengths = call.tokens, call.starts, call.rows, call.lengths
+    _, batch, entries, *_ = call.k_cache.shape
     check_shape(
-        "k_cache", k_cache, len(shape.scales), *k_cache.shape[1:3], shape.n_head,
+        "k_cache", call.k_cache, len(shape.scales), batch, entries, shape.n_head,
         shape.width // shape.n_head, says="(L, B, T_max, H, D)",
     )  # fmt: skip
-    if vocab_size != shape.vocab_size:
-        raise ArgumentError(f"vocab_size={vocab_size}, and the weights have {shape.vocab_size}")
+    if call.vocab_size != shape.vocab_size:
+        raise ArgumentError(
+            f"vocab_size={call.vocab_size}, and the weights have {shape.vocab_size}"
+        )
     check_indices("starts", starts, 0, len(tokens))
-    check_indices("rows", rows, 0, k_cache.shape[1] - 1)
+    check_indices("rows", rows, 0, batch - 1)
     check_indices("lengths", lengths, 0, entries - 1)
     check_indices("tokens", tokens, 0, shape.vocab_size - 1)
-    check_indices("positions", positions, 0, shape.n_positions - 1)
-    check_indices("outputs", outputs, 0, len(tokens) - 1)
+    check_indices("positions", call.positions, 0, shape.n_positions - 1)
+    check_indices("outputs", call.outputs, 0, len(tokens) - 1)
     bounds = starts.tolist()
     if bounds[0] != 0 or bounds[-1] != len(tokens):
         raise ArgumentError(f"starts must lead from 0 to {len(tokens)}")
@@ -382,37 +341,6 @@ def _check_packed_values(
         if row in taken:
             raise ArgumentError(f"row {row} is there twice")
         taken.add(row)
-
-
-def _packed_native(
-    arena: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    *indices, _ = rest
-    return torch.ops.gpt2fast_native.packed_step(
-        arena, k_cache, v_cache, k_scales, v_scales, *(index.contiguous() for index in indices)
-    )
-
-
-def _packed_refuses(
-    arena: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    *rest: Any,
-) -> str | None:
-    if arena.device.type != "cpu":
-        return f"the native step runs on the CPU, and the weights are on {arena.device}"
-    if k_cache.dtype not in CACHE_DTYPES:
-        return f"the native step's cache is float32, bfloat16 or int8, not {k_cache.dtype}"
-    if k_cache.dtype == torch.bfloat16 and k_cache.shape[-1] % 2:
-        return f"bfloat16 entries are read in pairs, and the heads have size {k_cache.shape[-1]}"
-    return None
 
 
 def _packed_reference(
@@ -464,7 +392,7 @@ def _packed_reference(
                     )
                     factors = scales[layer, row : row + 1, : entries.stop]
                 used = cache[layer, row : row + 1, : entries.stop]
-                caches.append(read(used, factors, torch.float32))
+                caches.append(dequantize(used, factors, torch.float32))
             at = lengths.new_full((1,), length)
             attended[:, begin:end] = attention_with_cache(
                 q[:, begin:end], caches[0], caches[1], at, scale
@@ -496,6 +424,24 @@ def _as_float(matrix: Matrix) -> Tensor:
     return matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix.float()
 
 
+def _packed_refuses(call: Arguments) -> str | None:
+    cache = call.k_cache
+    if cache.dtype not in CACHE_DTYPES:
+        return f"the native step's cache is float32, bfloat16 or int8, not {cache.dtype}"
+    if cache.dtype == torch.bfloat16 and cache.shape[-1] % 2:
+        return f"bfloat16 entries are read in pairs, and the heads have size {cache.shape[-1]}"
+    return None
+
+
+@native(refuses=_packed_refuses, checks=True)
+def _packed_native(call: Arguments) -> Tensor:
+    return torch.ops.gpt2fast_native.packed_step(
+        call.arena, call.k_cache, call.v_cache, call.k_scales, call.v_scales,
+        call.tokens.contiguous(), call.positions.contiguous(), call.starts.contiguous(),
+        call.rows.contiguous(), call.lengths.contiguous(), call.outputs.contiguous(),
+    )  # fmt: skip
+
+
 _packed = Op(
     "packed_step",
     "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
@@ -503,8 +449,7 @@ _packed = Op(
     "Tensor lengths, Tensor outputs, int vocab_size) -> Tensor",
     check=_check_packed,
     values=_check_packed_values,
-    native=native(_packed_native, _packed_refuses, checks=True),
-    torch=_packed_reference,
+    native=_packed_native,
     reference=_packed_reference,
 )
 
@@ -513,9 +458,8 @@ _packed.refuse_gradient("packed weights serve generation; train the model that w
 
 
 @_packed.register_fake
-def _(arena, k_cache, *rest):  # type: ignore[no-untyped-def]
-    *_, outputs, vocab_size = rest
-    return k_cache.new_empty((len(outputs), vocab_size), dtype=torch.float32)
+def _(call: Arguments) -> Tensor:
+    return call.k_cache.new_empty((len(call.outputs), call.vocab_size), dtype=torch.float32)
 
 
 def packed_next(
@@ -560,82 +504,30 @@ def packed_next(
     )  # fmt: skip
 
 
-def _check_next(
-    arena: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    tokens: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    history: Tensor,
-    uniform: Tensor | None,
-    vocab_size: int,
-    allowed: int,
-    *choice: Any,
-) -> None:
-    check_caches(k_cache, v_cache, 5, "(L, B, T_max, H, D)")
-    check_scales(k_cache, v_cache, k_scales, v_scales)
-    check_integers(tokens=tokens, positions=positions, lengths=lengths)
-    batch = k_cache.shape[1]
-    check_shape("tokens", tokens, batch, says="(B,)")
-    check_shape("positions", positions, batch, says="(B,)")
-    check_shape("lengths", lengths, batch, says="(B,)")
-    if not 0 < allowed <= vocab_size:
-        raise ArgumentError(f"vocab_size={allowed} is not in 1 .. {vocab_size}")
-    check_choice(batch, history, uniform, *choice)
+def _check_next(call: Arguments) -> None:
+    check_caches(call, 5, "(L, B, T_max, H, D)")
+    check_scales(call)
+    check_integers(tokens=call.tokens, positions=call.positions, lengths=call.lengths)
+    batch = call.k_cache.shape[1]
+    for name in ("tokens", "positions", "lengths"):
+        check_shape(name, getattr(call, name), batch, says="(B,)")
+    if not 0 < call.allowed <= call.vocab_size:
+        raise ArgumentError(f"vocab_size={call.allowed} is not in 1 .. {call.vocab_size}")
+    check_choice(call, batch)
 
 
-def _check_next_values(
-    arena: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    tokens: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    history: Tensor,
-    uniform: Tensor | None,
-    vocab_size: int,
-    *choice: Any,
-) -> None:
-    each = torch.arange(len(tokens) + 1, device=tokens.device)
-    _check_packed_values(
-        arena, k_cache, v_cache, k_scales, v_scales,
-        tokens, positions, each, each[:-1], lengths, each[:-1], vocab_size,
-    )  # fmt: skip
-    if uniform is not None:
-        check_fractions("uniform", uniform)
-
-
-def _next_native(
-    arena: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    tokens: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    history: Tensor,
-    uniform: Tensor | None,
-    vocab_size: int,
-    *choice: Any,
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.gpt2fast_native.packed_next(
-        arena, k_cache, v_cache, k_scales, v_scales,
-        tokens.contiguous(), positions.contiguous(), lengths.contiguous(),
-        history, uniform, *choice,
+def _as_packed(call: Arguments) -> Arguments:
+    """The call of `packed_step` that a call of `packed_next` begins with: one token a row."""
+    each = torch.arange(len(call.tokens) + 1, device=call.tokens.device)
+    return _packed.bind(
+        call.arena, call.k_cache, call.v_cache, call.k_scales, call.v_scales,
+        call.tokens, call.positions, each, each[:-1], call.lengths, each[:-1], call.vocab_size,
     )  # fmt: skip
 
 
-def _next_refuses(*args: Any) -> str | None:
-    uniform = args[9]
-    if uniform is not None and uniform.dtype != torch.float32:
-        return f"the native kernel takes float32 random numbers, not {uniform.dtype}"
-    return _packed_refuses(*args)
+def _check_next_values(call: Arguments) -> None:
+    _check_packed_values(_as_packed(call))
+    check_choice_values(call)
 
 
 def _next_reference(
@@ -661,16 +553,23 @@ def _next_reference(
     return logits, sample_reference(logits[:, :allowed], history, uniform, *choice)
 
 
+@native(refuses=lambda call: refuses_uniform(call) or _packed_refuses(call), checks=True)
+def _next_native(call: Arguments) -> tuple[Tensor, Tensor]:
+    return torch.ops.gpt2fast_native.packed_next(
+        call.arena, call.k_cache, call.v_cache, call.k_scales, call.v_scales,
+        call.tokens.contiguous(), call.positions.contiguous(), call.lengths.contiguous(),
+        call.history, call.uniform, call.allowed, *choice(call),
+    )  # fmt: skip
+
+
 _next = Op(
     "packed_next",
     "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
     "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history, "
-    "Tensor? uniform, int vocab_size, int allowed, float temperature, int top_k, float top_p, "
-    "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> (Tensor, Tensor)",
+    f"Tensor? uniform, int vocab_size, int allowed, {CHOICE}) -> (Tensor, Tensor)",
     check=_check_next,
     values=_check_next_values,
-    native=native(_next_native, _next_refuses, checks=True),
-    torch=_next_reference,
+    native=_next_native,
     reference=_next_reference,
 )
 
@@ -679,13 +578,6 @@ _next.refuse_gradient("packed weights serve generation; train the model that was
 
 
 @_next.register_fake
-def _(arena, k_cache, v_cache, k_scales, v_scales, tokens, *rest):  # type: ignore[no-untyped-def]
-    vocab_size = rest[4]
-    logits = k_cache.new_empty((len(tokens), vocab_size), dtype=torch.float32)
-    return logits, torch.empty_like(tokens)
-
-
-@_decode.register_fake
-def _(weights, k_cache, v_cache, tokens, *rest):  # type: ignore[no-untyped-def]
-    projection = weights[-1]
-    return projection.new_empty((tokens.shape[0], projection.shape[0]))
+def _(call: Arguments) -> tuple[Tensor, Tensor]:
+    size = len(call.tokens), call.vocab_size
+    return call.k_cache.new_empty(size, dtype=torch.float32), torch.empty_like(call.tokens)

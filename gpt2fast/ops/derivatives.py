@@ -26,12 +26,12 @@ def wants_graph() -> bool:
     return torch.is_grad_enabled() or is_transformed()
 
 
-def outside_autocast(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`run`, whose matrix products keep the dtypes of what they are given."""
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-        return run(*args, **kwargs)
+def outside_autocast(run: Callable[..., Any], *args: Any) -> Any:
+    """`run(*args)`, whose matrix products keep the dtypes of what they are given."""
+    if not torch._C._is_any_autocast_enabled():
+        return run(*args)
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        return run(*args, **kwargs)
+        return run(*args)
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Op
-from .cuda import by_device, cuda, kernels, unsuitable
-from .native import native, refuses_tensors, rows
+from .backend import Arguments, Op
+from .cuda import by_device, cuda, kernels
+from .native import native, rows
 from .requirements import check_floating, check_indices, check_shape
+from .support import Tensors
 from .triton import triton
-from .triton import unsuitable as unsuitable_for_triton
 
 
 def embedding(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
@@ -39,16 +39,18 @@ def embedding(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Te
     return _forward.call(tokens, positions, wte, wpe)
 
 
-def _check(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
+def _check(call: Arguments) -> None:
+    wte, wpe = call.wte, call.wpe
     check_floating(wte=wte, wpe=wpe)
     if wte.dim() != 2 or wpe.dim() != 2 or wte.shape[1] != wpe.shape[1]:
         raise ArgumentError(
             f"wte {tuple(wte.shape)} and wpe {tuple(wpe.shape)} must be matrices of one width"
         )
-    _check_indices(tokens, positions)
+    _check_indices(call)
 
 
-def _check_indices(tokens: Tensor, positions: Tensor) -> None:
+def _check_indices(call: Arguments) -> None:
+    tokens, positions = call.tokens, call.positions
     for name, indices in (("tokens", tokens), ("positions", positions)):
         if indices.dtype not in (torch.int64, torch.int32):
             raise ArgumentError(f"{name} must be int64, not {indices.dtype}")
@@ -59,27 +61,24 @@ def _check_indices(tokens: Tensor, positions: Tensor) -> None:
         )
 
 
-def _check_values(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
-    check_indices("tokens", tokens, 0, len(wte) - 1, of="the rows of wte")
-    check_indices("positions", positions, 0, len(wpe) - 1, of="the rows of wpe")
+def _check_values(call: Arguments) -> None:
+    check_indices("tokens", call.tokens, 0, len(call.wte) - 1, of="the rows of wte")
+    check_indices("positions", call.positions, 0, len(call.wpe) - 1, of="the rows of wpe")
 
 
-def _check_backward(
-    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
-) -> None:
+def _check_backward(call: Arguments) -> None:
+    grad = call.grad
     check_floating(grad=grad)
-    _check_indices(tokens, positions)
-    check_shape("grad", grad, *tokens.shape, *grad.shape[-1:], says="a row for each token")
-    for name, size in (("vocab_size", vocab_size), ("n_positions", n_positions)):
-        if size < 0:
-            raise ArgumentError(f"{name}={size} must be 0 at least")
+    _check_indices(call)
+    check_shape("grad", grad, *call.tokens.shape, *grad.shape[-1:], says="a row for each token")
+    for name in ("vocab_size", "n_positions"):
+        if getattr(call, name) < 0:
+            raise ArgumentError(f"{name}={getattr(call, name)} must be 0 at least")
 
 
-def _check_backward_values(
-    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
-) -> None:
-    check_indices("tokens", tokens, 0, vocab_size - 1, of="the rows of wte")
-    check_indices("positions", positions, 0, n_positions - 1, of="the rows of wpe")
+def _check_backward_values(call: Arguments) -> None:
+    check_indices("tokens", call.tokens, 0, call.vocab_size - 1, of="the rows of wte")
+    check_indices("positions", call.positions, 0, call.n_positions - 1, of="the rows of wpe")
 
 
 def _reference(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
@@ -98,36 +97,29 @@ def _backward_reference(
     )
 
 
-def _each(positions: Tensor, tokens: Tensor) -> Tensor:
-    """A position for every token, in one row."""
-    return positions.expand(tokens.shape).reshape(-1).contiguous()
+def _each(call: Arguments) -> tuple[Tensor, Tensor]:
+    """Each token and its position, in one row."""
+    tokens = call.tokens
+    positions = call.positions.expand(tokens.shape)
+    return tokens.reshape(-1).contiguous(), positions.reshape(-1).contiguous()
 
 
-def _native(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    out = kernels(wte).embedding(
-        tokens.reshape(-1).contiguous(),
-        _each(positions, tokens),
-        wte.contiguous(),
-        wpe.contiguous(),
-    )
-    return out.view(*tokens.shape, wte.shape[1])
+def _native(call: Arguments) -> Tensor:
+    wte = call.wte.contiguous()
+    out = kernels(wte).embedding.default(*_each(call), wte, call.wpe.contiguous())
+    return out.view(*call.tokens.shape, wte.shape[1])
 
 
-def _backward_native(
-    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
-) -> tuple[Tensor, Tensor]:
-    grad = rows(grad)
-    gradient = torch.ops.gpt2fast_native.embedding_backward
-    return (
-        gradient(grad, tokens.reshape(-1).contiguous(), vocab_size),
-        gradient(grad, _each(positions, tokens), n_positions),
-    )
+def _backward_native(call: Arguments) -> tuple[Tensor, Tensor]:
+    grad = rows(call.grad)
+    tokens, positions = _each(call)
+    gradient = torch.ops.gpt2fast_native.embedding_backward.default
+    return gradient(grad, tokens, call.vocab_size), gradient(grad, positions, call.n_positions)
 
 
-def _backward_cuda(
-    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
-) -> tuple[Tensor, Tensor]:
-    grad = rows(grad)
+def _backward_cuda(call: Arguments) -> tuple[Tensor, Tensor]:
+    grad = rows(call.grad)
+    tokens, positions = _each(call)
 
     def gradient(indices: Tensor, size: int) -> Tensor:
         # Stable: what one row of the table gets is added up in the order of the look-ups.
@@ -137,27 +129,18 @@ def _backward_cuda(
         torch._assert_async(inside, f"an index is outside of a table of {size} rows")
         return torch.ops.gpt2fast_cuda.embedding_backward(grad, ordered, order, size)
 
-    return gradient(tokens.reshape(-1), vocab_size), gradient(_each(positions, tokens), n_positions)
+    return gradient(tokens, call.vocab_size), gradient(positions, call.n_positions)
 
 
-def _cuda_refuses(tokens: Tensor, positions: Tensor, *floating: Tensor) -> str | None:
-    if tokens.dtype != torch.int64 or positions.dtype != torch.int64:
-        return "the CUDA kernels take int64 tokens and positions"
-    return unsuitable(tokens, positions, *floating, one_dtype=True)
+def _refuses(call: Arguments) -> str | None:
+    if call.tokens.dtype != torch.int64 or call.positions.dtype != torch.int64:
+        return "the compiled kernels take int64 tokens and positions"
+    return None
 
 
-def _refuses(tokens: Tensor, positions: Tensor, *floating: Tensor) -> str | None:
-    if tokens.dtype != torch.int64 or positions.dtype != torch.int64:
-        return "the native kernels take int64 tokens and positions"
-    if not tokens.numel():
-        return "the native kernels need at least one token"
-    return refuses_tensors(*floating)
-
-
-def _triton_refuses(*tensors: Tensor) -> str | None:
-    return unsuitable_for_triton(*tensors, one_dtype=True)
-
-
+_INDICES = Tensors("tokens", "positions")
+_GRADIENT = Tensors("grad")
+_TABLES = Tensors("wte", "wpe", one_dtype=True)
 _backward = Op(
     "embedding_backward",
     "(Tensor grad, Tensor tokens, Tensor positions, SymInt vocab_size, SymInt n_positions) "
@@ -165,21 +148,10 @@ _backward = Op(
     check=_check_backward,
     values=_check_backward_values,
     native=by_device(
-        cpu=native(
-            _backward_native,
-            lambda grad, tokens, positions, *sizes: _refuses(tokens, positions, grad),
-        ),
-        cuda=cuda(
-            _backward_cuda,
-            lambda grad, tokens, positions, *sizes: _cuda_refuses(tokens, positions, grad),
-        ),
+        cpu=native(_INDICES, _GRADIENT, refuses=_refuses)(_backward_native),
+        cuda=cuda(_INDICES, _GRADIENT, refuses=_refuses)(_backward_cuda),
     ),
-    triton=triton(
-        "embedding",
-        "backward",
-        lambda grad, tokens, positions, *sizes: unsuitable_for_triton(grad, tokens, positions),
-    ),
-    torch=_backward_reference,
+    triton=triton("embedding", "backward", _INDICES, _GRADIENT),
     reference=_backward_reference,
 )
 _forward = Op(
@@ -187,20 +159,21 @@ _forward = Op(
     "(Tensor tokens, Tensor positions, Tensor wte, Tensor wpe) -> Tensor",
     check=_check,
     values=_check_values,
-    native=by_device(cpu=native(_native, _refuses), cuda=cuda(_native, _cuda_refuses)),
-    triton=triton("embedding", "forward", _triton_refuses),
-    torch=_reference,
+    native=by_device(
+        cpu=native(_INDICES, _TABLES, refuses=_refuses)(_native),
+        cuda=cuda(_INDICES, _TABLES, refuses=_refuses)(_native),
+    ),
+    triton=triton("embedding", "forward", _INDICES, _TABLES),
     reference=_reference,
 )
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    tokens, positions, wte, wpe = inputs
-    ctx.sizes = (wte.shape[0], wpe.shape[0])
-    ctx.save_for_backward(tokens, positions)
+def _setup_context(ctx: Any, call: Arguments, results: Tensor) -> None:
+    ctx.sizes = len(call.wte), len(call.wpe)
+    ctx.save_for_backward(call.tokens, call.positions)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (None, None, *_backward.gradient(grad, *ctx.saved_tensors, *ctx.sizes))
 
 
@@ -208,12 +181,13 @@ _forward.register_autograd(_differentiate, _setup_context)
 
 
 @_forward.register_fake
-def _(tokens, positions, wte, wpe):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> Tensor:
+    wte, wpe = call.wte, call.wpe
     dtype = torch.promote_types(wte.dtype, wpe.dtype)
-    return wte.new_empty((*tokens.shape, wte.shape[1]), dtype=dtype)
+    return wte.new_empty((*call.tokens.shape, wte.shape[1]), dtype=dtype)
 
 
 @_backward.register_fake
-def _(grad, tokens, positions, vocab_size, n_positions):  # type: ignore[no-untyped-def]
-    width = grad.shape[-1]
-    return grad.new_empty((vocab_size, width)), grad.new_empty((n_positions, width))
+def _(call: Arguments) -> tuple[Tensor, Tensor]:
+    grad, width = call.grad, call.grad.shape[-1]
+    return grad.new_empty((call.vocab_size, width)), grad.new_empty((call.n_positions, width))

@@ -2,7 +2,7 @@
 
     scales[b, s, h]    = max_d |x[b, s, h, d]| / 127
     stored[b, s, h, d] = round(x[b, s, h, d] * 127 / max_d |x[b, s, h, d]|)     halves to even
-    read[b, s, h, d]   = stored[b, s, h, d] * scales[b, s, h]
+    dequantized        = stored[b, s, h, d] * scales[b, s, h]
 
 All of it is computed in float32, by every implementation alike, so that all write the same bytes.
 64 elements of a head take 68 bytes, in bfloat16 128.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .backend import Arguments
 
 
 def stored(entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,18 +29,19 @@ def stored(entries: Tensor) -> tuple[Tensor, Tensor]:
     return rounded.nan_to_num().to(torch.int8), largest / most
 
 
-def read(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantize(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Entries (..., D) of a cache in `dtype`; without factors, of a floating-point one."""
     entries = cache.to(dtype)
     return entries if scales is None else entries * scales.to(dtype)[..., None]
 
 
-def check_caches(k_cache: Tensor, v_cache: Tensor, dims: int, says: str) -> None:
+def check_caches(call: Arguments, dims: int, says: str) -> None:
     """Caches have this number of dimensions, one shape, and hold floating point or int8.
 
     Raises:
         ArgumentError: they do not.
     """
+    k_cache, v_cache = call.k_cache, call.v_cache
     if k_cache.dim() != dims or k_cache.shape != v_cache.shape:
         raise ArgumentError(
             f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must share one "
@@ -50,16 +52,14 @@ def check_caches(k_cache: Tensor, v_cache: Tensor, dims: int, says: str) -> None
             raise ArgumentError(f"{name} must be floating point or int8, not {cache.dtype}")
 
 
-def check_scales(
-    k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
-) -> None:
+def check_scales(call: Arguments) -> None:
     """Caches (..., D) have the factors that they need, of shape (...), and no others.
 
     Raises:
         ArgumentError: they have not.
     """
-    pairs = (("k", k_cache, k_scales), ("v", v_cache, v_scales))
-    for name, cache, scales in pairs:
+    k_cache, v_cache = call.k_cache, call.v_cache
+    for name, cache, scales in (("k", k_cache, call.k_scales), ("v", v_cache, call.v_scales)):
         if cache.dtype != torch.int8:
             if scales is not None:
                 raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Residual add and layer normalisation in one pass (Ba et al., 2016).
+"""Residual add and layer normalization in one pass (Ba et al., 2016).
 
 summed = x + residual
 normed = (summed - mean) / sqrt(var + eps) * weight + bias      over the last dimension
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Op, statistics_dtype
-from .cuda import by_device, cuda, kernels, unsuitable
+from .backend import Arguments, Op, statistics_dtype
+from .cuda import by_device, cuda, kernels
 from .derivatives import wants_graph
-from .native import native, refuses_tensors, rows
+from .native import native, rows
 from .requirements import check_at_least, check_constants, check_floating, check_shape
+from .support import Tensors
 from .triton import triton
-from .triton import unsuitable as unsuitable_for_triton
 
 
 def residual_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and normalise the sum.
+    """Add to the residual stream and normalize the sum.
 
     Args:
         x: (..., C), what is added.
-        residual: (..., C), the residual stream, or None for the first normalisation.
+        residual: (..., C), the residual stream, or None for the first normalization.
         weight, bias: (C,).
         eps: added to the variance.
 
@@ -44,42 +44,40 @@ def residual_layer_norm(
     return normed, x if residual is None else summed
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
+def _check(call: Arguments) -> None:
+    x, residual, weight, bias = call.x, call.residual, call.weight, call.bias
     if not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
         check_floating(x=x, weight=weight, bias=bias)
     if residual is not None and not residual.is_floating_point():
         check_floating(residual=residual)
-    if x.shape[-1:] != weight.shape or weight.shape != bias.shape or not weight.dim():
+    shape, width = x.shape, weight.shape
+    if shape[-1:] != width or width != bias.shape or not width:
         raise ArgumentError(
-            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must have the size of "
-            f"x's last dimension, x being {tuple(x.shape)}"
+            f"weight {tuple(width)} and bias {tuple(bias.shape)} must have the size of x's last "
+            f"dimension, x being {tuple(shape)}"
         )
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and residual.shape != shape:
         raise ArgumentError(
-            f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}"
+            f"residual {tuple(residual.shape)} must have the shape of x {tuple(shape)}"
         )
-    if not 0 <= eps < math.inf:
-        check_at_least(0, eps=eps)
+    if not 0 <= call.eps < math.inf:
+        check_at_least(0, eps=call.eps)
 
 
-def _check_backward(
-    grad_normed: Tensor,
-    grad_summed: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-) -> None:
-    check_floating(grad_normed=grad_normed, summed=summed, weight=weight)
+def _check_backward(call: Arguments) -> None:
+    summed, weight = call.summed, call.weight
+    check_floating(grad_normed=call.grad_normed, summed=summed, weight=weight)
     if not summed.dim() or weight.shape != summed.shape[-1:]:
         raise ArgumentError(
             f"weight {tuple(weight.shape)} must have the size of summed's last dimension, summed "
             f"being {tuple(summed.shape)}"
         )
-    for name, grad in (("grad_normed", grad_normed), ("grad_summed", grad_summed)):
+    for name in ("grad_normed", "grad_summed"):
+        grad = getattr(call, name)
         if grad is not None:
             check_shape(name, grad, *summed.shape, says="summed's shape")
-    for name, statistic in (("mean", mean), ("rstd", rstd)):
+    for name in ("mean", "rstd"):
+        statistic = getattr(call, name)
         check_shape(name, statistic, *summed.shape[:-1], 1, says="a number a row")
         if statistic.dtype != statistics_dtype(summed.dtype):
             raise ArgumentError(f"{name} of {summed.dtype} rows cannot be {statistic.dtype}")
@@ -110,124 +108,6 @@ def _reference(
     return normed.to(x.dtype).contiguous(), _returned_sum(summed, residual), mean, rstd
 
 
-def _torch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    summed = _add(x, residual)
-    dtype = statistics_dtype(summed.dtype)
-    # Parameters in float32 make torch keep the statistics of half-precision input in float32.
-    normed, mean, rstd = torch.native_layer_norm(
-        summed.contiguous(), weight.shape, weight.to(dtype), bias.to(dtype), eps
-    )
-    return (
-        normed.to(x.dtype),
-        _returned_sum(summed, residual),
-        mean.to(dtype),
-        rstd.to(dtype),
-    )
-
-
-def _native(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed, summed, mean, rstd = kernels(x).layer_norm(
-        rows(x),
-        None if residual is None else rows(residual),
-        weight.contiguous(),
-        bias.contiguous(),
-        eps,
-    )
-    row_statistics = (*x.shape[:-1], 1)
-    return (
-        normed.view(x.shape),
-        summed if residual is None else summed.view(x.shape),
-        mean.view(row_statistics),
-        rstd.view(row_statistics),
-    )
-
-
-def _native_refuses(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> str | None:
-    return _refuses(x, residual, weight) or refuses_tensors(weight, bias)
-
-
-def _refuses(*tensors: Tensor | None) -> str | None:
-    """The dtypes of stream, branch and parameters may differ."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not given[0].numel():
-        return "the native kernels need at least one element"
-    return next(filter(None, map(refuses_tensors, given)), None)
-
-
-def _backward_native(
-    grad_normed: Tensor,
-    grad_summed: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_input, grad_weight, grad_bias = kernels(summed).layer_norm_backward(
-        rows(grad_normed),
-        None if grad_summed is None else rows(grad_summed),
-        rows(summed),
-        mean.contiguous(),
-        rstd.contiguous(),
-        weight.contiguous(),
-    )
-    return grad_input.view(summed.shape), grad_weight, grad_bias
-
-
-def _backward_native_refuses(
-    grad_normed: Tensor,
-    grad_summed: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-) -> str | None:
-    return _refuses(grad_normed, weight, summed) or refuses_tensors(summed, grad_summed)
-
-
-def _cuda_refuses(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> str | None:
-    stream = x if residual is None else residual
-    return unsuitable(x, stream, weight, bias) or _refuses_mixture(x, stream, weight, bias)
-
-
-def _backward_cuda_refuses(
-    grad_normed: Tensor,
-    grad_summed: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-) -> str | None:
-    if grad_summed is not None and grad_summed.dtype != summed.dtype:
-        return f"the gradient of {summed.dtype} sums is in {grad_summed.dtype}"
-    return unsuitable(grad_normed, grad_summed, summed, weight) or _refuses_mixture(
-        grad_normed, summed, weight
-    )
-
-
-def _refuses_mixture(branch: Tensor, stream: Tensor, *weights: Tensor) -> str | None:
-    """Half-precision branches go with float32 streams and weights, as under autocast."""
-    half, wide = branch.dtype, torch.float32
-    for weight in weights:
-        if (stream.dtype, weight.dtype) not in ((half, half), (half, wide), (wide, wide)):
-            dtypes = (str(x.dtype).removeprefix("torch.") for x in (branch, stream, weight))
-            return f"no CUDA layer norm for x, residual and weight in {', '.join(dtypes)}"
-    return None
-
-
-def _triton_refuses(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> str | None:
-    return unsuitable_for_triton(x, residual, weight, bias)
-
-
 def _backward_reference(
     grad_normed: Tensor,
     grad_summed: Tensor | None,
@@ -254,39 +134,107 @@ def _backward_reference(
     )
 
 
-def _backward_torch(
-    grad_normed: Tensor,
-    grad_summed: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _torch(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed = _add(call.x, call.residual)
+    dtype = statistics_dtype(summed.dtype)
+    # Parameters in float32 make torch keep the statistics of half-precision input in float32.
+    weight, bias = call.weight.to(dtype), call.bias.to(dtype)
+    normed, mean, rstd = torch.native_layer_norm(
+        summed.contiguous(), weight.shape, weight, bias, call.eps
+    )
+    return (
+        normed.to(call.x.dtype),
+        _returned_sum(summed, call.residual),
+        mean.to(dtype),
+        rstd.to(dtype),
+    )
+
+
+def _backward_torch(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    summed, weight, mean = call.summed, call.weight, call.mean
     grad_input, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_normed.to(summed.dtype).contiguous(),
+        call.grad_normed.to(summed.dtype).contiguous(),
         summed.contiguous(),
         weight.shape,
         mean,
-        rstd,
+        call.rstd,
         weight.to(mean.dtype),
         torch.zeros_like(weight, dtype=mean.dtype),
         [True, True, True],
     )
-    if grad_summed is not None:
-        grad_input += grad_summed
+    if call.grad_summed is not None:
+        grad_input += call.grad_summed
     return grad_input, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
+def _run_kernels(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual = call.x, call.residual
+    normed, summed, mean, rstd = kernels(x).layer_norm.default(
+        rows(x),
+        None if residual is None else rows(residual),
+        call.weight.contiguous(),
+        call.bias.contiguous(),
+        call.eps,
+    )
+    if x.dim() == 2:
+        return normed, summed, mean.unsqueeze(1), rstd.unsqueeze(1)
+    row_statistics = (*x.shape[:-1], 1)
+    return (
+        normed.reshape(x.shape),
+        summed if residual is None else summed.reshape(x.shape),
+        mean.reshape(row_statistics),
+        rstd.reshape(row_statistics),
+    )
+
+
+def _run_backward_kernels(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    summed, grad_summed = call.summed, call.grad_summed
+    grad_input, grad_weight, grad_bias = kernels(summed).layer_norm_backward.default(
+        rows(call.grad_normed),
+        None if grad_summed is None else rows(grad_summed),
+        rows(summed),
+        call.mean.contiguous(),
+        call.rstd.contiguous(),
+        call.weight.contiguous(),
+    )
+    return grad_input.reshape(summed.shape), grad_weight, grad_bias
+
+
+def _refuses_mixture(branch: Tensor, stream: Tensor, *weights: Tensor) -> str | None:
+    """Half-precision branches go with float32 streams and weights, as under autocast."""
+    half, wide = branch.dtype, torch.float32
+    for weight in weights:
+        if (stream.dtype, weight.dtype) not in ((half, half), (half, wide), (wide, wide)):
+            dtypes = (str(x.dtype).removeprefix("torch.") for x in (branch, stream, weight))
+            return f"no CUDA layer norm for x, residual and weight in {', '.join(dtypes)}"
+    return None
+
+
+def _cuda_refuses(call: Arguments) -> str | None:
+    stream = call.x if call.residual is None else call.residual
+    return _refuses_mixture(call.x, stream, call.weight, call.bias)
+
+
+def _cuda_refuses_backward(call: Arguments) -> str | None:
+    if call.grad_summed is not None and call.grad_summed.dtype != call.summed.dtype:
+        return f"the gradient of {call.summed.dtype} sums is in {call.grad_summed.dtype}"
+    return _refuses_mixture(call.grad_normed, call.summed, call.weight)
+
+
+# The dtypes of stream, branch and parameters may differ.
+_GRADIENTS = Tensors("grad_normed", "grad_summed", "summed", "weight")
 _backward = Op(
     "residual_layer_norm_backward",
     "(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor mean, Tensor rstd, "
     "Tensor weight) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     native=by_device(
-        cpu=native(_backward_native, _backward_native_refuses),
-        cuda=cuda(_backward_native, _backward_cuda_refuses),
+        cpu=native(
+            Tensors("grad_normed", "weight"), Tensors("summed", "grad_summed", one_dtype=True)
+        )(_run_backward_kernels),
+        cuda=cuda(_GRADIENTS, refuses=_cuda_refuses_backward)(_run_backward_kernels),
     ),
-    triton=triton("layer_norm", "backward", unsuitable_for_triton),
+    triton=triton("layer_norm", "backward", _GRADIENTS),
     torch=_backward_torch,
     reference=_backward_reference,
 )
@@ -296,30 +244,32 @@ _forward = Op(
     "-> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
     check=_check,
     native=by_device(
-        cpu=native(_native, _native_refuses),
-        cuda=cuda(_native, _cuda_refuses),
+        cpu=native(Tensors("x", "residual"), Tensors("weight", "bias", one_dtype=True))(
+            _run_kernels
+        ),
+        cuda=cuda(Tensors("x", "residual", "weight", "bias"), refuses=_cuda_refuses)(_run_kernels),
     ),
-    triton=triton("layer_norm", "forward", _triton_refuses),
+    triton=triton("layer_norm", "forward", Tensors("x", "residual", "weight", "bias")),
     torch=_torch,
     reference=_reference,
 )
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, residual, weight, bias, ctx.eps = inputs
-    _, summed, mean, rstd = output
+def _setup_context(ctx: Any, call: Arguments, results: tuple[Tensor, ...]) -> None:
+    _, summed, mean, rstd = results
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.bias_dtype = bias.dtype
-    ctx.x_dtype = x.dtype
-    ctx.has_residual = residual is not None
-    ctx.shape = x.shape
-    ctx.save_for_backward(summed if ctx.has_residual else x, mean, rstd, weight)
+    ctx.eps = call.eps
+    ctx.bias_dtype = call.bias.dtype
+    ctx.x_dtype = call.x.dtype
+    ctx.has_residual = call.residual is not None
+    ctx.shape = call.x.shape
+    ctx.save_for_backward(summed if ctx.has_residual else call.x, mean, rstd, call.weight)
 
 
 def _differentiate(
     ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None, *statistics: Any
-) -> tuple[Any, ...]:
+) -> tuple[Tensor | None, ...]:
     summed, mean, rstd, weight = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = summed.new_zeros(ctx.shape)
@@ -329,17 +279,17 @@ def _differentiate(
         grad_normed, grad_summed if ctx.has_residual else None, summed, mean, rstd, weight
     )
     grad_residual = grad if ctx.has_residual else None
-    return grad.to(ctx.x_dtype), grad_residual, grad_weight, grad_bias.to(ctx.bias_dtype), None
+    return grad.to(ctx.x_dtype), grad_residual, grad_weight, grad_bias.to(ctx.bias_dtype)
 
 
 _forward.register_autograd(_differentiate, _setup_context)
 
 
 @_forward.register_fake
-def _(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
-    summed = x if residual is None else residual
+def _(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual = call.x, call.residual
     row_statistics = (*x.shape[:-1], 1)
-    dtype = statistics_dtype(summed.dtype)
+    dtype = statistics_dtype((x if residual is None else residual).dtype)
     return (
         x.new_empty(x.shape),
         x.new_empty(0) if residual is None else residual.new_empty(residual.shape),
@@ -349,9 +299,10 @@ def _(x, residual, weight, bias, eps):  # type: ignore[no-untyped-def]
 
 
 @_backward.register_fake
-def _(grad_normed, grad_summed, summed, mean, rstd, weight):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    width = call.weight.shape
     return (
-        summed.new_empty(summed.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape),
+        call.summed.new_empty(call.summed.shape),
+        call.weight.new_empty(width),
+        call.weight.new_empty(width),
     )

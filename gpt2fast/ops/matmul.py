@@ -7,7 +7,6 @@ float32. Which are the faster ones was measured (docs/performance.md).
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,17 +125,3 @@ def weight_gradient(
             torch.sum(grad, 0, dtype=column_sums.dtype, out=column_sums)
         return matmul(grad.t(), x, grad.dtype, out_dtype=weight.dtype).t()
     return matmul(x.t(), grad, grad.dtype, out_dtype=weight.dtype, column_sums=column_sums)
-
-
-def refuses_mixture(*arguments: Any) -> str | None:
-    """Why native ops that compute in their first tensor's dtype cannot read these, or None."""
-    for tensor in arguments:
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device.type != "cpu":
-            return f"the native kernels run on the CPU, and a tensor is on {tensor.device}"
-        if tensor.dtype not in DTYPES:
-            return f"the native kernels take float32 and bfloat16, not {tensor.dtype}"
-        if not tensor.numel():
-            return "the native kernels need at least one element"
-    return None

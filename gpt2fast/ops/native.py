@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from ..kernels.library import (
     opened,
 )
 from ..kernels.toolchain import CPU, Part, source_files, source_folder
-from .backend import AVAILABILITY, Implementation
+from .backend import AVAILABILITY
+from .support import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the CPU kernels store; they compute in float32."""
@@ -150,39 +150,21 @@ def _load(library: Library) -> Loaded:
 AVAILABILITY["native"] = unavailable
 
 
-def native(
-    run: Callable[..., Any], refuses: Callable[..., str | None], checks: bool = False
-) -> Implementation:
-    """An implementation that calls `torch.ops.gpt2fast_native`; it refuses without the library."""
-    return Implementation(
-        run, lambda *args, **kwargs: unavailable() or refuses(*args, **kwargs), checks
-    )
+def _wrong_device(tensor: Tensor) -> str | None:
+    if tensor.is_cpu:
+        return None
+    return f"the native kernels run on the CPU, and a tensor is on {tensor.device}"
+
+
+native = Kernels("native kernels", DTYPES, lambda: unavailable(), _wrong_device)
+"""Of `torch.ops.gpt2fast_native`."""
 
 
 def rows(x: Tensor) -> Tensor:
     """x as (rows, columns) for a kernel: a view where the columns are contiguous, else a copy."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if x.dim() != 2:
+        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def refuses_tensors(*tensors: Tensor | None) -> str | None:
-    """Why the CPU kernels cannot read these tensors, or None; absent ones don't count."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    for tensor in given:
-        if tensor.device.type != "cpu":
-            return f"the native kernels run on the CPU, and a tensor is on {tensor.device}"
-        if tensor.dtype not in DTYPES:
-            return f"the native kernels take float32 and bfloat16, not {tensor.dtype}"
-        if tensor.dtype != given[0].dtype:
-            return f"the native kernels take one dtype, not {given[0].dtype} and {tensor.dtype}"
-    return None
-
-
-def refuses_int8(cache: Tensor) -> str | None:
-    """Why the CPU kernels of single ops cannot use this cache, or None."""
-    if cache.dtype == torch.int8:
-        return "the native kernels that use int8 caches are those of packed models"
-    return None
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> int:

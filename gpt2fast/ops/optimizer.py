@@ -8,18 +8,18 @@ p   = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Implementation, Op
-from .cuda import by_device, cuda, unsuitable
-from .native import native, refuses_tensors
+from .backend import Arguments, Implementation, Op
+from .cuda import by_device, cuda
+from .native import native
 from .requirements import check_at_least, check_below_one, check_floating
+from .support import Kernels, Tensors
 from .triton import triton
-from .triton import unsuitable as unsuitable_for_triton
 
 
 def fused_adamw(
@@ -49,46 +49,40 @@ def fused_adamw(
         beta1, beta2: as in the formula above, in [0, 1).
     """
     masters = [] if masters is None else list(masters)
-    if not params:
-        _check(
-            params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, beta1, beta2, eps, weight_decay
-        )
-        return
-    _adamw.call(
+    call = _adamw.bind(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), masters,
         step, lr, beta1, beta2, eps, weight_decay,
     )  # fmt: skip
+    if not params:
+        _check(call)
+        return
+    _adamw.call(*call)
     if not torch.compiler.is_compiling():
         # torch counts changes of a tensor for its own ops alone.
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
 
 
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    if step < 1:
-        raise ArgumentError(f"step={step}: updates are counted from 1")
-    check_at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
-    check_below_one(beta1=beta1, beta2=beta2)
-    if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
+def _updates(call: Arguments) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What is updated, its gradient and its moments, tensor by tensor."""
+    updated = call.masters or call.params
+    return zip(updated, call.grads, call.exp_avgs, call.exp_avg_sqs, strict=True)
+
+
+def _check(call: Arguments) -> None:
+    params, masters = call.params, call.masters
+    if call.step < 1:
+        raise ArgumentError(f"step={call.step}: updates are counted from 1")
+    check_at_least(0, lr=call.lr, eps=call.eps, weight_decay=call.weight_decay)
+    check_below_one(beta1=call.beta1, beta2=call.beta2)
+    if not len(params) == len(call.grads) == len(call.exp_avgs) == len(call.exp_avg_sqs):
         raise ArgumentError("params, grads, exp_avgs and exp_avg_sqs must have equal lengths")
     if masters and len(masters) != len(params):
         raise ArgumentError(f"{len(masters)} masters do not fit {len(params)} params")
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    for tensors in zip(params, call.grads, call.exp_avgs, call.exp_avg_sqs, strict=True):
         _check_alike(*tensors)
     for param, master in zip(params, masters, strict=False):
         _check_alike(param, master)
-    for master, exp_avg, exp_avg_sq in zip(masters, exp_avgs, exp_avg_sqs, strict=False):
+    for master, _, exp_avg, exp_avg_sq in _updates(call) if masters else ():
         for tensor in (master, exp_avg, exp_avg_sq):
             if tensor.dtype != torch.float32:
                 raise ArgumentError(
@@ -115,6 +109,7 @@ def _reference(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
     step: int,
     lr: float,
     beta1: float,
@@ -122,144 +117,49 @@ def _reference(
     eps: float,
     weight_decay: float,
 ) -> None:
-    for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    updated = masters or params
+    for param, grad, exp_avg, exp_avg_sq in zip(updated, grads, exp_avgs, exp_avg_sqs, strict=True):
+        if masters:
+            grad = grad.float()
         param.mul_(1.0 - lr * weight_decay)
         exp_avg.mul_(beta1).add_(grad, alpha=1.0 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
         spread = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
         param.addcdiv_(exp_avg, spread, value=-lr / (1.0 - beta1**step))
+    for param, master in zip(params, masters, strict=False):
+        param.copy_(master)
 
 
-def _native(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    grads = [grad.contiguous() for grad in grads]
-    torch.ops.gpt2fast_native.adamw(
-        params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay
-    )
+def _through_masters(update: Callable[[Arguments], None]) -> Callable[[Arguments], None]:
+    """`update` of the masters where there are any; the parameters become their rounded copies."""
 
-
-def _through_masters(update: Callable[..., None]) -> Callable[..., None]:
-    """`update` for the op's arguments, where it knows of no masters itself."""
-
-    def run(
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        masters: list[Tensor],
-        *scalars: float,
-    ) -> None:
-        if not masters:
-            update(params, grads, exp_avgs, exp_avg_sqs, *scalars)
+    def run(call: Arguments) -> None:
+        if not call.masters:
+            update(call)
             return
-        update(masters, [grad.float() for grad in grads], exp_avgs, exp_avg_sqs, *scalars)
-        for param, master in zip(params, masters, strict=True):
+        grads = [grad.float() for grad in call.grads]
+        update(call._replace(params=call.masters, grads=grads))
+        for param, master in zip(call.params, call.masters, strict=True):
             param.copy_(master)
 
     return run
 
 
-def _of_updated(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
-    """The same for a refusal: it is asked about the tensors that are updated."""
-
-    def asked(
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        masters: list[Tensor],
-        *scalars: float,
-    ) -> str | None:
-        if masters:
-            params = grads = masters
-        return refuses(params, grads, exp_avgs, exp_avg_sqs)
-
-    return asked
+def _scalars(call: Arguments) -> tuple[float, ...]:
+    return call.step, call.lr, call.beta1, call.beta2, call.eps, call.weight_decay
 
 
-def _cuda(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    *scalars: float,
-) -> None:
-    grads = [grad.contiguous() for grad in grads]
-    torch.ops.gpt2fast_cuda.adamw(params, grads, exp_avgs, exp_avg_sqs, masters, *scalars)
+@_through_masters
+def _native(call: Arguments) -> None:
+    grads = [grad.contiguous() for grad in call.grads]
+    torch.ops.gpt2fast_native.adamw(
+        call.params, grads, call.exp_avgs, call.exp_avg_sqs, *_scalars(call)
+    )
 
 
-def _cuda_refuses(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    *scalars: object,
-) -> str | None:
-    pairs = zip(params, grads, strict=True)
-    moments = zip(masters or params, exp_avgs, exp_avg_sqs, strict=True)
-    for tensors in (*pairs, *moments):
-        reason = unsuitable(*tensors, one_dtype=True, may_be_empty=True)
-        if reason is not None:
-            return reason
-    if not all(x.is_contiguous() for x in (*params, *exp_avgs, *exp_avg_sqs, *masters)):
-        return "the CUDA AdamW takes contiguous parameters and moments"
-    return None
-
-
-def _native_refuses(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-) -> str | None:
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        reason = refuses_tensors(*tensors)
-        if reason is not None:
-            return reason
-        if not all(tensors[i].is_contiguous() for i in (0, 2, 3)):
-            return "the native AdamW takes contiguous parameters and moments"
-    return None
-
-
-def _triton_refuses(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    *scalars: object,
-) -> str | None:
-    updated = (*params, *exp_avgs, *exp_avg_sqs, *masters)
-    if not all(tensor.is_contiguous() for tensor in updated):
-        return "the Triton AdamW takes contiguous parameters and moments"
-    return unsuitable_for_triton(*updated, *grads, may_be_empty=True)
-
-
-def _torch_refuses(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-) -> str | None:
-    if len({(tensor.device, tensor.dtype) for tensor in params}) != 1:
-        return "torch's fused AdamW takes tensors of one dtype on one device"
-    # It walks through the memory of all of them at once, whatever their strides are.
-    for param, *moments in zip(params, exp_avgs, exp_avg_sqs, strict=True):
-        if not _is_dense(param) or any(each.stride() != param.stride() for each in moments):
-            return "torch's fused AdamW takes parameters and moments that lie alike, without gaps"
-    return None
+def _cuda(call: Arguments) -> None:
+    grads = [grad.contiguous() for grad in call.grads]
+    torch.ops.gpt2fast_cuda.adamw(*call._replace(grads=grads))
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -275,34 +175,75 @@ def _lying_like(x: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
-def _torch(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    steps = [torch.full((), step, dtype=torch.float32, device=params[0].device)] * len(params)
+@_through_masters
+def _torch(call: Arguments) -> None:
+    params = call.params
+    steps = [torch.full((), call.step, dtype=torch.float32, device=params[0].device)] * len(params)
     torch._fused_adamw_(
         params,
-        [_lying_like(grad, param) for grad, param in zip(grads, params, strict=True)],
-        exp_avgs,
-        exp_avg_sqs,
+        [_lying_like(grad, param) for grad, param in zip(call.grads, params, strict=True)],
+        call.exp_avgs,
+        call.exp_avg_sqs,
         [],
         steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
+        lr=call.lr,
+        beta1=call.beta1,
+        beta2=call.beta2,
+        weight_decay=call.weight_decay,
+        eps=call.eps,
         amsgrad=False,
         maximize=False,
     )
+
+
+def _torch_refuses(call: Arguments) -> str | None:
+    if len({(tensor.device, tensor.dtype) for tensor in call.masters or call.params}) != 1:
+        return "torch's fused AdamW takes tensors of one dtype on one device"
+    # It walks through the memory of all of them at once, whatever their strides are.
+    for param, _, *moments in _updates(call):
+        if not _is_dense(param) or any(each.stride() != param.stride() for each in moments):
+            return "torch's fused AdamW takes parameters and moments that lie alike, without gaps"
+    return None
+
+
+_ALIKE = Tensors("params", one_dtype=True, may_be_empty=True)
+
+
+def _refuses_unlike(kernels: Kernels) -> Callable[[Arguments], str | None]:
+    """Why kernels cannot update these tensors, which lie alike and have one dtype, or None."""
+
+    def refusal(call: Arguments) -> str | None:
+        for pair in zip(call.params, call.grads, strict=True):
+            reason = kernels.wrong_device(pair[0]) or kernels.unsuitable(_ALIKE, pair)
+            if reason is not None:
+                return reason
+        for updated, _, *moments in _updates(call):
+            reason = kernels.unsuitable(_ALIKE, (updated, *moments))
+            if reason is not None:
+                return reason
+        return _refuses_strided(call, kernels.name.removesuffix(" kernels"))
+
+    return refusal
+
+
+def _refuses_strided(call: Arguments, backend: str) -> str | None:
+    lists = call.params, call.exp_avgs, call.exp_avg_sqs, call.masters
+    if all(x.is_contiguous() for tensors in lists for x in tensors):
+        return None
+    return f"the {backend} AdamW takes contiguous parameters and moments"
+
+
+def _native_refuses(call: Arguments) -> str | None:
+    if call.masters:  # the parameters are written by torch
+        call = call._replace(params=call.masters, grads=call.masters, masters=[])
+    return _refuses_unlike(native)(call)
+
+
+def _triton_refuses(call: Arguments) -> str | None:
+    devices = {x.device for x in call.params}
+    if len(devices) > 1:
+        return f"tensors are on {' and on '.join(map(str, devices))}"
+    return _refuses_strided(call, "Triton")
 
 
 _adamw = Op(
@@ -313,12 +254,20 @@ _adamw = Op(
     check=_check,
     one_device=False,
     native=by_device(
-        cpu=native(_through_masters(_native), _of_updated(_native_refuses)),
-        cuda=cuda(_cuda, _cuda_refuses),
+        cpu=native(refuses=_native_refuses)(_native),
+        cuda=cuda(refuses=_refuses_unlike(cuda))(_cuda),
     ),
-    triton=triton("optimizer", "adamw", _triton_refuses),
-    torch=Implementation(_through_masters(_torch), _of_updated(_torch_refuses)),
-    reference=_through_masters(_reference),
+    triton=triton(
+        "optimizer",
+        "adamw",
+        *(
+            Tensors(name, may_be_empty=True)
+            for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")
+        ),
+        refuses=_triton_refuses,
+    ),
+    torch=Implementation(_torch, _torch_refuses),
+    reference=_reference,
 )
 
 
@@ -329,5 +278,5 @@ _adamw.refuse_gradient(
 
 
 @_adamw.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, masters, *scalars):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> None:
     return None

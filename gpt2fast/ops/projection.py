@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Op, autocast, statistics_dtype
-from .matmul import matmul, reads_wider_weights, refuses_mixture, weight_gradient
+from .backend import Arguments, Op, autocast, statistics_dtype
+from .matmul import matmul, reads_wider_weights, weight_gradient
 from .native import native, rows
 from .requirements import check_floating, check_shape
+from .support import Tensors
 
 
 def projection(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -39,12 +40,13 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _projection.call(x, weight, bias)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    check_floating(x=x, weight=weight, bias=bias)
-    _check_chain(x, weight, bias.shape)
+def _check(call: Arguments) -> None:
+    check_floating(x=call.x, weight=call.weight, bias=call.bias)
+    _check_chain(call, call.bias.shape)
 
 
-def _check_chain(x: Tensor, weight: Tensor, bias: torch.Size) -> None:
+def _check_chain(call: Arguments, bias: torch.Size) -> None:
+    x, weight = call.x, call.weight
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[:1] or weight.shape[1:] != bias:
         raise ArgumentError(
             f"shapes do not chain: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
@@ -52,31 +54,33 @@ def _check_chain(x: Tensor, weight: Tensor, bias: torch.Size) -> None:
         )
 
 
-def _check_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype, wanted: list[bool]
-) -> None:
+def _check_backward(call: Arguments) -> None:
+    grad, x, weight, wanted = call.grad, call.x, call.weight, call.wanted
     check_floating(grad=grad, x=x, weight=weight)
-    _check_chain(x, weight, grad.shape[-1:])
+    _check_chain(call, grad.shape[-1:])
     check_shape("grad", grad, *x.shape[:-1], weight.shape[1], says="a row for each of x's")
-    if len(wanted) != 3 or not bias_dtype.is_floating_point:
-        raise ArgumentError(f"wanted={wanted}, bias_dtype={bias_dtype}: three, floating point")
+    if len(wanted) != 3 or not call.bias_dtype.is_floating_point:
+        raise ArgumentError(f"wanted={wanted}, bias_dtype={call.bias_dtype}: three, floating point")
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.matmul(x, weight.to(x.dtype)) + bias.to(x.dtype)
 
 
-def _torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out = torch.addmm(bias.to(x.dtype), rows(x), weight.to(x.dtype))
-    return out.view(*x.shape[:-1], weight.shape[1])
+def _torch(call: Arguments) -> Tensor:
+    x = call.x
+    out = torch.addmm(call.bias.to(x.dtype), rows(x), call.weight.to(x.dtype))
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out = matmul(rows(x), weight, x.dtype, bias=bias)
-    return out.view(*x.shape[:-1], weight.shape[1])
+@native(Tensors("x", "weight", "bias"))
+def _native(call: Arguments) -> Tensor:
+    x = call.x
+    out = matmul(rows(x), call.weight, x.dtype, bias=call.bias)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
-def _backward_torch(
+def _backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, nothing = rows(grad), grad.new_empty(0)
@@ -88,19 +92,19 @@ def _backward_torch(
     )
 
 
-def _backward_native(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad, dtype = rows(grad), x.dtype
+@native(Tensors("grad", "x", "weight"))
+def _backward_native(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x, weight = rows(call.grad), call.x, call.weight
+    x_wanted, weight_wanted, bias_wanted = call.wanted
     grad_x, grad_weight = grad.new_empty(0), weight.new_empty(0)
-    sums = grad.new_empty(grad.shape[1] if wanted[2] else 0, dtype=torch.float32)
-    if wanted[0]:
-        grad_x = matmul(grad, weight.t(), dtype).view(x.shape)
-    if wanted[1]:
-        grad_weight = weight_gradient(rows(x), grad, weight, sums if wanted[2] else None)
-    elif wanted[2]:
+    sums = grad.new_empty(grad.shape[1] if bias_wanted else 0, dtype=torch.float32)
+    if x_wanted:
+        grad_x = matmul(grad, weight.t(), x.dtype).view(x.shape)
+    if weight_wanted:
+        grad_weight = weight_gradient(rows(x), grad, weight, sums if bias_wanted else None)
+    elif bias_wanted:
         torch.sum(grad, 0, dtype=torch.float32, out=sums)
-    return grad_x, grad_weight, sums.to(bias_dtype)
+    return grad_x, grad_weight, sums.to(call.bias_dtype)
 
 
 _backward = Op(
@@ -108,24 +112,22 @@ _backward = Op(
     "(Tensor grad, Tensor x, Tensor weight, ScalarType bias_dtype, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     check=_check_backward,
-    native=native(_backward_native, refuses_mixture),
-    torch=_backward_torch,
-    reference=_backward_torch,
+    native=_backward_native,
+    reference=_backward_reference,
 )
 _projection = Op(
     "projection",
     "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     check=_check,
-    native=native(_native, refuses_mixture),
+    native=_native,
     torch=_torch,
     reference=_reference,
 )
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias = inputs
-    ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(x, weight)
+def _setup_context(ctx: Any, call: Arguments, results: Tensor) -> None:
+    ctx.bias_dtype = call.bias.dtype
+    ctx.save_for_backward(call.x, call.weight)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,14 +141,16 @@ _projection.register_autograd(_differentiate, _setup_context)
 
 
 @_projection.register_fake
-def _(x, weight, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+def _(call: Arguments) -> Tensor:
+    return call.x.new_empty((*call.x.shape[:-1], call.weight.shape[1]))
 
 
 @_backward.register_fake
-def _(grad, x, weight, bias_dtype, wanted):  # type: ignore[no-untyped-def]
+def _(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x, weight = call.grad, call.x, call.weight
+    x_wanted, weight_wanted, bias_wanted = call.wanted
     return (
-        x.new_empty(x.shape if wanted[0] else 0),
-        weight.new_empty(weight.shape if wanted[1] else 0),
-        grad.new_empty(grad.shape[-1] if wanted[2] else 0, dtype=bias_dtype),
+        x.new_empty(x.shape if x_wanted else 0),
+        weight.new_empty(weight.shape if weight_wanted else 0),
+        grad.new_empty(grad.shape[-1] if bias_wanted else 0, dtype=call.bias_dtype),
     )

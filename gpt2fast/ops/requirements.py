@@ -40,12 +40,13 @@ class Memory:
             argument.alias_info is not None and argument.alias_info.is_write
             for argument in schema.arguments
         ]
-        self._writes = any(self._written)
+        self.writes = any(self._written)
+        """Whether the op writes into one of its tensors."""
         self._one_device = one_device
 
     def check(self, arguments: Sequence[object]) -> None:
         """Raises ArgumentError unless these arguments can be read and written."""
-        if self._writes:
+        if self.writes:
             self._check_thoroughly(arguments)
             return
         # On the way to every op: what is usual is settled here, with as few calls as can be.
@@ -86,7 +87,7 @@ class Memory:
                 size = x.element_size()
                 if (x.storage_offset() + count) * size > x.untyped_storage().nbytes():
                     raise _resized(name, x, (x.storage_offset() + count) * size)
-                if self._writes:
+                if self.writes:
                     begin = x.data_ptr()
                     spans.append((begin, begin + count * size, written, x, name))
                     if written:

@@ -12,16 +12,16 @@ top-p: Holtzman et al., 2020; min-p: Nguyen et al., 2024; n-gram blocking: Paulu
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backend import Op
+from .backend import Arguments, Op
 from .cuda import by_device, cuda, kernels
-from .cuda import unsuitable as unsuitable_for_cuda
-from .native import native, refuses_tensors
+from .native import native
 from .requirements import (
     check_above,
     check_at_least,
@@ -32,7 +32,8 @@ from .requirements import (
     check_shape,
     check_share,
 )
-from .triton import triton, unsuitable
+from .support import Tensors
+from .triton import triton
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
@@ -160,39 +161,41 @@ def sample(
     )  # fmt: skip
 
 
-def check_choice(
-    rows: int,
-    history: Tensor,
-    uniform: Tensor | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    no_repeat_ngram_size: int,
-) -> None:
-    """What ops that choose tokens for `rows` rows ask besides their logits."""
+CHOICE = (
+    "float temperature, int top_k, float top_p, float min_p, float repetition_penalty, "
+    "int no_repeat_ngram_size"
+)
+"""The options, as schemas spell them."""
+choice = attrgetter(*(each.split()[-1] for each in CHOICE.split(", ")))
+"""The options of a call, in this order."""
+
+
+def check_choice(call: Arguments, rows: int) -> None:
+    """Checks of ops that choose tokens for `rows` rows, besides those of their logits."""
+    history, uniform = call.history, call.uniform
     check_integers(history=history)
     check_dim("history", history, 2, says="(B, S)")
     check_shape("history", history, rows, history.shape[1], says="(B, S)")
     if uniform is not None:
         check_floating(uniform=uniform)
         check_shape("uniform", uniform, rows, says="(B,)")
-    check_above(0, temperature=temperature, repetition_penalty=repetition_penalty)
-    check_share(top_p=top_p, min_p=min_p)
-    check_at_least(0, top_k=top_k, no_repeat_ngram_size=no_repeat_ngram_size)
+    check_above(0, temperature=call.temperature, repetition_penalty=call.repetition_penalty)
+    check_share(top_p=call.top_p, min_p=call.min_p)
+    check_at_least(0, top_k=call.top_k, no_repeat_ngram_size=call.no_repeat_ngram_size)
 
 
-def _check(logits: Tensor, history: Tensor, uniform: Tensor | None, *choice: Any) -> None:
+def check_choice_values(call: Arguments) -> None:
+    """The same for values."""
+    if call.uniform is not None:
+        check_fractions("uniform", call.uniform)
+
+
+def _check(call: Arguments) -> None:
+    logits = call.logits
     check_floating(logits=logits)
     if logits.dim() != 2 or not logits.shape[1]:
         raise ArgumentError(f"logits must be (B, V) with V > 0, not {tuple(logits.shape)}")
-    check_choice(logits.shape[0], history, uniform, *choice)
-
-
-def _check_values(logits: Tensor, history: Tensor, uniform: Tensor | None, *choice: Any) -> None:
-    if uniform is not None:
-        check_fractions("uniform", uniform)
+    check_choice(call, logits.shape[0])
 
 
 def sample_reference(
@@ -206,7 +209,7 @@ def sample_reference(
     repetition_penalty: float,
     no_repeat_ngram_size: int,
 ) -> Tensor:
-    """What `sample` means, in plain torch."""
+    """`sample` in plain torch."""
     penalties: dict[str, Any] = {
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
@@ -230,52 +233,48 @@ def sample_reference(
     return reached.int().argmax(-1)
 
 
-def _native(logits: Tensor, *rest: Any) -> Tensor:
+def _native(call: Arguments) -> Tensor:
     # The kernels sum weights in their own order: a token differs from the reference's only where a
     # random number lies within rounding, about 1e-7, of the edge between two tokens.
+    logits = call.logits
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    return kernels(logits).sample(logits, *rest)
+    return kernels(logits).sample(*call._replace(logits=logits))
 
 
-def _native_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest: Any) -> Any:
-    if uniform is not None and uniform.dtype != torch.float32:
-        return f"the native kernel takes float32 random numbers, not {uniform.dtype}"
-    if not logits.shape[1]:
-        return "there is no token to choose"
-    return refuses_tensors(logits)
+def refuses_uniform(call: Arguments) -> str | None:
+    """Why compiled kernels cannot draw with these random numbers, or None."""
+    if call.uniform is None or call.uniform.dtype == torch.float32:
+        return None
+    return f"the compiled kernels take float32 random numbers, not {call.uniform.dtype}"
 
 
-def _triton_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest: Any) -> Any:
-    return unsuitable(logits, history, uniform, may_be_empty=True) or unsuitable(logits)
+_MOST_ROWS = 65535
 
 
-def _cuda_refuses(logits: Tensor, history: Tensor, uniform: Tensor | None, *rest: Any) -> Any:
-    if uniform is not None and uniform.dtype != torch.float32:
-        return f"the CUDA kernel takes float32 random numbers, not {uniform.dtype}"
-    if logits.shape[0] > 65535:
-        return f"the CUDA kernel takes up to 65535 rows, not {logits.shape[0]}"
-    if history.dtype != torch.int64:
-        return f"the CUDA kernel takes a history in int64, not {history.dtype}"
-    return unsuitable_for_cuda(logits) or unsuitable_for_cuda(
-        logits, history, uniform, may_be_empty=True
-    )
+def _cuda_refuses(call: Arguments) -> str | None:
+    if call.logits.shape[0] > _MOST_ROWS:
+        return f"the CUDA kernel takes up to {_MOST_ROWS} rows, not {call.logits.shape[0]}"
+    return refuses_uniform(call)
 
 
 _sample = Op(
     "sample",
-    "(Tensor logits, Tensor history, Tensor? uniform, float temperature, int top_k, float top_p, "
-    "float min_p, float repetition_penalty, int no_repeat_ngram_size) -> Tensor",
+    f"(Tensor logits, Tensor history, Tensor? uniform, {CHOICE}) -> Tensor",
     check=_check,
-    values=_check_values,
-    native=by_device(cpu=native(_native, _native_refuses), cuda=cuda(_native, _cuda_refuses)),
-    triton=triton("sampling", "sample", _triton_refuses),
-    torch=sample_reference,
+    values=check_choice_values,
+    native=by_device(
+        cpu=native(Tensors("logits", may_be_empty=True), refuses=refuses_uniform)(_native),
+        cuda=cuda(Tensors("logits"), refuses=_cuda_refuses)(_native),
+    ),
+    triton=triton(
+        "sampling", "sample", Tensors("logits"), Tensors("history", "uniform", may_be_empty=True)
+    ),
     reference=sample_reference,
 )
 _sample.refuse_gradient("a chosen token does not change smoothly with the logits")
 
 
 @_sample.register_fake
-def _(logits, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+def _(call: Arguments) -> Tensor:
+    return call.logits.new_empty(call.logits.shape[0], dtype=torch.int64)

@@ -46,7 +46,7 @@ class Step:
         self.rows = torch.arange(len(lengths))
         self.tokens = torch.randint(vocab, (len(lengths),))
         self.options = dict(
-            n_head=heads, scales=[0.2 / (i + 1) for i in range(layers)],
+            n_head=heads, attention_scales=[0.2 / (i + 1) for i in range(layers)],
             activation="gelu_new", eps=1e-5,
         )  # fmt: skip
         self.caches = random(2, layers, len(lengths), entries, heads, width // heads)

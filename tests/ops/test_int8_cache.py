@@ -239,7 +239,9 @@ class Model:
         self.lengths = torch.tensor(lengths)
         self.rows = torch.arange(len(lengths))
         self.tokens = torch.randint(vocab, (len(lengths),))
-        self.options = dict(n_head=heads, scales=[0.3] * layers, activation="gelu_new", eps=1e-5)
+        self.options = dict(
+            n_head=heads, attention_scales=[0.3] * layers, activation="gelu_new", eps=1e-5
+        )
 
     def run(self, name, dtype):
         """Logits, and the new keys and values as they are read; the others must be as before."""

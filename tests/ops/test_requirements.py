@@ -73,7 +73,7 @@ BAD = [
     ("decode_step", "lengths", [torch.tensor([0, 6]), torch.tensor([-1, 0]), one]),
     ("decode_step", "n_head", [3, 0, -2]),
     ("decode_step", "activation", ["gelu_neu"]),
-    ("decode_step", "scales", [[0.5, 0.5], [nan], []]),
+    ("decode_step", "attention_scales", [[0.5, 0.5], [nan], []]),
     ("decode_step", "eps", [-1.0, nan]),
     ("packed_step", "tokens", [torch.tensor([1, 40, 2]), torch.tensor([-1, 0, 0])]),
     ("packed_step", "positions", [torch.tensor([0, 16, 0]), torch.tensor([0, -1, 0]), one]),

@@ -31,7 +31,9 @@ def model(batch, dtype, cache_dtype, heads=3, head_dim=12, inner=80, vocab=61, p
 
 def check(name, batch, dtype, cache_dtype, activation="gelu_new", **sizes):
     weights, caches, *indices = model(batch, dtype, cache_dtype, **sizes)
-    options = dict(n_head=sizes.get("heads", 3), scales=[0.3, 0.2], activation=activation, eps=1e-5)
+    options = dict(
+        n_head=sizes.get("heads", 3), attention_scales=[0.3, 0.2], activation=activation, eps=1e-5
+    )
 
     def run(name, weights, caches):
         caches = [cache.clone() for cache in caches]
@@ -73,7 +75,7 @@ def test_wider_than_a_block_of_inputs(name):
 def test_vectors_may_be_strided(name):
     weights, caches, *indices = model(2, torch.float32, torch.float32)
     strided = [x.repeat_interleave(2)[::2] if x.dim() == 1 else x for x in weights]
-    options = dict(n_head=3, scales=[0.3, 0.2], activation="gelu_new", eps=1e-5)
+    options = dict(n_head=3, attention_scales=[0.3, 0.2], activation="gelu_new", eps=1e-5)
 
     def run(weights):
         copies = [cache.clone() for cache in caches]

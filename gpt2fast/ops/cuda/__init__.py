@@ -9,7 +9,7 @@ A module of this package prepares the arguments of a family whose CUDA kernels a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,9 @@ from ...errors import BackendError
 from ...kernels.library import Library, find_library, is_switched_off, notice
 from ...kernels.toolchain import CUDA
 from .. import native
-from ..backend import AVAILABILITY, Implementation
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels store; they compute in float32."""
-CACHE_DTYPES = (*DTYPES, torch.int8)
-"""What they store keys and values in."""
+from ..backend import AVAILABILITY, ByDevice, Implementation
+from ..support import GPU_DTYPES as DTYPES
+from ..support import Kernels
 
 _lock = threading.Lock()
 _library: Library | None = None
@@ -100,14 +97,13 @@ def simulated(library: Library) -> Iterator[None]:
         _simulating = False
 
 
-def cuda(run: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:
-    """An implementation that calls `torch.ops.gpt2fast_cuda`; it refuses without the library."""
-    return Implementation(run, lambda *args: unavailable() or refuses(*args))
+cuda = Kernels("CUDA kernels", DTYPES, lambda: unavailable())
+"""Of `torch.ops.gpt2fast_cuda`."""
 
 
 def takes(tensor: Tensor) -> bool:
     """Whether the CUDA kernels run on the tensor's device, should they be there."""
-    return _simulating or tensor.device.type == "cuda"
+    return _simulating or tensor.is_cuda
 
 
 def kernels(tensor: Tensor) -> Any:
@@ -115,53 +111,6 @@ def kernels(tensor: Tensor) -> Any:
     return torch.ops.gpt2fast_cuda if takes(tensor) else torch.ops.gpt2fast_native
 
 
-def by_device(cpu: Implementation, cuda: Implementation) -> Implementation:
+def by_device(cpu: Implementation, cuda: Implementation) -> ByDevice:
     """The one implementation for CUDA tensors, the other for all others."""
-
-    def chosen(arguments: tuple[Any, ...]) -> Implementation:
-        return cuda if takes(_first_tensor(arguments)) else cpu
-
-    return Implementation(
-        lambda *args: chosen(args).run(*args), lambda *args: chosen(args).refuses(*args)
-    )
-
-
-def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return argument
-        if isinstance(argument, (list, tuple)) and argument:
-            return _first_tensor(tuple(argument))
-    raise ValueError("no tensor among the arguments")
-
-
-def unsuitable(
-    *tensors: Tensor | None,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-    one_dtype: bool = False,
-    may_be_empty: bool = False,
-) -> str | None:
-    """Why the kernels cannot take these tensors, or None. Absent tensors do not count.
-
-    Args:
-        dtypes: of those that hold floating-point numbers.
-        one_dtype: whether these must be of one dtype.
-        may_be_empty: whether tensors without elements pass.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    first = next((tensor for tensor in given if tensor.is_floating_point()), None)
-    for tensor in given:
-        if tensor.device != given[0].device:
-            return f"tensors are on {given[0].device} and on {tensor.device}"
-        if not (tensor.numel() or may_be_empty):
-            return "the CUDA kernels need at least one element"
-        if tensor.dtype == torch.int8 and torch.int8 not in dtypes:
-            return "the CUDA kernels have no 8-bit caches"
-        if not tensor.is_floating_point() or first is None:
-            continue
-        if tensor.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            return f"the CUDA kernel takes {names}, not {tensor.dtype}"
-        if one_dtype and tensor.dtype != first.dtype:
-            return f"the CUDA kernel takes one dtype, not {first.dtype} and {tensor.dtype}"
-    return None
+    return ByDevice(cpu, cuda, takes)

@@ -12,91 +12,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import unsuitable
+from ..backend import Arguments
+from ..support import MAX_HEAD_SIZE, Tensors
+from . import cuda
 
-MAX_HEAD_DIM = 128
 MAX_SCALE = 1000.0
 """In 16 bits: a score's exponent is its exact product with the scale less the rounded one of the
 largest, which lie far apart where scores are beyond 10^8."""
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _refuses(call: Arguments) -> str | None:
+    if call.q.dtype != torch.float32 and abs(call.scale) > MAX_SCALE:
+        return f"the CUDA kernels take scales up to {MAX_SCALE:g} in 16 bits, not {call.scale:g}"
+    return None
+
+
+@cuda(
+    Tensors("q", "k", "v", one_dtype=True, max_head_size=MAX_HEAD_SIZE),
+    Tensors("mask", "seed"),
+    refuses=_refuses,
+)
+def forward(call: Arguments) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.gpt2fast_cuda.attention(
-        *map(_heads, (q, k, v)), scale, *_optional(mask, dropout_p, seed)
+        *map(_heads, (call.q, call.k, call.v)), *_options(call)
     )
-    return _without_filling(out, q), lse
+    return _without_filling(out, call.q), lse
 
 
-def refuses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> str | None:
-    return _refuses(scale, mask, seed, q, k, v)
-
-
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+@cuda(
+    Tensors("q", "k", "v", "grad", "out", one_dtype=True, max_head_size=MAX_HEAD_SIZE),
+    Tensors("mask", "seed"),
+    refuses=_refuses,
+)
+def backward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     gradients = torch.ops.gpt2fast_cuda.attention_backward(
-        *map(_heads, (grad, q, k, v, out)),
-        lse.contiguous(),
-        scale,
-        *_optional(mask, dropout_p, seed),
+        *map(_heads, (call.grad, call.q, call.k, call.v, call.out)),
+        call.lse.contiguous(),
+        *_options(call),
         torch.are_deterministic_algorithms_enabled(),
     )
-    grad_q, grad_k, grad_v = (_without_filling(gradient, q) for gradient in gradients)
-    return grad_q, grad_k, grad_v
-
-
-def backward_refuses(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> str | None:
-    return _refuses(scale, mask, seed, q, k, v, grad, out)
-
-
-def _refuses(scale: float, mask: Tensor | None, seed: Tensor | None, *heads: Tensor) -> str | None:
-    reason = unsuitable(*heads, mask, seed, one_dtype=True)
-    if reason is not None:
-        return reason
-    if seed is not None and seed.dtype != torch.int64:
-        return f"the CUDA kernels take a seed in int64, not {seed.dtype}"
-    if heads[0].dtype != torch.float32 and abs(scale) > MAX_SCALE:
-        return f"the CUDA kernels take scales up to {MAX_SCALE:g} in 16 bits, not {scale:g}"
-    head_dim = heads[0].shape[-1]
-    if head_dim > MAX_HEAD_DIM:
-        return f"the CUDA kernels take heads of size up to {MAX_HEAD_DIM}, not {head_dim}"
-    return None
+    return tuple(_without_filling(gradient, call.q) for gradient in gradients)  # type: ignore
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -114,9 +69,9 @@ def _without_filling(x: Tensor, given: Tensor) -> Tensor:
     return x if x.shape == given.shape else x[..., : given.shape[-1]].contiguous()
 
 
-def _optional(
-    mask: Tensor | None, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor | None, float, Tensor | None]:
-    if seed is None or not dropout_p:
-        dropout_p, seed = 0.0, None
-    return None if mask is None else mask.contiguous(), dropout_p, seed
+def _options(call: Arguments) -> tuple[float, Tensor | None, float, Tensor | None]:
+    """Scale, visible keys, dropout and seed, as the kernels take them."""
+    mask = None if call.mask is None else call.mask.contiguous()
+    if call.seed is None or not call.dropout_p:
+        return call.scale, mask, 0.0, None
+    return call.scale, mask, call.dropout_p, call.seed

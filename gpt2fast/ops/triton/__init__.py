@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import AVAILABILITY, Implementation, requested_backend
-from ..derivatives import tensors_in
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels store; they compute in float32."""
+from ..backend import AVAILABILITY, Arguments, Implementation, first_tensor, requested_backend
+from ..support import GPU_DTYPES as DTYPES
+from ..support import Kernels, Tensors
 
 
 def interpreting() -> bool:
@@ -51,77 +49,46 @@ def unavailable() -> str | None:
 AVAILABILITY["triton"] = unavailable
 
 
-def unsuitable(
-    *tensors: Tensor | None,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-    one_dtype: bool = False,
-    may_be_empty: bool = False,
-) -> str | None:
-    """Why the kernels cannot take these tensors, or None. Absent tensors do not count.
-
-    Args:
-        dtypes: of those that hold floating-point numbers.
-        one_dtype: whether these must be of one dtype.
-        may_be_empty: whether tensors without elements pass.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    floating = [tensor for tensor in given if tensor.is_floating_point()]
-    for tensor in given:
-        if tensor.device != given[0].device:
-            return f"tensors are on {given[0].device} and on {tensor.device}"
-        if not (tensor.numel() or may_be_empty):
-            return "the Triton kernels need at least one element"
-    for tensor in floating:
-        if tensor.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            return f"the Triton kernel takes {names}, not {tensor.dtype}"
-        if one_dtype and tensor.dtype != floating[0].dtype:
-            return f"the Triton kernel takes one dtype, not {floating[0].dtype} and {tensor.dtype}"
-    if given and given[0].device.type != "cuda":
-        if given[0].device.type != "cpu":
-            return f"the Triton kernels run on a CUDA GPU, and a tensor is on {given[0].device}"
-        if not interpreting():
-            return "the Triton kernels run on a GPU, and a tensor is on the CPU"
-    return None
+def _unavailable_unless_forced() -> str | None:
+    reason = unavailable()
+    if reason is None and interpreting() and requested_backend() == "auto":
+        return "the interpreter runs where this backend is forced, and only there"
+    return reason
 
 
-def refuses_strided_caches(*caches: Tensor) -> str | None:
-    """Why the kernels cannot read these caches, or None."""
-    if any(cache.stride(-1) != 1 and cache.shape[-1] != 1 for cache in caches):
-        return "the Triton kernels read caches whose last dimension is contiguous"
-    return None
+def _wrong_device(tensor: Tensor) -> str | None:
+    if tensor.is_cuda or (tensor.is_cpu and interpreting()):
+        return None
+    if tensor.is_cpu:
+        return "the Triton kernels run on a GPU, and a tensor is on the CPU"
+    return f"the Triton kernels run on a CUDA GPU, and a tensor is on {tensor.device}"
 
 
-def _refuses_arguments(*arguments: Any) -> str | None:
-    return unsuitable(*tensors_in(arguments), may_be_empty=True)
+_KERNELS = Kernels("Triton kernels", DTYPES, _unavailable_unless_forced, _wrong_device)
 
 
 def triton(
-    module: str, function: str, refuses: Callable[..., str | None] = _refuses_arguments
+    module: str,
+    function: str,
+    *required: Tensors,
+    refuses: Callable[[Arguments], str | None] | None = None,
 ) -> Implementation:
     """The implementation `function` in the module `module` of this package, imported at first use.
 
     Args:
         module, function: names.
-        refuses: takes the op's arguments; returns why the kernels cannot run them, or None. By
-            default, no tensor may be `unsuitable`; empty ones pass.
+        required, refuses: as for other kernels.
     """
 
     @functools.cache
-    def load() -> Callable[..., Any]:
+    def load() -> Callable[[Arguments], Any]:
         return getattr(importlib.import_module(f"{__name__}.{module}"), function)
 
-    def run(*arguments: Any) -> Any:
-        device = next(tensors_in(arguments)).device
+    def run(call: Arguments) -> Any:
+        device = first_tensor(call).device
         if device.type == "cpu" or device.index == torch.cuda.current_device():
-            return load()(*arguments)
+            return load()(call)
         with torch.cuda.device(device):  # Triton launches on the current one
-            return load()(*arguments)
+            return load()(call)
 
-    def refusal(*arguments: Any) -> str | None:
-        reason = unavailable()
-        if reason is None and interpreting() and requested_backend() == "auto":
-            reason = "the interpreter runs where this backend is forced, and only there"
-        return reason or refuses(*arguments)
-
-    return Implementation(run, refusal)
+    return _KERNELS(*required, refuses=refuses)(run)

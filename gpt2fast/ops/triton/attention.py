@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from .language import cast, dot
 from .tuning import multiprocessors, settings
 
@@ -499,60 +500,41 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+def _dropout(call: Arguments) -> tuple[Tensor | None, int, float]:
     """The seed if weights are dropped, below which of 2**16 they are, and the others' factor."""
-    threshold = round(dropout_p * 65536)
-    if seed is None or not threshold:
+    threshold = round(call.dropout_p * 65536)
+    if call.seed is None or not threshold:
         return None, 0, 1.0
-    return seed, threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+    return call.seed, threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = _readable(q, k, v)
+def forward(call: Arguments) -> tuple[Tensor, Tensor]:
+    q, k, v = _readable(call.q, call.k, call.v)
     batch, time, heads, width = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, time), dtype=torch.float32)
-    seed, threshold, kept_scale = _dropout(dropout_p, seed)
+    seed, threshold, kept_scale = _dropout(call)
     launch = _settings("attention_forward", q, seed)
     forward_kernel[(triton.cdiv(time, launch["BLOCK_M"]) * batch * heads,)](
-        q, k, v, out, lse, _bytes(mask), seed, *_strides(q, k, v),
-        time, heads, scale, threshold, kept_scale,
+        q, k, v, out, lse, _bytes(call.mask), seed, *_strides(q, k, v),
+        time, heads, call.scale, threshold, kept_scale,
         HEAD_DIM=width, BLOCK_D=_padded(width), **launch,
     )  # fmt: skip
     return out, lse
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad, q, k, v, out = _readable(grad, q, k, v, out)
-    lse, mask = lse.contiguous(), _bytes(mask)
+def backward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    grad, q, k, v, out = _readable(call.grad, call.q, call.k, call.v, call.out)
+    lse, mask, scale = call.lse.contiguous(), _bytes(call.mask), call.scale
     batch, time, heads, width = q.shape
     padded = _padded(width)
     delta = torch.empty_like(lse)
     grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in "qkv")
-    seed, threshold, kept_scale = _dropout(dropout_p, seed)
+    seed, threshold, kept_scale = _dropout(call)
     launch = settings("attention_delta", q.device)
     delta_kernel[(triton.cdiv(time, launch["BLOCK_M"]) * batch * heads,)](
         grad, out, delta, *_strides(grad, out), time, heads,
@@ -571,16 +553,10 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def with_cache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    scale: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> Tensor:
-    (q,) = _readable(q)
+def with_cache(call: Arguments) -> Tensor:
+    (q,) = _readable(call.q)
+    k_cache, v_cache, lengths = call.k_cache, call.v_cache, call.lengths
+    k_scales, v_scales = call.k_scales, call.v_scales
     batch, time, heads, width = q.shape
     entries = k_cache.shape[1]
     out = q.new_empty(q.shape)
@@ -606,7 +582,7 @@ def with_cache(
     kernel = one_query_kernel if time == 1 else some_queries_kernel
     kernel[(programs, shares)](
         q, k_cache, v_cache, k_scales, v_scales, lengths, out, sums, highests, totals,
-        *strides, lengths.stride(0), time, entries, heads, scale,
+        *strides, lengths.stride(0), time, entries, heads, call.scale,
         HEAD_DIM=width, BLOCK_D=_padded(width), **launch,
     )  # fmt: skip
     if shares > 1:

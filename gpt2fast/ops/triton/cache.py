@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from .language import cast, rounded
 from .tuning import settings
 
@@ -119,16 +120,9 @@ def append_int8_kernel(
     )  # fmt: skip
 
 
-def append(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    counts: Tensor | None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
+def append(call: Arguments) -> None:
+    k, v, k_cache, v_cache = call.k, call.v, call.k_cache, call.v_cache
+    lengths, counts, k_scales, v_scales = call.lengths, call.counts, call.k_scales, call.v_scales
     batch, time, heads, width = k.shape
     if not k.numel():
         return
@@ -174,8 +168,9 @@ def reorder_kernel(
     tl.store(at + (row.to(tl.int64) * stride_b)[:, None], values, mask=inside)
 
 
-def reorder(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
-    for cache in (k_cache, v_cache):
+def reorder(call: Arguments) -> None:
+    rows = call.rows
+    for cache in (call.k_cache, call.v_cache):
         batch, entries, heads, width = cache.shape
         elements = entries * heads * width
         if not (elements and len(rows)):
@@ -200,7 +195,8 @@ def release_kernel(lengths, rows, lengths_stride, rows_stride, count, batch, BLO
     tl.store(lengths + row * lengths_stride, zeros, mask=(row >= 0) & (row < batch))
 
 
-def release(lengths: Tensor, rows: Tensor) -> None:
+def release(call: Arguments) -> None:
+    lengths, rows = call.lengths, call.rows
     if not len(rows):
         return
     launch = settings("release_rows", lengths.device)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from ..cross_entropy import _chunked, _count
 from .language import cast
 from .tuning import settings
@@ -77,19 +78,12 @@ def cross_entropy_kernel(
             tl.store(logits + column, grad, mask=(row < rows) & (column < room))
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    vocab_size = len(weight)
+def forward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    targets, ignore_index, vocab_size = call.targets, call.ignore_index, len(call.weight)
     known = ((targets >= 0) & (targets < vocab_size)) | (targets == ignore_index)
     # On a GPU this stops the device, as torch's own loss does; nothing waits for it.
     torch._assert_async(known.all(), f"a target is outside of the {vocab_size} classes")
-    count = _count(targets, ignore_index)  # stays on the device
+    count = _count(call)  # stays on the device
 
     def turn(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
         width = triton.next_power_of_2(vocab_size)
@@ -102,19 +96,10 @@ def forward(
             *logits.shape,
             logits.stride(0),
             ignore_index,
-            GRADIENT=hidden_grad or weight_grad,
+            GRADIENT=call.hidden_grad or call.weight_grad,
             **launch,
         )
         return logits
 
-    losses, grad_hidden, grad_weight = _chunked(
-        turn,
-        Tensor.add_,
-        hidden,
-        weight,
-        targets,
-        hidden_grad,
-        weight_grad,
-        alignment=_ALIGNMENT.value,
-    )
+    losses, grad_hidden, grad_weight = _chunked(turn, Tensor.add_, call, alignment=_ALIGNMENT.value)
     return losses.sum() / count, grad_hidden, grad_weight

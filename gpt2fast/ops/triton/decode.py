@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import OPS, Arguments
 from .attention import with_cache
 from .cache import append
 from .language import cast, dot
@@ -190,24 +191,13 @@ def _activate(x, ACTIVATION: tl.constexpr):
         return x
 
 
-def decode_step(
-    weights: list[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    n_head: int,
-    scales: list[float],
-    activation: str,
-    eps: float,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> Tensor:
-    weights = [weight.contiguous() if weight.dim() == 1 else weight for weight in weights]
+def decode_step(call: Arguments) -> Tensor:
+    tokens, positions, lengths, n_head = call.tokens, call.positions, call.lengths, call.n_head
+    scales = call.attention_scales
+    weights = [weight.contiguous() if weight.dim() == 1 else weight for weight in call.weights]
     wte, wpe, *layers, ln_f_weight, ln_f_bias, projection = weights
     wte, wpe = (table if table.stride(1) == 1 else table.contiguous() for table in (wte, wpe))
-    batch, width, entries = len(tokens), wte.shape[1], k_cache.shape[2]
+    batch, width, entries = len(tokens), wte.shape[1], call.k_cache.shape[2]
     x = wte.new_empty((batch, width), dtype=torch.float32)
     q = wte.new_empty((batch, 1, n_head, width // n_head))
     launch = settings("decode_embed", x.device)
@@ -245,7 +235,7 @@ def decode_step(
         out = weight.new_empty((batch, outputs), dtype=dtype)
         launch, programs = plan(outputs)
         project_kernel[programs](
-            x, weight, bias, norm_weight, norm_bias, eps, out, *weight.stride(),
+            x, weight, bias, norm_weight, norm_bias, call.eps, out, *weight.stride(),
             batch, inputs, outputs, ACTIVATION=name, **launch,
         )  # fmt: skip
         return out
@@ -255,20 +245,22 @@ def decode_step(
         ln_1_w, ln_1_b, qkv_w, qkv_b, out_w, out_b, ln_2_w, ln_2_b, fc_w, fc_b, proj_w, proj_b = (
             layers[layer * vectors : (layer + 1) * vectors]
         )
-        keys, values = k_cache[layer], v_cache[layer]
+        keys, values = call.k_cache[layer], call.v_cache[layer]
         factors: tuple[Tensor, ...] = ()
-        if k_scales is not None and v_scales is not None:
-            factors = k_scales[layer], v_scales[layer]
+        if call.k_scales is not None:
+            factors = call.k_scales[layer], call.v_scales[layer]
             qkv = project(qkv_w, qkv_b, ln_1_w, ln_1_b, "none", torch.float32)
             q, new_keys, new_values = qkv.view(batch, 1, 3, n_head, -1).unbind(2)
-            append(new_keys, new_values, keys, values, lengths, None, *factors)
+            bound = OPS["append_to_cache"].bind
+            append(bound(new_keys, new_values, keys, values, lengths, None, *factors))
         else:
             launch, programs = plan(3 * width)
             qkv_kernel[programs](
-                x, qkv_w, qkv_b, ln_1_w, ln_1_b, eps, q, keys, values, lengths,
+                x, qkv_w, qkv_b, ln_1_w, ln_1_b, call.eps, q, keys, values, lengths,
                 *qkv_w.stride(), *keys.stride(), *values.stride(), lengths.stride(0),
                 batch, width, entries, HEAD_DIM=width // n_head, **launch,
             )  # fmt: skip
-        add(with_cache(q, keys, values, lengths, scale, *factors), out_w, out_b)
-        add(project(fc_w, fc_b, ln_2_w, ln_2_b, activation), proj_w, proj_b)
+        attention = OPS["attention_with_cache"].bind(q, keys, values, lengths, scale, *factors)
+        add(with_cache(attention), out_w, out_b)
+        add(project(fc_w, fc_b, ln_2_w, ln_2_b, call.activation), proj_w, proj_b)
     return project(projection.t(), None, ln_f_weight, ln_f_bias, "none")

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from ..native import rows as as_rows
 from .language import cast, dot
 from .reduction import sum_rows
@@ -64,8 +65,9 @@ def embedding_forward(
     tl.store(out + row[:, None] * columns + column, total, mask=mask)
 
 
-def forward(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-    wte, wpe = as_rows(wte), as_rows(wpe)
+def forward(call: Arguments) -> Tensor:
+    tokens, positions = call.tokens, call.positions
+    wte, wpe = as_rows(call.wte), as_rows(call.wpe)
     columns = wte.shape[1]
     out = wte.new_empty((*tokens.shape, columns))
     astray = tokens.new_zeros(1, dtype=torch.int32)
@@ -214,13 +216,12 @@ def _add_rows(values: Tensor, indices: Tensor, size: int, dtype: torch.dtype) ->
         span *= launch["BLOCK_ENTRIES"] // 2
 
 
-def backward(
-    grad: Tensor, tokens: Tensor, positions: Tensor, vocab_size: int, n_positions: int
-) -> tuple[Tensor, Tensor]:
+def backward(call: Arguments) -> tuple[Tensor, Tensor]:
+    grad, tokens, positions = call.grad, call.tokens, call.positions
     flat = as_rows(grad)
-    grad_wte = _add_rows(flat, tokens.reshape(-1), vocab_size, grad.dtype)
+    grad_wte = _add_rows(flat, tokens.reshape(-1), call.vocab_size, grad.dtype)
     if positions.numel() != tokens.numel():  # shared by the batch
         flat = sum_rows(flat.reshape(tokens.shape[:-1].numel(), -1), torch.float32).view(
             -1, flat.shape[1]
         )
-    return grad_wte, _add_rows(flat, positions.reshape(-1), n_positions, grad.dtype)
+    return grad_wte, _add_rows(flat, positions.reshape(-1), call.n_positions, grad.dtype)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from ..native import rows as as_rows
 from .language import cast
 from .reduction import row_groups, sum_partials
@@ -139,9 +140,8 @@ def wide_layer_norm_forward(
         tl.store(normed + row * columns + column, out, mask=mask)
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, eps = call.x, call.residual, call.eps
     flat = as_rows(x)
     stream = flat if residual is None else as_rows(residual)
     rows, columns = flat.shape
@@ -153,7 +153,8 @@ def forward(
         else torch.empty_like(residual, memory_format=torch.contiguous_format)
     )
     mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=dtype) for _ in range(2))
-    tensors = (flat, stream, weight.contiguous(), bias.contiguous(), normed, summed, mean, rstd)
+    weight, bias = call.weight.contiguous(), call.bias.contiguous()
+    tensors = (flat, stream, weight, bias, normed, summed, mean, rstd)
     strides = (flat.stride(0), stream.stride(0))
     if columns > _WIDEST:
         wide_layer_norm_forward[(rows,)](
@@ -321,19 +322,13 @@ def wide_parameter_gradients(
     tl.store(partials + tl.num_programs(0) * columns, grad_bias, mask=inside)
 
 
-def backward(
-    grad_normed: Tensor,
-    grad_summed: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad, total = as_rows(grad_normed), as_rows(summed)
+def backward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    grad_summed, summed, weight = call.grad_summed, call.summed, call.weight
+    grad, total = as_rows(call.grad_normed), as_rows(summed)
     other = grad if grad_summed is None else as_rows(grad_summed)
     rows, columns = total.shape
     grad_input = torch.empty_like(summed, memory_format=torch.contiguous_format)
-    mean, rstd = mean.contiguous(), rstd.contiguous()
+    mean, rstd = call.mean.contiguous(), call.rstd.contiguous()
     tensors = (grad, other, total, mean, rstd, weight.contiguous(), grad_input)
     strides = (grad.stride(0), other.stride(0), total.stride(0))
     wide = columns > _WIDEST

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from ..native import rows as as_rows
 from .language import cast, dot
 from .reduction import row_groups, sum_partials, sum_rows
@@ -73,7 +74,8 @@ def bias_gelu_forward(
     tl.store(out + row * columns + column, cast(gelu(z), out.dtype.element_ty), mask=mask)
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(call: Arguments) -> Tensor:
+    x, bias = call.x, call.bias
     flat = as_rows(x)
     rows, columns = flat.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -118,8 +120,9 @@ def bias_gelu_gradient(
     tl.store(partials + program * columns + column, tl.sum(total, 0, keep_dims=True), mask=inside)
 
 
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    flat_grad, flat = as_rows(grad), as_rows(x)
+def bias_gelu_backward(call: Arguments) -> tuple[Tensor, Tensor]:
+    x, bias = call.x, call.bias
+    flat_grad, flat = as_rows(call.grad), as_rows(x)
     rows, columns = flat.shape
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch = settings("bias_gelu_gradient", x.device, columns=columns)
@@ -315,34 +318,26 @@ def _matmul(
     return out[0], partials
 
 
-def gelu_mlp(
-    x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor, keep: str = "product"
-) -> tuple[Tensor, Tensor]:
+def gelu_mlp(call: Arguments) -> tuple[Tensor, Tensor]:
+    x, w_fc, b_fc = call.x, call.w_fc, call.b_fc
     flat = as_rows(x)
     activated = x.new_empty((len(flat), w_fc.shape[1]))
     inner, _ = _matmul(flat, w_fc, "gelu", b_fc.contiguous(), activated=activated)
-    out, _ = _matmul(activated, w_proj, "bias", b_proj.contiguous())
-    if keep == "sum":
+    out, _ = _matmul(activated, call.w_proj, "bias", call.b_proj.contiguous())
+    if call.keep == "sum":
         inner += b_fc
-    elif keep == "nothing":
+    elif call.keep == "nothing":
         inner = inner.new_empty((0, inner.shape[1]))
     return out.view(*x.shape[:-1], -1), inner
 
 
-def gelu_mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    inner: Tensor,
-    w_fc: Tensor,
-    b_fc: Tensor,
-    w_proj: Tensor,
-    kept: str = "product",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad, flat, inner = as_rows(grad), as_rows(x), inner.contiguous()
-    bias = torch.zeros_like(b_fc) if kept == "sum" else b_fc.contiguous()
+def gelu_mlp_backward(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, b_fc = call.x, call.b_fc
+    grad, flat, inner = as_rows(call.grad), as_rows(x), call.inner.contiguous()
+    bias = torch.zeros_like(b_fc) if call.kept == "sum" else b_fc.contiguous()
     activated = torch.empty_like(inner)
-    grad_inner, partials = _matmul(grad, w_proj.t(), "gelu gradient", bias, inner, activated)
-    grad_x, _ = _matmul(grad_inner, w_fc.t())
+    grad_inner, partials = _matmul(grad, call.w_proj.t(), "gelu gradient", bias, inner, activated)
+    grad_x, _ = _matmul(grad_inner, call.w_fc.t())
     grad_w_fc, _ = _matmul(flat.t(), grad_inner)
     grad_w_proj, _ = _matmul(activated.t(), grad)
     return (

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from .language import cast
 from .tuning import settings
 
@@ -96,32 +97,23 @@ def adamw_kernel(
         tl.store(exp_avg_sq + at, cast(v, exp_avg_sq.dtype.element_ty), mask=mask)
 
 
-def adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+def adamw(call: Arguments) -> None:
+    beta1, beta2 = call.beta1, call.beta2
     scalars = (
-        1.0 - lr * weight_decay,
+        1.0 - call.lr * call.weight_decay,
         beta1,
         beta2,
         1.0 - beta1,
         1.0 - beta2,
-        lr / (1.0 - beta1**step),
-        1.0 / (1.0 - beta2**step),
-        eps,
+        call.lr / (1.0 - beta1**call.step),
+        1.0 / (1.0 - beta2**call.step),
+        call.eps,
     )
     alike = defaultdict(list)
-    updated = masters or params
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, updated, strict=True):
+    updated = call.masters or call.params
+    for tensors in zip(
+        call.params, call.grads, call.exp_avgs, call.exp_avg_sqs, updated, strict=True
+    ):
         pieces = [tensor.contiguous().view(-1).split(_LONGEST) for tensor in tensors]
         for piece in zip(*pieces, strict=True):
             size = piece[0].numel()
@@ -132,7 +124,7 @@ def adamw(
         # Kernels are compiled anew for each pattern of unaligned tensors: one at a time has few.
         most = _TENSORS if aligned else 1
         for i in range(0, len(pieces), most):
-            _launch(pieces[i : i + most], scalars, aligned, bool(masters))
+            _launch(pieces[i : i + most], scalars, aligned, bool(call.masters))
 
 
 def _launch(

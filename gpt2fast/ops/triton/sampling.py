@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Arguments
 from .tuning import settings
 
 
@@ -242,26 +243,17 @@ def _kept_weights(tokens, values, highest, lowest, first_kept, min_p):
     return tl.where(kept & (weights >= min_p), weights, 0.0)
 
 
-def sample(
-    logits: Tensor,
-    history: Tensor,
-    uniform: Tensor | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    no_repeat_ngram_size: int,
-) -> Tensor:
+def sample(call: Arguments) -> Tensor:
+    logits, history, uniform = call.logits, call.history, call.uniform
     rows, vocab_size = logits.shape
     launch = settings("sample", logits.device, vocab_size=vocab_size)
     scores = logits
-    if repetition_penalty != 1.0 or 0 < no_repeat_ngram_size <= history.shape[1]:
+    size = call.no_repeat_ngram_size if call.no_repeat_ngram_size <= history.shape[1] else 0
+    if call.repetition_penalty != 1.0 or size > 0:
         scores = logits.new_empty((rows, vocab_size), dtype=torch.float32)
         penalize_kernel[(rows,)](
             logits, history, scores, *logits.stride(), *history.stride(),
-            vocab_size, history.shape[1], repetition_penalty,
-            no_repeat_ngram_size if no_repeat_ngram_size <= history.shape[1] else 0,
+            vocab_size, history.shape[1], call.repetition_penalty, size,
             **settings("penalize", logits.device),
         )  # fmt: skip
     chosen = logits.new_empty(rows, dtype=torch.int64)
@@ -270,6 +262,6 @@ def sample(
     else:
         draw_kernel[(rows,)](
             scores, uniform, chosen, *scores.stride(), uniform.stride(0), vocab_size,
-            temperature, min(top_k, vocab_size), top_p, min_p, **launch,
+            call.temperature, min(call.top_k, vocab_size), call.top_p, call.min_p, **launch,
         )  # fmt: skip
     return chosen

@@ -1,0 +1,134 @@
+"""What a backend's kernels require of tensors: declared beside each implementation, checked here.
+
+    @native(Tensors("q", "k", "v", one_dtype=True))
+    def _native(call: Arguments) -> tuple[Tensor, Tensor]: ...
+
+makes `_native` an `Implementation` that refuses calls whose tensors do not meet this. Unlike the
+checks of requirements.py, a refusal is no error: the next backend is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Arguments, Implementation, first_tensor
+
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Those that kernels for GPUs store; they compute in float32."""
+GPU_CACHE_DTYPES = (*GPU_DTYPES, torch.int8)
+"""Those in which they store keys and values."""
+MAX_HEAD_SIZE = 128
+"""Elements that a head has at most in kernels for GPUs."""
+
+
+class Tensors:
+    """Some tensors of a call, and what kernels require of them. Absent ones do not count.
+
+    Args:
+        names: of the op's arguments; one may be a list of tensors.
+        dtypes: of floating-point tensors and int8 caches; None means those that all kernels of the
+            backend take.
+        one_dtype: floating-point ones must be of one dtype.
+        may_be_empty: tensors without elements pass.
+        contiguous_rows: the last dimension must be contiguous.
+        max_head_size: of the last dimension, which is a head's.
+    """
+
+    def __init__(
+        self,
+        *names: str,
+        dtypes: tuple[torch.dtype, ...] | None = None,
+        one_dtype: bool = False,
+        may_be_empty: bool = False,
+        contiguous_rows: bool = False,
+        max_head_size: int | None = None,
+    ):
+        self._get = attrgetter(*names)
+        self._single = len(names) == 1
+        self.dtypes = dtypes
+        self.one_dtype = one_dtype
+        self.may_be_empty = may_be_empty
+        self.contiguous_rows = contiguous_rows
+        self.max_head_size = max_head_size
+
+    def of(self, call: Arguments) -> Iterable[Tensor | None]:
+        """These arguments."""
+        found = self._get(call)
+        return (found if isinstance(found, list) else (found,)) if self._single else found
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of a backend: where they run, and what they take unless they say otherwise.
+
+    Called, it makes a decorator for functions that launch them.
+    """
+
+    name: str
+    """As refusals call them: "native kernels"."""
+    dtypes: tuple[torch.dtype, ...]
+    unavailable: Callable[[], str | None]
+    """Why there are none here, or None."""
+    wrong_device: Callable[[Tensor], str | None] = lambda tensor: None
+    """Why they do not run where a tensor is, or None."""
+
+    def __call__(
+        self,
+        *required: Tensors,
+        refuses: Callable[[Arguments], str | None] | None = None,
+        checks: bool = False,
+    ) -> Callable[[Callable[[Arguments], Any]], Implementation]:
+        """An implementation that refuses without a library, or where tensors do not suit.
+
+        Args:
+            required: of the call's tensors.
+            refuses: why the kernels cannot run a call for another reason, or None.
+            checks: as in `Implementation`.
+        """
+
+        def refusal(call: Arguments) -> str | None:
+            reason = self.unavailable() or self.wrong_device(first_tensor(call))
+            if reason is not None:
+                return reason
+            for tensors in required:
+                reason = self.unsuitable(tensors, tensors.of(call))
+                if reason is not None:
+                    return reason
+            return None if refuses is None else refuses(call)
+
+        return lambda run: Implementation(run, refusal, checks)
+
+    def unsuitable(self, required: Tensors, tensors: Iterable[Tensor | None]) -> str | None:
+        """Why the kernels cannot take these tensors, or None."""
+        dtypes = required.dtypes or self.dtypes
+        dtype = None
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if not (required.may_be_empty or tensor.numel()):
+                return f"the {self.name} need at least one element"
+            found = tensor.dtype
+            if found not in dtypes and (found == torch.int8 or tensor.is_floating_point()):
+                if found == torch.int8:
+                    return f"the {self.name} of this op have no 8-bit caches"
+                names = [str(each).removeprefix("torch.") for each in dtypes]
+                return f"the {self.name} take {', '.join(names)}, not {found}"
+            if required.one_dtype and found is not dtype:
+                if dtype is None:
+                    dtype = found
+                else:
+                    return f"the {self.name} take one dtype, not {dtype} and {found}"
+            if required.contiguous_rows and tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+                return f"the {self.name} read caches whose last dimension is contiguous"
+            if required.max_head_size is not None and tensor.shape[-1] > required.max_head_size:
+                return (
+                    f"the {self.name} take heads of size up to {required.max_head_size}, "
+                    f"not {tensor.shape[-1]}"
+                )
+        return None
