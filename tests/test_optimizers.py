@@ -127,7 +127,7 @@ def test_schedules_have_their_shapes():
 
 def test_the_batch_grows_to_its_size():
     config = TrainConfig(grad_accumulation=8, batch_warmup_steps=4)
-    assert [config.passes(step) for step in range(6)] == [1, 2, 4, 6, 8, 8]
+    assert [config.micro_batches(step) for step in range(6)] == [1, 2, 4, 6, 8, 8]
 
 
 @pytest.mark.parametrize("warmup", [0, 4, 7])
@@ -137,5 +137,5 @@ def test_a_length_in_tokens_is_reached_and_not_by_a_step_too_many(warmup):
         max_tokens=5_000,
     )  # fmt: skip
     steps = config.steps(train_tokens=10**9)
-    tokens = [32 * config.passes(step) for step in range(steps)]
+    tokens = [32 * config.micro_batches(step) for step in range(steps)]
     assert sum(tokens) >= 5_000 > sum(tokens[:-1])

@@ -341,7 +341,7 @@ class TrainConfig:
         """Learning rate at the end of the schedule."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
-    def passes(self, step: int) -> int:
+    def micro_batches(self, step: int) -> int:
         """Forward passes, of all processes together, in optimizer step `step`, counted from 0."""
         if step >= self.batch_warmup_steps:
             return self.grad_accumulation
@@ -352,12 +352,12 @@ class TrainConfig:
         if self.max_epochs is None and self.max_tokens is None:
             return 5000 if self.max_steps is None else self.max_steps
         wanted = self.max_tokens or math.ceil((self.max_epochs or 0) * train_tokens)
-        passes = math.ceil(wanted / (self.batch_size * self.block_size))
+        left = math.ceil(wanted / (self.batch_size * self.block_size))
         for step in range(self.batch_warmup_steps):
-            if passes <= 0:
+            if left <= 0:
                 return max(1, step)
-            passes -= self.passes(step)
-        return max(1, self.batch_warmup_steps + math.ceil(passes / self.grad_accumulation))
+            left -= self.micro_batches(step)
+        return max(1, self.batch_warmup_steps + math.ceil(left / self.grad_accumulation))
 
 
 DEFAULT_SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384}

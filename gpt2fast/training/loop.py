@@ -31,9 +31,9 @@ from .folder import (
     TrainingError,
     failures_explained,
     how_to_save_memory,
-    own_folder,
+    lock_run_folder,
     require_no_run,
-    standing,
+    resume_hint,
 )
 from .interrupt import Interrupted, SignalWatch
 from .limits import good_enough, out_of_time
@@ -80,7 +80,7 @@ def train(
             stack.enter_context(failures_explained(config))
             group = Group(config.device)
             stack.callback(group.close)
-            group.on_main(lambda: stack.enter_context(own_folder(Path(config.out))) and None)
+            group.on_main(lambda: stack.enter_context(lock_run_folder(Path(config.out))) and None)
             stack.enter_context(backend(config.backend))
             run = _Run(config, _checkpoint(config, resume, group), group, on_validation)
             stack.callback(run.close)
@@ -119,7 +119,7 @@ class _Run:
         self.device = group.device
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
-        group.share_of(config.passes(0), config.batch_size)
+        group.share_of(config.micro_batches(0), config.batch_size)
         state = None if resume is None else ckpt.load_state(resume)
         if resume is None:
             group.on_main(lambda: check_start(config))
@@ -166,7 +166,7 @@ class _Run:
             torch.manual_seed(config.seed + group.rank)
         if state is not None:
             assert resume is not None
-            self._take_over(state, resume)
+            self._resume(state, resume)
         self.started = time.perf_counter() - self.position.elapsed
         self.row_started, self.row_tokens = time.perf_counter(), self.position.tokens
         self.reporter = Reporter(config, self.tokenizer, self.steps, silent=not group.is_main)
@@ -187,7 +187,7 @@ class _Run:
         mode = self.config.compile_mode
         return torch.compile(self.wrapped, mode=None if mode == "default" else mode)
 
-    def _take_over(self, state: dict[str, Any], resume: Path) -> None:
+    def _resume(self, state: dict[str, Any], resume: Path) -> None:
         try:
             self._restore(state, resume)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -280,7 +280,7 @@ class _Run:
             self.reporter.message(self.learned)
         if partly := describe_training(self.model):
             self.reporter.message(partly)
-        tokens = config.passes(self.steps) * config.batch_size * config.block_size
+        tokens = config.micro_batches(self.steps) * config.batch_size * config.block_size
         self.reporter.message(
             f"data: {meta.train_tokens:,} tokens to train on, {meta.val_tokens:,} held out; "
             f"{tokens:,} tokens a step, {self.steps:,} steps"
@@ -351,11 +351,11 @@ class _Run:
             ):
                 self._save_step()
             if ended:
-                return self._deliver(ended)
+                return self._finish(ended)
             self._step()
 
     def _share(self, step: int) -> tuple[list[int], slice]:
-        return self.group.share_of(self.config.passes(step), self.config.batch_size)
+        return self.group.share_of(self.config.micro_batches(step), self.config.batch_size)
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = (x.to(self.device, non_blocking=True) for x in batch)
@@ -364,7 +364,7 @@ class _Run:
 
     def _step(self) -> None:
         config, position = self.config, self.position
-        passes = config.passes(position.step)
+        micro_batches = config.micro_batches(position.step)
         mine, rows = self._share(position.step)
         rate = self._rate(position.step)
         self.optimizers.zero_grad()
@@ -372,7 +372,10 @@ class _Run:
         for number in mine:
             batch = self.batches[position.batches + number]
             batch = batch[0][rows], batch[1][rows]
-            with self.group.reaching(), self.group.accumulating(self.wrapped, number == mine[-1]):
+            with (
+                self.group.explain_lost_peer(),
+                self.group.accumulating(self.wrapped, number == mine[-1]),
+            ):
                 loss = self._loss(batch)
                 # Every batch has as many targets, so the mean of the means is the exact mean.
                 self.scale.scaled(loss / len(mine)).backward()
@@ -384,12 +387,12 @@ class _Run:
             if not math.isfinite(train_loss) or not self.scale.overflowed():
                 self._fail("loss", train_loss, batch)
         else:
-            with self.group.reaching():
+            with self.group.explain_lost_peer():
                 self.optimizers.step(rate)
             self.scale.succeeded()
         position.step += 1
-        position.batches += passes
-        position.tokens += passes * config.batch_size * config.block_size
+        position.batches += micro_batches
+        position.tokens += micro_batches * config.batch_size * config.block_size
         position.loss_sum += train_loss
         self.reporter.step(position.step, train_loss, self._speed())
         if not self.measured:
@@ -400,7 +403,7 @@ class _Run:
         """Clip the gradients to `grad_clip`; returns their norm before."""
         limit = math.inf if self.config.grad_clip is None else self.config.grad_clip
         self.scale.unscale([p.grad for p in self.optimizers.params if p.grad is not None])
-        with self.group.reaching():
+        with self.group.explain_lost_peer():
             norm = torch.nn.utils.clip_grad_norm_(self.optimizers.params, limit)
             return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -435,7 +438,7 @@ class _Run:
         raise TrainingError(
             f"at step {step} the {what} is {loss} and the gradient norm "
             f"{self.position.grad_norm} (learning rate {self._rate(max(step - 1, 0)):.3g}): "
-            f"{where}; {standing(self.out)}. "
+            f"{where}; {resume_hint(self.out)}. "
             f"Lower --lr, lengthen --warmup-steps, or set --grad-clip {clip}"
         )
 
@@ -529,9 +532,9 @@ class _Run:
             f"  python -m gpt2fast.train --resume {shlex.quote(str(self.out))}",
         )
 
-    def _deliver(self, ended: str) -> TrainResult:
+    def _finish(self, ended: str) -> TrainResult:
         self.model.eval()
-        self.saver.deliver(self.model)
+        self.saver.export_model(self.model)
         position = self.position
         loss, per_char = position.val_loss, self._val_per_char()
         self.reporter.message(

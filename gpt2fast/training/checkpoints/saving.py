@@ -57,7 +57,7 @@ class Saver:
 
         ckpt.save_checkpoint(directory, save_whole, state, optimizers.tensors(), self.group)
 
-    def deliver(self, model: GPT2) -> None:
+    def export_model(self, model: GPT2) -> None:
         """Write the finished model into the run folder, adapters merged and by themselves."""
         weights = self.group.whole_state(model)
         out = Path(self.config.out)
