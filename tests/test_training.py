@@ -37,7 +37,7 @@ from gpt2fast.training.distributed import Group
 from gpt2fast.training.interrupt import SignalWatch
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.log import RunLog
-from gpt2fast.training.optimizer import Optimizers
+from gpt2fast.training.optimizers import ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
 
 TINY = {
@@ -481,7 +481,7 @@ def test_optimizer_is_torchs_adamw_with_decay_for_matrices_only():
     ours = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4))
     theirs = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4))
     theirs.load_state_dict(ours.state_dict())
-    optimizer = Optimizers(ours.named_parameters(), beta1=0.9, beta2=0.95, weight_decay=0.5)
+    optimizer = ModelOptimizer(ours.named_parameters(), TrainConfig(weight_decay=0.5))
     reference = torch.optim.AdamW(
         [
             {"params": [theirs[0].weight], "weight_decay": 0.5},
@@ -632,7 +632,7 @@ def settings_of(config: TrainConfig, **changes) -> list[str]:
 def read_moments(directory: Path) -> dict[str, torch.Tensor]:
     """The optimizer's state of a checkpoint, in tensors of its own."""
     model = GPT2.from_pretrained(directory)
-    optimizers = Optimizers(model.named_parameters(), beta1=0, beta2=0, weight_decay=0)
+    optimizers = ModelOptimizer(model.named_parameters(), TrainConfig())
     tensors = optimizers.tensors()
     checkpoint.load_optimizer(directory, tensors, Group("cpu"))
     return tensors

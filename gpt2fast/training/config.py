@@ -10,9 +10,15 @@ import sys
 import textwrap
 import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, shown, why_not_written
+from .optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ class TrainConfig:
     """Forward passes whose gradients are averaged into one step."""
     batch_warmup_steps: int = 0
     """Steps over which the forward passes of a step grow from 1 to grad_accumulation."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices inside the blocks, AdamW for everything else."""
+    optimizer: OptimizerName = "adamw"
+    """The rule that updates the weights."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float | None = None
@@ -286,11 +292,13 @@ class TrainConfig:
             f"null with lora_rank={rank}, which freezes everything but the adapters; "
             "--lora-targets says where they are",
         )
+        reason = OPTIMIZERS[self.optimizer].why_no_adapters
+        suitable = " or ".join(n for n, entry in OPTIMIZERS.items() if not entry.why_no_adapters)
         _require(
-            self.optimizer == "adamw",
+            reason is None,
             "optimizer",
             self.optimizer,
-            f"adamw with lora_rank={rank}: Muon is for whole matrices",
+            f"{suitable} with lora_rank={rank}: {reason}",
         )
         _require(
             self.parallel != "fsdp",
@@ -423,6 +431,8 @@ def field_help() -> dict[str, str]:
             assert isinstance(node.target, ast.Name)
             assert isinstance(following.value, ast.Constant)
             texts[node.target.id] = " ".join(str(following.value.value).split())
+    entries = "; ".join(f"{name}: {entry.help}" for name, entry in OPTIMIZERS.items())
+    texts["optimizer"] = f"{texts['optimizer'].removesuffix('.')} ({entries})"
     return texts
 
 

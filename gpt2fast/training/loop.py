@@ -39,7 +39,7 @@ from .interrupt import Interrupted, SignalWatch
 from .limits import good_enough, out_of_time
 from .logs.progress import format_val
 from .logs.reporter import Reporter
-from .optimizer import Optimizers
+from .optimizers import ModelOptimizer
 from .precision import LossScale, autocast
 from .schedule import learning_rate
 from .source import located, prepared_data, source_of
@@ -149,13 +149,10 @@ class _Run:
         self.model.train()
         self.wrapped = group.wrapped(self.model, config.parallel)
         self.forward = self._compiled()
-        self.optimizers = Optimizers(
+        self.optimizer = ModelOptimizer(
             self.model.named_parameters(),
-            beta1=config.beta1,
-            beta2=config.beta2,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            muon=config.optimizer == "muon",
+            config,
+            config.optimizer,
             sharded=config.parallel == "zero" and group.size > 1,
         )
         self.scale = LossScale(config.dtype == "float16")
@@ -210,8 +207,8 @@ class _Run:
             if value is not None:  # unknown, as nanoGPT's characters were to an older version
                 now = data_identity(self.meta).get(name)
                 self._require_same(f"the data's {name}", value, now, resume)
-        ckpt.load_optimizer(resume, self.optimizers.tensors(), self.group)
-        self.optimizers.resume_after(state["updates"])
+        ckpt.load_optimizer(resume, self.optimizer.tensors(), self.group)
+        self.optimizer.resume_after(state["updates"])
         self.scale.load_state_dict(state["scale"])
         self.position = Position.of(state["position"])
         if self.position.order > 1:  # the windows go on where they were, whatever the batches
@@ -289,7 +286,7 @@ class _Run:
             self.reporter.message(f"{self.group.size} processes, {config.parallel}")
         self._predict_memory()
         if self.reporter.yardstick is not None:
-            self.reporter.message(f"utilisation is held against {self.reporter.yardstick}")
+            self.reporter.message(f"MFU is a share of {self.reporter.yardstick}")
         if resume is not None:
             self.reporter.message(f"resumed from {resume} at step {self.position.step}")
 
@@ -300,8 +297,8 @@ class _Run:
             self.model.config,
             len(rows) * config.block_size,
             dtype=config.dtype,
-            trained=sum(p.numel() for p in self.optimizers.params),
-            muon=config.optimizer == "muon",
+            trained=sum(p.numel() for p in self.optimizer.params),
+            optimizer_state=self.optimizer.state_numel(),
             checkpoint_activations=config.checkpoint_activations,
             parallel=config.parallel,
             processes=self.group.size,
@@ -367,7 +364,7 @@ class _Run:
         micro_batches = config.micro_batches(position.step)
         mine, rows = self._share(position.step)
         rate = self._rate(position.step)
-        self.optimizers.zero_grad()
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for number in mine:
             batch = self.batches[position.batches + number]
@@ -388,7 +385,7 @@ class _Run:
                 self._fail("loss", train_loss, batch)
         else:
             with self.group.explain_lost_peer():
-                self.optimizers.step(rate)
+                self.optimizer.step(rate)
             self.scale.succeeded()
         position.step += 1
         position.batches += micro_batches
@@ -402,9 +399,9 @@ class _Run:
     def _clip(self) -> Tensor:
         """Clip the gradients to `grad_clip`; returns their norm before."""
         limit = math.inf if self.config.grad_clip is None else self.config.grad_clip
-        self.scale.unscale([p.grad for p in self.optimizers.params if p.grad is not None])
+        self.scale.unscale([p.grad for p in self.optimizer.params if p.grad is not None])
         with self.group.explain_lost_peer():
-            norm = torch.nn.utils.clip_grad_norm_(self.optimizers.params, limit)
+            norm = torch.nn.utils.clip_grad_norm_(self.optimizer.params, limit)
             return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _rate(self, step: int) -> float:
@@ -516,7 +513,7 @@ class _Run:
         # The last step may have left weights that no later one can mend; those before stand.
         if self.group.max(float(broken_weights(self.model) is not None))[0]:
             self._fail("loss", math.nan)
-        self.saver.save(directory, self.model, self.optimizers, self.position, self.scale)
+        self.saver.save(directory, self.model, self.optimizer, self.position, self.scale)
         self.row_started += time.perf_counter() - began
 
     def _stop(self, signum: int) -> None:
