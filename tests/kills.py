@@ -45,7 +45,7 @@ from gpt2fast.training import flops
 from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.logs.log import read_json_lines, read_rows
 
-CLOCK = ("tokens_per_second", "elapsed_seconds", "utilisation", "memory_gib")
+CLOCK = ("tokens_per_second", "elapsed_seconds", "mfu", "memory_gib")
 PLAIN: dict[str, object] = {
     "n_layer": 1,
     "n_head": 2,

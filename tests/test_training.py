@@ -103,7 +103,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-CLOCK_AND_MACHINE = ("tokens_per_second", "elapsed_seconds", "utilisation", "memory_gib")
+CLOCK_AND_MACHINE = ("tokens_per_second", "elapsed_seconds", "mfu", "memory_gib")
 
 
 def outcome(out: Path) -> dict[str, object]:
