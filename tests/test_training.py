@@ -30,15 +30,15 @@ from gpt2fast.model import GPT2
 from gpt2fast.tokenizer import CharTokenizer, Tokenizer
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, loop, train
 from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints import state as state_file
 from gpt2fast.training.checkpoints.shards import save_tensors
 from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
-from gpt2fast.training.interrupt import SignalWatch
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.log import RunLog
 from gpt2fast.training.optimizers import ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
+from gpt2fast.training.stopping import SignalWatch
 
 TINY = {
     "n_layer": 1,

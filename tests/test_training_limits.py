@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.training import TrainConfig, TrainingError, interrupt, loop, memory, train
+from gpt2fast.training import TrainConfig, TrainingError, loop, stopping, train
 from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from gpt2fast.training.logs.log import read_rows
-from gpt2fast.training.precision import LossScale
+from gpt2fast.training.machine import memory
+from gpt2fast.training.machine.precision import LossScale
 from test_training import TINY, write_text
 
 changed = dataclasses.replace
@@ -227,8 +228,8 @@ def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, told):
 
 def test_a_second_signal_is_the_same_wish_for_a_second(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
-    with interrupt.SignalWatch() as signals:
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    with stopping.SignalWatch() as signals:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT

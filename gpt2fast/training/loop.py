@@ -18,16 +18,14 @@ from .._system.files import atomic_write_text
 from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..ops.backend import backend
-from . import memory
 from .checkpoints import save as ckpt
 from .checkpoints.position import Position, TrainResult
 from .checkpoints.saving import Saver, data_identity
-from .checkpoints.state_file import state_file
+from .checkpoints.state import state_file
 from .config import LENGTHS, TrainConfig
 from .diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from .distributed import Group
-from .finetuning import describe_training, prepare_model, restore_adapters
-from .folder import (
+from .failures import (
     TrainingError,
     failures_explained,
     how_to_save_memory,
@@ -35,15 +33,16 @@ from .folder import (
     require_no_run,
     resume_hint,
 )
-from .interrupt import Interrupted, SignalWatch
-from .limits import good_enough, out_of_time
 from .logs.progress import format_val
 from .logs.reporter import Reporter
+from .machine import memory
+from .machine.precision import LossScale, autocast
 from .optimizers import ModelOptimizer
-from .precision import LossScale, autocast
 from .schedule import learning_rate
-from .source import located, prepared_data, source_of
-from .start import check_start, learn_new_tokens, starting_model, starting_tokenizer
+from .start.adapters import describe_training, prepare_model, restore_adapters
+from .start.data import located, prepared_data, source_of
+from .start.model import check_start, learn_new_tokens, starting_model, starting_tokenizer
+from .stopping import Interrupted, SignalWatch, good_enough, out_of_time
 from .validation import mean_loss
 
 _SAME_ON_RESUMING = (
@@ -71,7 +70,7 @@ def train(
 
     Raises ConfigError or DataError before the first step for a mistake in settings or data,
     TrainingError when the loss stops being finite, memory runs out or a file cannot be written,
-    and Interrupted after a signal of `interrupt.STOPPING`, when a checkpoint has been saved.
+    and Interrupted after a signal of `stopping.STOPPING`, when a checkpoint has been saved.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)

@@ -15,10 +15,10 @@ from ...model import GPT2
 from ...tokenizer import Tokenizer
 from ..config import TrainConfig
 from ..distributed import Group
-from ..finetuning import adapter_state, save_adapter_beside
+from ..machine.precision import LossScale
 from ..optimizers import ModelOptimizer
-from ..precision import LossScale
-from ..source import located
+from ..start.adapters import adapter_state, save_adapter_beside
+from ..start.data import located
 from . import save as ckpt
 from .position import Position
 

@@ -89,7 +89,7 @@ def open_logs(
             sinks.append(TensorBoardLog(out / "tensorboard", config, resume_step))
             opened.callback(sinks[-1].close)
         if config.wandb is not None:
-            from .weights_and_biases import WandbLog
+            from .wandb import WandbLog
 
             sinks.append(WandbLog(out, config, resume_step))
             opened.callback(sinks[-1].close)

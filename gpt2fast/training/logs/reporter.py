@@ -9,13 +9,13 @@ import torch
 
 from ...model import GPT2
 from ...tokenizer import Tokenizer
-from .. import flops, memory
 from ..config import TrainConfig
-from ..contention import Contention
-from ..precision import autocast_dtype
+from ..machine import flops, memory
+from ..machine.contention import Contention
+from ..machine.precision import autocast_dtype
 from .log import Logs, check_logs, open_logs
 from .progress import Display, open_display
-from .text_samples import prompt_for, sample_text
+from .samples import prompt_for, sample_text
 
 
 class Reporter:

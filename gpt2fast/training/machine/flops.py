@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import GPT2Config
+from ...config import GPT2Config
 
 
 def flops_per_token(config: GPT2Config, block_size: int, trained: int | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import GPT2Config
+from ...config import GPT2Config
 
 # Bytes that a block keeps for the backward pass, for each token and unit of width: what the ops
 # save (`torch.autograd.graph.saved_tensors_hooks` counts it). Two of the values, the residual
