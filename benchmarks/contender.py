@@ -47,8 +47,8 @@ _RATE, _BETAS, _DECAY, _CLIP = 3e-4, (0.9, 0.99), 0.1, 1.0
 
 def _ours(shape: Shape) -> tuple[nn.Module, torch.optim.Optimizer, Callable]:
     from gpt2fast import GPT2, GPT2Config
-    from gpt2fast.training.allocator import keep_freed_memory
-    from gpt2fast.training.optimizer import AdamW
+    from gpt2fast.training.machine.allocator import keep_freed_memory
+    from gpt2fast.training.optimizers import AdamW
 
     keep_freed_memory()
     model = GPT2(

@@ -41,11 +41,11 @@ import torch.distributed.checkpoint as dcp
 import yaml  # noqa: F401
 
 from gpt2fast.cli import train as command
-from gpt2fast.training import flops
 from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.logs.log import read_json_lines, read_rows
+from gpt2fast.training.machine import flops
 
-CLOCK = ("tokens_per_second", "elapsed_seconds", "utilisation", "memory_gib")
+CLOCK = ("tokens_per_second", "elapsed_seconds", "mfu", "memory_gib")
 PLAIN: dict[str, object] = {
     "n_layer": 1,
     "n_head": 2,

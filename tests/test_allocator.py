@@ -7,7 +7,7 @@ import pytest
 
 _COUNT_FAULTS = """
 import resource, sys, torch
-from gpt2fast.training.allocator import keep_freed_memory
+from gpt2fast.training.machine.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():

@@ -31,7 +31,7 @@ from gpt2fast.data.tokens import MAGIC, TokenFile
 from gpt2fast.errors import DataError, TokenizerError, WeightsError
 from gpt2fast.tokenizer import CharTokenizer
 from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints import state as state_file
 from gpt2fast.training.checkpoints.position import Position
 
 CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2, dropout=0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2fast._system import openmp
-from gpt2fast.training import contention
+from gpt2fast.training.machine import contention
 
 BUSY, IDLE = "11.02 3.10 1.00 12/345 678\n", "0.10 3.10 1.00 1/345 678\n"
 

@@ -23,7 +23,7 @@ from gpt2fast.data.text import END_OF_TEXT, read_blocks
 from gpt2fast.errors import ConfigError, DataError, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gpt2fast.training.config import TrainConfig
-from gpt2fast.training.source import located, prepared_data
+from gpt2fast.training.start.data import located, prepared_data
 
 ROOT = Path(__file__).parents[1]
 _draw = random.Random(5)

@@ -59,7 +59,7 @@ def running_panel(clock: list[float], **options: Any) -> Any:
     for step in range(1, 101):
         clock[0] += 2
         panel.advance(step, 5 - step / 50, 1234.0)
-    panel.row = {**panel.row, "val_loss": 3.25, "lr": 1e-3, "utilisation": 0.41, "memory_gib": 2.5}
+    panel.row = {**panel.row, "val_loss": 3.25, "lr": 1e-3, "mfu": 0.41, "memory_gib": 2.5}
     return panel
 
 
@@ -104,7 +104,7 @@ def test_output_is_plain_lines_when_piped_and_in_a_log(capsys, caplog, command):
         display = progress.open_display(100, 0)
         display.message("data: [bold]x[/bold]")
         display.step(1, 3.0, 100.0)
-        display.row(make_row(10, val_loss=2.5, val_loss_per_char=None, utilisation=0.375))
+        display.row(make_row(10, val_loss=2.5, val_loss_per_char=None, mfu=0.375))
         display.row({"step": 20, "tokens": 5, "val_loss": 2.0, "val_loss_per_char": 1.0})
         display.close()
     printed = capsys.readouterr()

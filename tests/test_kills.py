@@ -18,9 +18,9 @@ if sys.platform != "linux":
 import kills
 from gpt2fast._system.files import remove_unfinished
 from gpt2fast.cli import train as command
-from gpt2fast.training import Interrupted, interrupt, loop, train
+from gpt2fast.training import Interrupted, loop, stopping, train
 from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints import state as state_file
 from kills import RECIPES, Stop, Trial, outcome
 from test_training import TINY, changed, config, prepared, rows, text  # noqa: F401
 
@@ -185,7 +185,7 @@ def test_a_signal_in_the_middle_of_a_validation(config, monkeypatch, tmp_path): 
 
 def test_a_second_interruption_acts_at_once(config, monkeypatch):  # noqa: F811
     """Ctrl-C while the first one's checkpoint is written: nothing half is left."""
-    monkeypatch.setattr(interrupt, "_SAME_WISH", 0.0)
+    monkeypatch.setattr(stopping, "_SAME_WISH", 0.0)
     real = checkpoint._put_in_place
 
     def again(*args):

@@ -1,4 +1,4 @@
-"""What a run writes down: rows, TensorBoard, samples of text, utilisation."""
+"""What a run writes down: rows, TensorBoard, samples of text, MFU."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ import torch
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import ConfigError
 from gpt2fast.inference.packed import PackedGPT2
+from gpt2fast.reporting.runs import read_runs
 from gpt2fast.tokenizer.char import CharTokenizer
-from gpt2fast.training import TrainConfig, flops, train
+from gpt2fast.training import TrainConfig, train
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.histogram import BINS, histogram
-from gpt2fast.training.logs.log import RunLog, check_logs, open_logs, read_rows
+from gpt2fast.training.logs.log import RunLog, check_logs, open_logs, read_json_lines, read_rows
 from gpt2fast.training.logs.reporter import Reporter
-from gpt2fast.training.logs.text_samples import prompt_for, sample_text
+from gpt2fast.training.logs.samples import prompt_for, sample_text
+from gpt2fast.training.machine import flops
 
 
 @pytest.fixture
@@ -128,23 +130,37 @@ def test_a_log_of_an_older_version_is_continued(config, tmp_path):
     assert list(first) == list(COLUMNS) and first["epoch"] is None
 
 
-def test_utilisation_is_filled_in(config, tmp_path):
-    logs = open_logs(config, tmp_path, None, flops_per_token=2e9, peak_flops=4e12)
-    assert logs.row(make_row(10))["utilisation"] == pytest.approx(0.25)
-    assert "utilisation" not in logs.row(make_row(10, tokens_per_second=None))
+def test_the_column_utilisation_of_an_older_version_is_read_as_mfu(config, tmp_path):
+    (tmp_path / "log.csv").write_text("step,tokens,utilisation,memory_gib\n10,640,0.25,1.5\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 10, "utilisation": 0.25, "memory_gib": 1.5}\n')
+    for read, name in ((read_rows, "log.csv"), (read_json_lines, "log.jsonl")):
+        (row,) = read(tmp_path / name)
+        assert row["mfu"] == 0.25 and row["memory_gib"] == 1.5 and "utilisation" not in row
+    assert read_runs([tmp_path])[0].median("mfu") == 0.25
+    logs = open_logs(config, tmp_path, 10)
+    logs.row(make_row(20, mfu=0.5))
     logs.close()
-    assert csv_rows(tmp_path)[0]["utilisation"] == "0.25"
+    assert [row["mfu"] for row in csv_rows(tmp_path)] == ["0.25", "0.5"]
+    assert [row["mfu"] for row in json_rows(tmp_path / "log.jsonl")] == [0.25, 0.5]
+
+
+def test_mfu_is_filled_in(config, tmp_path):
+    logs = open_logs(config, tmp_path, None, flops_per_token=2e9, peak_flops=4e12)
+    assert logs.row(make_row(10))["mfu"] == pytest.approx(0.25)
+    assert "mfu" not in logs.row(make_row(10, tokens_per_second=None))
+    logs.close()
+    assert csv_rows(tmp_path)[0]["mfu"] == "0.25"
 
 
 def test_a_share_above_the_peak_is_left_out(config, tmp_path):
     logs = open_logs(config, tmp_path, None, flops_per_token=2e9, peak_flops=0.5e12)
     assert logs.is_above_peak(make_row(10))  # twice what the machine can do
-    assert "utilisation" not in logs.row(make_row(10))
+    assert "mfu" not in logs.row(make_row(10))
     logs.hold_against(4e12)
     assert not logs.is_above_peak(make_row(20))
-    assert logs.row(make_row(20))["utilisation"] == pytest.approx(0.25)
+    assert logs.row(make_row(20))["mfu"] == pytest.approx(0.25)
     logs.close()
-    assert [row["utilisation"] for row in csv_rows(tmp_path)] == ["", "0.25"]
+    assert [row["mfu"] for row in csv_rows(tmp_path)] == ["", "0.25"]
 
 
 def test_a_peak_that_the_run_is_above_is_measured_again(config, tmp_path, monkeypatch):
@@ -156,7 +172,7 @@ def test_a_peak_that_the_run_is_above_is_measured_again(config, tmp_path, monkey
     reporter.row(make_row(5), device)
     reporter.close()
     (row,) = json_rows(tmp_path / "log.jsonl")
-    assert 0 < row["utilisation"] < 1
+    assert 0 < row["mfu"] < 1
 
 
 def test_every_log_is_closed_even_if_one_fails(config, tmp_path, monkeypatch):
@@ -217,7 +233,7 @@ def test_tensorboard_reads_back_what_was_logged(tensorboard, tmp_path):
     }
     assert scalars["loss/validation"] == [(0, 4.25)]
     assert scalars["loss/train"] == [(10, pytest.approx(2.9))]
-    assert scalars["machine/utilisation"] == [(0, 0.25), (10, 0.25)]
+    assert scalars["machine/mfu"] == [(0, 0.25), (10, 0.25)]
     assert scalars["machine/memory_gib"] == [(10, 1.5)]
     assert scalars["learning_rate"][1] == (10, pytest.approx(1e-3))
     assert {"gradient_norm", "machine/tokens_per_second", "progress/tokens"} <= set(scalars)
@@ -411,7 +427,7 @@ def test_training_is_bit_for_bit_the_same_with_every_log_on(tmp_path):
         train(config)
     weights = [Path(run.out, "model.safetensors").read_bytes() for run in (plain, noisy)]
     assert weights[0] == weights[1]
-    clocks = {"tokens_per_second", "elapsed_seconds", "utilisation", "memory_gib"}
+    clocks = {"tokens_per_second", "elapsed_seconds", "mfu", "memory_gib"}
     logs = [
         [{k: v for k, v in row.items() if k not in clocks} for row in json_rows(path / "log.jsonl")]
         for path in (tmp_path / "plain", tmp_path / "noisy")
@@ -473,7 +489,7 @@ def test_a_bpe_tokenizer_samples_from_the_beginning_of_a_text():
     assert sample_text(model, tokenizer, "", 10, seed=1)
 
 
-# -- FLOPs and utilisation ------------------------------------------------------------------------
+# -- FLOPs and MFU --------------------------------------------------------------------------------
 
 
 def test_flops_per_token_of_gpt2_are_nanogpts():

@@ -20,14 +20,14 @@ from gpt2fast.lora import add_adapters, is_adapted, load_adapter, merge, save_ad
 from gpt2fast.lora.adapters import adapted
 from gpt2fast.tokenizer import BPETokenizer
 from gpt2fast.training import TrainConfig
-from gpt2fast.training.finetuning import (
+from gpt2fast.training.freezing import freeze
+from gpt2fast.training.start.adapters import (
     adapter_state,
     describe_training,
     prepare_model,
     restore_adapters,
     save_adapter_beside,
 )
-from gpt2fast.training.freezing import freeze
 from tolerance import assert_close
 
 # No two sizes alike, so that a tensor's shape says what it is.

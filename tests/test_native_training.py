@@ -14,7 +14,8 @@ from gpt2fast import GPT2, GPT2Config, backend, ops
 from gpt2fast.nn import Block, LinearCrossEntropy, ResidualLayerNorm
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.ops.native import unavailable
-from gpt2fast.training.optimizer import Optimizers
+from gpt2fast.training import TrainConfig
+from gpt2fast.training.optimizers import ModelOptimizer
 from tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -45,7 +46,7 @@ def small_model(dropout: float) -> GPT2:
 
 
 def train(model: GPT2, steps: int, autocast: bool) -> list[float]:
-    optimizer = Optimizers(model.named_parameters(), beta1=0.9, beta2=0.95, weight_decay=0.1)
+    optimizer = ModelOptimizer(model.named_parameters(), TrainConfig(weight_decay=0.1))
     ids = torch.randint(97, (3, 34), generator=torch.Generator().manual_seed(1))
     losses = []
     for _ in range(steps):

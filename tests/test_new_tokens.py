@@ -19,7 +19,7 @@ from gpt2fast.errors import ConfigError, DataError, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
 from gpt2fast.training import train
 from gpt2fast.training.config import TrainConfig
-from gpt2fast.training.interrupt import Interrupted
+from gpt2fast.training.stopping import Interrupted
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away, as far as it can. " * 40
 CHAT = "".join(f"<|user|>the fox {i}<|assistant|>it jumps {i}<|endoftext|>" for i in range(150))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from gpt2fast import GPT2, GPT2Config
+from gpt2fast.errors import ConfigError
 from gpt2fast.training import TrainConfig
-from gpt2fast.training.optimizer import AdamW, Optimizers
+from gpt2fast.training.config import field_help
+from gpt2fast.training.optimizers import OPTIMIZERS, AdamW, ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 31, "n_positions": 12}
@@ -29,8 +33,8 @@ def give_gradients(*models: GPT2, seed: int) -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     ours, theirs = model(), model()
-    settings = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
-    optimizers = Optimizers(ours.named_parameters(), **settings, momentum=0.9, muon=True)
+    settings = TrainConfig(beta1=0.9, beta2=0.95, weight_decay=0.1, momentum=0.9)
+    optimizers = ModelOptimizer(ours.named_parameters(), settings, "muon")
     named = dict(theirs.named_parameters())
     hidden = [n for n, p in named.items() if n.startswith("h.") and p.dim() == 2]
     assert len(hidden) == 4 * SHAPE["n_layer"]
@@ -58,18 +62,19 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_state_goes_on_where_it_was(muon):
-    settings = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "muon": muon}
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_goes_on_where_it_was(optimizer):
+    settings = TrainConfig(beta1=0.9, beta2=0.95, weight_decay=0.1), optimizer
     straight, resumed = model(), model()
-    first = Optimizers(straight.named_parameters(), **settings)
+    first = ModelOptimizer(straight.named_parameters(), *settings)
     for step in range(2):
         give_gradients(straight, seed=step)
         first.step(1e-2)
     resumed.load_state_dict(straight.state_dict())
-    second = Optimizers(resumed.named_parameters(), **settings)
+    second = ModelOptimizer(resumed.named_parameters(), *settings)
     saved = first.tensors()
-    assert len(saved) == (2 * 28 - 8 if muon else 2 * 28)
+    assert len(saved) == {"adamw": 2 * 28, "muon": 2 * 28 - 8}[optimizer]
+    assert first.state_numel() == sum(tensor.numel() for tensor in saved.values())
     for name, tensor in second.tensors().items():
         assert not tensor.any()
         tensor.copy_(saved[name])
@@ -85,7 +90,7 @@ def test_parameters_without_gradients_are_left_alone():
     frozen = model()
     frozen.wte.weight.requires_grad_(False)
     before = frozen.wte.weight.clone()
-    optimizers = Optimizers(frozen.named_parameters(), beta1=0.9, beta2=0.95, weight_decay=0.5)
+    optimizers = ModelOptimizer(frozen.named_parameters(), TrainConfig(weight_decay=0.5))
     give_gradients(frozen, seed=0)
     optimizers.step(0.1)
     assert torch.equal(frozen.wte.weight, before)
@@ -127,7 +132,7 @@ def test_schedules_have_their_shapes():
 
 def test_the_batch_grows_to_its_size():
     config = TrainConfig(grad_accumulation=8, batch_warmup_steps=4)
-    assert [config.passes(step) for step in range(6)] == [1, 2, 4, 6, 8, 8]
+    assert [config.micro_batches(step) for step in range(6)] == [1, 2, 4, 6, 8, 8]
 
 
 @pytest.mark.parametrize("warmup", [0, 4, 7])
@@ -137,5 +142,18 @@ def test_a_length_in_tokens_is_reached_and_not_by_a_step_too_many(warmup):
         max_tokens=5_000,
     )  # fmt: skip
     steps = config.steps(train_tokens=10**9)
-    tokens = [32 * config.passes(step) for step in range(steps)]
+    tokens = [32 * config.micro_batches(step) for step in range(steps)]
     assert sum(tokens) >= 5_000 > sum(tokens[:-1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_a_setting_with_help_and_a_page(name):
+    assert TrainConfig(optimizer=name).optimizer == name
+    assert f"{name}: {OPTIMIZERS[name].help}" in field_help()["optimizer"]
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    assert f"`--optimizer {name}`" in page.read_text()
+
+
+def test_another_optimizer_is_refused():
+    with pytest.raises(ConfigError, match=f"'sgd', but must be one of {', '.join(OPTIMIZERS)}"):
+        TrainConfig(optimizer="sgd")

@@ -30,15 +30,15 @@ from gpt2fast.model import GPT2
 from gpt2fast.tokenizer import CharTokenizer, Tokenizer
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, loop, train
 from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints import state as state_file
 from gpt2fast.training.checkpoints.shards import save_tensors
 from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
-from gpt2fast.training.interrupt import SignalWatch
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.log import RunLog
-from gpt2fast.training.optimizer import Optimizers
+from gpt2fast.training.optimizers import ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
+from gpt2fast.training.stopping import SignalWatch
 
 TINY = {
     "n_layer": 1,
@@ -103,7 +103,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-CLOCK_AND_MACHINE = ("tokens_per_second", "elapsed_seconds", "utilisation", "memory_gib")
+CLOCK_AND_MACHINE = ("tokens_per_second", "elapsed_seconds", "mfu", "memory_gib")
 
 
 def outcome(out: Path) -> dict[str, object]:
@@ -481,7 +481,7 @@ def test_optimizer_is_torchs_adamw_with_decay_for_matrices_only():
     ours = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4))
     theirs = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4))
     theirs.load_state_dict(ours.state_dict())
-    optimizer = Optimizers(ours.named_parameters(), beta1=0.9, beta2=0.95, weight_decay=0.5)
+    optimizer = ModelOptimizer(ours.named_parameters(), TrainConfig(weight_decay=0.5))
     reference = torch.optim.AdamW(
         [
             {"params": [theirs[0].weight], "weight_decay": 0.5},
@@ -632,7 +632,7 @@ def settings_of(config: TrainConfig, **changes) -> list[str]:
 def read_moments(directory: Path) -> dict[str, torch.Tensor]:
     """The optimizer's state of a checkpoint, in tensors of its own."""
     model = GPT2.from_pretrained(directory)
-    optimizers = Optimizers(model.named_parameters(), beta1=0, beta2=0, weight_decay=0)
+    optimizers = ModelOptimizer(model.named_parameters(), TrainConfig())
     tensors = optimizers.tensors()
     checkpoint.load_optimizer(directory, tensors, Group("cpu"))
     return tensors

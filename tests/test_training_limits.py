@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.training import TrainConfig, TrainingError, interrupt, loop, memory, train
+from gpt2fast.training import TrainConfig, TrainingError, loop, stopping, train
 from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from gpt2fast.training.logs.log import read_rows
-from gpt2fast.training.precision import LossScale
+from gpt2fast.training.machine import memory
+from gpt2fast.training.machine.precision import LossScale
 from test_training import TINY, write_text
 
 changed = dataclasses.replace
@@ -216,8 +217,7 @@ def test_state_is_weights_gradients_and_averages():
     sharded = memory.predict(shape, 1024, parallel="zero", processes=4)
     assert sharded.state == 8 * count + 2 * count
     assert memory.predict(shape, 1024, parallel="fsdp", processes=4).state == 4 * count
-    muon = memory.predict(shape, 1024, muon=True)
-    assert muon.state == 16 * count - 4 * (12 * 12 * 768**2)
+    assert memory.predict(shape, 1024, optimizer_state=count).state == 12 * count
 
 
 def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, told):
@@ -228,8 +228,8 @@ def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, told):
 
 def test_a_second_signal_is_the_same_wish_for_a_second(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
-    with interrupt.SignalWatch() as signals:
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    with stopping.SignalWatch() as signals:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT

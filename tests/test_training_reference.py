@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gpt2fast import GPT2
-from gpt2fast.training.optimizer import Optimizers
+from gpt2fast.training import TrainConfig
+from gpt2fast.training.optimizers import ModelOptimizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,7 +27,7 @@ def test_ten_steps_equal_transformers_with_torchs_adamw(shape, batch, time, tmp_
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **no_dropout)).train()
     theirs.save_pretrained(tmp_path)
     ours = GPT2.from_pretrained(tmp_path, dtype=torch.float32).train()
-    optimizers = Optimizers(ours.named_parameters(), beta1=0.9, beta2=0.95, weight_decay=0.1)
+    optimizers = ModelOptimizer(ours.named_parameters(), TrainConfig(weight_decay=0.1))
     named = [p for p in theirs.parameters() if p.requires_grad]
     reference = torch.optim.AdamW(
         [

@@ -293,8 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
 
         from ..training import Interrupted, train
-        from ..training.allocator import keep_freed_memory
         from ..training.distributed import FailedElsewhere, is_main_process
+        from ..training.machine.allocator import keep_freed_memory
 
         keep_freed_memory()
         try:

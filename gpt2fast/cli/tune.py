@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = settings_of(sys.argv[1:] if argv is None else argv)
 
-        from ..training.allocator import keep_freed_memory
+        from ..training.machine.allocator import keep_freed_memory
         from ..tuning.study import Stopped, tune
 
         keep_freed_memory()

@@ -26,7 +26,7 @@ def results(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         "per character": [_number(run.last("val_loss_per_char"), "{:.4f}") for run in runs],
         "time": [_time(run.last("elapsed_seconds")) for run in runs],
         "tok/s, median": [_whole(run.median("tokens_per_second")) for run in runs],
-        "utilisation": [_number(run.median("utilisation"), "{:.1%}") for run in runs],
+        "MFU": [_number(run.median("mfu"), "{:.1%}") for run in runs],
         "memory, GiB": [_number(run.last("memory_gib"), "{:.2f}") for run in runs],
         "not finite": [_broken(run) for run in runs],
     }

@@ -10,9 +10,15 @@ import sys
 import textwrap
 import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, shown, why_not_written
+from .optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ class TrainConfig:
     """Forward passes whose gradients are averaged into one step."""
     batch_warmup_steps: int = 0
     """Steps over which the forward passes of a step grow from 1 to grad_accumulation."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices inside the blocks, AdamW for everything else."""
+    optimizer: OptimizerName = "adamw"
+    """The rule that updates the weights."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float | None = None
@@ -286,11 +292,13 @@ class TrainConfig:
             f"null with lora_rank={rank}, which freezes everything but the adapters; "
             "--lora-targets says where they are",
         )
+        reason = OPTIMIZERS[self.optimizer].why_no_adapters
+        suitable = " or ".join(n for n, entry in OPTIMIZERS.items() if not entry.why_no_adapters)
         _require(
-            self.optimizer == "adamw",
+            reason is None,
             "optimizer",
             self.optimizer,
-            f"adamw with lora_rank={rank}: Muon is for whole matrices",
+            f"{suitable} with lora_rank={rank}: {reason}",
         )
         _require(
             self.parallel != "fsdp",
@@ -341,7 +349,7 @@ class TrainConfig:
         """Learning rate at the end of the schedule."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
-    def passes(self, step: int) -> int:
+    def micro_batches(self, step: int) -> int:
         """Forward passes, of all processes together, in optimizer step `step`, counted from 0."""
         if step >= self.batch_warmup_steps:
             return self.grad_accumulation
@@ -352,12 +360,12 @@ class TrainConfig:
         if self.max_epochs is None and self.max_tokens is None:
             return 5000 if self.max_steps is None else self.max_steps
         wanted = self.max_tokens or math.ceil((self.max_epochs or 0) * train_tokens)
-        passes = math.ceil(wanted / (self.batch_size * self.block_size))
+        left = math.ceil(wanted / (self.batch_size * self.block_size))
         for step in range(self.batch_warmup_steps):
-            if passes <= 0:
+            if left <= 0:
                 return max(1, step)
-            passes -= self.passes(step)
-        return max(1, self.batch_warmup_steps + math.ceil(passes / self.grad_accumulation))
+            left -= self.micro_batches(step)
+        return max(1, self.batch_warmup_steps + math.ceil(left / self.grad_accumulation))
 
 
 DEFAULT_SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384}
@@ -423,6 +431,8 @@ def field_help() -> dict[str, str]:
             assert isinstance(node.target, ast.Name)
             assert isinstance(following.value, ast.Constant)
             texts[node.target.id] = " ".join(str(following.value.value).split())
+    entries = "; ".join(f"{name}: {entry.help}" for name, entry in OPTIMIZERS.items())
+    texts["optimizer"] = f"{texts['optimizer'].removesuffix('.')} ({entries})"
     return texts
 
 

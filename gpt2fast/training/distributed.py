@@ -115,7 +115,7 @@ class Group:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        with self.reaching():
+        with self.explain_lost_peer():
             dist.all_reduce(tensor, how)
         return cast("list[float]", tensor.tolist())
 
@@ -124,7 +124,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self.reaching():
+        with self.explain_lost_peer():
             dist.all_gather_object(values, value)
         return values
 
@@ -139,7 +139,7 @@ class Group:
                 answer = [function(), True]
             except BaseException as error:
                 failure = error
-        with self.reaching():
+        with self.explain_lost_peer():
             dist.broadcast_object_list(answer)
         if failure is not None:
             raise failure
@@ -162,7 +162,7 @@ class Group:
             raise FailedElsewhere("another process has failed")
 
     @contextlib.contextmanager
-    def reaching(self) -> Iterator[None]:
+    def explain_lost_peer(self) -> Iterator[None]:
         """Turn what torch raises where a process is gone into LostProcess."""
         try:
             yield
@@ -176,21 +176,22 @@ class Group:
 
     # -- models --------------------------------------------------------------------------------
 
-    def share_of(self, passes: int, batch_size: int) -> tuple[list[int], slice]:
+    def share_of(self, micro_batches: int, batch_size: int) -> tuple[list[int], slice]:
         """This process's part of a step: which of its forward passes, and which rows of each.
 
-        All processes together make exactly the passes and rows of a run in one process.
+        All processes together make exactly the forward passes and rows of a run in one process.
 
         Raises:
             ConfigError: if neither number can be divided by the processes.
         """
-        if passes % self.size == 0:
-            return list(range(self.rank, passes, self.size)), slice(None)
+        if micro_batches % self.size == 0:
+            return list(range(self.rank, micro_batches, self.size)), slice(None)
         if batch_size % self.size == 0:
-            return list(range(passes)), slice(self.rank, None, self.size)
+            return list(range(micro_batches)), slice(self.rank, None, self.size)
         raise ConfigError(
-            f"{self.size} processes cannot share a step of grad_accumulation={passes} batches of "
-            f"batch_size={batch_size} windows evenly: make one of them a multiple of {self.size}"
+            f"{self.size} processes cannot share a step of grad_accumulation={micro_batches} "
+            f"batches of batch_size={batch_size} windows evenly: make one of them a multiple of "
+            f"{self.size}"
         )
 
     def wrapped(self, model: GPT2, parallel: str) -> nn.Module:
@@ -200,7 +201,7 @@ class Group:
         """
         if self.size == 1:
             return model
-        with self.reaching():  # both compare and send weights
+        with self.explain_lost_peer():  # both compare and send weights
             return self._wrapped(model, parallel)
 
     def _wrapped(self, model: GPT2, parallel: str) -> nn.Module:
@@ -239,7 +240,7 @@ class Group:
         )
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        with self.reaching():
+        with self.explain_lost_peer():
             return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
 
 

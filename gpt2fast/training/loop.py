@@ -18,32 +18,31 @@ from .._system.files import atomic_write_text
 from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..ops.backend import backend
-from . import memory
 from .checkpoints import save as ckpt
 from .checkpoints.position import Position, TrainResult
 from .checkpoints.saving import Saver, data_identity
-from .checkpoints.state_file import state_file
+from .checkpoints.state import state_file
 from .config import LENGTHS, TrainConfig
 from .diagnosis import ALL_FINITE, broken_weights, first_not_finite
 from .distributed import Group
-from .finetuning import describe_training, prepare_model, restore_adapters
-from .folder import (
+from .failures import (
     TrainingError,
     failures_explained,
     how_to_save_memory,
-    own_folder,
+    lock_run_folder,
     require_no_run,
-    standing,
+    resume_hint,
 )
-from .interrupt import Interrupted, SignalWatch
-from .limits import good_enough, out_of_time
 from .logs.progress import format_val
 from .logs.reporter import Reporter
-from .optimizer import Optimizers
-from .precision import LossScale, autocast
+from .machine import memory
+from .machine.precision import LossScale, autocast
+from .optimizers import ModelOptimizer
 from .schedule import learning_rate
-from .source import located, prepared_data, source_of
-from .start import check_start, learn_new_tokens, starting_model, starting_tokenizer
+from .start.adapters import describe_training, prepare_model, restore_adapters
+from .start.data import located, prepared_data, source_of
+from .start.model import check_start, learn_new_tokens, starting_model, starting_tokenizer
+from .stopping import Interrupted, SignalWatch, good_enough, out_of_time
 from .validation import mean_loss
 
 _SAME_ON_RESUMING = (
@@ -71,7 +70,7 @@ def train(
 
     Raises ConfigError or DataError before the first step for a mistake in settings or data,
     TrainingError when the loss stops being finite, memory runs out or a file cannot be written,
-    and Interrupted after a signal of `interrupt.STOPPING`, when a checkpoint has been saved.
+    and Interrupted after a signal of `stopping.STOPPING`, when a checkpoint has been saved.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
@@ -80,7 +79,7 @@ def train(
             stack.enter_context(failures_explained(config))
             group = Group(config.device)
             stack.callback(group.close)
-            group.on_main(lambda: stack.enter_context(own_folder(Path(config.out))) and None)
+            group.on_main(lambda: stack.enter_context(lock_run_folder(Path(config.out))) and None)
             stack.enter_context(backend(config.backend))
             run = _Run(config, _checkpoint(config, resume, group), group, on_validation)
             stack.callback(run.close)
@@ -119,7 +118,7 @@ class _Run:
         self.device = group.device
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
-        group.share_of(config.passes(0), config.batch_size)
+        group.share_of(config.micro_batches(0), config.batch_size)
         state = None if resume is None else ckpt.load_state(resume)
         if resume is None:
             group.on_main(lambda: check_start(config))
@@ -149,13 +148,10 @@ class _Run:
         self.model.train()
         self.wrapped = group.wrapped(self.model, config.parallel)
         self.forward = self._compiled()
-        self.optimizers = Optimizers(
+        self.optimizer = ModelOptimizer(
             self.model.named_parameters(),
-            beta1=config.beta1,
-            beta2=config.beta2,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            muon=config.optimizer == "muon",
+            config,
+            config.optimizer,
             sharded=config.parallel == "zero" and group.size > 1,
         )
         self.scale = LossScale(config.dtype == "float16")
@@ -166,7 +162,7 @@ class _Run:
             torch.manual_seed(config.seed + group.rank)
         if state is not None:
             assert resume is not None
-            self._take_over(state, resume)
+            self._resume(state, resume)
         self.started = time.perf_counter() - self.position.elapsed
         self.row_started, self.row_tokens = time.perf_counter(), self.position.tokens
         self.reporter = Reporter(config, self.tokenizer, self.steps, silent=not group.is_main)
@@ -187,7 +183,7 @@ class _Run:
         mode = self.config.compile_mode
         return torch.compile(self.wrapped, mode=None if mode == "default" else mode)
 
-    def _take_over(self, state: dict[str, Any], resume: Path) -> None:
+    def _resume(self, state: dict[str, Any], resume: Path) -> None:
         try:
             self._restore(state, resume)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -210,8 +206,8 @@ class _Run:
             if value is not None:  # unknown, as nanoGPT's characters were to an older version
                 now = data_identity(self.meta).get(name)
                 self._require_same(f"the data's {name}", value, now, resume)
-        ckpt.load_optimizer(resume, self.optimizers.tensors(), self.group)
-        self.optimizers.resume_after(state["updates"])
+        ckpt.load_optimizer(resume, self.optimizer.tensors(), self.group)
+        self.optimizer.resume_after(state["updates"])
         self.scale.load_state_dict(state["scale"])
         self.position = Position.of(state["position"])
         if self.position.order > 1:  # the windows go on where they were, whatever the batches
@@ -280,7 +276,7 @@ class _Run:
             self.reporter.message(self.learned)
         if partly := describe_training(self.model):
             self.reporter.message(partly)
-        tokens = config.passes(self.steps) * config.batch_size * config.block_size
+        tokens = config.micro_batches(self.steps) * config.batch_size * config.block_size
         self.reporter.message(
             f"data: {meta.train_tokens:,} tokens to train on, {meta.val_tokens:,} held out; "
             f"{tokens:,} tokens a step, {self.steps:,} steps"
@@ -289,7 +285,7 @@ class _Run:
             self.reporter.message(f"{self.group.size} processes, {config.parallel}")
         self._predict_memory()
         if self.reporter.yardstick is not None:
-            self.reporter.message(f"utilisation is held against {self.reporter.yardstick}")
+            self.reporter.message(f"MFU is a share of {self.reporter.yardstick}")
         if resume is not None:
             self.reporter.message(f"resumed from {resume} at step {self.position.step}")
 
@@ -300,8 +296,8 @@ class _Run:
             self.model.config,
             len(rows) * config.block_size,
             dtype=config.dtype,
-            trained=sum(p.numel() for p in self.optimizers.params),
-            muon=config.optimizer == "muon",
+            trained=sum(p.numel() for p in self.optimizer.params),
+            optimizer_state=self.optimizer.state_numel(),
             checkpoint_activations=config.checkpoint_activations,
             parallel=config.parallel,
             processes=self.group.size,
@@ -351,11 +347,11 @@ class _Run:
             ):
                 self._save_step()
             if ended:
-                return self._deliver(ended)
+                return self._finish(ended)
             self._step()
 
     def _share(self, step: int) -> tuple[list[int], slice]:
-        return self.group.share_of(self.config.passes(step), self.config.batch_size)
+        return self.group.share_of(self.config.micro_batches(step), self.config.batch_size)
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = (x.to(self.device, non_blocking=True) for x in batch)
@@ -364,15 +360,18 @@ class _Run:
 
     def _step(self) -> None:
         config, position = self.config, self.position
-        passes = config.passes(position.step)
+        micro_batches = config.micro_batches(position.step)
         mine, rows = self._share(position.step)
         rate = self._rate(position.step)
-        self.optimizers.zero_grad()
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for number in mine:
             batch = self.batches[position.batches + number]
             batch = batch[0][rows], batch[1][rows]
-            with self.group.reaching(), self.group.accumulating(self.wrapped, number == mine[-1]):
+            with (
+                self.group.explain_lost_peer(),
+                self.group.accumulating(self.wrapped, number == mine[-1]),
+            ):
                 loss = self._loss(batch)
                 # Every batch has as many targets, so the mean of the means is the exact mean.
                 self.scale.scaled(loss / len(mine)).backward()
@@ -384,12 +383,12 @@ class _Run:
             if not math.isfinite(train_loss) or not self.scale.overflowed():
                 self._fail("loss", train_loss, batch)
         else:
-            with self.group.reaching():
-                self.optimizers.step(rate)
+            with self.group.explain_lost_peer():
+                self.optimizer.step(rate)
             self.scale.succeeded()
         position.step += 1
-        position.batches += passes
-        position.tokens += passes * config.batch_size * config.block_size
+        position.batches += micro_batches
+        position.tokens += micro_batches * config.batch_size * config.block_size
         position.loss_sum += train_loss
         self.reporter.step(position.step, train_loss, self._speed())
         if not self.measured:
@@ -399,9 +398,9 @@ class _Run:
     def _clip(self) -> Tensor:
         """Clip the gradients to `grad_clip`; returns their norm before."""
         limit = math.inf if self.config.grad_clip is None else self.config.grad_clip
-        self.scale.unscale([p.grad for p in self.optimizers.params if p.grad is not None])
-        with self.group.reaching():
-            norm = torch.nn.utils.clip_grad_norm_(self.optimizers.params, limit)
+        self.scale.unscale([p.grad for p in self.optimizer.params if p.grad is not None])
+        with self.group.explain_lost_peer():
+            norm = torch.nn.utils.clip_grad_norm_(self.optimizer.params, limit)
             return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _rate(self, step: int) -> float:
@@ -435,7 +434,7 @@ class _Run:
         raise TrainingError(
             f"at step {step} the {what} is {loss} and the gradient norm "
             f"{self.position.grad_norm} (learning rate {self._rate(max(step - 1, 0)):.3g}): "
-            f"{where}; {standing(self.out)}. "
+            f"{where}; {resume_hint(self.out)}. "
             f"Lower --lr, lengthen --warmup-steps, or set --grad-clip {clip}"
         )
 
@@ -513,7 +512,7 @@ class _Run:
         # The last step may have left weights that no later one can mend; those before stand.
         if self.group.max(float(broken_weights(self.model) is not None))[0]:
             self._fail("loss", math.nan)
-        self.saver.save(directory, self.model, self.optimizers, self.position, self.scale)
+        self.saver.save(directory, self.model, self.optimizer, self.position, self.scale)
         self.row_started += time.perf_counter() - began
 
     def _stop(self, signum: int) -> None:
@@ -529,9 +528,9 @@ class _Run:
             f"  python -m gpt2fast.train --resume {shlex.quote(str(self.out))}",
         )
 
-    def _deliver(self, ended: str) -> TrainResult:
+    def _finish(self, ended: str) -> TrainResult:
         self.model.eval()
-        self.saver.deliver(self.model)
+        self.saver.export_model(self.model)
         position = self.position
         loss, per_char = position.val_loss, self._val_per_char()
         self.reporter.message(

@@ -29,7 +29,7 @@ from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..training import Interrupted, TrainConfig, TrainResult, train
 from ..training.config import DATA_SETTINGS
-from ..training.source import located, prepared_data, source_of
+from ..training.start.data import located, prepared_data, source_of
 from .search import make_pruner, make_sampler
 from .space import MACHINE, REPORTING, Space
 from .storage import (
@@ -100,7 +100,7 @@ def tune(settings: Settings, train: Train = train) -> Study:
     Raises:
         ConfigError: settings, space, storage or folder are wrong, or another study's.
         StudyError: the storage fails, or one trial after the other.
-        Stopped: a signal of `interrupt.STOPPING`; the trial that ran is queued again.
+        Stopped: a signal of `stopping.STOPPING`; the trial that ran is queued again.
     """
     require_optuna()
     with storage_failures_explained():

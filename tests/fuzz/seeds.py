@@ -27,7 +27,7 @@ from gpt2fast import GPT2
 from gpt2fast.data.tokens import MAGIC
 from gpt2fast.lora import add_adapters, save_adapter
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
-from gpt2fast.training.checkpoints import state_file
+from gpt2fast.training.checkpoints import state as state_file
 from gpt2fast.training.checkpoints.position import Position
 from gpt2fast.training.checkpoints.shards import save_tensors
 from gpt2fast.training.distributed import Group

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..._system.files import sync_directory
 from ...checkpoints.unpickling import Objection
 from ...errors import ConfigError, Error, WeightsError, shown
-from . import state_file
+from . import state as state_file
 from .shards import load_tensors, save_tensors
 
 if TYPE_CHECKING:

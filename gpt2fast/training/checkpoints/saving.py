@@ -15,10 +15,10 @@ from ...model import GPT2
 from ...tokenizer import Tokenizer
 from ..config import TrainConfig
 from ..distributed import Group
-from ..finetuning import adapter_state, save_adapter_beside
-from ..optimizer import Optimizers
-from ..precision import LossScale
-from ..source import located
+from ..machine.precision import LossScale
+from ..optimizers import ModelOptimizer
+from ..start.adapters import adapter_state, save_adapter_beside
+from ..start.data import located
 from . import save as ckpt
 from .position import Position
 
@@ -35,7 +35,7 @@ class Saver:
         self,
         directory: Path,
         model: GPT2,
-        optimizers: Optimizers,
+        optimizer: ModelOptimizer,
         position: Position,
         scale: LossScale,
     ) -> None:
@@ -44,7 +44,7 @@ class Saver:
             "config": {**self.config.to_dict(), **located(self.config)},
             "data": data_identity(self.meta),
             "position": dataclasses.asdict(position),
-            "updates": optimizers.updates,
+            "updates": optimizer.updates,
             "scale": scale.state_dict(),
             "adapters": adapter_state(model),
             "random": self.group.gathered(ckpt.random_states()),
@@ -55,9 +55,9 @@ class Saver:
             ckpt.save_model(self.whole(model, weights), folder, self.tokenizer)
             save_adapter_beside(model, folder, self.config)
 
-        ckpt.save_checkpoint(directory, save_whole, state, optimizers.tensors(), self.group)
+        ckpt.save_checkpoint(directory, save_whole, state, optimizer.tensors(), self.group)
 
-    def deliver(self, model: GPT2) -> None:
+    def export_model(self, model: GPT2) -> None:
         """Write the finished model into the run folder, adapters merged and by themselves."""
         weights = self.group.whole_state(model)
         out = Path(self.config.out)

@@ -83,7 +83,7 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None
     import torch.distributed.checkpoint as dcp
 
     try:
-        with group.reaching(), _no_advice():
+        with group.explain_lost_peer(), _no_advice():
             dcp.save(tensors, checkpoint_id=folder, no_dist=group.size == 1)
     except dcp.CheckpointException as error:
         raise OSError(f"{folder}: {_reason(error)}") from error
@@ -111,7 +111,7 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None
                 f"{there}; the checkpoint belongs to another model or optimizer"
             )
     try:
-        with group.reaching(), _no_advice():
+        with group.explain_lost_peer(), _no_advice():
             dcp.load(tensors, storage_reader=reader, no_dist=group.size == 1)
     except (dcp.CheckpointException, RuntimeError, OSError, EOFError, AssertionError) as error:
         raise _damaged(folder, _reason(error)) from None

@@ -11,12 +11,15 @@ COLUMNS = (
     "tokens_per_second",
     "elapsed_seconds",
     "epoch",
-    "utilisation",
+    "mfu",
     "memory_gib",
     "loss_scale",
 )
-"""Losses in nats; grad_norm before clipping; epoch: passes over the training tokens; utilisation: a
-share of 1, see flops.py; memory_gib: the most that was held so far, in GiB."""
+"""Losses in nats; grad_norm before clipping; epoch: passes over the training tokens; mfu: model
+FLOPs utilization, a share of 1; memory_gib: the most that was held so far, in GiB."""
+
+OLD_NAMES = {"utilisation": "mfu"}
+"""Columns that logs of older versions have by another name."""
 
 SCALARS = {
     "train_loss": "loss/train",
@@ -26,7 +29,7 @@ SCALARS = {
     "grad_norm": "gradient_norm",
     "loss_scale": "loss_scale",
     "tokens_per_second": "machine/tokens_per_second",
-    "utilisation": "machine/utilisation",
+    "mfu": "machine/mfu",
     "memory_gib": "machine/memory_gib",
     "tokens": "progress/tokens",
     "epoch": "progress/epoch",

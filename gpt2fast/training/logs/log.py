@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..._system.files import atomic_write, read_file
 from ..._system.parsing import Unreadable, parse_json
 from ...errors import ConfigError, DataError
-from .columns import COLUMNS
+from .columns import COLUMNS, OLD_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +71,7 @@ def open_logs(
         resume_step: step that the run goes on from; None starts every log afresh.
         flops_per_token: of a training step, `flops.flops_per_token`.
         peak_flops: FLOP/s of all devices together, `flops.peak`; with both, rows get their
-            `utilisation`.
+            `mfu`.
 
     Raises:
         ConfigError: a package is missing, or Weights & Biases refuses to start.
@@ -89,7 +89,7 @@ def open_logs(
             sinks.append(TensorBoardLog(out / "tensorboard", config, resume_step))
             opened.callback(sinks[-1].close)
         if config.wandb is not None:
-            from .weights_and_biases import WandbLog
+            from .wandb import WandbLog
 
             sinks.append(WandbLog(out, config, resume_step))
             opened.callback(sinks[-1].close)
@@ -126,11 +126,11 @@ class Logs:
         One that the run had written before it was resumed at that very step is not written again.
 
         Returns:
-            The row as it was written, with its `utilisation`; one above 1 says that the peak is
+            The row as it was written, with its `mfu`; one above 1 says that the peak is
             wrong, and is left out.
         """
-        if row.get("utilisation") is None and (share := self._share(row)) and share <= 1:
-            row = {**row, "utilisation": share}
+        if row.get("mfu") is None and (share := self._share(row)) and share <= 1:
+            row = {**row, "mfu": share}
         step = row["step"]
         if step not in self._csv_kept:
             self._csv.write(row)
@@ -141,7 +141,7 @@ class Logs:
         return row
 
     def hold_against(self, peak_flops: float | None) -> None:
-        """Take `utilisation` as a share of this peak, FLOP/s, from now on."""
+        """Compute `mfu` from this peak, FLOP/s, from now on."""
         known = self._flops_per_token and peak_flops
         self._seconds_per_token = self._flops_per_token / peak_flops if known else None  # type: ignore[operator]
 
@@ -251,7 +251,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except Unreadable:
             continue
         if isinstance(row, dict) and type(row.get("step")) is int and _is_step(row["step"]):
-            rows.append(row)
+            rows.append({OLD_NAMES.get(name, name): value for name, value in row.items()})
     return rows
 
 
@@ -265,9 +265,10 @@ def _whole_lines(path: Path) -> list[str]:
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO("".join(_whole_lines(path)), newline=""))
     try:
-        columns = len(reader.fieldnames or ())
-        if columns > _MOST_VALUES:
-            raise csv.Error(f"{columns} columns, of which {_MOST_VALUES} are read")
+        names = list(reader.fieldnames or ())
+        if len(names) > _MOST_VALUES:
+            raise csv.Error(f"{len(names)} columns, of which {_MOST_VALUES} are read")
+        reader.fieldnames = [OLD_NAMES.get(name, name) for name in names]
         return list(reader)
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as a log: {error}") from None

@@ -91,10 +91,10 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def _machine(row: dict[str, Any]) -> list[str]:
-    """Speed, utilisation and memory, as far as they are known."""
+    """Speed, MFU and memory, as far as they are known."""
     shown = (
         ("tokens_per_second", "{:,.0f} tok/s"),
-        ("utilisation", "{:.0%} of peak"),
+        ("mfu", "{:.0%} of peak"),
         ("memory_gib", "{:.1f} GiB"),
     )
     return [form.format(row[name]) for name, form in shown if row.get(name) is not None]

@@ -9,13 +9,13 @@ import torch
 
 from ...model import GPT2
 from ...tokenizer import Tokenizer
-from .. import flops, memory
 from ..config import TrainConfig
-from ..contention import Contention
-from ..precision import autocast_dtype
+from ..machine import flops, memory
+from ..machine.contention import Contention
+from ..machine.precision import autocast_dtype
 from .log import Logs, check_logs, open_logs
 from .progress import Display, open_display
-from .text_samples import prompt_for, sample_text
+from .samples import prompt_for, sample_text
 
 
 class Reporter:
@@ -37,7 +37,7 @@ class Reporter:
         self.config, self.tokenizer, self.steps, self.silent = config, tokenizer, steps, silent
         check_logs(config)
         self.yardstick: str | None = None
-        """What `utilisation` is a share of."""
+        """The peak that MFU is a share of, for people."""
         self._prompt = ""
         if config.sample_interval is not None:
             self._prompt = prompt_for(tokenizer, config.sample_prompt)
@@ -105,7 +105,7 @@ class Reporter:
         if device.type == "cpu" and again is not None and self._peak is not None:
             self._peak = max(self._peak, again, key=lambda peak: peak.flops)
             self._logs.hold_against(self._peak.flops * self._devices)
-            self.message(f"utilisation is held against {self._peak.source} from here on")
+            self.message(f"MFU is a share of {self._peak.source} from here on")
 
     def histograms(self, step: int, model: torch.nn.Module) -> None:
         """Show how weights and gradients are distributed, if that is wanted."""

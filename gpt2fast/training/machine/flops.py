@@ -1,7 +1,7 @@
-"""How much of the machine a run uses: model FLOPs utilisation (Chowdhery et al., 2022, PaLM,
-appendix B).
+"""Model FLOPs utilization (MFU), the share of the machine that a run uses (Chowdhery et al., 2022,
+PaLM, appendix B).
 
-    utilisation = tokens per second * FLOPs per token / the machine's peak FLOP/s
+    MFU = tokens per second * FLOPs per token / the machine's peak FLOP/s
 
 Only what the model needs is counted: activations that are computed a second time to save memory are
 not.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import GPT2Config
+from ...config import GPT2Config
 
 
 def flops_per_token(config: GPT2Config, block_size: int, trained: int | None = None) -> int:

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from .._system.openmp import is_busy, spins_briefly
+from ..._system.openmp import is_busy, spins_briefly
 
 ENOUGH = 0.5
 """Share of its threads' time, below which a run on a busy machine is held up."""

@@ -11,12 +11,12 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._system.output import tell, warn
-from ..errors import ConfigError, DataError, Error, MissingTokenizerError, why_not_written
-from .config import DATA_SETTINGS, TrainConfig
+from ..._system.output import tell, warn
+from ...errors import ConfigError, DataError, Error, MissingTokenizerError, why_not_written
+from ..config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
-    from ..data import DataMeta
+    from ...data import DataMeta
 
 _log = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
             f"vocab_size is {config.vocab_size}, but the size of tokenizer {tokenizer!r} is given; "
             "set vocab_size to null, or --tokenizer bpe"
         )
-    from ..data.encoding import available_cores
-    from ..data.prepare import OtherRunError, prepare_data
+    from ...data.encoding import available_cores
+    from ...data.prepare import OtherRunError, prepare_data
 
     tell(_log, f"preparing {what} in {out}")
     prepare = functools.partial(
@@ -159,14 +159,14 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
 
 
 def _is_there(path: Path) -> bool:
-    from ..data.tokens import is_pattern
+    from ...data.tokens import is_pattern
 
     return path.exists() or (is_pattern(path) and bool(glob(str(path))))
 
 
 def _holds_tokens(path: Path) -> bool:
     """Prepared data, or token files of other projects."""
-    from ..data.tokens import TOKEN_SUFFIXES
+    from ...data.tokens import TOKEN_SUFFIXES
 
     if not path.is_dir():
         # What is not there is a pattern.
@@ -205,7 +205,7 @@ def _refuse_run(path: Path) -> None:
 
 def _check_agreement(config: TrainConfig, directory: Path) -> None:
     """Settings for text that contradict how the data were prepared are a mistake."""
-    from ..data.meta import read_meta
+    from ...data.meta import read_meta
 
     meta = read_meta(directory / "meta.json")
     for name in ("split", "val_fraction"):
@@ -219,7 +219,7 @@ def _check_agreement(config: TrainConfig, directory: Path) -> None:
 def _check_added(asked: list[str] | None, directory: Path) -> None:
     if asked is None:
         return
-    from ..tokenizer import Tokenizer
+    from ...tokenizer import Tokenizer
 
     added = Tokenizer.from_pretrained(directory, local_files_only=True).added_tokens
     there = [token.content for token in added]
@@ -231,7 +231,7 @@ def _check_tokenizer(asked: str | None, meta: DataMeta, directory: Path) -> None
     if asked in (None, "char", "bpe") or meta.tokenizer_fingerprint is None:
         _require_agreement("tokenizer", asked, (meta.tokenizer,), directory)
         return
-    from ..tokenizer import Tokenizer
+    from ...tokenizer import Tokenizer
 
     assert asked is not None
     if Tokenizer.from_pretrained(asked).fingerprint() != meta.tokenizer_fingerprint:

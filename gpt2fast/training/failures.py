@@ -27,7 +27,7 @@ class TrainingError(Error):
 
 
 @contextmanager
-def own_folder(out: Path) -> Iterator[None]:
+def lock_run_folder(out: Path) -> Iterator[None]:
     """Make the run folder and keep a second run out of it; an empty one goes when it fails."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out is {str(out)!r}, which is a file; name a folder with --out")
@@ -58,7 +58,7 @@ def require_no_run(out: Path) -> None:
         )
 
 
-def standing(out: Path) -> str:
+def resume_hint(out: Path) -> str:
     """What a failed run leaves to go on from, as part of a sentence."""
     newest = ckpt.newest_checkpoint(out / "checkpoints")
     if newest is None:
@@ -75,14 +75,14 @@ def failures_explained(config: TrainConfig) -> Iterator[None]:
         where = "" if error.filename is None else f"{error.filename}: "
         reason = f"{where}{error.strerror or error}"
         raise TrainingError(
-            f"cannot train in {config.out}: {reason}; {standing(Path(config.out))}. Make room, "
+            f"cannot train in {config.out}: {reason}; {resume_hint(Path(config.out))}. Make room, "
             "or name another folder with --out"
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         raise TrainingError(
-            f"out of memory; {standing(Path(config.out))}. {how_to_save_memory(config)}"
+            f"out of memory; {resume_hint(Path(config.out))}. {how_to_save_memory(config)}"
         ) from error
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, WeightsError
-from ..lora import add_adapters, is_adapted, save_adapter
-from ..lora.adapters import adapted
-from ..model import GPT2
-from .config import TrainConfig
-from .freezing import freeze
+from ...errors import ConfigError, WeightsError
+from ...lora import add_adapters, is_adapted, save_adapter
+from ...lora.adapters import adapted
+from ...model import GPT2
+from ..config import TrainConfig
+from ..freezing import freeze
 
 ADAPTER = "adapter"
 """Folder of the adapters, inside that of the model."""

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.gpt2 import find_weights
-from ..config import GPT2Config
-from ..data import DataModule
-from ..errors import ConfigError, MissingTokenizerError, shown
-from ..model import GPT2
-from ..tokenizer import Tokenizer
-from .config import DEFAULT_SHAPE, TrainConfig
-from .freezing import frozen_names
+from ...checkpoints.gpt2 import find_weights
+from ...config import GPT2Config
+from ...data import DataModule
+from ...errors import ConfigError, MissingTokenizerError, shown
+from ...model import GPT2
+from ...tokenizer import Tokenizer
+from ..config import DEFAULT_SHAPE, TrainConfig
+from ..freezing import frozen_names
 
 _TABLES = ("wte.weight", "lm_head.weight")
 

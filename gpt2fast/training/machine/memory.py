@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import GPT2Config
+from ...config import GPT2Config
 
 # Bytes that a block keeps for the backward pass, for each token and unit of width: what the ops
 # save (`torch.autograd.graph.saved_tensors_hooks` counts it). Two of the values, the residual
@@ -40,7 +40,7 @@ def predict(
     *,
     dtype: str = "float32",
     trained: int | None = None,
-    muon: bool = False,
+    optimizer_state: int | None = None,
     checkpoint_activations: bool = False,
     parallel: str = "ddp",
     processes: int = 1,
@@ -52,14 +52,15 @@ def predict(
         tokens: of one forward pass in one process, batch x time.
         dtype: float32, bfloat16 or float16 (autocast; everything else stays float32).
         trained: parameters that are trained; None means all.
-        muon: one average in place of two for the matrices of the blocks.
+        optimizer_state: numbers that the optimizer keeps; None means AdamW's two for each trained
+            parameter.
         checkpoint_activations, parallel, processes: as in the run.
     """
     width = shape.n_embd
     count = shape.parameter_count
     trained = count if trained is None else trained
-    matrices = min(trained, 12 * width * width * shape.n_layer) if muon else 0
-    weights, gradients, moments = 4 * count, 4 * trained, 8 * trained - 4 * matrices
+    kept_numbers = 2 * trained if optimizer_state is None else optimizer_state
+    weights, gradients, moments = 4 * count, 4 * trained, 4 * kept_numbers
     if parallel == "fsdp":
         weights, gradients = weights // processes, gradients // processes
     if parallel in ("fsdp", "zero"):

@@ -1,0 +1,1 @@
+"""The machine under a run: its memory, processors, precision and peak speed."""
