@@ -25,12 +25,12 @@ from torch import Tensor
 
 from .._system.files import atomic_write, open_file
 from .._system.parsing import read_json
+from .._system.pickle_check import Objection
 from ..errors import WeightsError, shown
 from . import llm_c, tensorflow_files
 from .foreign_files import what_file_is
 from .tensor_names import names_blocks
 from .torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file
-from .unpickling import Objection
 
 # Far more than any GPT-2 needs; parsing takes about twelve times as much memory.
 _LARGEST_HEADER = 8 << 20

@@ -1,7 +1,7 @@
 """nanoGPT's meta.pkl, the characters of a data set: {"stoi": {"a": 0}, "itos": {0: "a"}}.
 
 It lies with the data; a checkpoint names the data set that it was trained on. Nothing in it is run
-(`unpickling`). https://github.com/karpathy/nanoGPT/blob/master/data/shakespeare_char/prepare.py
+(`pickle_check`). https://github.com/karpathy/nanoGPT/blob/master/data/shakespeare_char/prepare.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._system.files import read_file
-from ..checkpoints.unpickling import unpickle
+from .._system.pickle_check import unpickle
 from ..errors import TokenizerError, WeightsError, shown
 
 NAME = "meta.pkl"
