@@ -10,6 +10,9 @@ from typing import Any
 
 from .errors import ConfigError, shown
 
+CONFIG_FILE = "config.json"
+"""The file of a model's folder that holds its configuration."""
+
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 """The activations that there are, by the names that ops give them."""
 
@@ -32,6 +35,9 @@ _OTHER_NAMES = {
     "num_hidden_layers": "n_layer",
 }
 """What transformers' models have in common, and GPT-2's own names for it."""
+
+PROJECTIONS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+"""The modules of a block whose weights are matrices."""
 
 # Far above any GPT-2, far below what overflows an index: a corrupted size fails here, by name.
 _LARGEST = {"n_layer": 1 << 12}
@@ -302,3 +308,35 @@ PRESETS = {
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
 """OpenAI's four sizes by name."""
+
+
+def block_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of a block's parameters, in the order of its modules; names begin after `h.N.`."""
+    width, inner = config.n_embd, config.inner_width
+    weights: dict[str, tuple[int, ...]] = {
+        "ln_1": (width,),
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "ln_2": (width,),
+        "mlp.c_fc": (width, inner),
+        "mlp.c_proj": (inner, width),
+    }
+    shapes = {}
+    for module, shape in weights.items():
+        shapes[f"{module}.weight"], shapes[f"{module}.bias"] = shape, shape[-1:]
+    return shapes
+
+
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of `GPT2(config)`, without building it."""
+    width, block = config.n_embd, block_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.vocab_size, width),
+        "wpe.weight": (config.n_positions, width),
+    }
+    for layer in range(config.n_layer):
+        shapes.update((f"h.{layer}.{name}", shape) for name, shape in block.items())
+    shapes["ln_f.weight"] = shapes["ln_f.bias"] = (width,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    return shapes
