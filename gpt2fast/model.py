@@ -596,8 +596,8 @@ class GPT2(nn.Module):
         return from_pretrained(name_or_path, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a directory that transformers loads; see `checkpoints.gpt2.save_pretrained`."""
-        from .checkpoints.gpt2 import save_pretrained
+        """Write a directory that transformers loads; see `checkpoints.saving.save_pretrained`."""
+        from .checkpoints.saving import save_pretrained
 
         save_pretrained(self, directory, tokenizer)
 

@@ -222,7 +222,7 @@ def test_huge_sizes_that_config_and_weights_agree_on_allocate_nothing(folder):
     width = 1 << 22
     config = CONFIG.to_dict() | {"n_embd": width}
     (folder / "config.json").write_text(json.dumps(config))
-    from gpt2fast.checkpoints.gpt2 import parameter_shapes
+    from gpt2fast.config import parameter_shapes
 
     shapes = parameter_shapes(GPT2Config.from_dict(config))
     header, end = {}, 0

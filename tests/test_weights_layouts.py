@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt2fast import GPT2, PRESETS, GPT2Config
-from gpt2fast.checkpoints.gpt2 import parameter_shapes
 from gpt2fast.checkpoints.tensor_files import write_safetensors
+from gpt2fast.config import parameter_shapes
 from gpt2fast.errors import ConfigError, WeightsError
 from small_checkpoints import (
     DTYPES,

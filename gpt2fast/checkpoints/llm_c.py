@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..config import PRESETS, GPT2Config
+from ..config import PRESETS, GPT2Config, block_shapes
 from ..errors import ConfigError
 
 MAGIC = struct.pack("<i", 20240326)
@@ -113,20 +113,7 @@ def _tensors(config: GPT2Config, rows: int) -> Iterator[tuple[str, tuple[int, ..
     width, layers = config.n_embd, config.n_layer
     yield "wte.weight", (rows, width), 1
     yield "wpe.weight", (config.n_positions, width), 1
-    for name, shape in (
-        ("ln_1.weight", (width,)),
-        ("ln_1.bias", (width,)),
-        ("attn.c_attn.weight", (3 * width, width)),
-        ("attn.c_attn.bias", (3 * width,)),
-        ("attn.c_proj.weight", (width, width)),
-        ("attn.c_proj.bias", (width,)),
-        ("ln_2.weight", (width,)),
-        ("ln_2.bias", (width,)),
-        ("mlp.c_fc.weight", (4 * width, width)),
-        ("mlp.c_fc.bias", (4 * width,)),
-        ("mlp.c_proj.weight", (width, 4 * width)),
-        ("mlp.c_proj.bias", (width,)),
-    ):
-        yield f"h.{{}}.{name}", shape, layers
+    for name, shape in block_shapes(config).items():
+        yield f"h.{{}}.{name}", shape[::-1], layers
     yield "ln_f.weight", (width,), 1
     yield "ln_f.bias", (width,), 1

@@ -28,16 +28,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..config import PROJECTIONS
 from ..errors import WeightsError, shown
-
-PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-"""How the names of the matrices end that may be stored as (out, in)."""
 
 Path = tuple[str, ...]
 
 _OUTER = ("wte", "wpe", "ln_f", "lm_head")
-_BLOCK = ("ln_1", "attn", "ln_2", "mlp")
-_OWN = {"h", *_OUTER, *_BLOCK, "c_attn", "c_proj", "c_fc"}
+_BLOCK = {"ln_1", "ln_2", *(name.split(".")[0] for name in PROJECTIONS)}
+_OWN = {"h", *_OUTER, *_BLOCK, *(name.split(".")[1] for name in PROJECTIONS)}
+_MATRICES = tuple(f"{name}.weight" for name in PROJECTIONS)
+"""How the names end of what may be stored as (out, in)."""
 _LEAVES = {"g": "weight", "gamma": "weight", "w": "weight", "b": "bias", "beta": "bias"}
 _MASKS = ("bias", "masked_bias")
 # What a head is called in a model that has no module of its own to keep it out of.
@@ -271,11 +271,11 @@ def _check_left_out(found: NamedTensors, source: str) -> None:
 
 def _turn(named: dict[str, Tensor]) -> None:
     """Turn projections that are stored as (out, in), and take off axes of length one."""
-    projections = [name for name in named if name.endswith(PROJECTIONS)]
+    projections = [name for name in named if name.endswith(_MATRICES)]
     for name in projections:
         if named[name].ndim == 3 and len(named[name]) == 1:  # OpenAI's 1-D convolutions
             named[name] = named[name][0]
-    first = next((named[name] for name in projections if name.endswith("attn.c_attn.weight")), None)
+    first = next((named[name] for name in projections if name.endswith(_MATRICES[0])), None)
     if first is not None and first.ndim == 2 and first.shape[0] == 3 * first.shape[1]:
         for name in projections:
             named[name] = named[name].mT if named[name].ndim == 2 else named[name]

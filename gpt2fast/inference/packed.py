@@ -347,7 +347,7 @@ class PackedGPT2(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Write a directory that `GPT2.from_pretrained` loads; see `weights.save_packed`."""
-        from ..checkpoints.gpt2 import save_packed
+        from ..checkpoints.saving import save_packed
 
         save_packed(self, directory, tokenizer)
 
