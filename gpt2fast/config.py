@@ -10,6 +10,9 @@ from typing import Any
 
 from .errors import ConfigError, shown
 
+CONFIG_FILE = "config.json"
+"""The file of a model's folder that holds its configuration."""
+
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 """The activations that there are, by the names that ops give them."""
 

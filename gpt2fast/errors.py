@@ -36,6 +36,13 @@ def shown(value: object, longest: int = 80) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def reason_of(error: BaseException, longest: int = 300) -> str:
+    """Why something failed, in one line: in the system's words, the exception's, or by its type."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 UTF8_LOCALE = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
 """What helps where the locale's encoding does not do."""
 

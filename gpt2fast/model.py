@@ -291,5 +291,5 @@ class GPT2(nn.Module):
         return above("checkpoints.gpt2").from_pretrained(name_or_path, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a directory that transformers loads; see `checkpoints.gpt2.save_pretrained`."""
-        above("checkpoints.gpt2").save_pretrained(self, directory, tokenizer)
+        """Write a directory that transformers loads; see `checkpoints.saving.save_pretrained`."""
+        above("checkpoints.saving").save_pretrained(self, directory, tokenizer)

@@ -21,7 +21,7 @@ from gpt2fast.cli.train import main as train
 from gpt2fast.errors import ConfigError, Error, WeightsError
 from gpt2fast.lora import add_adapters, load_adapter, merge, save_adapter
 from gpt2fast.tokenizer import CharTokenizer
-from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
+from small_checkpoints import TINY, assert_same_parameters, random_model, tokens, write_config
 
 TEXT = "the cat sat on the mat; the dog sat on the cat. " * 40
 

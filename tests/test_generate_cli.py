@@ -806,7 +806,7 @@ def test_saving_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gpt2fast.checkpoints.gpt2.atomic_write_text", fail)
+    monkeypatch.setattr("gpt2fast.checkpoints.saving.atomic_write_text", fail)
     result = run("--save", tmp_path / "model", PROMPT)
     assert_one_error(result, 1, "--save", "No space left")
     assert list(tmp_path.iterdir()) == []

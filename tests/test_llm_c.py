@@ -18,7 +18,7 @@ from gpt2fast.cli.train import main as train
 from gpt2fast.errors import TokenizerError, WeightsError
 from gpt2fast.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 from gpt2fast.tokenizer.merges import BYTE_TO_CHAR
-from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
+from small_checkpoints import TINY, assert_same_parameters, random_model, tokens, write_config
 
 # llm.c's model has the tanh form of GELU, no dropout, and an end token in GPT-2's vocabulary alone.
 CONFIG = replace(TINY, eos_token_id=None, dropout=None)

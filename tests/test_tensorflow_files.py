@@ -25,7 +25,7 @@ from gpt2fast.checkpoints.tensorflow_files import _masked_crc32c, _snappy, read_
 from gpt2fast.cli.generate import main as generate
 from gpt2fast.errors import ConfigError, Error, WeightsError
 from gpt2fast.tokenizer.merges import BYTE_TO_CHAR
-from test_weights import LINEAR, TINY, assert_same_parameters, openai_name, random_model
+from small_checkpoints import LINEAR, TINY, assert_same_parameters, openai_name, random_model
 
 CONFIG = replace(TINY, eos_token_id=None, dropout=0.1)
 DTYPES = {torch.float32: 1, torch.float64: 2, torch.int64: 9, torch.bfloat16: 14, torch.float16: 19}

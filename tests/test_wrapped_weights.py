@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.checkpoints.tensor_files import read_torch, write_safetensors
 from gpt2fast.errors import WeightsError
-from test_weights import TINY, assert_same_parameters, random_model, tokens, write_config
+from small_checkpoints import TINY, assert_same_parameters, random_model, tokens, write_config
 
 
 @pytest.fixture

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, Error, shown
+from ..errors import ConfigError, Error, reason_of, shown
 from .files import read_file
 
 DEEPEST = 100
@@ -77,13 +79,9 @@ def parse_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except Unreadable:
         raise
-    except (
-        Exception
-    ) as error:  # PyYAML's own, and whatever a tag makes of a text that it is not for
-        reason = " ".join(str(error).split())
-        if not isinstance(error, yaml.YAMLError):
-            reason = f"{type(error).__name__}: {reason}"
-        raise Unreadable(f"it is not valid YAML: {reason[:300]}") from None
+    except Exception as error:  # PyYAML's, and whatever a tag makes of a text that it is not for
+        kind = "" if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: "
+        raise Unreadable(f"it is not valid YAML: {kind}{reason_of(error)}") from None
 
 
 def read_json(
@@ -119,19 +117,32 @@ def read_yaml(path: Path, error: type[Error] = ConfigError) -> Any:
 
 def read_text(path: Path, error: type[Error], largest: int) -> str:
     """The text of a UTF-8 file of at most `largest` bytes; `error`, naming the file, otherwise."""
+    content = read_bytes(path, error, largest)
     try:
-        return read_file(path, largest).decode("utf-8")
-    except FileNotFoundError:
-        raise error(f"{path} is missing") from None
+        return content.decode("utf-8")
     except UnicodeDecodeError as cause:
         raise error(
-            f"{path} is not UTF-8 text (byte 0x{cause.object[cause.start]:02X} at offset "
-            f"{cause.start})"
+            f"{path} is not UTF-8 text (byte 0x{content[cause.start]:02X} at offset {cause.start})"
         ) from None
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror or cause}") from None
-    except ValueError as cause:  # a name with a NUL
-        raise error(f"{shown(str(path))} cannot be read: {cause}") from None
+
+
+def read_bytes(path: Path, error: type[Error], largest: int) -> bytes:
+    """The content of a file of at most `largest` bytes; `error`, naming the file, otherwise."""
+    with unreadable_as(error, path):
+        return read_file(path, largest)
+
+
+@contextmanager
+def unreadable_as(error: type[Error], path: Path) -> Iterator[None]:
+    """Raise `error`, which names the file, where the block cannot open or read it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise error(f"{path} is missing") from None
+    except Error:
+        raise
+    except (OSError, ValueError) as cause:  # a ValueError: a name with a NUL
+        raise error(f"{path} cannot be read: {reason_of(cause)}") from None
 
 
 def _count_values(text: str, most: int) -> int:

@@ -11,7 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import WeightsError
+from ..config import CONFIG_FILE
+from ..errors import WeightsError, reason_of
 
 BUNDLED = "adventures"
 """The model that comes with the package, in gpt2fast/assets/adventures/."""
@@ -54,7 +55,7 @@ def resolve(
             return _newest_checkpoint(path)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, an unknown ~user
         raise WeightsError(
-            f"{name!r:.200} is neither a path nor the name of a model: {_one_line(error)}"
+            f"{name!r:.200} is neither a path nor the name of a model: {_told(error)}"
         ) from error
     hint = _prefix_hint(path)
     if hint or _looks_like_a_path(name):
@@ -78,11 +79,11 @@ def _newest_checkpoint(path: Path) -> Path:
     The one with the best validation loss counts where no other has been made.
     """
     checkpoints = path / "checkpoints"
-    if not checkpoints.is_dir() or (path / "config.json").exists():
+    if not checkpoints.is_dir() or (path / CONFIG_FILE).exists():
         return path
     # Steps are zero-padded, so that the order of names is the order of time.
     found = [checkpoints / "best", *sorted(checkpoints.glob("step-*"))]
-    return next((p for p in reversed(found) if (p / "config.json").is_file()), path)
+    return next((p for p in reversed(found) if (p / CONFIG_FILE).is_file()), path)
 
 
 def _prefix_hint(path: Path) -> str:
@@ -153,7 +154,7 @@ def _from_hub(name: str, revision: str | None, local_files_only: bool, patterns:
         if local_files_only:
             reason = "local_files_only forbids a download"
         else:
-            reason = f"{constants.ENDPOINT} cannot be reached ({_one_line(unreachable or error)})"
+            reason = f"{constants.ENDPOINT} cannot be reached ({_told(unreachable or error)})"
         raise WeightsError(
             f"model {name!r}{at} is neither a path nor complete in the cache "
             f"{constants.HF_HUB_CACHE}, and {reason}: download it once while connected "
@@ -163,7 +164,7 @@ def _from_hub(name: str, revision: str | None, local_files_only: bool, patterns:
     except Exception as error:  # as above, and a full disk or a cache that cannot be written
         raise WeightsError(
             f"model {name!r} cannot be downloaded from {constants.ENDPOINT} to "
-            f"{constants.HF_HUB_CACHE}: {_one_line(error)}; a second try continues where this one "
+            f"{constants.HF_HUB_CACHE}: {_told(error)}; a second try continues where this one "
             "stopped"
         ) from error
     if not path.is_dir():
@@ -173,5 +174,5 @@ def _from_hub(name: str, revision: str | None, local_files_only: bool, patterns:
     return path
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {reason_of(error)}"

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from .._system.files import atomic_write, open_file
-from .._system.parsing import read_json
-from ..errors import WeightsError, shown
+from .._system.parsing import read_json, unreadable_as
+from .._system.pickle_check import Objection
+from ..errors import WeightsError, reason_of, shown
 from . import llm_c, tensorflow_files
 from .foreign_files import what_file_is
 from .tensor_names import names_blocks
 from .torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file
-from .unpickling import Objection
 
 # Far more than any GPT-2 needs; parsing takes about twelve times as much memory.
 _LARGEST_HEADER = 8 << 20
@@ -167,12 +167,8 @@ def write_safetensors(
 
 
 def _open(path: Path) -> IO[bytes]:
-    try:
+    with unreadable_as(WeightsError, path):
         return open_file(path)
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing") from None
-    except (OSError, ValueError) as cause:  # a ValueError: a name with a NUL
-        raise WeightsError(f"{path} cannot be read: {_brief(cause)}") from cause
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -333,12 +329,5 @@ def read_torch(path: Path) -> Any:
 
 
 def _damaged(path: Path, cause: BaseException) -> WeightsError:
-    return WeightsError(f"{path} is damaged: {_brief(cause)}; download or copy it again")
-
-
-def _brief(cause: BaseException) -> str:
-    """The first line of an exception's text, with its type where the text says little."""
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
+    reason = f"{type(cause).__name__}: {reason_of(cause, 200)}"
+    return WeightsError(f"{path} is damaged: {reason}; download or copy it again")

@@ -273,7 +273,7 @@ def _turn(named: dict[str, Tensor]) -> None:
     for name in projections:
         if named[name].ndim == 3 and len(named[name]) == 1:  # OpenAI's 1-D convolutions
             named[name] = named[name][0]
-    first = next((named[name] for name in projections if name.endswith("attn.c_attn.weight")), None)
+    first = next((named[name] for name in projections if name.endswith(BLOCK_MATRICES[0])), None)
     if first is not None and first.ndim == 2 and first.shape[0] == 3 * first.shape[1]:
         for name in projections:
             named[name] = named[name].mT if named[name].ndim == 2 else named[name]

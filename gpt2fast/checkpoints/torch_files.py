@@ -2,7 +2,7 @@
 
 An archive is a zip file, uncompressed: `<name>/data.pkl` describes the tensors, and
 `<name>/data/<key>` holds the bytes of each storage. The older format is five pickles and then the
-storages, one after the other. Here the pickle is read by `unpickling`, and every tensor lies within
+storages, one after the other. The pickle is read by `pickle_check`, and every tensor lies within
 a storage that the file has, or the file is refused.
 
 Storages of an archive are memory-mapped, private and copy-on-write.
@@ -20,8 +20,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from .._system.pickle_check import MOST_STEPS, Objection, Record, ordered_dict, record, unpickle
 from ..errors import shown
-from .unpickling import MOST_STEPS, Objection, Record, ordered_dict, record, unpickle
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."

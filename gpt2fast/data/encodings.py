@@ -11,7 +11,7 @@ import codecs
 import re
 from pathlib import Path
 
-from ..errors import DataError, printable, shown
+from ..errors import DataError, reason_of, shown
 from .kinds import PEEK, piped
 
 MARKS = (
@@ -164,9 +164,9 @@ def not_utf8(path: Path, data: bytes, error: UnicodeDecodeError, start: int) -> 
 
 def not_encoded(path: Path, error: UnicodeError, encoding: str) -> DataError:
     """The error for a text that is not in the encoding that was named, or that its mark tells."""
-    reason = printable(" ".join(str(error).split()))[:200]
     return DataError(
-        f"{path} cannot be read as {encoding}: {reason}; name another encoding, or mend the file"
+        f"{path} cannot be read as {encoding}: {reason_of(error, 200)}; name another encoding, or "
+        "mend the file"
     )
 
 

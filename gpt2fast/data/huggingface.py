@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from .sources import Source, Table, missing, one_line
+from ..errors import DataError, reason_of
+from .sources import Source, Table, missing
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 LINES_NOT_DOCUMENTS = ("wikitext",)
@@ -108,7 +108,7 @@ def _load(name: str, config: str | None) -> dict[str, Any]:
     except Exception as error:  # whatever the library and the network come up with
         called = name if config is None else f"{name} ({config})"
         raise DataError(
-            f"data set {called} could not be loaded: {one_line(error)}. Without a network, name a "
+            f"data set {called} could not be loaded: {reason_of(error)}. Without a network, name a "
             "folder made with save_to_disk, or a text, .jsonl or .parquet file with --data"
         ) from None
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)

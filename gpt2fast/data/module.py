@@ -280,14 +280,13 @@ class _Folder:
         return tokenizer
 
     def _nanogpt_tokenizer(self, notify: Callable[[str], None]) -> Tokenizer | None:
-        from ..tokenizer import CharTokenizer
-        from ..tokenizer.nanogpt import NAME, read_meta
+        from ..tokenizer.nanogpt import NAME, load_nanogpt
 
         path = (self.path if self.path.is_dir() else self.path.parent) / NAME
         if not path.is_file():
             return None
         try:
-            return CharTokenizer.of_characters(read_meta(path), str(path))
+            return load_nanogpt(path)
         except TokenizerError as error:
             notify(f"trained without a tokenizer: {error}")
             return None

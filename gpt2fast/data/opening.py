@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from ..errors import DataError, shown
+from ..errors import DataError, reason_of, shown
 from .encodings import check_decoded, check_text, marked_encoding, not_encoded, not_utf8
 from .kinds import (
     PEEK,
@@ -131,13 +131,12 @@ class TextInput:
         try:
             yield
         except _DAMAGED as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{self.path} cannot be unpacked: {reason}; it is cut short or damaged, fetch it "
-                "again"
+                f"{self.path} cannot be unpacked: {reason_of(error)}; it is cut short or damaged, "
+                "fetch it again"
             ) from None
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from None
+            raise DataError(f"{self.path} cannot be read: {reason_of(error)}") from None
 
 
 class _Recoded(io.RawIOBase):

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from .._system.files import open_file
 from .._system.parsing import Unreadable, parse_json
-from ..errors import DataError, printable, shown
+from ..errors import DataError, printable, reason_of, shown
 from .encodings import guess, not_utf8
 from .opening import TextInput
 from .text import END_OF_TEXT, Block, Cuts, Segment, last_cut, read_blocks, segments_of
@@ -408,7 +408,7 @@ class Parquet(_File, Table):
             ) as file:
                 yield file
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{self.path} cannot be read: {one_line(error)}") from None
+            raise DataError(f"{self.path} cannot be read: {reason_of(error)}") from None
 
 
 class BadRecord(Exception):
@@ -434,11 +434,6 @@ def missing(field: str, names: Iterable[str]) -> str:
     if not known:
         return f"there is no {field!r}, nor any other field"
     return f"there is no {field!r}, only {known}; name the one that holds the text (--text-field)"
-
-
-def one_line(error: BaseException) -> str:
-    """The text of another library's exception, in one line of bearable length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def file_signature(path: Path) -> dict[str, Any]:

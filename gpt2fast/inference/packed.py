@@ -310,8 +310,8 @@ class PackedGPT2(nn.Module):
         return self
 
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Write a directory that `from_pretrained` loads; see `checkpoints.gpt2.save_packed`."""
-        above("checkpoints.gpt2").save_packed(self, directory, tokenizer)
+        """Write a directory that `from_pretrained` loads; see `checkpoints.saving.save_packed`."""
+        above("checkpoints.saving").save_packed(self, directory, tokenizer)
 
     def _run(
         self,

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from operator import index
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError, shown
@@ -90,16 +89,9 @@ class Tokenizer(ABC):
             TokenizerError: a file is missing or broken, or it describes another kind of tokenizer;
                 the message names the file, the field and what would work.
         """
-        from ..checkpoints.hub import resolve
-        from .loading import FILE_NAMES, load
+        from ..checkpoints.tokenizer import load_tokenizer
 
-        path = resolve(
-            str(name_or_path),
-            revision=revision,
-            local_files_only=local_files_only,
-            allow_patterns=FILE_NAMES,
-        )
-        return load(Path(path))
+        return load_tokenizer(name_or_path, revision=revision, local_files_only=local_files_only)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. A special token's text, `<|endoftext|>` say, becomes that token.

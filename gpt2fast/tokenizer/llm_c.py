@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from .._system.files import read_file
+from .._system.parsing import read_bytes
 from ..errors import TokenizerError
 from .added_tokens import END_OF_TEXT, AddedToken
 from .bpe import BPETokenizer
@@ -59,10 +59,7 @@ def load_llm_c(path: Path) -> BPETokenizer:
 
 def _tokens(path: Path) -> tuple[list[bytes], int]:
     """The bytes of each token, and which of them ends a text."""
-    try:
-        data = read_file(path, _LARGEST)
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from None
+    data = read_bytes(path, TokenizerError, _LARGEST)
     header = _HEADER.unpack(data[: _HEADER.size]) if len(data) >= _HEADER.size else (0, 0, 0, 0)
     magic, version, count, end = header[:4]
     if magic != _MAGIC or version not in (1, 2):

@@ -25,7 +25,7 @@ from .llm_c import NAME as LLM_C
 from .llm_c import load_llm_c
 from .merges import UnusualVocabularyError
 from .nanogpt import NAME as META
-from .nanogpt import find_meta, read_meta
+from .nanogpt import load_nanogpt
 from .saving import GPT2_CLASSES, GPT2_DEFAULTS, KIND, added_token_json
 from .steps import Around, as_gpt2_tokenizer, gpt2_steps, template
 
@@ -54,12 +54,12 @@ def load(path: Path) -> Tokenizer:
     """The tokenizer whose files are in a directory (or beside a file)."""
     directory = path if path.is_dir() else path.parent
     try:
-        return _load(directory, path)
+        return _load(directory)
     except RecursionError:  # from showing a value in an error, after a parser that dares more
         raise TokenizerError(f"{directory}: a tokenizer file is nested too deeply") from None
 
 
-def _load(directory: Path, path: Path) -> Tokenizer:
+def _load(directory: Path) -> Tokenizer:
     config_path = directory / "tokenizer_config.json"
     config = read_json_object(config_path) if config_path.exists() else {}
     if config.get(KIND) == "char":
@@ -73,9 +73,8 @@ def _load(directory: Path, path: Path) -> Tokenizer:
         return _load_char(directory / "vocab.json")
     if (directory / LLM_C).is_file():
         return load_llm_c(directory / LLM_C)
-    meta = find_meta(path)
-    if meta is not None:
-        return CharTokenizer.of_characters(read_meta(meta), str(meta))
+    if (directory / META).is_file():
+        return load_nanogpt(directory / META)
     hint = ""
     if (directory / "ckpt.pt").is_file():
         hint = f", or {META}, which nanoGPT keeps with the data (data/shakespeare_char/{META})"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..._system.files import sync_directory
-from ...checkpoints.unpickling import Objection
+from ..._system.pickle_check import Objection
 from ...errors import ConfigError, Error, WeightsError, shown
 from . import state as state_file
 from .shards import load_tensors, save_tensors

@@ -6,7 +6,6 @@ allowed that describe tensors; what is not the description of tensors is refused
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import warnings
@@ -15,17 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..._system.files import open_file, read_file
-from ...checkpoints.unpickling import Objection, record, unpickle
+from ..._system.pickle_check import Objection, unpickle_objects
 from ...errors import ConfigError, WeightsError, shown
 
 if TYPE_CHECKING:
     from ..distributed import Group
 
-_ALLOWED = {
+_CLASSES = {
     "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "device"},
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -47,35 +45,17 @@ _FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
 _LARGEST_INDEX = 64 << 20
 
 
-def _known() -> dict[str, Any]:
-    """The classes allowed, as records that the first reading of an index makes in their place."""
-    known: dict[str, Any] = {}
-    for module, names in _ALLOWED.items():
+def _read_index(folder: Path) -> Any:
+    """The index, once it is known to hold nothing but small descriptions of tensors."""
+
+    def check(index: Any) -> None:
+        names = {entry.state["relative_path"] for entry in index.state["storage_data"].values()}
         for name in names:
-            dtype = getattr(torch, name, None) if module == "torch" else None
-            known[f"{module} {name}"] = dtype if isinstance(dtype, torch.dtype) else record(name)
-    return known
+            if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+                raise Objection(f"names the file {shown(name)}, which is none of a checkpoint's")
+            open_file(folder / name).close()  # nothing that would be waited for
 
-
-def _checked_index(folder: Path) -> bytes:
-    """The pickled index, once it is known to make nothing but small descriptions of tensors."""
-    content = read_file(folder / ".metadata", _LARGEST_INDEX)
-    index = unpickle(io.BytesIO(content), _known())
-    entries = index.state["storage_data"]
-    for entry in entries.values():
-        name = entry.state["relative_path"]
-        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-            raise Objection(f"names the file {shown(name)}, which is none of a checkpoint's")
-    for name in {entry.state["relative_path"] for entry in entries.values()}:
-        open_file(folder / name).close()  # nothing that would be waited for
-    return content
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-        return super().find_class(module, name)
+    return unpickle_objects(read_file(folder / ".metadata", _LARGEST_INDEX), _CLASSES, check)
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None:
@@ -125,7 +105,7 @@ def _reader(folder: Path) -> Any:
         """Reads the index with the classes allowed."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            index = _IndexUnpickler(io.BytesIO(_checked_index(folder))).load()
+            index = _read_index(folder)
             index.storage_meta = StorageMeta(load_id=self.load_id)
             return index
 

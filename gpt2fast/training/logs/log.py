@@ -244,14 +244,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file that have a step; torn lines are left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in _whole_lines(path):
         try:
             row = parse_json(line, most_values=_MOST_VALUES)
         except Unreadable:
             continue
         if isinstance(row, dict) and type(row.get("step")) is int and _is_step(row["step"]):
-            rows.append({OLD_NAMES.get(name, name): value for name, value in row.items()})
+            rows.append({str(OLD_NAMES.get(name, name)): value for name, value in row.items()})
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,4 +110,6 @@ def _made(
         return entry.make(groups, **arguments)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(groups, entry.make, **arguments)
+    return ZeroRedundancyOptimizer(
+        groups, cast("type[torch.optim.Optimizer]", entry.make), **arguments
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoints.gpt2 import find_weights
+from ...checkpoints.folders import find_weights
 from ...config import GPT2Config
 from ...data import DataModule
 from ...errors import ConfigError, MissingTokenizerError, shown

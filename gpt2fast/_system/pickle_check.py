@@ -1,4 +1,4 @@
-"""Pickles, read without running what is in them.
+"""The one policy for pickles: read without running what is in them.
 
 A pickle is a program for a stack machine that can call any function of Python. This is that
 machine without the calls: it makes numbers, texts and containers itself, and in place of a class or
@@ -10,12 +10,20 @@ What torch.save and the like write is a small and tree-like part of the language
 are in proportion to its length: containers are not shared, so nothing doubles forty times over;
 keys are texts and small numbers, so that no hash is slow; nothing is nested deeper than an error
 message, `==` or the garbage collector can follow.
+
+    nanoGPT's meta.pkl          no name at all          tokenizer/nanogpt.py
+    torch.save's files          tensors, and records    checkpoints/torch_files.py
+    an optimizer's index        torch's descriptions    training/checkpoints/shards.py
+
+Only the last becomes objects of its classes, after it was read as records (`unpickle_objects`).
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -93,6 +101,36 @@ def unpickle(
         ValueError, IndexError, KeyError, TypeError, AttributeError: it is damaged.
     """
     return _Machine(known, persistent).run(stream, most_steps)
+
+
+def unpickle_objects(
+    content: bytes, classes: Mapping[str, Collection[str]], check: Callable[[Any], None]
+) -> Any:
+    """The objects in a pickle that names nothing but `classes`, checked before any is made.
+
+    Args:
+        content: the pickle.
+        classes: names by module; all of them have to be harmless with any arguments and state.
+        check: raises what it objects to in the value, which has a `Record` for each object.
+
+    Raises:
+        Objection: it is not one of those that are read.
+        Exception: of any kind, where it is damaged.
+    """
+    named = [f"{module} {name}" for module, names in classes.items() for name in names]
+    check(unpickle(io.BytesIO(content), {name: record(name) for name in named}))
+    return _ObjectsUnpickler(content, classes).load()
+
+
+class _ObjectsUnpickler(pickle.Unpickler):
+    def __init__(self, content: bytes, classes: Mapping[str, Collection[str]]) -> None:
+        super().__init__(io.BytesIO(content))
+        self.classes = classes
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.classes.get(module, ()):
+            raise Objection(f"uses {shown(f'{module}.{name}', 100)}, which could run code")
+        return super().find_class(module, name)
 
 
 class _Machine:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2fast._system.pickle_check import Objection, Record, ordered_dict, unpickle
 from gpt2fast.checkpoints.tensor_files import read_tensors, read_torch
-from gpt2fast.checkpoints.unpickling import Objection, Record, ordered_dict, unpickle
 from gpt2fast.errors import Error, WeightsError, shown
 
 PLAIN = {
