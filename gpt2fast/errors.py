@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable
 
 _LONGEST_MESSAGE = 4000
 
@@ -34,6 +36,12 @@ def shown(value: object, longest: int = 80) -> str:
     except (RecursionError, ValueError):  # a long integer within something
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a message about `given`, an unknown name: the most similar of `known`, if any."""
+    similar = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 UTF8_LOCALE = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from gpt2fast.__main__ import _COMMANDS
-from gpt2fast.cli.arguments import OneLineParser, did_you_mean
+from gpt2fast.cli.arguments import OneLineParser
+from gpt2fast.errors import did_you_mean
 
 MODULES = re.findall(r"^python -m (gpt2fast\.\w+)", _COMMANDS, re.MULTILINE)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import textwrap
-from collections.abc import Iterable
 from typing import NoReturn
 
-from ..errors import printable, shown
+from ..errors import did_you_mean, printable, shown
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -56,12 +54,6 @@ class OneLineParser(argparse.ArgumentParser):
             given = message.removeprefix(_UNKNOWN).split()[0]
             message += did_you_mean(given.partition("=")[0], self._option_string_actions)
         self.exit(2, f"error: {printable(message)} (--help lists all options)\n")
-
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """What to append to a message about an unknown name: the most similar of the known ones."""
-    similar = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def text_argument(given: str) -> str:

@@ -25,9 +25,9 @@ from ..errors import Error
 from ..inference.decoding import StopCriteria, Timing, decode
 from ..inference.generation import check_length
 from ..inference.packed import PackedGPT2
-from ..inference.sampling import SamplingOptions
 from ..model import GPT2
 from ..ops import native
+from ..sampling_options import SamplingOptions
 from .arguments import OneLineParser, ParagraphFormatter
 from .command import command
 

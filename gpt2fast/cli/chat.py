@@ -11,7 +11,7 @@ from .._system.files import atomic_write_text
 from .._system.output import complain, held
 from ..errors import Error
 from ..inference.generator import Generator
-from ..inference.sampling import SamplingOptions
+from ..sampling_options import SamplingOptions
 
 _HELP = """\
 Type a text and press Enter: the model goes on from there, and sees all that came before.

@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     import time
 
     from ..errors import GenerationError
-    from ..inference.sampling import SamplingOptions
+    from ..sampling_options import SamplingOptions
     from .prompt_progress import PromptProgress
     from .prompts import PromptFileError
 
@@ -243,7 +243,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What `SamplingOptions` takes; what was not given has the defaults of `Generator`."""
     from dataclasses import asdict
 
-    from ..inference.generator import DEFAULTS
+    from ..sampling_options import DEFAULTS
 
     given = {name for name in _SAMPLING if name in args}
     draws = not args.greedy and args.num_beams == 1

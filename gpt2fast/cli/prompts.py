@@ -8,7 +8,7 @@ from typing import Any
 
 from .._system.parsing import Unreadable, parse_json
 from ..errors import GenerationError, shown
-from ..inference.sampling import SamplingOptions
+from ..sampling_options import SamplingOptions
 
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 """What a line may say about its own continuation."""

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from .._system.files import atomic_write_text
 from .._system.output import complain
 from .._system.parsing import read_yaml
-from ..errors import ArgumentError, ConfigError, Error, shown
-from .arguments import ParagraphFormatter, did_you_mean, text_argument
+from ..errors import ArgumentError, ConfigError, Error, did_you_mean, shown
+from .arguments import ParagraphFormatter, text_argument
 from .command import command
 
 if TYPE_CHECKING:

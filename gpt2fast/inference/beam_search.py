@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..ops.sampling import process
+from ..sampling_options import SamplingOptions
 from .decoding import Context, StopCriteria, Timing, check_numbers, evaluating
-from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from ..model import GPT2

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import GenerationError
+from ..sampling_options import SamplingOptions
 from ..tokenizer.foreign import Decoding
 from .cuda_graphs import Ahead, is_worthwhile
-from .sampling import Draw, Draws, Numbers, SamplingOptions
+from .sampling import Draw, Draws, Numbers
 from .scores import Scores, score
 
 if TYPE_CHECKING:

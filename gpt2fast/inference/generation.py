@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError, shown
+from ..sampling_options import SamplingOptions
 from .beam_search import beam_search
 from .decoding import StopCriteria, decode
-from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from ..model import GPT2
