@@ -414,7 +414,7 @@ def test_samples_without_number_come_as_they_are_made(run, monkeypatch):
         if len(written) == 40:
             raise BrokenPipeError
 
-    monkeypatch.setattr("gpt2fast.cli.generate._write", write)
+    monkeypatch.setattr("gpt2fast.cli.results.write", write)
     flags = [PROMPT, "--seed", 0, "--max-new-tokens", 3]
     assert run(*flags, "--num-samples", 10**8, "--json")[0] == 0
     monkeypatch.undo()

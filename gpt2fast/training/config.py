@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import math
 import sys
-import textwrap
 import types
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -411,19 +408,6 @@ _LARGEST: dict[str, float] = {
 _MOST_TOKENS = 1 << 28
 """Of a batch: two gigabytes of their ids alone."""
 _LARGEST_FLOAT = sys.float_info.max
-
-
-def field_help() -> dict[str, str]:
-    """Help text of each field of TrainConfig: the docstring below it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(TrainConfig))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for node, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(node.target, ast.Name)
-            assert isinstance(following.value, ast.Constant)
-            texts[node.target.id] = " ".join(str(following.value.value).split())
-    return texts
 
 
 def _require(holds: bool, name: str, value: Any, limit: str) -> None:
