@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.benchmark`."""
-
-import sys
+"""`python -m gpt2fast.benchmark`: the command `gpt2fast benchmark`."""
 
 from .cli.benchmark import main
-
-__all__ = ["main"]
+from .cli.command import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.doctor`."""
+"""`python -m gpt2fast.doctor`: the command `gpt2fast doctor`."""
 
-import sys
-
+from .cli.command import leave
 from .cli.doctor import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

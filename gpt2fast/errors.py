@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable
 
 _LONGEST_MESSAGE = 4000
+_OUT_OF_MEMORY = (
+    *("out of memory", "allocate memory", "not enough memory"),
+    *("storage size calculation", "bad_alloc"),
+)
 
 
 def printable(text: str) -> str:
@@ -43,8 +49,20 @@ def reason_of(error: BaseException, longest: int = 300) -> str:
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a message about `given`, an unknown name: the most similar of `known`, if any."""
+    similar = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if Python, torch or the C++ library ran out of memory, of a CPU or a GPU."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY)
+
+
 UTF8_LOCALE = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
-"""What helps where the locale's encoding does not do."""
+"""Remedy for names that the locale's encoding does not have."""
 
 
 def why_not_written(name: object) -> str | None:

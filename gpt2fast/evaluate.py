@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.evaluate`."""
+"""`python -m gpt2fast.evaluate`: the command `gpt2fast evaluate`."""
 
-import sys
-
+from .cli.command import leave
 from .cli.evaluate import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.generate`."""
+"""`python -m gpt2fast.generate`: the command `gpt2fast generate`."""
 
-import sys
-
+from .cli.command import leave
 from .cli.generate import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

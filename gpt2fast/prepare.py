@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.prepare`."""
+"""`python -m gpt2fast.prepare`: the command `gpt2fast prepare`."""
 
-import sys
-
+from .cli.command import leave
 from .cli.prepare import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

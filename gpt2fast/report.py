@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.report`."""
+"""`python -m gpt2fast.report`: the command `gpt2fast report`."""
 
-import sys
-
+from .cli.command import leave
 from .cli.report import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

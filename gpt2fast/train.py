@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.train`."""
+"""`python -m gpt2fast.train`: the command `gpt2fast train`."""
 
-import sys
-
+from .cli.command import leave
 from .cli.train import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,10 +1,7 @@
-"""`python -m gpt2fast.tune`."""
+"""`python -m gpt2fast.tune`: the command `gpt2fast tune`."""
 
-import sys
-
+from .cli.command import leave
 from .cli.tune import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
 import re
@@ -16,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from gpt2fast.__main__ import main as gpt2fast_command
+from gpt2fast.cli.command import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,25 +62,25 @@ def run(line: str, added: Mapping[str, str] | None = None) -> str:
     """Run one command line; returns its standard output.
 
     Args:
-        line: `python -m ...` runs in this process, all else in a shell.
-        added: flags that a command gets at its end, by its beginning (without `python -m`).
+        line: `gpt2fast ...` runs in this process, all else in a shell.
+        added: flags that a command gets at its end, by its beginning (without `gpt2fast`).
     """
     words = shlex.split(line)
-    if words[:2] == ["python", "-m"]:
+    if words[0] == "gpt2fast":
         added = added or {}
-        start = max((start for start in added if line[10:].startswith(start)), key=len, default="")
+        start = max((start for start in added if line[9:].startswith(start)), key=len, default="")
         words += shlex.split(added.get(start, ""))
         if not {"|", ">", "<", "&&"} & set(words):
-            return in_this_process(words[2], words[3:])
+            return in_this_process(words[1:])
     return in_a_shell(line)
 
 
-def in_this_process(module: str, arguments: list[str]) -> str:
-    """`python -m module arguments`, without the seconds that importing torch again takes."""
+def in_this_process(arguments: list[str]) -> str:
+    """`gpt2fast arguments`, without the seconds that importing torch again takes."""
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
-        code = importlib.import_module(module).main(arguments)
-    assert code == 0, f"{module} {shlex.join(arguments)} ended with {code}"
+        code = gpt2fast_command(arguments)
+    assert code == 0, f"gpt2fast {shlex.join(arguments)} ended with {code}"
     return written.getvalue()
 
 
@@ -88,6 +90,8 @@ def in_a_shell(line: str, timeout: float = 120) -> str:
     if bash is None:
         pytest.skip("no bash")
     # `python` is this one, and it finds this tree.
+    commands = "|".join(COMMANDS)
+    line = re.sub(rf"(?<![\w/.])gpt2fast (?=({commands})\b)", "python -m gpt2fast ", line)
     line = re.sub(r"\bpython\b", shlex.quote(sys.executable), line)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -100,7 +100,7 @@ def test_help_lists_every_task(capsys) -> None:
 def test_the_pages_first_command_and_example_run(tmp_path: Path, capsys, monkeypatch) -> None:
     root = Path(__file__).parents[1]
     page = (root / "docs" / "evaluation.md").read_text()
-    command = page.partition("```sh\npython -m gpt2fast.evaluate ")[2].partition("\n")[0]
+    command = page.partition("```sh\ngpt2fast evaluate ")[2].partition("\n")[0]
     monkeypatch.chdir(root)
     assert main([*command.split(), "--limit", "2"]) == 0
     assert "token_perplexity" in capsys.readouterr().out

@@ -15,9 +15,9 @@ from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import GenerationError
 from gpt2fast.inference import cuda_graphs as graphs
 from gpt2fast.inference import decoding, engine, graph_pool
-from gpt2fast.inference.sampling import SamplingOptions
 from gpt2fast.inference.stopping import StopCriteria
 from gpt2fast.ops.backend import record_calls
+from gpt2fast.sampling_options import SamplingOptions
 
 PROMPTS = torch.tensor([[0, 0, 7, 3], [5, 1, 2, 9], [0, 4, 4, 8]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])

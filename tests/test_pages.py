@@ -18,6 +18,7 @@ import torch
 
 import gpt2fast
 from documentation import ROOT, Fence, fences, in_a_shell, run
+from gpt2fast.sampling_options import PROCESSORS
 
 BEGIN_WITH_A_MINUTE = (
     "data",
@@ -49,7 +50,7 @@ SHORTER = {"max_steps=50": "max_steps=2, batch_size=2, block_size=16, eval_batch
 """Text of snippets, and what stands in for it."""
 
 BEFORE = {
-    "data": "python -m gpt2fast.prepare book.txt --tokenizer char --out data/book",
+    "data": "gpt2fast prepare book.txt --tokenizer char --out data/book",
 }
 """What a page's snippets of Python find done."""
 
@@ -117,6 +118,13 @@ def test_snippets_run(name: str, fence: Fence, in_readers_folder: None):
     if name in BEFORE:
         run(BEFORE[name])
     fence.execute(SHORTER)
+
+
+def test_every_option_of_choosing_tokens_is_explained():
+    page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page.partition("| option |")[2], re.MULTILINE)[
+        : len(PROCESSORS)
+    ] == list(PROCESSORS)
 
 
 def test_no_exception_outlives_its_text():

@@ -24,10 +24,10 @@ from gpt2fast.tokenizer import BPETokenizer
 
 ADDED = {
     # A run of minutes or hours becomes one of two steps, a resumed one gets one step more.
-    "gpt2fast.train": "--max-steps 2 --batch-size 2 --block-size 16 --eval-batches 1 --threads 1",
-    "gpt2fast.train --resume": "--max-steps 3 --threads 1",
-    "gpt2fast.tune": "--trials 1 --max-steps 2 --batch-size 2 --block-size 16 --eval-batches 1",
-    "gpt2fast.generate": "--max-new-tokens 8",
+    "train": "--max-steps 2 --batch-size 2 --block-size 16 --eval-batches 1 --threads 1",
+    "train --resume": "--max-steps 3 --threads 1",
+    "tune": "--trials 1 --max-steps 2 --batch-size 2 --block-size 16 --eval-batches 1",
+    "generate": "--max-new-tokens 8",
 }
 """Flags that a command gets at its end, by its beginning."""
 
@@ -130,7 +130,7 @@ def test_the_two_commands_install_what_the_constraints_hold():
 
 def test_the_first_command_writes(in_readers_folder: None):
     arguments = COMMANDS[0].partition("-m gpt2fast.generate ")[2]
-    written = run(f"python -m gpt2fast.generate {arguments}", ADDED)
+    written = run(f"gpt2fast generate {arguments}", ADDED)
     assert written.startswith(shlex.split(arguments)[0])
 
 

@@ -10,9 +10,10 @@ import torch
 from comparison import BACKENDS, CUDA_BACKENDS, backend, seeded
 from gpt2fast import ops
 from gpt2fast.errors import GenerationError
-from gpt2fast.inference.sampling import Draw, SamplingOptions, uniforms
+from gpt2fast.inference.sampling import Draw, uniforms
 from gpt2fast.ops import sampling as processors
 from gpt2fast.ops.native import unavailable
+from gpt2fast.sampling_options import SamplingOptions
 from tolerance import assert_equal
 
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

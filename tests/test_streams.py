@@ -180,7 +180,7 @@ def test_files_that_are_opened_do_not_take_the_place_of_closed_streams(tmp_path)
     script = (
         "import sys\n"
         "from gpt2fast.cli.command import command\n"
-        "@command\n"
+        "@command()\n"
         "def main(argv):\n"
         f"    file = open({str(tmp_path / 'data')!r}, 'w')\n"
         "    print('to nowhere')\n"
@@ -196,7 +196,7 @@ def test_files_that_are_opened_do_not_take_the_place_of_closed_streams(tmp_path)
 
 
 def test_a_name_out_of_a_file_that_the_locale_has_no_bytes_for(monkeypatch, capsys):
-    @command
+    @command()
     def main(argv):
         raise UnicodeEncodeError("ascii", argv[0], 0, 1, "ordinal not in range(128)")
 

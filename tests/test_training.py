@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2fast._system.docstrings import field_docstrings
 from gpt2fast.cli import train as command
 from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.data.dataset import TrainingBatches
@@ -32,7 +33,6 @@ from gpt2fast.training import Interrupted, TrainConfig, TrainingError, loop, tra
 from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.checkpoints import state as state_file
 from gpt2fast.training.checkpoints.shards import save_tensors
-from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.log import RunLog
@@ -357,7 +357,8 @@ def test_bad_setting_is_named_with_its_limit(name, value, told):
 
 
 def test_every_setting_has_a_help_text():
-    assert set(field_help()) == {field.name for field in dataclasses.fields(TrainConfig)}
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(field_docstrings(TrainConfig)) == names
 
 
 def test_settings_survive_a_round_trip(config):

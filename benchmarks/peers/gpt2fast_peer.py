@@ -10,8 +10,8 @@ from engine import Prompts, Run
 import gpt2fast
 from gpt2fast import GPT2
 from gpt2fast.inference.decoding import Timing, decode
-from gpt2fast.inference.sampling import SamplingOptions
 from gpt2fast.inference.stopping import StopCriteria
+from gpt2fast.sampling_options import SamplingOptions
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 

@@ -1,15 +1,17 @@
-"""The argument parser of the command lines."""
+"""The argument parser of the commands, and types of arguments."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
+import re
+import sys
 import textwrap
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from ..errors import printable, shown
+from .._system.invocation import as_called, command_line
+from ..errors import did_you_mean, printable, shown
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -24,7 +26,7 @@ class ParagraphFormatter(argparse.HelpFormatter):
         filled = []
         for line in _paragraphs(text):
             inner = indent + " " * (len(line) - len(line.lstrip()))
-            if line.lstrip().startswith("python -m ") or not line:
+            if line.lstrip().startswith(("gpt2fast ", "python -m ")) or not line:
                 filled.append(indent + line)
             elif line[0].isspace():
                 filled += textwrap.wrap(
@@ -48,8 +50,27 @@ def _paragraphs(text: str) -> list[str]:
     return found
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in one line and exits with code 2."""
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command: a mistake is one line and exit code 2.
+
+    Flags may be spelled with underscores. In texts of the help, `gpt2fast COMMAND` at the start of
+    a line becomes what the user would type.
+
+    Args:
+        command: its name.
+        settings: keyword arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, command: str = "", **settings: Any) -> None:
+        settings.setdefault("formatter_class", ParagraphFormatter)
+        for name in ("description", "epilog"):
+            settings[name] = as_called(settings.get(name) or "")
+        super().__init__(prog=command_line(command), **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        argv = list(sys.argv[1:] if args is None else args)
+        end = argv.index("--") if "--" in argv else len(argv)
+        return super().parse_known_args([*map(hyphenated, argv[:end]), *argv[end:]], namespace)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith(_UNKNOWN):
@@ -58,10 +79,30 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(message)} (--help lists all options)\n")
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """What to append to a message about an unknown name: the most similar of the known ones."""
-    similar = difflib.get_close_matches(given, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {similar[0]}?" if similar else ""
+def hyphenated(argument: str) -> str:
+    """--top_k=5 as --top-k=5; all but flags stays as it is."""
+    return re.sub(r"\A--\w[\w-]*(?==|\Z)", lambda name: name[0].replace("_", "-"), argument)
+
+
+def count(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+count.__name__ = "integer"  # argparse says "invalid integer value"
+
+
+def optional(kind: type) -> Callable[[str], Any]:
+    """An argument of this type, or "none" for None."""
+
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def text_argument(given: str) -> str:
@@ -78,27 +119,3 @@ def text_argument(given: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{shown(given)} is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
         ) from None
-
-
-def usable_device(name: str) -> str:
-    """The device that --device names, "auto" being a GPU where there is one.
-
-    Raises:
-        GenerationError: this computer has no such device.
-    """
-    import torch
-
-    from ..errors import GenerationError
-
-    usable = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        count = torch.accelerator.device_count()
-        usable += [f"{accelerator.type}:{index}" for index in range(count)]
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu:0", *usable) and f"{name}:0" not in usable:
-        raise GenerationError(
-            f"--device {name}: this computer has {', '.join(usable)}; name one of these, or auto"
-        )
-    return name

@@ -1,6 +1,6 @@
 """How fast GPT-2 runs on this machine, and how much of the memory's speed that is:
 
-python -m gpt2fast.benchmark
+gpt2fast benchmark
 
 Decoding reads every weight once a token, so the memory's speed bounds it. Both are measured in
 turns, for each format of the weights. Without --model the weights are random, which changes no
@@ -12,25 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from .. import __version__
-from .._system.output import complain, deliver
+from .._system.output import deliver
 from ..config import PRESETS, GPT2Config
 from ..errors import Error
 from ..inference.decoding import Timing, decode
 from ..inference.generation import check_length
 from ..inference.packed import PackedGPT2
-from ..inference.sampling import SamplingOptions
 from ..inference.stopping import StopCriteria
 from ..model import GPT2
 from ..ops import native
-from .arguments import OneLineParser, ParagraphFormatter
-from .command import command
+from ..sampling_options import SamplingOptions
+from .arguments import CommandParser, count
+from .command import command, memory_advice
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 
@@ -40,7 +39,7 @@ _READ_PASSES = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured for one format of the weights; medians over the rounds."""
+    """Measurements of one format of the weights; medians over the rounds."""
 
     weights: str
     prefill: float
@@ -57,27 +56,18 @@ class Speed:
     """decode / allowed, of runs next to each other."""
 
 
-@command
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
+    """Run the command line; returns the exit code."""
     options = _parse(argv)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    try:
+    with memory_advice("take a smaller model, a smaller --batch, or fewer --weights"):
         return _run(options)
-    except Error as error:
-        complain(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="python -m gpt2fast.benchmark",
-        description=__doc__,
-        formatter_class=ParagraphFormatter,
-    )
+    parser = CommandParser("benchmark", description=__doc__)
     parser.add_argument("--model", help="bundled model, path, or name on the hub")
     parser.add_argument(
         "--preset", default="gpt2", choices=PRESETS, metavar="NAME",
@@ -87,11 +77,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, metavar="FORMAT",
         help=f"{', '.join(WEIGHTS)} (all)",
     )  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=_count, help="length of each prompt (128)")
-    parser.add_argument("--new-tokens", type=_count, help="tokens to add to each prompt (128)")
-    parser.add_argument("--batch", type=_count, default=1, help="prompts at a time (%(default)s)")
-    parser.add_argument("--rounds", type=_count, default=3, help="runs of each (%(default)s)")
-    parser.add_argument("--threads", type=_count, help="torch's own choice if not given")
+    parser.add_argument("--prompt-tokens", type=count, help="length of each prompt (128)")
+    parser.add_argument("--new-tokens", type=count, help="tokens to add to each prompt (128)")
+    parser.add_argument("--batch", type=count, default=1, help="prompts at a time (%(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="runs of each (%(default)s)")
+    parser.add_argument("--threads", type=count, help="torch's own choice if not given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     if options.new_tokens == 1:
@@ -99,16 +89,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
 def _run(options: argparse.Namespace) -> int:
     model = _load(options, "float32")
-    # Of a quantised checkpoint there are no other formats.
+    # A quantized checkpoint has no other formats.
     formats = [model.format] if isinstance(model, PackedGPT2) else options.weights
     half = model.config.n_positions // 2
     prompt = options.prompt_tokens or min(128, half)
@@ -161,7 +144,7 @@ def _converted(options: argparse.Namespace, weights: str) -> GPT2 | PackedGPT2:
     model = _load(options, "bfloat16" if weights == "bfloat16" else "float32")
     if isinstance(model, PackedGPT2) or not weights.startswith("int"):
         return model
-    # How well the weights are rounded is not what is measured: round them the quick way.
+    # Speed does not depend on how well the weights are rounded: round them the quick way.
     return model.quantize(weights, method="nearest", release=True)
 
 
@@ -234,7 +217,3 @@ def _summary(speeds: Sequence[Speed]) -> str:
             "processor's caches)"
         )
     return line
-
-
-if __name__ == "__main__":
-    sys.exit(main())

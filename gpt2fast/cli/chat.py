@@ -1,4 +1,4 @@
-"""A conversation at a prompt: what is typed and what the model answers is one growing text."""
+"""A conversation at a prompt: the lines typed and the model's answers are one growing text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from .._system.files import atomic_write_text
 from .._system.output import complain, held
 from ..errors import Error
 from ..inference.generator import Generator
-from ..inference.sampling import SamplingOptions
+from ..sampling_options import SamplingOptions
+from .arguments import optional
+from .sampling_flags import OF_A_TEXT
 
 _HELP = """\
 Type a text and press Enter: the model goes on from there, and sees all that came before.
@@ -22,15 +24,13 @@ Enter alone lets it go on with its own text. Ctrl-C stops an answer, Ctrl-D leav
   /save FILE                write the text so far to a file
   /help                     this list
   /quit                     leave"""
-_INTEGERS = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "seed")
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 class Conversation:
     """Reads lines, streams answers to standard output, obeys commands.
 
     Args:
-        generator: what answers.
+        generator: it answers.
         options: keyword arguments of `Generator.stream`.
     """
 
@@ -39,7 +39,7 @@ class Conversation:
         self._options = options
         self._turn = 0
         self.text = ""
-        """All that was typed and answered."""
+        """Everything typed and answered."""
 
     def run(self, first: str | None = None) -> int:
         """Converse until the input ends; `first` is answered before. Returns the exit code."""
@@ -90,7 +90,7 @@ class Conversation:
         self.text = before + line + pieces.text
 
     def _command(self, name: str, argument: str = "") -> bool:
-        """Obey a command; returns whether it ends the conversation."""
+        """Obey a command; True ends the conversation."""
         if name == "/quit":
             return True
         if name == "/help":
@@ -119,18 +119,16 @@ class Conversation:
 
     def _set(self, argument: str) -> None:
         if not argument:
-            for name in (*_INTEGERS, *_NUMBERS):
+            for name in OF_A_TEXT:
                 complain(f"  {name} {_shown(self._options.get(name))}")
             return
         name, _, word = argument.partition(" ")
         name, word = name.replace("-", "_"), word.strip()
-        if name not in _INTEGERS + _NUMBERS:
-            known = ", ".join((*_INTEGERS, *_NUMBERS))
-            complain(f"error: there is no option {name}; choose from {known}")
+        if name not in OF_A_TEXT:
+            complain(f"error: there is no option {name}; choose from {', '.join(OF_A_TEXT)}")
             return
         try:
-            kind = int if name in _INTEGERS else float
-            value = None if word.lower() == "none" else kind(word)
+            value = optional(OF_A_TEXT[name])(word)
             fields = asdict(SamplingOptions()).keys()
             SamplingOptions(
                 **{key: item for key, item in self._options.items() if key in fields}
@@ -139,7 +137,7 @@ class Conversation:
         except Error as error:
             complain(f"error: {error}")
         except ValueError:
-            kind_name = "a whole number" if name in _INTEGERS else "a number"
+            kind_name = "a whole number" if OF_A_TEXT[name] is int else "a number"
             complain(f"error: {name} takes {kind_name} or none, not {word!r}")
         else:
             self._options[name] = value

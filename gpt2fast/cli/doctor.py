@@ -1,15 +1,15 @@
-"""What this machine offers and which implementation of each op it gets:
+"""This machine's hardware and libraries, and the implementation that each op gets here:
 
-python -m gpt2fast.doctor
+gpt2fast doctor
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,25 +17,34 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backend, ops
-from .._system.output import complain, deliver
-from ..errors import Error
+from .._system.output import deliver
 from ..ops import cuda, native, triton
 from ..ops.backend import ORDER, Call, record_calls
 from ..ops.packed import MatrixFormat, ModelShape, PackedWeights
-from .arguments import OneLineParser
+from .arguments import CommandParser
 from .command import command
 
-# What x86 kernels may use, under the names of /proc/cpuinfo, and the same for AArch64.
+# Instruction sets that kernels may use, as /proc/cpuinfo names them: x86, then AArch64.
 _CPU_FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16",
     "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve",
 )  # fmt: skip
 
 
-@command
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    parser = OneLineParser(prog="python -m gpt2fast.doctor", description=__doc__)
+    """Run the command line; returns the exit code."""
+    options = _parse(argv)
+    for name, value in _environment():
+        deliver(f"{name:<14}{value}")
+    deliver("")
+    with backend(options.backend):
+        _print_table(_try_ops(options.device))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("doctor", description=__doc__)
     parser.add_argument(
         "--backend", default="auto", choices=("auto", *ORDER), metavar="NAME",
         help=f"force one for every op: {', '.join(ORDER)}",
@@ -51,18 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # torch has a different one for each device that is not there
         reason = str(error).splitlines()[0]
         parser.error(f"--device {options.device}: torch cannot use it here: {reason:.200}")
-    try:
-        for name, value in _environment():
-            deliver(f"{name:<14}{value}")
-        deliver("")
-        with backend(options.backend):
-            _print_table(_try_ops(options.device))
-    except Error as error:
-        complain(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return options
 
 
 def _environment() -> list[tuple[str, str]]:
@@ -199,7 +197,3 @@ def _print_table(calls: Sequence[Call]) -> None:
     for call in calls:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in call.refused)
         deliver(f"{call.op:<23}{call.backend:<12}{reasons or 'first in the order'}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Score a model on texts and tasks: `python -m gpt2fast.evaluate --task lambada`."""
+"""Score a model on texts and tasks: `gpt2fast evaluate --task lambada`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._system.output import complain, deliver, note, takes_unicode
-from .arguments import OneLineParser, ParagraphFormatter, usable_device
-from .command import command
+from .._system.output import deliver, note, takes_unicode
+from .arguments import CommandParser, count
+from .command import command, memory_advice
+from .model_flags import add_model_flags, load_generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,41 +29,26 @@ $GPT2FAST_DATA, then on the Hugging Face hub; --data names a file.
 """
 _EPILOG = """\
 examples:
-  python -m gpt2fast.evaluate --model gpt2 --task perplexity --data my.txt --stride 512
-  python -m gpt2fast.evaluate --model out/run --task perplexity
+  gpt2fast evaluate --model gpt2 --task perplexity --data my.txt --stride 512
+  gpt2fast evaluate --model out/run --task perplexity
       what the training run out/run held out
-  python -m gpt2fast.evaluate --model gpt2 --task lambada hellaswag wikitext2 --json scores.json
-  python -m gpt2fast.evaluate --model out/run --task cbt_cn --data cbtest_CN_test_2500ex.txt
+  gpt2fast evaluate --model gpt2 --task lambada hellaswag wikitext2 --json scores.json
+  gpt2fast evaluate --model out/run --task cbt_cn --data cbtest_CN_test_2500ex.txt
 
 tasks:
 """
-_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
-@command
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    from ..errors import Error
-
-    try:
-        args = _parse(argv)
+    args = _parse(argv)
+    with memory_advice(f"take a --batch-size below {args.batch_size}"):
         return _run(args)
-    except Error as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        return _fail(f"reading or writing failed: {error}")
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError) or any(
-            words in str(error).lower() for words in _NO_MEMORY
-        )
-        if not known:
-            raise
-        return _fail(f"out of memory: take a --batch-size below {args.batch_size}")
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..checkpoints.hub import BUNDLED
     from ..evaluation import Settings, evaluate
     from ..evaluation.published import published_size
     from ..evaluation.table import as_object, as_table
@@ -73,7 +59,8 @@ def _run(args: argparse.Namespace) -> int:
         stride=args.stride,
         first_token=None if args.first_token is None else args.first_token == "predict",
     )
-    generator, name = _load(args)
+    name = BUNDLED if args.model is None else args.model
+    generator = load_generator(args, "scoring the bundled model {}")
     with _progress() as progress:
         results = evaluate(
             generator.model,
@@ -96,28 +83,6 @@ def _run(args: argparse.Namespace) -> int:
         scores = as_object(results, size)
         _write_json(args.json, {**_about(args, generator, name), "tasks": scores})
     return 0
-
-
-def _load(args: argparse.Namespace) -> tuple[Generator, str]:
-    from ..checkpoints.hub import BUNDLED
-    from ..inference.generator import Generator
-    from ..ops.backend import backend
-
-    backend(args.backend)
-    name = BUNDLED if args.model is None else args.model
-    if args.model is None:
-        complain(f"scoring the bundled model {BUNDLED!r}; --model gpt2 gets OpenAI's GPT-2")
-    generator = Generator.from_pretrained(
-        name,
-        tokenizer=args.tokenizer,
-        preset=args.preset,
-        device=usable_device(args.device),
-        dtype=args.dtype,
-        adapter=args.adapter,
-        quantize=args.quantize,
-        notify=note,
-    )
-    return generator, name
 
 
 def _about(args: argparse.Namespace, generator: Generator, name: str) -> dict[str, Any]:
@@ -177,11 +142,6 @@ def _progress() -> Iterator[Report | None]:
         yield report
 
 
-def _fail(error: object, code: int = 1) -> int:
-    complain("error: " + " ".join(str(error).split()))
-    return code
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from ..evaluation import TASKS
 
@@ -226,28 +186,24 @@ def _parser() -> argparse.ArgumentParser:
 
     width = max(map(len, TASKS)) + 2
     listed = "\n".join(f"  {name:<{width}}{task.about}" for name, task in TASKS.items())
-    parser = OneLineParser(
-        prog="python -m gpt2fast.evaluate",
-        description=_DESCRIPTION,
-        epilog=_EPILOG + listed,
-        formatter_class=ParagraphFormatter,
-        allow_abbrev=False,
+    parser = CommandParser(
+        "evaluate", description=_DESCRIPTION, epilog=_EPILOG + listed, allow_abbrev=False
     )
+    add_model_flags(parser)
     add = parser.add_argument
-    add("-m", "--model", metavar="NAME", help="bundled model, path, or name on the hub")
     add("-t", "--task", nargs="+", required=True, metavar="TASK", help="one or more; see below")
     add(
         "--data", action="append", default=[], metavar="[TASK=]FILE",
         help="a task's data, compressed or not; of perplexity also a folder that prepare or train "
         "made, whose held-out part is scored (the default for the model of a run); may be repeated",
     )  # fmt: skip
-    add("--limit", type=_count, metavar="N", help="only the first N examples of each task")
+    add("--limit", type=count, metavar="N", help="only the first N examples of each task")
     add(
-        "--context", type=_count, metavar="N",
+        "--context", type=count, metavar="N",
         help="of texts: tokens in a window (default: as many as the model reads)",
     )  # fmt: skip
     add(
-        "--stride", type=_count, metavar="N",
+        "--stride", type=count, metavar="N",
         help="of texts: tokens that a window predicts (default: all of them)",
     )  # fmt: skip
     add(
@@ -256,32 +212,8 @@ def _parser() -> argparse.ArgumentParser:
         "(default: predict, where there is such a token)",
     )  # fmt: skip
     add(
-        "--batch-size", type=_count, default=16, metavar="N",
+        "--batch-size", type=count, default=16, metavar="N",
         help="sequences read at once (default %(default)s)",
     )  # fmt: skip
     add("--json", metavar="FILE", help="write the scores as JSON too; - is standard output, alone")
-    add("--adapter", metavar="NAME", help="LoRA adapters of the model, in PEFT's format")
-    add("--tokenizer", metavar="NAME", help="where the tokenizer is, if not with the model")
-    add("--preset", help="architecture of a bare state dict: gpt2, gpt2-medium, …")
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
-    add(
-        "--dtype", choices=("float32", "bfloat16", "float16", "float64"),
-        help="of the weights; default: as stored, but at least float32 on a CPU",
-    )  # fmt: skip
-    add("--quantize", choices=("int8", "int4"), help="weights of 8 or 4 bits, on a CPU")
-    add("--backend", default="auto", help="implementation of the ops: auto (default), reference, …")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
-_count.__name__ = "integer"  # argparse says "invalid integer value"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Command line: text to token files (`python -m gpt2fast.prepare`)."""
+"""Turn text into token files: `gpt2fast prepare book.txt`."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._system.invocation import command_line
 from .._system.output import StatusLine, complain, note, say
 from ..data.encodings import known_encoding
 from ..data.inputs import parse_weights
 from ..data.opening import COMPRESSED_SUFFIXES
 from ..errors import Error
-from .arguments import OneLineParser, ParagraphFormatter, text_argument
+from .arguments import CommandParser, text_argument
 from .command import command
 
 EXAMPLES = """\
 examples:
-  python -m gpt2fast.prepare book.txt
+  gpt2fast prepare book.txt
       characters as tokens, the last 10 % held out, into data/book
-  python -m gpt2fast.prepare books/ --tokenizer bpe --vocab-size 2048 --split documents
+  gpt2fast prepare books/ --tokenizer bpe --vocab-size 2048 --split documents
       a byte-level BPE of its own; whole files (or documents) held out
-  python -m gpt2fast.prepare notes.txt --tokenizer gpt2 --out data/notes
+  gpt2fast prepare notes.txt --tokenizer gpt2 --out data/notes
       GPT-2's own tokenizer, to fine-tune it
-  python -m gpt2fast.prepare big.txt.gz
+  gpt2fast prepare big.txt.gz
       text compressed by gzip, bzip2, xz, zstd or zip
-  curl -s https://example.org/book.txt | python -m gpt2fast.prepare - --out data/book
-  python -m gpt2fast.prepare web.jsonl.gz --text-field content --tokenizer gpt2
+  curl -s https://example.org/book.txt | gpt2fast prepare - --out data/book
+  gpt2fast prepare web.jsonl.gz --text-field content --tokenizer gpt2
       JSON lines, a JSON array, .csv, .tsv or .parquet: each record is a document
-  python -m gpt2fast.prepare neko.txt --encoding shift_jis
-  python -m gpt2fast.prepare books.txt=0.7 web.jsonl=0.3 --tokenizer gpt2 --out data/mix
+  gpt2fast prepare neko.txt --encoding shift_jis
+  gpt2fast prepare books.txt=0.7 web.jsonl=0.3 --tokenizer gpt2 --out data/mix
       a mixture: training draws 70 % of its windows from the books
-  python -m gpt2fast.prepare chat.txt --tokenizer gpt2 --add-tokens '<|user|>' '<|assistant|>'
+  gpt2fast prepare chat.txt --tokenizer gpt2 --add-tokens '<|user|>' '<|assistant|>'
       GPT-2's tokenizer with tokens more, which training gives embeddings
-  python -m gpt2fast.prepare --dataset wikitext --dataset-config wikitext-2-raw-v1 --tokenizer gpt2
+  gpt2fast prepare --dataset wikitext --dataset-config wikitext-2-raw-v1 --tokenizer gpt2
       a data set of the Hugging Face hub, or a folder made with save_to_disk
 
 A folder stands for its .txt and .md files, at any depth, in alphabetical order; for its .jsonl,
@@ -46,11 +47,10 @@ unless --encoding names another encoding."""
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m gpt2fast.prepare",
+    parser = CommandParser(
+        "prepare",
         description="Turn text into train.bin, val.bin, a tokenizer and meta.json for training.",
         epilog=EXAMPLES,
-        formatter_class=ParagraphFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -117,12 +117,25 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+@command()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args, inputs = _parse(argv)
+    try:
+        return _prepare(args, inputs)
+    except KeyboardInterrupt:
+        again = "" if "-" in args.inputs else "; give the same command again to continue"
+        again += " (without --overwrite)" if again and args.overwrite else ""
+        complain(f"interrupted{again}")
+        return 130
+
+
+def _parse(
+    argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, list[str] | dict[str, float]]:
+    """The arguments, and the inputs with their weights if they have any."""
     known = parser()
-    given = sys.argv[1:] if arguments is None else arguments
-    args = known.parse_args([_hyphens(argument) for argument in given])
+    args = known.parse_args(argv)
     if args.vocab_size is not None and args.tokenizer != "bpe":
         known.error(f"--vocab-size is for --tokenizer bpe, not {args.tokenizer}")
     if args.out == "":
@@ -149,44 +162,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         known_encoding(args.encoding)
-        inputs = parse_weights(args.inputs)
+        return args, parse_weights(args.inputs)
     except Error as error:
         known.error(str(error))
-    out = Path(args.out or f"data/{_default_name(args.dataset or next(iter(inputs)))}")
-    progress = _Progress()
-    try:
-        return _prepare(args, inputs, out, progress)
-    except Error as error:
-        progress.line.clear()
-        complain(f"error: {error}")
-        return 1
-    except OSError as error:
-        progress.line.clear()
-        complain(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        progress.line.clear()
-        again = "" if "-" in args.inputs else "; give the same command again to continue"
-        again += " (without --overwrite)" if again and args.overwrite else ""
-        complain(f"interrupted{again}")
-        return 130
 
 
-def _prepare(
-    args: argparse.Namespace,
-    inputs: list[str] | dict[str, float],
-    out: Path,
-    progress: _Progress,
-) -> int:
+def _prepare(args: argparse.Namespace, inputs: list[str] | dict[str, float]) -> int:
     from ..data.encoding import available_cores
     from ..data.prepare import prepare_data
 
     if "-" in args.inputs and sys.stdin is not None and sys.stdin.isatty():
         complain("reading the text from the terminal; Ctrl-D ends it")
     started = time.monotonic()
+    progress = _Progress()
     prepared = prepare_data(
         inputs,
-        out,
+        Path(args.out or f"data/{_default_name(args.dataset or next(iter(inputs)))}"),
         tokenizer=args.tokenizer,
         vocab_size=2048 if args.vocab_size is None else args.vocab_size,
         split=args.split,
@@ -225,16 +216,8 @@ def _prepare(
         if counts["val"] > 10:
             say(f"    … and {counts['val'] - 10:,} more, see meta.json")
     say(f"  {took:.1f} s{resumed}")
-    say(f"next: python -m gpt2fast.train --data {shlex.quote(str(prepared.directory))}")
+    say(f"next: {command_line('train')} --data {shlex.quote(str(prepared.directory))}")
     return 0
-
-
-def _hyphens(argument: str) -> str:
-    """--val_fraction=0.1 as --val-fraction=0.1."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def _default_name(first: str) -> str:
@@ -267,7 +250,3 @@ class _Progress:
         percent = 100 * done / max(total, 1)
         text = f"{self.LABELS[stage]}: {percent:3.0f} % of {total / 1e6:,.1f} MB"
         self.line.show(f"{text}, {rate / 1e6:.1f} MB/s{left}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How far a file of prompts is, on one line."""
+"""Progress through a file of prompts, on one line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..inference.generator import Generation
 
 
 class PromptProgress(Timing):
-    """Where the time goes, and a line on standard error about it.
+    """Times of the steps, and a line on standard error about them.
 
-    The time left is what the tokens take that may still come: less, where texts end early.
+    The time left is that of all tokens that may still come: less, where texts end early.
 
     Args:
         limits: for each continuation to come, the most tokens that it may have.
@@ -43,7 +43,7 @@ class PromptProgress(Timing):
         self._show()
 
     def end(self) -> None:
-        """Say how it went."""
+        """Write the last line."""
         self.line.end(self._text())
 
     def _show(self) -> None:

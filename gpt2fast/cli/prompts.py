@@ -1,23 +1,26 @@
-"""A file of prompts: a text on each line, or an object that has options of its own."""
+"""The texts to continue: one, or a file of prompts, whose lines may have options of their own."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .._system.parsing import Unreadable, parse_json
 from ..errors import GenerationError, shown
-from ..inference.sampling import SamplingOptions
+from ..sampling_options import SamplingOptions
+from .sampling_flags import OF_A_TEXT
 
-OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-"""What a line may say about its own continuation."""
+OPTIONS = (*OF_A_TEXT, "stop")
+"""Options that a line may set for its own continuation."""
 
 _RESULTS = (
     "sample", "text", "finish_reason", "prompt_tokens", "new_tokens", "tokens", "index", "logprobs",
     "top_logprobs", "prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs",
 )  # fmt: skip
-"""What --json writes beside the prompt; its output may be read again."""
+"""Written by --json beside the prompt; its output may be read again."""
 
 
 class PromptFileError(GenerationError):
@@ -26,7 +29,7 @@ class PromptFileError(GenerationError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and what its line says about it."""
+    """A text to continue, with the options of its line."""
 
     text: str
     index: int | None = None
@@ -34,19 +37,54 @@ class Prompt:
     labels: Mapping[str, Any] = field(default_factory=dict)
     """Goes to the output as it is: its "id", if it has one."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `OPTIONS`, what its line sets."""
+    """Those of `OPTIONS` that its line sets."""
+
+
+def has_prompt(args: argparse.Namespace) -> bool:
+    """True if there is a text to read; beside --interactive and --save it has to be named."""
+    named = args.words or args.prompt is not None or args.prompts_file is not None
+    return bool(named) or not (args.interactive or args.save is not None)
+
+
+def read_prompts(args: argparse.Namespace, options: Mapping[str, Any]) -> list[Prompt]:
+    """The prompts that the command line names, or standard input.
+
+    Raises:
+        PromptFileError, GenerationError: as `parse_prompts`; or a file cannot be read.
+    """
+    if args.prompts_file is not None:
+        return parse_prompts(args.prompts_file, _read(args.prompts_file), options)
+    if args.prompt is not None:
+        return [Prompt(args.prompt)]
+    if args.words:
+        return [Prompt(" ".join(args.words))]
+    # The end of line that echo and editors add is not part of the text.
+    return [Prompt(_read("-").removesuffix("\n").removesuffix("\r"))]
+
+
+def _read(name: str) -> str:
+    try:
+        if name == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with open(name, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        source = "standard input" if name == "-" else name
+        raise GenerationError(f"{source} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise GenerationError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def parse_prompts(name: str, content: str, shared: Mapping[str, Any]) -> list[Prompt]:
-    """The prompts of a file, one for each line; of a .jsonl file, blank lines are none.
+    """The prompts of a file, one for each line; blank lines of a .jsonl file are passed over.
 
     Args:
-        name: the file's name, which says whether its lines are JSON.
+        name: the file's name; lines are JSON where it ends in .jsonl.
         content: its text.
-        shared: what `SamplingOptions` takes, for whatever a line does not set.
+        shared: fields of `SamplingOptions`, for whatever a line does not set.
 
     Raises:
-        PromptFileError: names the line that is wrong, and what is.
+        PromptFileError: a line is wrong; it is named, with the mistake.
         GenerationError: there is no prompt at all.
     """
     # Not splitlines(), which takes a form feed and U+2028 for ends of lines.

@@ -1,4 +1,4 @@
-"""Compare training runs: `python -m gpt2fast.report runs/a runs/b`.
+"""Compare training runs: `gpt2fast report runs/a runs/b`.
 
 Writes one HTML file with curves and tables, and on request a picture of the curves. Runs that still
 go, and runs that never ended, can be looked at as well.
@@ -6,20 +6,29 @@ go, and runs that never ended, can be looked at as well.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._system.output import complain, say
-from ..errors import ConfigError, Error
-from .arguments import OneLineParser
+from .._system.output import say
+from ..errors import ConfigError
+from .arguments import CommandParser
 from .command import command
 
 
-@command
+@command(mistakes=(ConfigError,))
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    parser = OneLineParser(prog="python -m gpt2fast.report", description=__doc__)
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(argv)
+    _check_target("--out", options.out, (".html", ".htm"))
+    if options.png is not None:
+        _check_target("--png", options.png, (".png",))
+    _report(options.runs, Path(options.out), options.png, options.axis)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser("report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="of a run, with its log.csv")
     parser.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
     parser.add_argument("--png", metavar="FILE.png", help="a picture of the curves as well")
@@ -29,24 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="step",
         help="what the picture's curves are drawn over (default: %(default)s)",
     )
-    options = parser.parse_args(argv)
-    try:
-        _check_target("--out", options.out, (".html", ".htm"))
-        if options.png is not None:
-            _check_target("--png", options.png, (".png",))
-        _report(options.runs, Path(options.out), options.png, options.axis)
-    except ConfigError as error:
-        complain(f"error: {error}")
-        return 2
-    except Error as error:
-        complain(f"error: {error}")
-        return 1
-    except OSError as error:
-        complain(f"error: the report cannot be written: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return parser
 
 
 def _check_target(flag: str, name: str, endings: tuple[str, ...]) -> None:
@@ -87,7 +79,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,6 @@
-"""Train or fine-tune a GPT-2:  python -m gpt2fast.train --config shakespeare_char --data my.txt
+"""Train or fine-tune a GPT-2:
+
+  gpt2fast train --config shakespeare_char --data my.txt
 
 Settings come from a YAML file (--config: a shipped recipe or a path) and from flags, which win.
 """
@@ -17,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from .._system.files import atomic_write_text
+from .._system.invocation import as_called, command_line
 from .._system.output import complain
 from .._system.parsing import read_yaml
-from ..errors import ArgumentError, ConfigError, Error, shown
-from .arguments import ParagraphFormatter, did_you_mean, text_argument
+from ..errors import ArgumentError, ConfigError, Error, did_you_mean
+from .arguments import ParagraphFormatter, hyphenated, text_argument
 from .command import command
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ _SECTIONS = {
     "data": "data",
     "init_from": "model",
     "lora_rank": "fine-tuning",
-    "max_steps": "optimisation",
+    "max_steps": "optimization",
     "eval_interval": "evaluation, log and checkpoints",
     "seed": "machine",
 }
@@ -72,9 +75,9 @@ def _parser() -> Any:
     from ..training.config import TrainConfig, field_help
 
     parser = ArgumentParser(
-        prog="python -m gpt2fast.train",
+        prog=command_line("train"),
         usage="%(prog)s [--config NAME] [--SETTING VALUE ...] [--resume]",
-        description=__doc__,
+        description=as_called(__doc__ or ""),
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
@@ -131,7 +134,7 @@ class _HelpFormatter(ParagraphFormatter):
     """Flags with hyphens, as they are usually typed; defaults where there are any."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        flags = ", ".join(flag.replace("_", "-") for flag in action.option_strings)
+        flags = ", ".join(map(hyphenated, action.option_strings))
         return flags if action.nargs == 0 else f"{flags} {action.metavar or ''}".rstrip()
 
 
@@ -198,7 +201,7 @@ def _check_names(flags: list[str]) -> None:
     for flag in flags:
         name = flag.partition("=")[0]
         if name.startswith("--") and name not in (*known, "--help"):
-            shown = [option.replace("_", "-") for option in (name, *known)]
+            shown = [hyphenated(option) for option in (name, *known)]
             hint = did_you_mean(shown[0], shown[1:])
             raise ConfigError(f"there is no option {shown[0]}{hint} (--help lists all options)")
 
@@ -269,54 +272,36 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _tell(error: Error) -> None:
-    """Report a failure; one of several processes says which it is, and tells torchrun."""
+def _of_this_process(error: Error) -> Error:
+    """The failure as one of several processes reports it, which is told to torchrun, too."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        complain(f"error: {error}")
-        return
-    complain(f"error: [process {os.environ['RANK']}] {error}")
+        return error
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         atomic_write_text(
             report, json.dumps({"message": str(error), "timestamp": int(time.time())})
         )
+    return type(error)(f"[process {os.environ['RANK']}] {error}")
 
 
-@command
+@command(mistakes=(ArgumentError, ConfigError), interrupted="stopped")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
+    """Run the command line; returns the exit code."""
+    config, resume = parse(sys.argv[1:] if argv is None else argv)
+
+    from ..training import Interrupted, train
+    from ..training.distributed import FailedElsewhere, is_main_process
+    from ..training.machine.allocator import keep_freed_memory
+
+    keep_freed_memory()
     try:
-        try:
-            config, resume = parse(sys.argv[1:] if argv is None else argv)
-        except ConfigError as error:
-            complain(f"error: {error}")
-            return 2
-
-        from ..training import Interrupted, train
-        from ..training.distributed import FailedElsewhere, is_main_process
-        from ..training.machine.allocator import keep_freed_memory
-
-        keep_freed_memory()
-        try:
-            train(config, resume)
-        except Interrupted as stop:
-            if is_main_process():
-                complain(str(stop))
-            return 128 + stop.signum
-        except FailedElsewhere:
-            return 1
-        return 0
-    except Error as error:
-        _tell(error)
-        return 2 if isinstance(error, (ArgumentError, ConfigError)) else 1
-    except OSError as error:
-        where = "" if error.filename is None else f"{shown(error.filename, 300)}: "
-        complain(f"error: {where}{error.strerror or error}")
+        train(config, resume)
+    except Interrupted as stop:
+        if is_main_process():
+            complain(str(stop))
+        return 128 + stop.signum
+    except FailedElsewhere:
         return 1
-    except KeyboardInterrupt:
-        complain("stopped")
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    except Error as error:
+        raise _of_this_process(error) from error
+    return 0

@@ -1,4 +1,4 @@
-"""Tune the settings of a training run: `python -m gpt2fast.tune --space lr --data book.txt`."""
+"""Tune the settings of a training run: `gpt2fast tune --space lr --data book.txt`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._system.invocation import command_line
 from .._system.output import complain, say
-from ..errors import ConfigError, Error
-from .arguments import OneLineParser, ParagraphFormatter, text_argument
+from ..errors import ConfigError
+from .arguments import CommandParser, text_argument
 from .command import command
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m gpt2fast.tune --space lr --config shakespeare_cpu --trials 20 --out tuning/lr
+  gpt2fast tune --space lr --config shakespeare_cpu --trials 20 --out tuning/lr
       the learning rate of a recipe; the same command again goes on where it was
-  python -m gpt2fast.tune --space mine.yaml --data book.txt --max-steps 500 --out tuning/mine
-      a space of your own; flags of gpt2fast.train say what the trials have in common
-  python -m gpt2fast.tune --space optimizer --config owt --out tuning/owt \\
+  gpt2fast tune --space mine.yaml --data book.txt --max-steps 500 --out tuning/mine
+      a space of your own; flags of `gpt2fast train` say what the trials have in common
+  gpt2fast tune --space optimizer --config owt --out tuning/owt \\
           --storage postgresql+psycopg2://me@host/studies --study-name owt
       the same command on many machines shares one study
 
@@ -33,7 +34,7 @@ A space is a YAML file with a setting a line:
   optimizer: [adamw, muon]
   momentum: {low: 0.8, high: 0.99, when: {optimizer: muon}}
 
-OUT gets best.yaml (settings for gpt2fast.train --config), report.html, history.png,
+OUT gets best.yaml (settings for `gpt2fast train --config`), report.html, history.png,
 importances.png, and a folder for each trial in trials/."""
 _MOST_ROWS = 20
 
@@ -41,14 +42,13 @@ _MOST_ROWS = 20
 def parser() -> argparse.ArgumentParser:
     from ..tuning.space import spaces
 
-    parser = OneLineParser(
-        prog="python -m gpt2fast.tune",
+    parser = CommandParser(
+        "tune",
         usage="%(prog)s --space NAME [option ...] [--SETTING VALUE]",
         description="Look for the settings of a training run with the lowest validation loss. "
-        "Every option that is not listed here is one of gpt2fast.train (--config, --data, "
+        "Every option that is not listed here is one of `gpt2fast train` (--config, --data, "
         "--max-steps, …), for all trials.",
         epilog=EXAMPLES,
-        formatter_class=ParagraphFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "--space",
         required=True,
         metavar="NAME|PATH",
-        help=f"what to try: a shipped space ({', '.join(spaces())}) or a YAML file",
+        help=f"settings to try: a shipped space ({', '.join(spaces())}) or a YAML file",
     )
     add(
         "--trials",
@@ -83,13 +83,13 @@ def parser() -> argparse.ArgumentParser:
         "--sampler",
         choices=("tpe", "random"),
         default="tpe",
-        help="what proposes settings (default: tpe); --seed seeds it as well as the training",
+        help="proposes settings (default: tpe); --seed seeds it as well as the training",
     )
     add(
         "--pruner",
         choices=("hyperband", "median", "none"),
         default="hyperband",
-        help="what ends trials whose validation losses are behind (default: hyperband)",
+        help="ends trials whose validation losses are behind (default: hyperband)",
     )
     add("--timeout-hours", type=float, metavar="H", help="begin no trial after this time")
     add(
@@ -101,13 +101,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(argv: Sequence[str]) -> Settings:
-    """What the command line asks for. Raises ConfigError for a mistake in settings or space."""
+    """The study that the command line asks for.
+
+    Raises:
+        ConfigError: a mistake in the settings or the space.
+    """
     from ..tuning.space import read_space
     from ..tuning.study import Settings
     from . import train
 
     known = parser()
-    options, others = known.parse_known_args([_hyphens(argument) for argument in argv])
+    options, others = known.parse_known_args(argv)
     if options.trials < 0:
         known.error(f"--trials is {options.trials}, but must be 0 or more")
     hours = options.timeout_hours
@@ -116,7 +120,7 @@ def settings_of(argv: Sequence[str]) -> Settings:
     if options.out == "" or options.study_name == "":
         known.error("--out and --study-name need a name")
     if any(argument.partition("=")[0] == "--resume" for argument in others):
-        known.error("--resume is for gpt2fast.train; a study goes on with the same command")
+        known.error("--resume is for training; a study goes on with the same command")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a trial runs in one process; start this command several times instead")
     base, _ = train.parse(others)
@@ -134,32 +138,22 @@ def settings_of(argv: Sequence[str]) -> Settings:
     )
 
 
-@command
+@command(mistakes=(ConfigError,), interrupted="stopped; the same command goes on where it was")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
+    """Run the command line; returns the exit code."""
+    settings = settings_of(sys.argv[1:] if argv is None else argv)
+
+    from ..training.machine.allocator import keep_freed_memory
+    from ..tuning.study import Stopped, tune
+
+    keep_freed_memory()
     try:
-        settings = settings_of(sys.argv[1:] if argv is None else argv)
-
-        from ..training.machine.allocator import keep_freed_memory
-        from ..tuning.study import Stopped, tune
-
-        keep_freed_memory()
-        try:
-            study = tune(settings)
-        except Stopped as stop:
-            complain(str(stop))
-            return 128 + stop.signum
-        _tell(study, settings)
-        return _code(study, settings)
-    except ConfigError as error:
-        complain(f"error: {error}")
-        return 2
-    except (Error, OSError) as error:
-        complain(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        complain("stopped; the same command goes on where it was")
-        return 130
+        study = tune(settings)
+    except Stopped as stop:
+        complain(str(stop))
+        return 128 + stop.signum
+    _tell(study, settings)
+    return _code(study, settings)
 
 
 def _tell(study: object, settings: Settings) -> None:
@@ -185,7 +179,7 @@ def _tell(study: object, settings: Settings) -> None:
         say(f"no importances: they need two settings and {FEWEST_TRIALS} completed trials")
     best = settings.out / BEST_FILE
     if best.is_file():
-        say(f"train with the best settings:\n  python -m gpt2fast.train --config {best}")
+        say(f"train with the best settings:\n  {command_line('train')} --config {best}")
 
 
 def _code(study: object, settings: Settings) -> int:
@@ -199,15 +193,3 @@ def _code(study: object, settings: Settings) -> int:
         return 0
     complain(f"error: every trial failed; {settings.out / 'trials'} has an output.log of each")
     return 1
-
-
-def _hyphens(argument: str) -> str:
-    """--study_name=a as --study-name=a."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

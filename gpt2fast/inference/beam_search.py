@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..model import GPT2
 from ..ops.sampling import process
+from ..sampling_options import SamplingOptions
 from .decoding import Timing, check_numbers, evaluating
 from .engine import DecodeState
-from .sampling import SamplingOptions
 from .stopping import StopCriteria
 
 _NEVER = -1.0e9

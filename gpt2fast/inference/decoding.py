@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import GenerationError
 from ..model import GPT2
+from ..sampling_options import SamplingOptions
 from .async_decoder import AsyncDecoder
 from .engine import DecodeState, choose
-from .sampling import Draw, Draws, RowRandom, SamplingOptions
+from .sampling import Draw, Draws, RowRandom
 from .scores import Scores, score
 from .stopping import StopCriteria
 

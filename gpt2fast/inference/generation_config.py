@@ -1,8 +1,8 @@
-"""generation_config.json: what a checkpoint says of how it is to be continued.
+"""generation_config.json: the settings of generation that come with a checkpoint.
 
 Its end tokens (one or several) and its padding token are honored. Everything else is kept, and
-written back; what transformers would let change its output, and `generate` here does not take over,
-is named once when it is read.
+written back; settings that would change the output of transformers, and are not taken over by
+`generate` here, are named once when the file is read.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from .._system.parsing import read_json
 from ..errors import ConfigError, shown
-from .sampling import SamplingOptions
+from ..sampling_options import SamplingOptions
 
 NAME = "generation_config.json"
 
 _log = logging.getLogger(__name__)
 
-# What transformers' `generate` takes for granted; another value changes what it gives.
+# Defaults of transformers' `generate`; any other value changes its output.
 _NEUTRAL: dict[str, Any] = {
     "assistant_early_exit": None, "bad_words_ids": None, "begin_suppress_tokens": None,
     "constraints": None, "diversity_penalty": 0.0, "do_sample": False, "dola_layers": None,

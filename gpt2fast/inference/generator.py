@@ -20,6 +20,7 @@ from ..errors import (
 )
 from ..lora import load_adapter, merge
 from ..model import GPT2
+from ..sampling_options import DEFAULTS, SamplingOptions
 from ..tokenizer import Tokenizer
 from .beam_search import beam_search
 from .decoding import Step, Timing, decode
@@ -32,17 +33,12 @@ from .generation import (
     end_tokens,
 )
 from .packed import PackedGPT2
-from .sampling import Draw, Draws, SamplingOptions
+from .sampling import Draw, Draws
 from .scores import Scores
 from .stopping import StopCriteria
 from .teacher_forcing import score_sequences
 
 WINDOWS = ("error", "slide", "stop")
-DEFAULTS = SamplingOptions(
-    max_new_tokens=100, do_sample=True, temperature=0.8, top_k=50, top_p=0.95
-)
-"""Options of a `Generator`, unless it is told otherwise."""
-
 _MOST_PADDING = 127
 """Rows by which a vocabulary is rounded up, to a multiple of 128 at most."""
 

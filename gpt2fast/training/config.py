@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import math
 import sys
-import textwrap
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .._system.docstrings import field_docstrings
 from ..errors import ConfigError, shown, why_not_written
 from .optimizers import OPTIMIZERS
 
@@ -423,14 +421,7 @@ _LARGEST_FLOAT = sys.float_info.max
 
 def field_help() -> dict[str, str]:
     """Help text of each field of TrainConfig: the docstring below it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(TrainConfig))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for node, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(node.target, ast.Name)
-            assert isinstance(following.value, ast.Constant)
-            texts[node.target.id] = " ".join(str(following.value.value).split())
+    texts = field_docstrings(TrainConfig)
     entries = "; ".join(f"{name}: {entry.help}" for name, entry in OPTIMIZERS.items())
     texts["optimizer"] = f"{texts['optimizer'].removesuffix('.')} ({entries})"
     return texts

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from .._system.files import remove_unfinished
 from .._system.lock import only_process
-from ..errors import ConfigError, Error
+from ..errors import ConfigError, Error, is_out_of_memory
 from .checkpoints import save as ckpt
 from .config import TrainConfig
 
@@ -79,7 +77,7 @@ def failures_explained(config: TrainConfig) -> Iterator[None]:
             "or name another folder with --out"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"out of memory; {resume_hint(Path(config.out))}. {how_to_save_memory(config)}"
@@ -92,13 +90,4 @@ def how_to_save_memory(config: TrainConfig) -> str:
     return (
         f"Lower --batch-size (now {config.batch_size}; --grad-accumulation keeps the tokens of a "
         f"step), --block-size (now {config.block_size}), {spared}or train a smaller model"
-    )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "can't allocate memory" in text  # torch on a CPU
-        or "bad_alloc" in text
     )
