@@ -113,6 +113,8 @@ class _Tuning:
         self.base, self.space, self.out = settings.base, settings.space, settings.out
         self.trials = self.out / "trials"
         self.turn = ExitStack()
+        """Holds the lock that keeps other workers of this folder from taking a trial."""
+        self._lock = self.out / ".lock"
         self.number = -1
         self.signum: int | None = None
         possible = self.space.possible(self.base)
@@ -123,21 +125,10 @@ class _Tuning:
                 f"--out is {str(self.out)!r}, the folder of a training run; name one of its own"
             )
         self.trials.mkdir(parents=True, exist_ok=True)
-        with self._turn():
+        with only_process(self._lock):
             self._prepare(possible)
 
     # -- setting up --------------------------------------------------------------------------
-
-    def _turn(self) -> ExitStack:
-        """Wait until no other worker of this folder is at its data, or takes a trial."""
-        busy = StudyError("another worker has its turn")
-        while True:
-            stack = ExitStack()
-            try:
-                stack.enter_context(only_process(self.out / ".lock", busy))
-                return stack
-            except StudyError:
-                time.sleep(0.05)
 
     def _prepare(self, possible: list[TrainConfig]) -> None:
         import yaml
@@ -203,20 +194,20 @@ class _Tuning:
         study, settings = self.study, self.settings
         begun, failures = time.monotonic(), 0
         while settings.hours is None or time.monotonic() - begun < settings.hours * 3600:
-            if not self._take_turn():
-                break
-            try:
-                study.optimize(self._objective, n_trials=1, catch=(Exception,))
-            except KeyboardInterrupt:
-                self.signum = self.signum or signal.SIGINT
-            except UpdateFinishedTrialError:
-                tell(
-                    _log,
-                    f"trial {self.number}: taken for lost, as nothing was heard of it; made again",
-                )
-                continue
-            finally:
-                self.turn.close()
+            with self.turn:
+                if not self._take_turn():
+                    break
+                try:
+                    study.optimize(self._objective, n_trials=1, catch=(Exception,))
+                except KeyboardInterrupt:
+                    self.signum = self.signum or signal.SIGINT
+                except UpdateFinishedTrialError:
+                    tell(
+                        _log,
+                        f"trial {self.number}: given up as lost, since its worker had sent no sign "
+                        "of life; it will run again",
+                    )
+                    continue
             trial = study.get_trials(deepcopy=False)[self.number]
             if trial.state != TrialState.COMPLETE:
                 gc.collect()  # its model may hang on to the traceback
@@ -241,15 +232,13 @@ class _Tuning:
         """Whether there is a trial to run; until it has begun, the others wait."""
         from optuna.trial import TrialState
 
-        turn = self._turn()
+        self.turn.enter_context(only_process(self._lock))
         recover_lost_trials(self.study)
         trials = self.study.get_trials(deepcopy=False)
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         missing = self.settings.trials - len(counted(trials))
         if missing > running:
-            self.turn = turn
             return True
-        turn.close()
         if missing > 0:
             tell(
                 _log,
