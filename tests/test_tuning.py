@@ -320,7 +320,7 @@ def test_a_report_shows_what_matters(arguments, optuna, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_what_was_lost_with_its_worker_is_made_again(arguments, optuna, monkeypatch):
-    from gpt2fast.tuning import storage
+    from gpt2fast.tuning.database import sign
     from gpt2fast.tuning.study import tune
 
     settings = of(arguments, trials=3)
@@ -330,10 +330,10 @@ def test_what_was_lost_with_its_worker_is_made_again(arguments, optuna, monkeypa
     lost = study.ask()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: gone.pid)
-        storage.sign(lost)
+        sign(lost)
     value = lost.suggest_float("lr", 1e-3, 1e-1, log=True)
     alive = study.ask()
-    storage.sign(alive)
+    sign(alive)
     fake = FakeTrain()
     trials = tune(settings, fake).trials
     assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "RUNNING", "COMPLETE"]

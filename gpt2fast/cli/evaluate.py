@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from ..evaluation import Settings, evaluate
     from ..evaluation.published import published_size
-    from ..evaluation.table import as_object, as_table
+    from ..evaluation.results import as_object, as_table
 
     settings = Settings(
         limit=args.limit,

@@ -165,15 +165,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(study: object, settings: Settings) -> None:
     from optuna import Study
 
+    from .._system.tables import table_lines
     from ..tuning.report import FEWEST_TRIALS, write_report
     from ..tuning.study import BEST_FILE
-    from ..tuning.table import aligned, ranked, table
+    from ..tuning.trials import ranked, trial_table
 
     assert isinstance(study, Study)
     trials = ranked(study.get_trials(deepcopy=False))
-    titles, rows = table(trials[:_MOST_ROWS], [p.name for p in settings.space.parameters])
+    titles, rows = trial_table(trials[:_MOST_ROWS], [p.name for p in settings.space.parameters])
     say("")
-    for line in aligned(titles, rows) if rows else ["no trial yet"]:
+    for line in table_lines(titles, rows, left=len(titles)) if rows else ["no trial yet"]:
         say(line)
     if len(trials) > _MOST_ROWS:
         say(f"… and {len(trials) - _MOST_ROWS} more in the report")

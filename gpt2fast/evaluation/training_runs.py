@@ -17,8 +17,8 @@ from torch import Tensor
 from ..data.meta import read_meta
 from ..data.tokens import Tokens, open_tokens, token_files
 from ..errors import DataError, Error
-from ..reporting.runs import Run, read_runs
 from ..tokenizer import Tokenizer
+from ..training.logs.runs import LoggedRun, read_runs
 
 _SAMPLES, _SAMPLE_TOKENS = 16, 32
 _SEARCHED_BYTES = 1 << 32
@@ -30,7 +30,7 @@ _COUNTED_AT_ONCE = 1 << 24
 class TrainingRun:
     """A run, and the folders of tokens that it was trained on, where they are still there."""
 
-    run: Run
+    run: LoggedRun
     data: tuple[Path, ...]
 
     def seen(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, int]:
@@ -152,7 +152,7 @@ def _counts(tokens: Tokens, size: int) -> Tensor:
     return counts
 
 
-def _data_of(run: Run) -> tuple[Path, ...]:
+def _data_of(run: LoggedRun) -> tuple[Path, ...]:
     """The folders of tokens of a run that are still there."""
     made_here = run.folder / "data"
     if (made_here / "meta.json").is_file():

@@ -25,14 +25,13 @@ from .._system.files import atomic_write_text
 from .._system.lock import only_process
 from .._system.output import tell, warn
 from .._system.parsing import read_yaml
+from .._system.tables import setting
 from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..training import Interrupted, TrainConfig, TrainResult, train
 from ..training.config import DATA_SETTINGS
 from ..training.source import located, prepared_data, source_of
-from .search import make_pruner, make_sampler
-from .space import MACHINE, REPORTING, Space
-from .storage import (
+from .database import (
     StudyError,
     counted,
     make_again,
@@ -44,7 +43,9 @@ from .storage import (
     sign,
     storage_failures_explained,
 )
-from .table import setting
+from .search import make_pruner, make_sampler
+from .space import MACHINE, REPORTING, Space
+from .trials import DIGITS
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -258,7 +259,7 @@ class _Tuning:
         try:
             folder.mkdir()
             values = self.space.suggest(trial)
-            shown = "  ".join(f"{name} {setting(value)}" for name, value in values.items())
+            shown = "  ".join(f"{name} {setting(value, DIGITS)}" for name, value in values.items())
             tell(_log, f"trial {trial.number}: {shown}")
             config = dataclasses.replace(
                 self.common,
