@@ -16,7 +16,7 @@ from .arguments import OneLineParser, ParagraphFormatter, text_argument
 from .command import command
 
 if TYPE_CHECKING:
-    from ..tuning.study import Settings
+    from ..tuning.study import StudyConfig
 
 EXAMPLES = """\
 examples:
@@ -100,10 +100,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(argv: Sequence[str]) -> Settings:
+def settings_of(argv: Sequence[str]) -> StudyConfig:
     """What the command line asks for. Raises ConfigError for a mistake in settings or space."""
     from ..tuning.space import read_space
-    from ..tuning.study import Settings
+    from ..tuning.study import StudyConfig
     from . import train
 
     known = parser()
@@ -120,7 +120,7 @@ def settings_of(argv: Sequence[str]) -> Settings:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a trial runs in one process; start this command several times instead")
     base, _ = train.parse(others)
-    return Settings(
+    return StudyConfig(
         base=base,
         space=read_space(options.space),
         out=Path(options.out),
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _tell(study: object, settings: Settings) -> None:
+def _tell(study: object, settings: StudyConfig) -> None:
     from optuna import Study
 
     from .._system.tables import table_lines
@@ -189,7 +189,7 @@ def _tell(study: object, settings: Settings) -> None:
         say(f"train with the best settings:\n  python -m gpt2fast.train --config {best}")
 
 
-def _code(study: object, settings: Settings) -> int:
+def _code(study: object, settings: StudyConfig) -> int:
     """1 where every trial failed."""
     from optuna import Study
     from optuna.trial import TrialState

@@ -34,12 +34,12 @@ from ..training.source import located, prepared_data, source_of
 from .database import (
     StudyError,
     counted,
-    make_again,
     one_line,
     open_study,
     recover_lost_trials,
     require_optuna,
     require_same,
+    run_again,
     sign,
     storage_failures_explained,
 )
@@ -56,30 +56,30 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.yaml"
 BEST_FILE = "best.yaml"
 _WEIGHTS = ("checkpoints", "adapter", "model.safetensors")
-"""What a trial's folder loses when the trial is not the best."""
+"""Files and folders that are deleted from a trial's folder unless the trial is the best."""
 _MOST_FAILURES = 10
-"""In a row; then it is not the settings that fail."""
+"""In a row; the study stops then, since something else than the settings must be wrong."""
 
 Train = Callable[..., TrainResult]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a study is told."""
+class StudyConfig:
+    """Settings of a study."""
 
     base: TrainConfig
-    """What the trials have in common."""
+    """Settings that all trials have in common."""
     space: Space
     out: Path
     trials: int = 50
-    """Finished trials at which the study ends, those before a resumption counted."""
+    """The study ends at this number of finished trials, counting those before it was resumed."""
     storage: str | None = None
     """Database URL; None: OUT/study.db."""
     name: str = "study"
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["hyperband", "median", "none"] = "hyperband"
     hours: float | None = None
-    """No trial begins after this time."""
+    """No trial begins later than this."""
     keep_checkpoints: bool = False
 
 
@@ -91,12 +91,12 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def tune(settings: Settings, train: Train = train) -> Study:
+def tune(settings: StudyConfig, train: Train = train) -> Study:
     """Run trials until the study has `settings.trials`; other processes may do the same.
 
     Args:
         settings: of the study.
-        train: what runs a trial; called like `gpt2fast.training.train`.
+        train: runs a trial; called like `gpt2fast.training.train`.
 
     Raises:
         ConfigError: settings, space, storage or folder are wrong, or another study's.
@@ -105,11 +105,11 @@ def tune(settings: Settings, train: Train = train) -> Study:
     """
     require_optuna()
     with storage_failures_explained():
-        return _Tuning(settings, train).run()
+        return _StudyRun(settings, train).run()
 
 
-class _Tuning:
-    def __init__(self, settings: Settings, train: Train) -> None:
+class _StudyRun:
+    def __init__(self, settings: StudyConfig, train: Train) -> None:
         self.settings, self.train = settings, train
         self.base, self.space, self.out = settings.base, settings.space, settings.out
         self.trials = self.out / "trials"
@@ -142,9 +142,9 @@ class _Tuning:
             raise ConfigError(f"{file} is damaged; delete it, or name another --out")
         config = dataclasses.replace(self.base, out=str(self.out))
         there = (self.out / "data" / "meta.json").is_file()
-        # Of text that is prepared here only its result is known to the other workers.
-        made = {"source": source_of(config)} if there else {}
-        require_same(kept, {**asked, **made}, f"the study in {self.out}")
+        # If the text is prepared here, other workers know only the prepared data.
+        known = {"source": source_of(config)} if there else {}
+        require_same(kept, {**asked, **known}, f"the study in {self.out}")
         data = prepared_data(config, resuming=there)
         module = DataModule(
             data,
@@ -211,13 +211,12 @@ class _Tuning:
                     continue
             trial = study.get_trials(deepcopy=False)[self.number]
             if trial.state != TrialState.COMPLETE:
-                gc.collect()  # its model may hang on to the traceback
+                gc.collect()  # the traceback may keep its model alive
             if self.signum is not None:
-                make_again(study, trial, lost=False)
+                run_again(study, trial, lost=False)
                 raise Stopped(
                     self.signum,
-                    f"stopped; trial {trial.number} will be made again. Continue with the same "
-                    "command",
+                    f"stopped; trial {trial.number} will run again. Continue with the same command",
                 )
             self._account(trial)
             failures = failures + 1 if trial.state == TrialState.FAIL else 0
@@ -230,7 +229,7 @@ class _Tuning:
         return study
 
     def _take_turn(self) -> bool:
-        """Whether there is a trial to run; until it has begun, the others wait."""
+        """Take the lock; True if there is a trial to run."""
         from optuna.trial import TrialState
 
         self.turn.enter_context(only_process(self._lock))
@@ -293,7 +292,7 @@ class _Tuning:
         last = config.steps(self.tokens)
 
         def on_validation(step: int, loss: float) -> None:
-            if step == 0:  # chance alone
+            if step == 0:  # untrained
                 return
             trial.report(loss, step)
             if step < last and trial.should_prune():
@@ -307,7 +306,7 @@ class _Tuning:
     # -- after a trial -----------------------------------------------------------------------
 
     def _account(self, trial: FrozenTrial) -> None:
-        """Say how it went, write the best settings, clear away what nobody needs."""
+        """Report its result, write the best settings, delete weights that are not kept."""
         from optuna.trial import TrialState
 
         trials = self.study.get_trials(deepcopy=False)
@@ -331,7 +330,7 @@ class _Tuning:
     def _write_best(self, best: FrozenTrial) -> None:
         import yaml
 
-        # The data as they were named, so that the file serves without this folder, too.
+        # The data as they were named, so that the file works without this folder, too.
         values = dataclasses.replace(
             self.base, **located(self.base), **best.params, out=str(self.out / "best")
         ).to_dict()
@@ -363,7 +362,7 @@ def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
 
 
 def _compared(base: TrainConfig) -> dict[str, Any]:
-    """What all workers of a study must agree on, the data aside."""
+    """The settings that all workers of a study must share, except for the data."""
     left_out = {*DATA_SETTINGS, *MACHINE, *REPORTING} - {"eval_interval", "eval_batches"}
     return {name: value for name, value in base.to_dict().items() if name not in left_out}
 

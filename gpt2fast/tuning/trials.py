@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 DIGITS = 4
-"""Of numbers among the settings that a sampler chose."""
+"""Significant digits of settings that a sampler chose."""
 
 
 def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
