@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from time_limits import patience
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -82,7 +84,7 @@ def in_this_process(module: str, arguments: list[str]) -> str:
     return written.getvalue()
 
 
-def in_a_shell(line: str, timeout: float = 120) -> str:
+def in_a_shell(line: str) -> str:
     """One command line, in a shell."""
     bash = shutil.which("bash")
     if bash is None:
@@ -96,7 +98,7 @@ def in_a_shell(line: str, timeout: float = 120) -> str:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=timeout,
+        timeout=patience(),
     )
     assert done.returncode == 0, f"{line} ended with {done.returncode}"
     return done.stdout

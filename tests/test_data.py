@@ -30,6 +30,7 @@ from gpt2fast.data.split import hold_out
 from gpt2fast.data.text import END_OF_TEXT, Cuts, read_blocks
 from gpt2fast.errors import ConfigError, DataError, Error, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from time_limits import patience
 
 ROOT = Path(__file__).parents[1]
 STORY = (
@@ -617,7 +618,7 @@ def progress(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 preparing.prepare_data({str(path)!r}, {str(tmp_path / "out")!r}, progress=progress)
 """
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=patience())
     assert killed.returncode == -signal.SIGKILL
     done = []
     data = prepare_data(path, tmp_path / "out", progress=lambda stage, d, t: done.append(d / t))
@@ -1088,7 +1089,7 @@ def test_ctrl_c_ends_quietly(tmp_path):
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(patience()) == 130
         assert process.stderr.read() == "interrupted\n"
     assert not out.exists()  # what came through a pipe cannot be continued
 

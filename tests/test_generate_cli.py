@@ -29,6 +29,7 @@ from gpt2fast.inference.generator import Generation, Generator
 from gpt2fast.lora import add_adapters, save_adapter
 from gpt2fast.ops.backend import requested_backend
 from gpt2fast.tokenizer import BPETokenizer
+from time_limits import patience
 
 PROMPT = "Once upon a time"
 TEXT = "Once upon a time the cat sat on the mat. The dog sat there too, and so it goes on. "
@@ -665,7 +666,7 @@ def test_progress_is_written_over_on_a_terminal_and_never_within_a_result(model_
         command(model_dir, "--prompts-file", str(file), "--max-new-tokens", "40", "--progress")
     )
     screen = terminal.wait_for(b"70/70 done") + terminal.wait_for(b"left")
-    assert terminal.process.wait(60) == 0
+    assert terminal.process.wait(patience()) == 0
     assert b"\r\x1b[K0/70 done" in screen
     # Once the line is taken off, what is left are whole results.
     kept = re.sub(rb"\r\x1b\[K[^\r\n\x1b]*(?=\r\x1b\[K)", b"", screen).replace(b"\r\x1b[K", b"")
@@ -901,7 +902,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(model_dir):
     )  # fmt: skip
     assert process.stdout.read(40).startswith(PROMPT.encode())
     process.stdout.close()
-    assert process.wait(60) == 0
+    assert process.wait(patience()) == 0
     # The window's note may come before the reader leaves.
     assert all(line.startswith(b"note: ") for line in process.stderr.read().splitlines())
 
@@ -913,7 +914,7 @@ def test_interrupting_ends_it_with_code_130_and_no_traceback(model_dir):
     )  # fmt: skip
     process.stdout.read(40)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=patience())
     assert process.returncode == 130
     assert b"Traceback" not in err
 
@@ -971,7 +972,7 @@ def test_interrupting_an_import_leaves_no_traceback(model_dir):
         assert any(line.endswith(module) for line in process.stderr), module
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert b"Traceback" not in process.communicate(timeout=60)[1]
+        assert b"Traceback" not in process.communicate(timeout=patience())[1]
         assert process.returncode == 130
 
 
@@ -988,9 +989,9 @@ class Terminal:
         )
         os.close(side)
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text):
         """Read until the text appears on the screen; returns all that came up to it."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + patience()
         while text not in self.screen:
             assert time.monotonic() < end, self.screen
             if select.select([self._main], [], [], 0.1)[0]:
@@ -1004,7 +1005,7 @@ class Terminal:
 
     def wait_for_more(self, count):
         """Read until so many bytes have come; they stay on the screen."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + patience()
         while len(self.screen) < count:
             assert time.monotonic() < end, self.screen
             if select.select([self._main], [], [], 0.1)[0]:
@@ -1040,7 +1041,7 @@ def test_a_terminal_conversation_survives_ctrl_c(model_dir):
     terminal.type(b"\n")
     terminal.wait_for(b"> ")
     terminal.type(b"\x04")
-    assert terminal.process.wait(60) == 0
+    assert terminal.process.wait(patience()) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -1051,11 +1052,11 @@ def test_text_streams_on_a_terminal(model_dir):
     assert terminal.process.poll() is None
     terminal.interrupt()
     assert b"note: " not in terminal.wait_for(b"\r\nnote: ")[:-8]
-    assert terminal.process.wait(60) == 130
+    assert terminal.process.wait(patience()) == 130
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_without_a_prompt_a_terminal_gets_a_hint(model_dir):
     terminal = Terminal(command(model_dir))
     assert b"error: there is no prompt" in terminal.wait_for(b"--help")
-    assert terminal.process.wait(60) == 2
+    assert terminal.process.wait(patience()) == 2

@@ -21,6 +21,7 @@ from gpt2fast.errors import ConfigError
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, TrainResult
 from gpt2fast.tuning.space import parse_space, read_space, spaces
 from test_training import write_text
+from time_limits import patience
 
 BASE = TrainConfig(data="x.txt")
 LR = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}
@@ -453,7 +454,7 @@ def start(arguments: list[str], *more: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_two_workers_share_a_study(arguments, optuna):
     workers = [start(arguments, "--trials", "9") for _ in range(2)]
-    printed = [worker.communicate(timeout=250)[0] for worker in workers]
+    printed = [worker.communicate(timeout=patience())[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], printed
     trials = study_in(arguments, optuna).trials
     assert len(trials) == 9 and all(t.state.is_finished() for t in trials)
@@ -479,7 +480,7 @@ def test_a_killed_worker_costs_no_trial(arguments, optuna):
         if line.startswith("trial 1"):
             break
     worker.send_signal(signal.SIGINT)
-    printed = worker.communicate(timeout=100)[0]
+    printed = worker.communicate(timeout=patience())[0]
     assert worker.returncode == 130 and "same command" in printed
     trials = study.trials
     assert [t.state.name for t in trials] == ["FAIL", "FAIL", "WAITING"]
