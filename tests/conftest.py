@@ -11,6 +11,7 @@ import torch
 
 import rotation
 from thread_order import THREAD_ORDER
+from time_limits import CLOCK
 
 # The tests' tensors are small: threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
@@ -18,9 +19,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-_CLOCK = rotation.Clock()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -34,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if item.config.pluginmanager.hasplugin("timeout"):
-        _CLOCK.set_limit(item)
+        CLOCK.set_limit(item)
     return (yield)
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from gpt2fast.__main__ import main as gpt2fast_command
 from gpt2fast.cli.command import COMMANDS
+from time_limits import patience
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +85,7 @@ def in_this_process(arguments: list[str]) -> str:
     return written.getvalue()
 
 
-def in_a_shell(line: str, timeout: float = 120) -> str:
+def in_a_shell(line: str) -> str:
     """One command line, in a shell."""
     bash = shutil.which("bash")
     if bash is None:
@@ -100,7 +101,7 @@ def in_a_shell(line: str, timeout: float = 120) -> str:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=timeout,
+        timeout=patience(),
     )
     assert done.returncode == 0, f"{line} ended with {done.returncode}"
     return done.stdout

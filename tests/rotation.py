@@ -1,4 +1,4 @@
-"""Which tests run: a part of the many combinations a day, all of them when asked; and how long.
+"""The tests that run: a part of the many combinations a day, all of them when asked.
 
     GPT2FAST_TEST_DAY=20780    the part of that day, as the header of a run names it
     GPT2FAST_TEST_ALL=1        every combination; so does any -m of one's own, or a test named by ::
@@ -15,7 +15,6 @@ import time
 import zlib
 
 import pytest
-import torch
 
 # Tests with many combinations, and into how many parts they are cut. What is one test in each of
 # several backends and dtypes is cut, too: neighbouring combinations find most of each other's bugs.
@@ -121,43 +120,3 @@ def header(config: pytest.Config) -> str:
     if takes_all(config) and not _is_set("GPT2FAST_TEST_FAST"):
         return "combinations: all"
     return f"combinations: the part of GPT2FAST_TEST_DAY={day()} (GPT2FAST_TEST_ALL=1 runs all)"
-
-
-QUIET = 0.05
-"""Seconds that `_work` takes on a quiet core of some years ago."""
-LIMIT = 300.0
-"""Seconds that a test may take on such a core; a hang is a failure."""
-
-
-def _work() -> float:
-    begin = time.perf_counter()
-    total, matrix = 0, torch.ones(64, 64)
-    for i in range(300_000):
-        total += i & 7
-        if i % 1000 == 0:
-            matrix @ matrix
-    return time.perf_counter() - begin
-
-
-class Clock:
-    """How much slower than a quiet core this machine is now, measured once a minute."""
-
-    def __init__(self) -> None:
-        self._measured = -60.0
-        self._slowness = 1.0
-
-    def slowness(self) -> float:
-        """At least 1; the load counts as well, since a test's processes share what there is."""
-        if time.monotonic() - self._measured >= 60.0:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-            load = os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else 1.0
-            self._slowness = max(1.0, _work() / QUIET, load)
-            self._measured = time.monotonic()
-        return self._slowness
-
-    def set_limit(self, item: pytest.Item) -> None:
-        """Give a test its own limit, or the usual one, as many times longer."""
-        marker = item.get_closest_marker("timeout")
-        seconds = LIMIT if marker is None else marker.args[0] if marker.args else LIMIT
-        if seconds:
-            item.add_marker(pytest.mark.timeout(seconds * self.slowness()), append=False)

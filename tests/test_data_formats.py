@@ -28,6 +28,7 @@ from gpt2fast.data import DataModule, prepare_data, sources
 from gpt2fast.data.opening import TextInput
 from gpt2fast.errors import DataError
 from gpt2fast.evaluation.sources import read_text
+from time_limits import patience
 
 TEXT = 'The sea was high.\r\n"Aye, café", he said; 海\n<|endoftext|>\nSecond text\n' * 60
 DOCUMENTS = [f'Document\t{i}, with "quotes";\nlines and café' for i in range(90)]
@@ -483,7 +484,7 @@ def test_one_file_twice_is_refused_and_a_copy_is_told(tmp_path):
 
 def run(*arguments, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "gpt2fast.prepare", *arguments]
-    return subprocess.run(command, capture_output=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, timeout=patience(), **options)
 
 
 def test_standard_input_of_records_is_read_as_such(tmp_path, records):
@@ -499,7 +500,7 @@ def test_standard_input_of_records_is_read_as_such(tmp_path, records):
 
 def test_standard_input_that_is_closed_is_told(tmp_path):
     script = f"exec {sys.executable} -m gpt2fast.prepare - --out {tmp_path / 'out'} <&-"
-    done = subprocess.run(["sh", "-c", script], capture_output=True, timeout=120)
+    done = subprocess.run(["sh", "-c", script], capture_output=True, timeout=patience())
     assert (done.returncode, done.stderr) == (
         1, b"error: there is no text in the input (-)\n",
     )  # fmt: skip

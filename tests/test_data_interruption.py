@@ -19,6 +19,7 @@ from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.data.text import END_OF_TEXT, read_blocks
 from gpt2fast.errors import DataError
 from small_library import LIBRARY, ROOT, STORY, contents, library, write
+from time_limits import patience
 
 # -- interruption --------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ def progress(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 preparing.prepare_data({str(path)!r}, {str(tmp_path / "out")!r}, progress=progress)
 """
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=patience())
     assert killed.returncode == -signal.SIGKILL
     done = []
     data = prepare_data(path, tmp_path / "out", progress=lambda stage, d, t: done.append(d / t))

@@ -18,6 +18,7 @@ import pytest
 from gpt2fast._system.output import shown
 from gpt2fast.cli.command import suit_streams
 from gpt2fast.training.logs import progress
+from time_limits import patience
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,7 +184,7 @@ def on_a_terminal(code: str, act: Any = lambda process, terminal: None) -> tuple
             acted = True
             act(process, terminal)
     os.close(terminal)
-    return process.wait(60), written.decode(errors="replace")
+    return process.wait(patience()), written.decode(errors="replace")
 
 
 def test_a_terminal_shows_a_live_panel_and_keeps_validations():

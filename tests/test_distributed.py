@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from gpt2fast.model import GPT2
 from gpt2fast.training import TrainConfig, train
 from gpt2fast.training.logs.log import read_rows
 from test_training import flags, write_text
+from time_limits import patience, wait_until
 
 SETTINGS = {
     "n_layer": 2,
@@ -51,7 +51,7 @@ def torchrun(processes: int, arguments: list[str], *options: str, **environment:
 
 def run(processes: int, settings: dict[str, object], *more: str) -> str:
     process = torchrun(processes, [*flags(settings), *more])
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=patience())
     assert process.returncode == 0, err
     return out
 
@@ -132,19 +132,11 @@ def test_resumed_on_as_many_processes_bit_for_bit(text, tmp_path):
 def test_what_cannot_be_shared_evenly_is_refused(text, tmp_path):
     settings = {**SETTINGS, "data": text, "out": tmp_path / "run", "batch_size": 3}
     process = torchrun(2, flags({**settings, "grad_accumulation": 1}))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=patience())
     assert process.returncode == 1
     assert "make one of them a multiple of 2" in err
     assert "gpt2fast/cli/train.py" not in err  # no traceback of ours
     assert not (tmp_path / "run").exists()
-
-
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end, f"{path} did not come"
-        time.sleep(0.02)
 
 
 def trainers(process: subprocess.Popen) -> list[int]:
@@ -161,9 +153,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="ne
 def test_a_process_that_dies_ends_the_job_and_the_checkpoint_stands(text, tmp_path):
     out = tmp_path / "run"
     process = torchrun(2, flags({**LONG, "data": text, "out": out}))
-    wait_for(out / "checkpoints" / "step-00000005", process)
+    wait_until((out / "checkpoints" / "step-00000005").exists, process)
     os.kill(trainers(process)[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=patience())
     assert process.returncode != 0
     assert "SIGKILL" in err or "Signal 9" in err
     from gpt2fast.training.checkpoints.save import find_checkpoint
@@ -177,7 +169,7 @@ def test_a_process_that_dies_ends_the_job_and_the_checkpoint_stands(text, tmp_pa
 def test_restarted_processes_go_on_from_the_last_checkpoint(text, tmp_path):
     out = tmp_path / "run"
     process = torchrun(2, flags({**LONG, "data": text, "out": out}), "--max-restarts=1")
-    wait_for(out / "checkpoints" / "step-00000005", process)
+    wait_until((out / "checkpoints" / "step-00000005").exists, process)
     os.kill(trainers(process)[0], signal.SIGKILL)
     for line in process.stdout:
         if "resumed from" in line:
@@ -185,16 +177,16 @@ def test_restarted_processes_go_on_from_the_last_checkpoint(text, tmp_path):
     else:
         pytest.fail(process.communicate()[1])
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=patience())
 
 
 @needs_proc
 def test_sigterm_saves_a_checkpoint_in_every_process(text, tmp_path):
     out = tmp_path / "run"
     process = torchrun(2, flags({**LONG, "data": text, "out": out}))
-    wait_for(out / "checkpoints" / "step-00000005", process)
+    wait_until((out / "checkpoints" / "step-00000005").exists, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=patience())
     assert "stopped at step" in err and err.count("stopped at step") == 1
     saved = sorted((out / "checkpoints").glob("step-*"))
     assert (saved[-1] / "training_state.safetensors").is_file()

@@ -29,8 +29,8 @@ from gpt2fast.evaluation.compression import Enwik8, Text8
 from gpt2fast.evaluation.hellaswag import HellaSwag
 from gpt2fast.evaluation.lambada import Lambada
 from gpt2fast.evaluation.published import published_size
+from gpt2fast.evaluation.results import as_object, as_table
 from gpt2fast.evaluation.sources import load
-from gpt2fast.evaluation.table import as_object, as_table
 from gpt2fast.evaluation.wikitext import WikiText2, WikiText2Joined
 from gpt2fast.tokenizer import CharTokenizer
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from time_limits import patience
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 # In a process of its own, whose threads are as many as a user's.
@@ -102,7 +104,6 @@ def application(environ, start_response):
     return [json.dumps(found).encode()]
 """
 )
-SECONDS = 120
 
 
 def test_workers_of_a_gunicorn_that_has_written_before_the_fork_write(tmp_path):
@@ -112,14 +113,14 @@ def test_workers_of_a_gunicorn_that_has_written_before_the_fork_write(tmp_path):
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", "2"]
     # A worker answers one request at a time, and waits for none that a client keeps open.
-    options = ["--worker-class", "sync", "--timeout", str(SECONDS), "--bind", "127.0.0.1:0"]
+    options = ["--worker-class", "sync", "--timeout", str(int(patience())), "--bind", "127.0.0.1:0"]
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(
             [*command, *options, "application:application"],
             cwd=tmp_path, env=environment, stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + patience()
         port = None
         while port is None:
             said = (tmp_path / "log").read_text(errors="replace")

@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from time_limits import patience
+
 FUZZ = Path(__file__).parent / "fuzz"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FUZZ.parents[1]), str(FUZZ)])}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=250
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patience(),
     )
 
 

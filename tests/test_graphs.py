@@ -18,6 +18,7 @@ from gpt2fast.inference import decoding, engine, graph_pool
 from gpt2fast.inference.stopping import StopCriteria
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.sampling_options import SamplingOptions
+from time_limits import patience
 
 PROMPTS = torch.tensor([[0, 0, 7, 3], [5, 1, 2, 9], [0, 4, 4, 8]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
@@ -271,7 +272,7 @@ def test_two_calls_at_once_have_a_graph_each(model, ahead, plainly):
     with backend("torch"):
         expected = [plainly(model, prompts(3)[0] + i, max_new_tokens=40) for i in range(2)]
         pool = graph_pool.pool_of(model)
-        gate, found = threading.Barrier(2, timeout=60), {}
+        gate, found = threading.Barrier(2, timeout=patience()), {}
 
         def call(index: int) -> None:
             tokens = (prompts(3)[0] + index).tolist()

@@ -107,7 +107,7 @@ def test_the_first_block_runs_in_a_minute(name: str, in_readers_folder: None):
             continue
         for written, instead in INSTEAD.items():
             line = instead + line.removeprefix(written) if line.startswith(written) else line
-        in_a_shell(line, timeout=600)
+        in_a_shell(line)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime - before.ru_utime
     assert seconds < SECONDS, f"docs/{name}.md begins with {seconds:.0f} s of work for one core"

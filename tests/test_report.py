@@ -15,11 +15,11 @@ import yaml
 
 from gpt2fast.cli import report
 from gpt2fast.errors import DataError
+from gpt2fast.reporting.comparison import differences, results
 from gpt2fast.reporting.curves import points
-from gpt2fast.reporting.runs import Run, read_runs
-from gpt2fast.reporting.table import differences, results
 from gpt2fast.training import TrainConfig
 from gpt2fast.training.logs.log import RunLog
+from gpt2fast.training.logs.runs import LoggedRun, read_runs
 
 VOID = {"meta", "input", "br", "hr", "link", "img"}
 
@@ -175,7 +175,7 @@ def test_points_over_steps_tokens_and_hours(two):
 
 def test_a_long_curve_is_averaged_down():
     rows = [{"step": step, "train_loss": float(step % 2)} for step in range(4000)]
-    xs, ys = points(Run("a", Path("a"), rows, {}, False), "train_loss", "step")
+    xs, ys = points(LoggedRun("a", Path("a"), rows, {}, False), "train_loss", "step")
     assert len(xs) == 1334 and xs[0] == 1 and min(xs) >= 0 and max(xs) <= 3999
     assert set(ys) == {1 / 3, 2 / 3, 1.0}  # the last point stands for one row
 

@@ -11,6 +11,7 @@ import pytest
 
 import rotation
 import thread_order
+import time_limits
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,12 +108,12 @@ def test_a_failure_names_the_order_that_repeats_it(tmp_path, named):
 
 def test_a_slower_machine_has_longer_limits(request, monkeypatch):
     before = request.node.get_closest_marker("timeout")  # this test has its own limit already
-    usual = before.args[0] if before is not None and before.args else rotation.LIMIT
-    monkeypatch.setattr(rotation, "_work", lambda: 4 * rotation.QUIET)
-    monkeypatch.setattr(rotation.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
-    rotation.Clock().set_limit(request.node)
+    usual = before.args[0] if before is not None and before.args else time_limits.LIMIT
+    monkeypatch.setattr(time_limits, "_work", lambda: 4 * time_limits.QUIET)
+    monkeypatch.setattr(time_limits.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
+    time_limits.Clock().set_limit(request.node)
     assert request.node.get_closest_marker("timeout").args == (pytest.approx(4 * usual),)
-    monkeypatch.setattr(rotation, "_work", lambda: rotation.QUIET / 4)
+    monkeypatch.setattr(time_limits, "_work", lambda: time_limits.QUIET / 4)
     request.node.add_marker(pytest.mark.timeout(7.0), append=False)
-    rotation.Clock().set_limit(request.node)
+    time_limits.Clock().set_limit(request.node)
     assert request.node.get_closest_marker("timeout").args == (7.0,)

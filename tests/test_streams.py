@@ -20,6 +20,7 @@ from gpt2fast.data.meta import read_meta
 from gpt2fast.errors import ConfigError, why_not_written
 from gpt2fast.tokenizer import CharTokenizer
 from gpt2fast.training import TrainConfig
+from time_limits import patience
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names of files are no bytes")
 
@@ -53,7 +54,7 @@ def run(place, environment, module, *arguments, redirection=""):
     line = [sys.executable, "-m", f"gpt2fast.{module}", *arguments]
     done = subprocess.run(
         ["bash", "-c", f'"$@" {redirection}', "bash", *line],
-        cwd=place, stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+        cwd=place, stdin=subprocess.DEVNULL, capture_output=True, timeout=patience(),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
     error = done.stderr.decode()

@@ -39,6 +39,7 @@ from gpt2fast.training.logs.log import RunLog
 from gpt2fast.training.optimizers import ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
 from gpt2fast.training.stopping import SignalWatch
+from time_limits import patience, wait_until
 
 TINY = {
     "n_layer": 1,
@@ -618,14 +619,6 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.002)
-
-
 def settings_of(config: TrainConfig, **changes) -> list[str]:
     return flags(changed(config, **changes).to_dict())
 
@@ -648,7 +641,7 @@ def test_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(config, tmp_
     out = tmp_path / "killed"
     # Saving at step 10 alone, then many more steps: the kill falls between two checkpoints.
     process = start(settings_of(config, out=str(out), checkpoint_interval=10, keep_checkpoints=9))
-    wait_for(out / "checkpoints" / "step-00000010", process)
+    wait_until((out / "checkpoints" / "step-00000010").exists, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     for later in checkpoint.step_checkpoints(out / "checkpoints"):
@@ -657,7 +650,7 @@ def test_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(config, tmp_
     (out / "model.safetensors").unlink(missing_ok=True)
 
     resumed = start(["--resume", str(out)])
-    printed, errors = resumed.communicate(timeout=120)
+    printed, errors = resumed.communicate(timeout=patience())
     assert resumed.returncode == 0, errors
     assert "resumed from" in printed and "at step 10" in printed
     assert digest(out / "model.safetensors") == digest(straight / "model.safetensors")
@@ -696,9 +689,9 @@ def test_resuming_at_any_step_equals_the_straight_run(config, tmp_path, at, monk
 def test_signal_saves_a_checkpoint_and_says_how_to_go_on(config, signum, code):
     out = Path(config.out)
     process = start(settings_of(config, max_steps=100_000, checkpoint_interval=5, log_interval=500))
-    wait_for(out / "checkpoints" / "step-00000005", process)
+    wait_until((out / "checkpoints" / "step-00000005").exists, process)
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patience())
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert f"--resume {out}" in errors
@@ -719,7 +712,7 @@ def test_a_closed_terminal_saves_a_checkpoint(config):
     if pid == 0:
         os.environ["PYTHONPATH"] = root
         os.execv(sys.executable, [sys.executable, "-m", "gpt2fast.train", *arguments])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience()
     while not (out / "checkpoints" / "step-00000005").exists():
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 1 << 16)

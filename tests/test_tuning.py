@@ -21,6 +21,7 @@ from gpt2fast.errors import ConfigError
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, TrainResult
 from gpt2fast.tuning.space import parse_space, read_space, spaces
 from test_training import write_text
+from time_limits import patience
 
 BASE = TrainConfig(data="x.txt")
 LR = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}
@@ -320,7 +321,7 @@ def test_a_report_shows_what_matters(arguments, optuna, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_what_was_lost_with_its_worker_is_made_again(arguments, optuna, monkeypatch):
-    from gpt2fast.tuning import storage
+    from gpt2fast.tuning.database import sign
     from gpt2fast.tuning.study import tune
 
     settings = of(arguments, trials=3)
@@ -330,10 +331,10 @@ def test_what_was_lost_with_its_worker_is_made_again(arguments, optuna, monkeypa
     lost = study.ask()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: gone.pid)
-        storage.sign(lost)
+        sign(lost)
     value = lost.suggest_float("lr", 1e-3, 1e-1, log=True)
     alive = study.ask()
-    storage.sign(alive)
+    sign(alive)
     fake = FakeTrain()
     trials = tune(settings, fake).trials
     assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "RUNNING", "COMPLETE"]
@@ -453,7 +454,7 @@ def start(arguments: list[str], *more: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_two_workers_share_a_study(arguments, optuna):
     workers = [start(arguments, "--trials", "9") for _ in range(2)]
-    printed = [worker.communicate(timeout=250)[0] for worker in workers]
+    printed = [worker.communicate(timeout=patience())[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], printed
     trials = study_in(arguments, optuna).trials
     assert len(trials) == 9 and all(t.state.is_finished() for t in trials)
@@ -479,7 +480,7 @@ def test_a_killed_worker_costs_no_trial(arguments, optuna):
         if line.startswith("trial 1"):
             break
     worker.send_signal(signal.SIGINT)
-    printed = worker.communicate(timeout=100)[0]
+    printed = worker.communicate(timeout=patience())[0]
     assert worker.returncode == 130 and "same command" in printed
     trials = study.trials
     assert [t.state.name for t in trials] == ["FAIL", "FAIL", "WAITING"]

@@ -1,5 +1,5 @@
-"""Files: written atomically, so that a reader sees the old content or the new, never a half; and
-opened only where they are files, since a pipe or a device would block for ever."""
+"""Files, written atomically, so that a reader sees the old content or the new, never a part; and
+read only if they are regular files, since a pipe or a device could block forever."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_unfinished(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Remove what killed processes have left of files called `names`, which nobody writes now."""
+    """Remove the temporary files of killed processes that were writing files called `names`."""
     for name in names:
         for path in Path(directory).glob(f".{name}.????????"):
             path.unlink(missing_ok=True)

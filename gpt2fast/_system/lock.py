@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,34 +10,30 @@ from ..errors import Error
 
 
 @contextmanager
-def only_process(path: Path, busy: Error) -> Iterator[None]:
-    """Hold the lock file `path`; raises `busy` if another process does. It goes with the lock.
+def only_process(path: Path, busy: Error | None = None) -> Iterator[None]:
+    """Hold the lock file `path`, which is removed with the lock; where the file system has no
+    locks, nothing is kept out.
 
-    Where the system or the file system has no such locks (Windows), nothing is kept out.
+    Args:
+        path: of the lock file.
+        busy: raised if another process holds it; None waits.
+
+    Raises:
+        OSError: the file cannot be opened; a link there is not followed.
     """
-    with open(path, "a") as file:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        except OSError:
-            pass
-        if not _is_still(path, file.fileno()):  # its last holder removed it after it was opened
-            raise busy
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                path.unlink()
+    from filelock import FileLock, Timeout  # not at the top: setup.py imports this without it
 
-
-def _is_still(path: Path, descriptor: int) -> bool:
+    lock = FileLock(path, timeout=-1 if busy is None else 0, fallback_to_soft=False)
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except OSError:
-        return False
+        lock.acquire()
+    except Timeout as error:
+        raise busy or error from None
+    except OSError as error:
+        if error.filename is not None:  # flock's own errors name no file
+            raise
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()

@@ -1,4 +1,4 @@
-"""What GNU OpenMP's threads, which are torch's, do on a busy machine and after a fork.
+"""GNU OpenMP's threads, which are torch's, on a busy machine and after a fork.
 
 GNU OpenMP, which torch's builds for Linux bring along, lets a thread that has finished its part
 spin for milliseconds. That gains some percent on an idle machine; on a busy one it spins away the
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""What GNU OpenMP reads; whoever has set one of them has decided."""
+"""GNU OpenMP's own settings; if one of them is set, ours is not."""
 SPINS = "1000"
-"""Some ten microseconds."""
+"""Rounds of spinning, about ten microseconds."""
 
 
 def spin_briefly_if_busy() -> None:
@@ -25,7 +25,7 @@ def spin_briefly_if_busy() -> None:
 
 
 def survive_forks() -> None:
-    """Let a forked child of this process compute with one thread of torch's.
+    """Let forked children of this process compute, with one thread.
 
     A child has none of its parent's threads, and GNU OpenMP waits for them forever at the first
     operation that it shares out.
@@ -41,12 +41,12 @@ def _go_on_alone() -> None:
 
 
 def spins_briefly() -> bool:
-    """Whether somebody has said how long threads spin."""
+    """True if the environment says how long threads spin."""
     return any(name in os.environ for name in VARIABLES)
 
 
 def is_busy() -> bool:
-    """Whether others want all processors, now and over the last minute."""
+    """True if other processes want all processors, now and over the last minute."""
     try:
         average, _, _, runnable, _ = Path("/proc/loadavg").read_text().split()
         others = int(runnable.partition("/")[0]) - 1

@@ -1,4 +1,4 @@
-"""Lines of output: what a command shows, and what the library leaves to `logging` elsewhere.
+"""Lines of output: shown by a command, logged by the library elsewhere.
 
 A program that imports gpt2fast decides itself what is printed: messages go to the loggers called
 "gpt2fast.…" there, and nowhere else. Within `shown()`, in which every command runs, they are lines
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ _status: StatusLine | None = None
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Print what the library has to say, instead of leaving it to `logging` alone."""
+    """Print the library's messages, instead of only logging them."""
     global _shown
     handler, level = _Handler(), _LOGGER.level
     outermost = _shown == 0
@@ -44,7 +45,7 @@ def shown() -> Iterator[None]:
 
 
 def is_shown() -> bool:
-    """Whether a command runs here, which prints."""
+    """True within `shown()`, where messages are printed."""
     return _shown > 0
 
 
@@ -57,7 +58,7 @@ def say(text: str) -> None:
 
 
 def deliver(text: str) -> None:
-    """Print a line at once that is what a command is for. A reader may leave, as after `| head`.
+    """Print a line of a command's result at once. A reader may leave, as after `| head`.
 
     Raises:
         OSError: it cannot be written.
@@ -69,8 +70,8 @@ def deliver(text: str) -> None:
 
 
 def takes_unicode() -> bool:
-    """Whether standard output encodes every character; what it cannot is escaped, which no JSON is
-    to be after."""
+    """True if standard output encodes every character. Others are escaped there, which would break
+    JSON."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
@@ -133,7 +134,7 @@ def held() -> Iterator[None]:
 
 
 class StatusLine:
-    """One line on standard error that says how far the work is.
+    """One line of progress on standard error.
 
     On a terminal it is written over, ten times a second at most. Elsewhere it is a line every
     ten seconds, or nothing.
@@ -150,23 +151,23 @@ class StatusLine:
 
     @property
     def is_due(self) -> bool:
-        """Whether `show` would write now."""
+        """True if `show` would write now."""
         return time.monotonic() >= self._next
 
     def show(self, text: str) -> None:
-        """Say this, if it is time to."""
+        """Show this, if it is time to."""
         if self.is_due:
             self._next = time.monotonic() + self._every
             self._write(text)
 
     def end(self, text: str) -> None:
-        """Say this last, in any case where anything is ever said."""
+        """Show this last, whenever it comes, unless nothing is ever shown."""
         if self._every < float("inf"):
             self.clear()
             complain(text)
 
     def clear(self) -> None:
-        """Take the line off the terminal, for others."""
+        """Remove the line from the terminal."""
         global _status
         if self._visible:
             self._visible, _status = False, None
@@ -181,7 +182,8 @@ class StatusLine:
             return
         self._visible, _status = True, self
         with suppress(OSError, ValueError):
-            sys.stderr.write(f"\r\x1b[K{text}")
+            fitting = text[: shutil.get_terminal_size().columns - 1]  # two lines cannot be removed
+            sys.stderr.write(f"\r\x1b[K{fitting}")
             sys.stderr.flush()
 
 

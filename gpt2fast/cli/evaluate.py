@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..checkpoints.hub import BUNDLED
     from ..evaluation import Settings, evaluate
     from ..evaluation.published import published_size
-    from ..evaluation.table import as_object, as_table
+    from ..evaluation.results import as_object, as_table
 
     settings = Settings(
         limit=args.limit,

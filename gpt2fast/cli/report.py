@@ -54,28 +54,20 @@ def _check_target(flag: str, name: str, endings: tuple[str, ...]) -> None:
 
 def _report(folders: Sequence[str], out: Path, png: str | None, axis: str) -> None:
     from .._system.files import atomic_write_text
+    from .._system.tables import table_lines
+    from ..reporting.comparison import results
     from ..reporting.curves import write_png
-    from ..reporting.page import html
-    from ..reporting.runs import read_runs
-    from ..reporting.table import results
+    from ..reporting.report import runs_page
+    from ..training.logs.runs import read_runs
 
     runs = read_runs(folders)
-    atomic_write_text(out, html(runs))
+    atomic_write_text(out, runs_page(runs))
     titles, rows = results(runs)
-    for line in _aligned(list(zip(titles, *rows, strict=True))):
+    # Columns become lines: a run each would be too wide.
+    head, *body = zip(titles, *rows, strict=True)
+    for line in table_lines(head, body, left=1):
         say(line)
     say(f"\n{out}")
     if png is not None:
         write_png(runs, Path(png), axis)
         say(png)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]

@@ -17,7 +17,7 @@ from .arguments import CommandParser, text_argument
 from .command import command
 
 if TYPE_CHECKING:
-    from ..tuning.study import Settings
+    from ..tuning.study import StudyConfig
 
 EXAMPLES = """\
 examples:
@@ -100,14 +100,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(argv: Sequence[str]) -> Settings:
+def settings_of(argv: Sequence[str]) -> StudyConfig:
     """The study that the command line asks for.
 
     Raises:
         ConfigError: a mistake in the settings or the space.
     """
     from ..tuning.space import read_space
-    from ..tuning.study import Settings
+    from ..tuning.study import StudyConfig
     from . import train
 
     known = parser()
@@ -124,7 +124,7 @@ def settings_of(argv: Sequence[str]) -> Settings:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a trial runs in one process; start this command several times instead")
     base, _ = train.parse(others)
-    return Settings(
+    return StudyConfig(
         base=base,
         space=read_space(options.space),
         out=Path(options.out),
@@ -156,18 +156,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _code(study, settings)
 
 
-def _tell(study: object, settings: Settings) -> None:
+def _tell(study: object, settings: StudyConfig) -> None:
     from optuna import Study
 
+    from .._system.tables import table_lines
     from ..tuning.report import FEWEST_TRIALS, write_report
     from ..tuning.study import BEST_FILE
-    from ..tuning.table import aligned, ranked, table
+    from ..tuning.trials import ranked, trial_table
 
     assert isinstance(study, Study)
     trials = ranked(study.get_trials(deepcopy=False))
-    titles, rows = table(trials[:_MOST_ROWS], [p.name for p in settings.space.parameters])
+    titles, rows = trial_table(trials[:_MOST_ROWS], [p.name for p in settings.space.parameters])
     say("")
-    for line in aligned(titles, rows) if rows else ["no trial yet"]:
+    for line in table_lines(titles, rows, left=len(titles)) if rows else ["no trial yet"]:
         say(line)
     if len(trials) > _MOST_ROWS:
         say(f"… and {len(trials) - _MOST_ROWS} more in the report")
@@ -182,7 +183,7 @@ def _tell(study: object, settings: Settings) -> None:
         say(f"train with the best settings:\n  {command_line('train')} --config {best}")
 
 
-def _code(study: object, settings: Settings) -> int:
+def _code(study: object, settings: StudyConfig) -> int:
     """1 where every trial failed."""
     from optuna import Study
     from optuna.trial import TrialState

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity and the tasks of the GPT-2 paper (docs/evaluation.md)."""
+"""Evaluation: perplexity, and the tasks of the GPT-2 paper (docs/evaluation.md)."""
 
 from __future__ import annotations
 

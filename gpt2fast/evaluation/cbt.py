@@ -36,7 +36,7 @@ class CommonNouns(ChoiceTask):
     hub = Hub("cam-cst/cbt", "CN", "test")
     metrics = ("acc",)
     published = {"acc": (0.8765, 0.9235, 0.9345, 0.9330)}
-    difference = "the paper does not give its de-tokeniser."
+    difference = "the paper does not give its detokenizer."
 
     def read(self, path: Path) -> list[Choice]:
         """The original's text (20 numbered sentences and a question), or the hub's rows as JSONL.

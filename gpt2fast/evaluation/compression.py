@@ -18,8 +18,8 @@ _TEST = 5_000_000
 class Enwik8(TextTask):
     """The last five of its hundred million bytes, the customary test set.
 
-    A file of another size is taken for the test set itself. A character that the cut has gone
-    through is left out.
+    A file of another size is taken for the test set itself. A character that begins before the cut
+    is left out.
     """
 
     name = "enwik8"
@@ -55,12 +55,12 @@ class Enwik8(TextTask):
             )
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
-        """As of `Perplexity`."""
+        """As `Perplexity.shorten`."""
         return [plain(cut(document.text)) for document in documents]
 
 
 class Text8(Enwik8):
-    """As enwik8; of 27 characters, a byte each."""
+    """As enwik8, in 27 characters of one byte each."""
 
     name = "text8"
     about = "text8, its last 5 MB: bits per character"

@@ -27,8 +27,8 @@ class HellaSwag(ChoiceTask):
     def read(self, path: Path) -> list[Choice]:
         """The original's JSONL, or text with six lines an example: context, index, four endings.
 
-        Of the text nothing is changed: who wrote it has prepared it. The one that goes around
-        does not begin the second sentence with a capital letter, as lm-evaluation-harness does.
+        The text is taken as it is, since its author has prepared it. The version that is commonly
+        shared does not capitalize the second sentence as lm-evaluation-harness does.
         """
         if path.name.removesuffix(path.suffix).endswith(".txt") or path.suffix == ".txt":
             return _from_text(path)

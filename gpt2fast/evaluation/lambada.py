@@ -21,7 +21,7 @@ class Passage(NamedTuple):
 
 
 class Lambada(Task[Passage]):
-    """How well the last word is predicted.
+    """Prediction of the last word.
 
     - perplexity: exp of minus the mean over passages of the word's log-likelihood, that is the
       sum over its tokens, the space before it included.

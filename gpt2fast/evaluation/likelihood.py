@@ -1,4 +1,4 @@
-"""Log-likelihoods of tokens under a model, in batches, without logits that nobody asked for.
+"""Log-likelihoods of tokens under a model, in batches, without the logits of other positions.
 
 Everything that is evaluated comes down to one question: how likely are these tokens after those?
 `Scorer.score` answers many at once. Endings that share a context read it once, into a KV cache.
@@ -32,7 +32,7 @@ _MOST_TOKENS_ELSEWHERE = 65536
 
 
 class Request(NamedTuple):
-    """Endings whose likelihood after a context is asked for."""
+    """A context, and endings to score after it."""
 
     context: list[int]
     """Token ids, at least one."""
@@ -41,7 +41,7 @@ class Request(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """What a model says about the tokens of one ending."""
+    """The probabilities that a model gives to the tokens of one ending."""
 
     logprobs: Tensor
     """(N,) float64 log-probabilities in nats, each after the context and the tokens before it."""
@@ -55,7 +55,7 @@ class Likelihood(NamedTuple):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether greedy decoding would write exactly this ending."""
+        """True if greedy decoding would write exactly this ending."""
         return bool(self.greedy.all())
 
 
@@ -63,7 +63,7 @@ class Scorer:
     """A model with its tokenizer, asked for likelihoods.
 
     Args:
-        model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
+        model, tokenizer: a pair; a tokenizer of transformers or tokenizers will do.
         batch_size: sequences read at once; fewer where they are long. Results do not depend on it
             beyond rounding.
         progress: called with the number of requests answered so far and their total.
@@ -84,7 +84,7 @@ class Scorer:
         self._done = self._total = 0
 
     def encode(self, context: str, ending: str) -> tuple[list[int], list[int]]:
-        """Tokens of a context and of what follows it, as lm-evaluation-harness splits them.
+        """Tokens of a context and of its ending, as lm-evaluation-harness splits them.
 
         White space at the end of the context counts to the ending, the two are encoded together,
         and the ending is what comes after as many tokens as the context alone has. An empty

@@ -37,5 +37,5 @@ class Perplexity(TextTask):
         return [plain(read_as_prepared(path))]
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
-        """What --limit leaves: as much of the text as that many windows hold."""
+        """As much of the text as the windows that --limit leaves hold."""
         return [plain(cut(document.text)) for document in documents]

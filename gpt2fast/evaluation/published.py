@@ -1,4 +1,4 @@
-"""Which of OpenAI's four models a model is, for the figures of their paper."""
+"""OpenAI's four models, by which the figures of their paper are found."""
 
 from __future__ import annotations
 

@@ -37,20 +37,20 @@ TASKS: dict[str, type[Task[Any]]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a task came to."""
+    """The scores of a task."""
 
     task: Task[Any]
     data: str
-    """Where the examples were found."""
+    """The place where the examples were found."""
     examples: int
-    """How many were scored."""
+    """The number of examples that were scored."""
     metrics: dict[str, Metric]
     seconds: float
-    """For scoring; reading the examples does not count."""
+    """The time that scoring took, without reading the examples."""
     settings: dict[str, Any]
-    """That the task heeds beside `limit`; what was not given has its default."""
+    """The settings that the task used beside `limit`, defaults included."""
     remarks: tuple[str, ...] = ()
-    """What the numbers mean, and what speaks against them, a sentence each."""
+    """Sentences about the meaning of the numbers, and doubts about them."""
 
 
 def evaluate(
@@ -67,16 +67,16 @@ def evaluate(
     """Score a model on tasks. The data of all of them are read before the first is scored.
 
     Args:
-        model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
+        model, tokenizer: a pair; a tokenizer of transformers or tokenizers will do.
         tasks: names, or tasks of your own.
-        data: files by the task's name; where else is looked, `sources.load` says. For perplexity
-            also a folder of prepared data or of a training run, whose held-out part is scored.
+        data: files by the task's name; for the others see `sources.load`. For perplexity also a
+            folder of prepared data or of a training run, whose held-out part is scored.
         settings: limit, context, stride, first_token.
         batch_size: sequences read at once.
-        progress: called with a task's name, and how many of its requests of how many are answered.
+        progress: called with a task's name, the number of its requests answered, and their total.
         run: folder of the training run that the model comes from, or of one of its checkpoints:
             the remarks say whether a text was trained on, and perplexity, without `data`, is that
-            of the run's held-out part. Other folders and names do no harm.
+            of the run's held-out part. Other folders and names are ignored.
 
     Raises:
         DataError: no such task, or its data are missing or broken.
@@ -123,7 +123,7 @@ def _remarks(
     settings: Settings,
     trained: TrainingRun | None,
 ) -> tuple[str, ...]:
-    """What a text's perplexity means, and a warning where the text was trained on."""
+    """The meaning of a text's perplexity, and a warning where the text was trained on."""
     if not isinstance(task, TextTask):
         return ()
     tokens: list[int] = []

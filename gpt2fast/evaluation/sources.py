@@ -1,4 +1,4 @@
-"""Where examples come from: a file that is named, $GPT2FAST_DATA, the Hugging Face hub."""
+"""Sources of examples: a named file, the folder $GPT2FAST_DATA, the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def load(task: Task[Any], given: str | os.PathLike[str] | None = None) -> tuple[
     """Find and read a task's examples.
 
     Args:
-        task: whose examples.
+        task: that needs them.
         given: the file that holds them. None looks for the task's files in $GPT2FAST_DATA, then
             on the hub.
 
     Returns:
-        Where they were found, and the examples.
+        The place where they were found, and the examples.
 
     Raises:
         DataError: they are nowhere, or broken.
@@ -54,7 +54,7 @@ def read_text(path: Path) -> str:
 
 
 class Row(dict[str, Any]):
-    """An object of a file, and where it stands there."""
+    """An object of a file, and its place there."""
 
     place: str
 

@@ -1,4 +1,4 @@
-"""What a task is: examples from a file or the hub, questions to a model, scores."""
+"""Tasks: examples from a file or the hub, requests to a model, scores."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What all tasks of an evaluation share."""
+    """Settings that all tasks of an evaluation share."""
 
     limit: int | None = None
-    """Only the first so many examples; documents of WikiText, windows of other texts."""
+    """Score only the first so many examples: documents of WikiText, windows of other texts."""
     context: int | None = None
-    """Of texts: tokens that the model reads at most; None means its `n_positions`."""
+    """The most tokens of a text in a window; None means the model's `n_positions`."""
     stride: int | None = None
-    """Of texts: tokens that each window predicts; None means `context`."""
+    """Tokens of a text that each window predicts; None means `context`."""
     first_token: bool | None = None
-    """Of texts: begin with `Tokenizer.start_token_id`, so that the first token is predicted, too.
-    None: where the tokenizer has that token, and the task does not say otherwise."""
+    """Begin texts with `Tokenizer.start_token_id`, so that the first token is predicted, too.
+    None: if the tokenizer has that token, and the task does not say otherwise."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "context", "stride"):
@@ -61,14 +61,14 @@ class Task(ABC, Generic[ExampleT]):
     about: ClassVar[str]
     """One line for --help."""
     files: ClassVar[tuple[str, ...]] = ()
-    """Names under which the data may lie in $GPT2FAST_DATA."""
+    """Names of the data's file in the folder $GPT2FAST_DATA, any of them."""
     hub: ClassVar[Hub | None] = None
     advice: ClassVar[str] = ""
-    """Where else the data can be had."""
+    """Other places to get the data from, for a message."""
     published: ClassVar[Mapping[str, tuple[float, float, float, float]]] = {}
     """By metric: what Radford et al. (2019, table 3) report for 117M, 345M, 762M and 1542M."""
     difference: ClassVar[str] = ""
-    """Why our figures differ from those."""
+    """Reasons why our figures differ from those."""
 
     @abstractmethod
     def read(self, path: Path) -> list[ExampleT]:
@@ -85,7 +85,7 @@ class Task(ABC, Generic[ExampleT]):
         """Score a model.
 
         Args:
-            examples: what `read` gave.
+            examples: from `read`.
             scorer: the model, with its tokenizer.
             settings: limit, context, stride, first_token.
 
@@ -94,7 +94,7 @@ class Task(ABC, Generic[ExampleT]):
         """
 
     def settings_used(self, scorer: Scorer, settings: Settings) -> dict[str, Any]:
-        """Of the settings those that this task heeds beside `limit`.
+        """The settings that this task uses beside `limit`.
 
         Args:
             scorer: the model, with its tokenizer.
@@ -112,13 +112,13 @@ class Choice:
 
     context: str
     endings: Sequence[str]
-    """With what separates them from the context, usually a space."""
+    """Each with its separator from the context, usually a space."""
     gold: int
-    """Index of the right one."""
+    """Index of the right ending."""
 
 
 class ChoiceTask(Task[Choice]):
-    """The likeliest of several endings is the model's answer.
+    """Multiple choice: the model answers with the likeliest of several endings.
 
     - acc: share of examples whose right ending has the largest log-likelihood.
     - acc_norm: the same of log-likelihood divided by the ending's length in characters, the
@@ -149,16 +149,16 @@ class ChoiceTask(Task[Choice]):
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and what its likelihood is divided by."""
+    """A text, and the counts that its likelihood is divided by."""
 
     text: str
-    """What the model reads."""
+    """The text that the model reads."""
     units: Mapping[str, int]
-    """Counts by name; of the original where the text was changed for the model."""
+    """Counts by unit, such as words; of the original where the text was changed for the model."""
 
 
 class TextTask(Task[Document]):
-    """How well a model predicts running text, every document from its own beginning.
+    """Perplexity of running text, each document from its own beginning.
 
     With L the sum of log-probabilities of all tokens predicted, in nats, T their number, and U the
     number of units of the texts:
@@ -175,7 +175,7 @@ class TextTask(Task[Document]):
     """Begin with the tokenizer's `start_token_id` unless the settings say otherwise."""
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
-        """What --limit leaves: the first `count` of `documents`; `cut` shortens a text."""
+        """The documents that --limit leaves: the first `count`; `cut` shortens a text."""
         return documents[:count]
 
     def evaluate(
@@ -206,7 +206,7 @@ class TextTask(Task[Document]):
     def chosen(
         self, examples: Sequence[Document], scorer: Scorer, settings: Settings
     ) -> Sequence[Document]:
-        """What the limit of the settings leaves of the documents.
+        """The documents that the limit of the settings leaves.
 
         Args:
             examples: all of them.

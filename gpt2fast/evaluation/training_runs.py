@@ -1,4 +1,4 @@
-"""What a model was trained on, told by the folder of its run: what is held out, what is seen."""
+"""The training data of a model, found through the folder of its run: seen text, held-out text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..data.meta import read_meta
 from ..data.tokens import Tokens, open_tokens, token_files
 from ..errors import DataError, Error
-from ..reporting.runs import Run, read_runs
 from ..tokenizer import Tokenizer
+from ..training.logs.runs import LoggedRun, read_runs
 
 _SAMPLES, _SAMPLE_TOKENS = 16, 32
 _SEARCHED_BYTES = 1 << 32
@@ -30,15 +30,15 @@ _COUNTED_AT_ONCE = 1 << 24
 class TrainingRun:
     """A run, and the folders of tokens that it was trained on, where they are still there."""
 
-    run: Run
+    run: LoggedRun
     data: tuple[Path, ...]
 
     def seen(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, int]:
-        """Of samples of a text how many are in the training data, and how many were looked for.
+        """How much of a text is in the training data: samples found, and samples searched for.
 
         Args:
             tokens: ids of the text.
-            tokenizer: which made them; data of another one are not searched.
+            tokenizer: that made them; data of another one are not searched.
         """
         files = [
             (file, opened.dtype)
@@ -85,11 +85,11 @@ def held_out_text(folder: Path, tokenizer: Tokenizer) -> tuple[str, str]:
     """The held-out part of prepared data, of token files, or of a run's data.
 
     Args:
-        folder: which of these.
-        tokenizer: of token files that do not say which made them.
+        folder: one of these.
+        tokenizer: for token files that do not name theirs.
 
     Returns:
-        Where it was found, and its text.
+        The place where it was found, and its text.
 
     Raises:
         DataError: there is no such part, or its tokens cannot be decoded.
@@ -122,11 +122,11 @@ def held_out_text(folder: Path, tokenizer: Tokenizer) -> tuple[str, str]:
 def unigram_loss(
     tokens: Sequence[int], tokenizer: Tokenizer, run: TrainingRun | None
 ) -> tuple[float, str]:
-    """Mean loss, in nats, of a model that knows nothing but how often each token comes.
+    """Mean loss, in nats, of a unigram model, which knows only how frequent each token is.
 
     Returns:
-        The loss, and where the tokens were counted: in the training data of `run`, each once more
-        than it comes (Laplace); without such data, in the text itself.
+        The loss, and where the tokens were counted: in the training data of `run`, with add-one
+        smoothing; without such data, in the text itself.
     """
     ids = torch.tensor(tokens)
     size = max(tokenizer.vocab_size, int(ids.max()) + 1)
@@ -152,7 +152,7 @@ def _counts(tokens: Tokens, size: int) -> Tensor:
     return counts
 
 
-def _data_of(run: Run) -> tuple[Path, ...]:
+def _data_of(run: LoggedRun) -> tuple[Path, ...]:
     """The folders of tokens of a run that are still there."""
     made_here = run.folder / "data"
     if (made_here / "meta.json").is_file():
@@ -189,7 +189,7 @@ def _tokenizer_of(folder: Path) -> Tokenizer | None:
 
 
 def _made_with(folder: Path, tokenizer: Tokenizer) -> bool:
-    """The data were made with this tokenizer, as far as they tell."""
+    """True unless the data say that another tokenizer made them."""
     meta = folder / "meta.json"
     if not meta.is_file():
         return True

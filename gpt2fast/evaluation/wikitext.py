@@ -1,6 +1,6 @@
 """WikiText-2 and WikiText-103 (Merity et al., 2016), raw.
 
-The text is tokenised (`He had a role @-@ a small one .`); the model reads it with the marks of
+The text is tokenized (`He had a role @-@ a small one .`); the model reads it with the marks of
 that undone, and the likelihood is divided by the words of the original, so that models with
 different tokens can be compared (Radford et al., 2019, section 3.1).
 """
@@ -99,7 +99,7 @@ class WikiText2(TextTask):
     }
     published = {"perplexity": (29.41, 22.76, 19.93, 18.34)}
     difference = (
-        "the paper does not give its de-tokeniser nor its windows; its figure lies nearer to what "
+        "the paper does not give its detokenizer nor its windows; its figure lies nearer to what "
         "others measure per GPT-2 token than per word. A smaller --stride lowers ours."
     )
 
@@ -122,7 +122,7 @@ class WikiText2(TextTask):
 
 
 class WikiText103(WikiText2):
-    """As WikiText-2."""
+    """As WikiText-2, from WikiText-103."""
 
     name = "wikitext103"
     about = "WikiText-103, test: as wikitext2"
@@ -130,7 +130,7 @@ class WikiText103(WikiText2):
     hub = Hub("EleutherAI/wikitext_document_level", "wikitext-103-raw-v1", "test")
     published = {"perplexity": (37.50, 26.37, 22.05, 17.48)}
     difference = (
-        "the paper does not give its de-tokeniser nor its windows. A smaller --stride lowers ours."
+        "the paper does not give its detokenizer nor its windows. A smaller --stride lowers ours."
     )
 
 
@@ -159,7 +159,7 @@ class WikiText2Joined(TextTask):
         return [_joined(examples_of(rows, lambda row: field(row, "text", str)))]
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
-        """As of `Perplexity`."""
+        """As `Perplexity.shorten`."""
         return [plain(cut(document.text)) for document in documents]
 
 

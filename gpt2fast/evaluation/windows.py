@@ -1,8 +1,8 @@
-"""Long texts in windows that a model can read, each token predicted once.
+"""Sliding windows over long texts, in which each token is predicted once.
 
 With a first token to begin from (GPT-2's end-of-text token) every token of the text is predicted;
 the windows are those of lm-evaluation-harness's `get_rolling_token_windows`. Without one they are
-those of transformers' guide to perplexity, and what a window begins with is not predicted.
+those of transformers' guide to perplexity, and the first token of a window is not predicted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .likelihood import Request
 def rolling_windows(
     tokens: Sequence[int], context: int, stride: int, first_token: int | None
 ) -> Iterator[Request]:
-    """Each token of a text but those that nothing stands before, once.
+    """Windows that predict each token of a text once, except those with nothing before them.
 
     Args:
         tokens: the text.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .._system.files import atomic_write
 from ..errors import ConfigError, DataError
-from .runs import Run, is_number
+from ..training.logs.runs import LoggedRun, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,30 +26,30 @@ METRICS = {
     "tokens_per_second": "tokens per second",
 }
 AXES = {"step": "step", "tokens": "tokens", "hours": "hours"}
-"""What the curves can be drawn over."""
+"""Columns that curves can be drawn over, and their titles."""
 
-COLOURS = (
+COLORS = (
     "#3b7dd8", "#e07b39", "#3a9d5d", "#c8473f", "#8a63c9",
     "#a5673f", "#d06aa8", "#7f8c2d", "#2aa3ad", "#7c7c88",
 )  # fmt: skip
 """Readable on white and on black; then again with other strokes."""
 _STROKES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _INK = "#010203"
-"""Stands for the page's own colour of text."""
+"""Stands for the page's own text color."""
 _MOST_POINTS = 1500
 
 
-def colour(index: int) -> str:
-    """Of run number `index`."""
-    return COLOURS[index % len(COLOURS)]
+def color(index: int) -> str:
+    """The color of run number `index`."""
+    return COLORS[index % len(COLORS)]
 
 
 def stroke(index: int) -> Literal["-", "--", ":", "-."]:
-    """Line style of run number `index`, as matplotlib spells it."""
-    return _STROKES[index // len(COLOURS) % len(_STROKES)]
+    """The line style of run number `index`, as matplotlib spells it."""
+    return _STROKES[index // len(COLORS) % len(_STROKES)]
 
 
-def points(run: Run, metric: str, axis: str) -> tuple[list[float], list[float]]:
+def points(run: LoggedRun, metric: str, axis: str) -> tuple[list[float], list[float]]:
     """The finite values of a curve; a long one is averaged down to at most 1,500 points."""
     found = []
     for row in run.rows:
@@ -63,8 +63,8 @@ def points(run: Run, metric: str, axis: str) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def svg(runs: Sequence[Run], metric: str, axis: str) -> str:
-    """One chart as an <svg> element for a page that says which colour is which run."""
+def svg(runs: Sequence[LoggedRun], metric: str, axis: str) -> str:
+    """One chart as an <svg> element for a page that says which color is which run."""
     with _matplotlib() as figure_of:
         figure = figure_of(figsize=(6.4, 3.4), layout="constrained")
         _draw(figure.add_subplot(), runs, metric, axis)
@@ -82,7 +82,7 @@ def svg(runs: Sequence[Run], metric: str, axis: str) -> str:
     return f'{head} role="img" aria-label="{METRICS[metric]}">{drawing}'
 
 
-def write_png(runs: Sequence[Run], path: Path, axis: str = "step") -> None:
+def write_png(runs: Sequence[LoggedRun], path: Path, axis: str = "step") -> None:
     """Every chart that has a curve, in one picture."""
     shown = [metric for metric in METRICS if has_curve(runs, metric, axis)]
     if not shown:
@@ -106,12 +106,12 @@ def write_png(runs: Sequence[Run], path: Path, axis: str = "step") -> None:
         file.write(picture.getvalue())
 
 
-def has_curve(runs: Sequence[Run], metric: str, axis: str) -> bool:
-    """Whether any run has a value to draw."""
+def has_curve(runs: Sequence[LoggedRun], metric: str, axis: str) -> bool:
+    """True if any run has a value to draw."""
     return any(points(run, metric, axis)[0] for run in runs)
 
 
-def _draw(axes: Axes, runs: Sequence[Run], metric: str, axis: str) -> None:
+def _draw(axes: Axes, runs: Sequence[LoggedRun], metric: str, axis: str) -> None:
     least, most = math.inf, -math.inf
     for index, run in enumerate(runs):
         xs, ys = points(run, metric, axis)
@@ -119,7 +119,7 @@ def _draw(axes: Axes, runs: Sequence[Run], metric: str, axis: str) -> None:
         # A dot shows where there are too few values for a line.
         marker = "o" if len(xs) <= 30 else ""
         axes.plot(
-            xs, ys, color=colour(index), linestyle=stroke(index), marker=marker, markersize=3,
+            xs, ys, color=color(index), linestyle=stroke(index), marker=marker, markersize=3,
             linewidth=1.4,
         )  # fmt: skip
     axes.set_title(METRICS[metric], fontsize=10, loc="left")
@@ -131,10 +131,10 @@ def _draw(axes: Axes, runs: Sequence[Run], metric: str, axis: str) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _legend_lines(runs: Sequence[Run]) -> list[Any]:
+def _legend_lines(runs: Sequence[LoggedRun]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    return [Line2D([], [], color=colour(i), linestyle=stroke(i)) for i in range(len(runs))]
+    return [Line2D([], [], color=color(i), linestyle=stroke(i)) for i in range(len(runs))]
 
 
 @contextmanager
@@ -147,18 +147,9 @@ def _matplotlib() -> Iterator[Any]:
         raise ConfigError(
             'a report needs matplotlib, which is not installed: pip install "gpt2fast[logs]"'
         ) from error
-    ink: dict[Any, Any] = {
-        name: _INK
-        for name in (
-            "text.color",
-            "axes.labelcolor",
-            "axes.edgecolor",
-            "xtick.color",
-            "ytick.color",
-        )
-    }
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {
-        **ink,
+        **dict.fromkeys(inked, _INK),
         "svg.fonttype": "none",
         "svg.hashsalt": "gpt2fast",
         "font.size": 9,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import warnings
 from collections.abc import Sequence
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._system.files import atomic_write, atomic_write_text
+from .._system.tables import setting
+from ..reporting.page import html_image, html_page, html_table
 from .space import Space
 from .study import best_of
-from .table import ranked, setting, table
+from .trials import DIGITS, ranked, trial_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,17 +25,6 @@ FEWEST_TRIALS = 10
 """Completed trials from which importances say anything."""
 
 _BLUE, _GREY, _ORANGE = "#3b7dd8", "#9a9aa4", "#e07b39"
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
-  background: Canvas; color: CanvasText; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-img { max-width: 100%; height: auto; background: white; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #8884; }
-tr:hover td { background: #8881; }
-"""
 
 
 def write_report(study: Study, space: Space, out: Path) -> list[Path]:
@@ -130,14 +120,14 @@ def _bars(found: dict[str, float]) -> Figure:
 
 
 def _losses(axes: Any, trials: Sequence[FrozenTrial], xs: Sequence[Any]) -> None:
-    for state, label, colour, marker in (
+    for state, label, color, marker in (
         ("COMPLETE", "complete", _BLUE, "o"),
         ("PRUNED", "pruned", _GREY, "x"),
     ):
         chosen = [i for i, trial in enumerate(trials) if trial.state.name == state]
         if chosen:
             ys = [trials[i].value for i in chosen]
-            axes.scatter([xs[i] for i in chosen], ys, s=22, c=colour, marker=marker, label=label)
+            axes.scatter([xs[i] for i in chosen], ys, s=22, c=color, marker=marker, label=label)
     axes.set_ylabel("validation loss")
     axes.grid(alpha=0.15)
     axes.spines[["top", "right"]].set_visible(False)
@@ -165,48 +155,21 @@ def _page(
     if best is None:
         verdict = "<p>No trial has completed yet.</p>"
     else:
-        values = ", ".join(f"{name} {setting(value)}" for name, value in best.params.items())
+        values = ", ".join(
+            f"{name} {setting(value, DIGITS)}" for name, value in best.params.items()
+        )
         verdict = (
             f"<p>Lowest validation loss: <b>{best.value:.4f}</b> in trial {best.number} "
             f"({escape(values)}). <code>best.yaml</code> holds all its settings.</p>"
         )
-    titles, rows = table(ranked(trials), [p.name for p in space.parameters])
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
-    )
     missing = f"<p>Importances need at least two settings and {FEWEST_TRIALS} completed trials.</p>"
     shown = "".join(
-        f"<h2>{title}</h2>\n{_image(pictures[key], title) if key in pictures else otherwise}\n"
+        f"<h2>{title}</h2>\n{html_image(pictures[key], title) if key in pictures else otherwise}\n"
         for key, title, otherwise in (
             ("history", "Losses, trial by trial", "<p>Nothing yet.</p>"),
             ("importances", "What matters", missing),
             ("settings", "Losses over each setting", "<p>Nothing yet.</p>"),
         )
     )
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Study: {escape(name)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>Study: {escape(name)}</h1>
-{verdict}
-{shown}
-<h2>Trials</h2>
-<div class="wide"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}</tbody></table></div>
-</body>
-</html>
-"""
-    return page.encode(errors="replace").decode()  # a file's name may be no Unicode
-
-
-def _image(picture: bytes, title: str) -> str:
-    coded = base64.b64encode(picture).decode()
-    return f'<img src="data:image/png;base64,{coded}" alt="{escape(title)}">'
+    table = html_table(*trial_table(ranked(trials), [p.name for p in space.parameters]))
+    return html_page(f"Study: {name}", f"{verdict}\n{shown}\n<h2>Trials</h2>\n{table}")

@@ -1,4 +1,4 @@
-"""What proposes settings, and what ends trials early: Optuna's samplers and pruners.
+"""Optuna's samplers, which propose settings, and its pruners, which end trials early.
 
 TPE: Bergstra et al., 2011. Hyperband: Li et al., 2018; its median rule: Golovin et al., 2017.
 """
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def make_sampler(kind: Literal["tpe", "random"], seed: int) -> BaseSampler:
-    """A sampler whose chance depends on the seed and a trial's number alone.
+    """A sampler whose random state depends on the seed and the trial's number alone.
 
-    So a study that is continued goes on as it would have, and workers with the same seed do not
-    try the same.
+    So a resumed study goes on as it would have, and workers with the same seed do not try the same
+    settings.
     """
     import optuna
     from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -28,7 +28,7 @@ def make_sampler(kind: Literal["tpe", "random"], seed: int) -> BaseSampler:
             self.inner: BaseSampler = RandomSampler()
 
         def before_trial(self, study: Any, trial: Any) -> None:
-            # Not seed + number: neighbouring seeds of numpy's generator begin alike.
+            # Not seed + number: neighboring seeds of numpy's generator begin alike.
             of_trial = random.Random(f"{seed} {trial.number}").getrandbits(32)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -1,4 +1,4 @@
-"""The search space: a YAML file that says which settings of a training run are tried, and where.
+"""The search space: a YAML file with the settings of a training run to try, and their ranges.
 
 lr: {low: 1e-4, high: 1e-2, log: true}
 n_layer: {low: 2, high: 6, step: 2}
@@ -27,13 +27,13 @@ Kind = Literal["float", "int", "categorical"]
 Value = None | bool | int | float | str
 
 MACHINE = ("device", "backend", "compile", "compile_mode", "threads", "parallel")
-"""How the machine does the work."""
+"""Settings about how the machine works."""
 REPORTING = (
     *("out", "eval_interval", "eval_batches", "log_interval", "tensorboard", "wandb"),
     *("log_histograms", "sample_interval", "sample_prompt", "sample_tokens"),
     *("checkpoint_interval", "keep_checkpoints", "save_dtype"),
 )
-"""What is measured and kept on the way."""
+"""Settings about measuring, logging and saving."""
 
 _REFUSED = {
     **dict.fromkeys(DATA_SETTINGS, "all trials train on the same data, prepared once"),
@@ -44,7 +44,7 @@ _KEYS = ("type", "low", "high", "log", "step", "choices", "when")
 _DRAWS = 200
 _MOST_CHOICES = 1000
 _MOST_STEPS = 10**9
-# Differences of two such numbers, and their quotients, are numbers still.
+# Differences and quotients of two such numbers are still finite.
 _LARGEST = {"float": 1e150, "int": 1 << 53}
 
 
@@ -65,7 +65,7 @@ class Suggesting(Protocol):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One setting that is tried: a range, or choices, perhaps only where others have a value."""
+    """One setting to try: a range or choices, perhaps only for certain values of others."""
 
     name: str
     kind: Kind
@@ -78,11 +78,11 @@ class Parameter:
     """Settings before this one, and the values of each with which it is tried."""
 
     def applies(self, values: Mapping[str, Value]) -> bool:
-        """Whether it is tried beside `values`."""
+        """True if it is tried together with `values`."""
         return all(name in values and values[name] in wanted for name, wanted in self.when)
 
     def suggest(self, trial: Suggesting) -> Value:
-        """A value of the sampler's choice."""
+        """A value that the sampler chooses."""
         if self.kind == "categorical":
             return trial.suggest_categorical(self.name, self.choices)
         if self.kind == "float":
@@ -92,7 +92,7 @@ class Parameter:
         )
 
     def draw(self, chance: random.Random) -> Value:
-        """A value by chance, without a study."""
+        """A random value, without a study."""
         if self.kind == "categorical":
             return chance.choice(self.choices)
         step = self.step or (1 if self.kind == "int" else None)
@@ -112,14 +112,14 @@ class Parameter:
         return self.high if self.step is None else self._after(self._steps())
 
     def holds(self, value: Value) -> bool:
-        """Whether it can have this value."""
+        """True if it can have this value."""
         if self.kind == "categorical":
             return any(value == choice and type(value) is type(choice) for choice in self.choices)
         if type(value) is not int or not self.low <= value <= self.high:
             return False
         return (value - self.low) % (self.step or 1) == 0
 
-    # In decimals, as Optuna counts: 3 steps of 0.1 are 0.3.
+    # In decimal arithmetic, as Optuna counts: 3 steps of 0.1 are 0.3.
 
     def _after(self, steps: int) -> float:
         value = Decimal(str(self.low)) + Decimal(str(self.step or 1)) * steps
@@ -130,7 +130,7 @@ class Parameter:
         return int(size // Decimal(str(self.step or 1)))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the file, with everything said."""
+        """The content of its file, with all defaults written out."""
         found: dict[str, Any] = {"type": self.kind}
         if self.kind == "categorical":
             found["choices"] = list(self.choices)
@@ -145,12 +145,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """All that is tried, in the order of the file: a condition is about what comes before."""
+    """All parameters, in the order of the file: a condition refers to earlier ones."""
 
     parameters: tuple[Parameter, ...]
 
     def suggest(self, trial: Suggesting) -> dict[str, Value]:
-        """Settings for `trial`, those that apply."""
+        """Settings for `trial`: those that apply."""
         values: dict[str, Value] = {}
         for parameter in self.parameters:
             if parameter.applies(values):
@@ -158,7 +158,7 @@ class Space:
         return values
 
     def draw(self, chance: random.Random, **fixed: Value) -> dict[str, Value]:
-        """Settings by chance, `fixed` ones aside."""
+        """Random settings, except for the `fixed` ones."""
         values: dict[str, Value] = {}
         for parameter in self.parameters:
             if parameter.applies(values):
@@ -195,7 +195,7 @@ class Space:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the file, with everything said."""
+        """The content of its file, with all defaults written out."""
         return {parameter.name: parameter.to_dict() for parameter in self.parameters}
 
 
@@ -206,7 +206,7 @@ def spaces() -> dict[str, Path]:
 
 
 def read_space(name: str) -> Space:
-    """The space in a YAML file, or a shipped one. Raises ConfigError that says what is wrong."""
+    """The space in a YAML file, or a shipped one. Raises ConfigError for mistakes in it."""
     path = Path(name) if Path(name).is_file() else spaces().get(name)
     if path is None:
         raise ConfigError(
@@ -219,7 +219,7 @@ def read_space(name: str) -> Space:
 
 
 def parse_space(content: Any) -> Space:
-    """The space that a file's content means. Raises ConfigError."""
+    """The space that a file's content describes. Raises ConfigError for mistakes in it."""
     if not isinstance(content, dict) or not content:
         raise ConfigError(
             "a space is a setting a line, such as lr: {low: 1e-4, high: 1e-2, log: true}"
@@ -368,7 +368,7 @@ def _field_type(hint: Any) -> type:
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 1e-4 as text, for want of a point."""
+    """A number that YAML took for text, as it does 1e-4, which has no decimal point."""
     if isinstance(value, str):
         try:
             return float(value)

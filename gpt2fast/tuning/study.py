@@ -25,26 +25,27 @@ from .._system.files import atomic_write_text
 from .._system.lock import only_process
 from .._system.output import tell, warn
 from .._system.parsing import read_yaml
+from .._system.tables import setting
 from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..training import Interrupted, TrainConfig, TrainResult, train
 from ..training.config import DATA_SETTINGS
 from ..training.start.data import located, prepared_data, source_of
-from .search import make_pruner, make_sampler
-from .space import MACHINE, REPORTING, Space
-from .storage import (
+from .database import (
     StudyError,
     counted,
-    make_again,
     one_line,
     open_study,
     recover_lost_trials,
     require_optuna,
     require_same,
+    run_again,
     sign,
     storage_failures_explained,
 )
-from .table import setting
+from .search import make_pruner, make_sampler
+from .space import MACHINE, REPORTING, Space
+from .trials import DIGITS
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -55,30 +56,30 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.yaml"
 BEST_FILE = "best.yaml"
 _WEIGHTS = ("checkpoints", "adapter", "model.safetensors")
-"""What a trial's folder loses when the trial is not the best."""
+"""Files and folders that are deleted from a trial's folder unless the trial is the best."""
 _MOST_FAILURES = 10
-"""In a row; then it is not the settings that fail."""
+"""In a row; the study stops then, since something else than the settings must be wrong."""
 
 Train = Callable[..., TrainResult]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a study is told."""
+class StudyConfig:
+    """Settings of a study."""
 
     base: TrainConfig
-    """What the trials have in common."""
+    """Settings that all trials have in common."""
     space: Space
     out: Path
     trials: int = 50
-    """Finished trials at which the study ends, those before a resumption counted."""
+    """The study ends at this number of finished trials, counting those before it was resumed."""
     storage: str | None = None
     """Database URL; None: OUT/study.db."""
     name: str = "study"
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["hyperband", "median", "none"] = "hyperband"
     hours: float | None = None
-    """No trial begins after this time."""
+    """No trial begins later than this."""
     keep_checkpoints: bool = False
 
 
@@ -90,12 +91,12 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def tune(settings: Settings, train: Train = train) -> Study:
+def tune(settings: StudyConfig, train: Train = train) -> Study:
     """Run trials until the study has `settings.trials`; other processes may do the same.
 
     Args:
         settings: of the study.
-        train: what runs a trial; called like `gpt2fast.training.train`.
+        train: runs a trial; called like `gpt2fast.training.train`.
 
     Raises:
         ConfigError: settings, space, storage or folder are wrong, or another study's.
@@ -104,15 +105,17 @@ def tune(settings: Settings, train: Train = train) -> Study:
     """
     require_optuna()
     with storage_failures_explained():
-        return _Tuning(settings, train).run()
+        return _StudyRun(settings, train).run()
 
 
-class _Tuning:
-    def __init__(self, settings: Settings, train: Train) -> None:
+class _StudyRun:
+    def __init__(self, settings: StudyConfig, train: Train) -> None:
         self.settings, self.train = settings, train
         self.base, self.space, self.out = settings.base, settings.space, settings.out
         self.trials = self.out / "trials"
         self.turn = ExitStack()
+        """Holds the lock that keeps other workers of this folder from taking a trial."""
+        self._lock = self.out / ".lock"
         self.number = -1
         self.signum: int | None = None
         possible = self.space.possible(self.base)
@@ -123,21 +126,10 @@ class _Tuning:
                 f"--out is {str(self.out)!r}, the folder of a training run; name one of its own"
             )
         self.trials.mkdir(parents=True, exist_ok=True)
-        with self._turn():
+        with only_process(self._lock):
             self._prepare(possible)
 
     # -- setting up --------------------------------------------------------------------------
-
-    def _turn(self) -> ExitStack:
-        """Wait until no other worker of this folder is at its data, or takes a trial."""
-        busy = StudyError("another worker has its turn")
-        while True:
-            stack = ExitStack()
-            try:
-                stack.enter_context(only_process(self.out / ".lock", busy))
-                return stack
-            except StudyError:
-                time.sleep(0.05)
 
     def _prepare(self, possible: list[TrainConfig]) -> None:
         import yaml
@@ -150,9 +142,9 @@ class _Tuning:
             raise ConfigError(f"{file} is damaged; delete it, or name another --out")
         config = dataclasses.replace(self.base, out=str(self.out))
         there = (self.out / "data" / "meta.json").is_file()
-        # Of text that is prepared here only its result is known to the other workers.
-        made = {"source": source_of(config)} if there else {}
-        require_same(kept, {**asked, **made}, f"the study in {self.out}")
+        # If the text is prepared here, other workers know only the prepared data.
+        known = {"source": source_of(config)} if there else {}
+        require_same(kept, {**asked, **known}, f"the study in {self.out}")
         data = prepared_data(config, resuming=there)
         module = DataModule(
             data,
@@ -203,29 +195,28 @@ class _Tuning:
         study, settings = self.study, self.settings
         begun, failures = time.monotonic(), 0
         while settings.hours is None or time.monotonic() - begun < settings.hours * 3600:
-            if not self._take_turn():
-                break
-            try:
-                study.optimize(self._objective, n_trials=1, catch=(Exception,))
-            except KeyboardInterrupt:
-                self.signum = self.signum or signal.SIGINT
-            except UpdateFinishedTrialError:
-                tell(
-                    _log,
-                    f"trial {self.number}: taken for lost, as nothing was heard of it; made again",
-                )
-                continue
-            finally:
-                self.turn.close()
+            with self.turn:
+                if not self._take_turn():
+                    break
+                try:
+                    study.optimize(self._objective, n_trials=1, catch=(Exception,))
+                except KeyboardInterrupt:
+                    self.signum = self.signum or signal.SIGINT
+                except UpdateFinishedTrialError:
+                    tell(
+                        _log,
+                        f"trial {self.number}: given up as lost, since its worker had sent no sign "
+                        "of life; it will run again",
+                    )
+                    continue
             trial = study.get_trials(deepcopy=False)[self.number]
             if trial.state != TrialState.COMPLETE:
-                gc.collect()  # its model may hang on to the traceback
+                gc.collect()  # the traceback may keep its model alive
             if self.signum is not None:
-                make_again(study, trial, lost=False)
+                run_again(study, trial, lost=False)
                 raise Stopped(
                     self.signum,
-                    f"stopped; trial {trial.number} will be made again. Continue with the same "
-                    "command",
+                    f"stopped; trial {trial.number} will run again. Continue with the same command",
                 )
             self._account(trial)
             failures = failures + 1 if trial.state == TrialState.FAIL else 0
@@ -238,18 +229,16 @@ class _Tuning:
         return study
 
     def _take_turn(self) -> bool:
-        """Whether there is a trial to run; until it has begun, the others wait."""
+        """Take the lock; True if there is a trial to run."""
         from optuna.trial import TrialState
 
-        turn = self._turn()
+        self.turn.enter_context(only_process(self._lock))
         recover_lost_trials(self.study)
         trials = self.study.get_trials(deepcopy=False)
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         missing = self.settings.trials - len(counted(trials))
         if missing > running:
-            self.turn = turn
             return True
-        turn.close()
         if missing > 0:
             tell(
                 _log,
@@ -269,7 +258,7 @@ class _Tuning:
         try:
             folder.mkdir()
             values = self.space.suggest(trial)
-            shown = "  ".join(f"{name} {setting(value)}" for name, value in values.items())
+            shown = "  ".join(f"{name} {setting(value, DIGITS)}" for name, value in values.items())
             tell(_log, f"trial {trial.number}: {shown}")
             config = dataclasses.replace(
                 self.common,
@@ -303,7 +292,7 @@ class _Tuning:
         last = config.steps(self.tokens)
 
         def on_validation(step: int, loss: float) -> None:
-            if step == 0:  # chance alone
+            if step == 0:  # untrained
                 return
             trial.report(loss, step)
             if step < last and trial.should_prune():
@@ -317,7 +306,7 @@ class _Tuning:
     # -- after a trial -----------------------------------------------------------------------
 
     def _account(self, trial: FrozenTrial) -> None:
-        """Say how it went, write the best settings, clear away what nobody needs."""
+        """Report its result, write the best settings, delete weights that are not kept."""
         from optuna.trial import TrialState
 
         trials = self.study.get_trials(deepcopy=False)
@@ -341,7 +330,7 @@ class _Tuning:
     def _write_best(self, best: FrozenTrial) -> None:
         import yaml
 
-        # The data as they were named, so that the file serves without this folder, too.
+        # The data as they were named, so that the file works without this folder, too.
         values = dataclasses.replace(
             self.base, **located(self.base), **best.params, out=str(self.out / "best")
         ).to_dict()
@@ -373,7 +362,7 @@ def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
 
 
 def _compared(base: TrainConfig) -> dict[str, Any]:
-    """What all workers of a study must agree on, the data aside."""
+    """The settings that all workers of a study must share, except for the data."""
     left_out = {*DATA_SETTINGS, *MACHINE, *REPORTING} - {"eval_interval", "eval_batches"}
     return {name: value for name, value in base.to_dict().items() if name not in left_out}
 

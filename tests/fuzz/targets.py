@@ -31,11 +31,11 @@ from gpt2fast.data.text import Cuts, read_blocks
 from gpt2fast.data.tokens import TokenFile
 from gpt2fast.errors import Error
 from gpt2fast.inference.generation_config import first_end_token, read_generation_config
-from gpt2fast.reporting.runs import read_runs
-from gpt2fast.reporting.table import all_settings, results
+from gpt2fast.reporting.comparison import all_settings, results
 from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.checkpoints import shards
 from gpt2fast.training.checkpoints.position import Position
+from gpt2fast.training.logs.runs import read_runs
 from gpt2fast.tuning.space import read_space
 
 Target = Callable[[bytes, Path], None]

@@ -11,6 +11,7 @@ import torch
 from generate_command import PROMPT, Terminal, assert_one_error, command
 from gpt2fast.cli import prompt_progress
 from gpt2fast.inference.generator import Generation
+from time_limits import patience
 
 
 def test_a_prompt_ends_at_the_end_of_its_line_only(run, tmp_path):
@@ -141,7 +142,7 @@ def test_progress_is_written_over_on_a_terminal_and_never_within_a_result(model_
         command(model_dir, "--prompts-file", str(file), "--max-new-tokens", "40", "--progress")
     )
     screen = terminal.wait_for(b"70/70 done") + terminal.wait_for(b"left")
-    assert terminal.process.wait(60) == 0
+    assert terminal.process.wait(patience()) == 0
     assert b"\r\x1b[K0/70 done" in screen
     # Once the line is taken off, what is left are whole results.
     kept = re.sub(rb"\r\x1b\[K[^\r\n\x1b]*(?=\r\x1b\[K)", b"", screen).replace(b"\r\x1b[K", b"")

@@ -13,6 +13,7 @@ import pytest
 from generate_command import ENDLESS, ENVIRONMENT, PROMPT, Terminal, command
 from gpt2fast.cli.generate import main
 from gpt2fast.inference import generator as generator_module
+from time_limits import patience
 
 
 def test_notes_come_before_or_after_a_streamed_text(model_dir):
@@ -64,7 +65,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(model_dir):
     )  # fmt: skip
     assert process.stdout.read(40).startswith(PROMPT.encode())
     process.stdout.close()
-    assert process.wait(60) == 0
+    assert process.wait(patience()) == 0
     # The window's note may come before the reader leaves.
     assert all(line.startswith(b"note: ") for line in process.stderr.read().splitlines())
 
@@ -76,7 +77,7 @@ def test_interrupting_ends_it_with_code_130_and_no_traceback(model_dir):
     )  # fmt: skip
     process.stdout.read(40)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=patience())
     assert process.returncode == 130
     assert b"Traceback" not in err
 
@@ -134,7 +135,7 @@ def test_interrupting_an_import_leaves_no_traceback(model_dir):
         assert any(line.endswith(module) for line in process.stderr), module
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert b"Traceback" not in process.communicate(timeout=60)[1]
+        assert b"Traceback" not in process.communicate(timeout=patience())[1]
         assert process.returncode == 130
 
 
@@ -161,7 +162,7 @@ def test_a_terminal_conversation_survives_ctrl_c(model_dir):
     terminal.type(b"\n")
     terminal.wait_for(b"> ")
     terminal.type(b"\x04")
-    assert terminal.process.wait(60) == 0
+    assert terminal.process.wait(patience()) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -172,11 +173,11 @@ def test_text_streams_on_a_terminal(model_dir):
     assert terminal.process.poll() is None
     terminal.interrupt()
     assert b"note: " not in terminal.wait_for(b"\r\nnote: ")[:-8]
-    assert terminal.process.wait(60) == 130
+    assert terminal.process.wait(patience()) == 130
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_without_a_prompt_a_terminal_gets_a_hint(model_dir):
     terminal = Terminal(command(model_dir))
     assert b"error: there is no prompt" in terminal.wait_for(b"--help")
-    assert terminal.process.wait(60) == 2
+    assert terminal.process.wait(patience()) == 2

@@ -1,20 +1,19 @@
-"""What the runs came to, and what they were told differently."""
+"""Runs side by side: their results, and the settings in which they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from .runs import Run
+from .._system.tables import ABSENT, filled, setting
+from ..training.logs.runs import LoggedRun
 
-_ABSENT = "–"
 _OWN = ("out",)
-"""Settings that differ without meaning anything."""
+"""Settings that always differ, and say nothing about the runs."""
 
 
-def results(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+def results(runs: Sequence[LoggedRun]) -> tuple[list[str], list[list[str]]]:
     """Column titles, and a row of cells for each run. Columns without any value are left out."""
-    columns: dict[str, list[str]] = {
+    columns = {
         "run": [run.name for run in runs],
         "state": [_state(run) for run in runs],
         "steps": [_whole(run.last("step")) for run in runs],
@@ -30,13 +29,10 @@ def results(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         "memory, GiB": [_number(run.last("memory_gib"), "{:.2f}") for run in runs],
         "not finite": [_broken(run) for run in runs],
     }
-    kept = {
-        title: cells for title, cells in columns.items() if any(cell != _ABSENT for cell in cells)
-    }
-    return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
+    return filled(columns)
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def differences(runs: Sequence[LoggedRun]) -> list[tuple[str, list[str]]]:
     """Names of the settings that are not the same everywhere, with each run's value."""
     return [
         (name, cells)
@@ -45,52 +41,44 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def all_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def all_settings(runs: Sequence[LoggedRun]) -> list[tuple[str, list[str]]]:
     """Every setting with each run's value; one that a run's file does not have is a dash."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    return [(name, [_setting(run.settings, name) for run in runs]) for name in names]
+    return [
+        (name, [setting(run.settings[name]) if name in run.settings else ABSENT for run in runs])
+        for name in names
+    ]
 
 
-def _setting(settings: dict[str, Any], name: str) -> str:
-    if name not in settings:
-        return _ABSENT
-    value = settings[name]
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _state(run: Run) -> str:
+def _state(run: LoggedRun) -> str:
     if not run.rows:
         return "nothing logged yet"
     return "finished" if run.finished else "not finished"
 
 
-def _best(run: Run) -> str:
+def _best(run: LoggedRun) -> str:
     best = run.best_validation()
-    return _ABSENT if best is None else f"{best[0]:.4f} at {best[1]:,}"
+    return ABSENT if best is None else f"{best[0]:.4f} at {best[1]:,}"
 
 
-def _broken(run: Run) -> str:
+def _broken(run: LoggedRun) -> str:
     steps = run.broken_rows()
     if not steps:
-        return _ABSENT
+        return ABSENT
     rows = "1 row" if len(steps) == 1 else f"{len(steps)} rows"
     return f"{rows}, first at step {steps[0]:,}"
 
 
 def _whole(value: float | None) -> str:
-    return _ABSENT if value is None else f"{value:,.0f}"
+    return ABSENT if value is None else f"{value:,.0f}"
 
 
 def _number(value: float | None, form: str) -> str:
-    return _ABSENT if value is None else form.format(value)
+    return ABSENT if value is None else form.format(value)
 
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
-        return _ABSENT
+        return ABSENT
     minutes, left = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{left:02}"

@@ -1,24 +1,18 @@
-"""The trials of a study as rows of text."""
+"""The trials of a study, ranked, as a table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._system.tables import ABSENT, filled, setting
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-ABSENT = "–"
-
-
-def setting(value: Any) -> str:
-    """A value as a YAML file would have it, numbers with four digits."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+DIGITS = 4
+"""Significant digits of settings that a sampler chose."""
 
 
 def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -34,7 +28,9 @@ def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return sorted(trials, key=key)
 
 
-def table(trials: Sequence[FrozenTrial], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def trial_table(
+    trials: Sequence[FrozenTrial], names: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
     """Column titles, and a row of cells for each trial; `names` are the settings to show.
 
     A column that no trial has a value for is left out; failures are explained in the last one.
@@ -52,7 +48,8 @@ def table(trials: Sequence[FrozenTrial], names: Sequence[str]) -> tuple[list[str
     }
     for name in names:
         columns[name] = [
-            setting(trial.params[name]) if name in trial.params else ABSENT for trial in trials
+            setting(trial.params[name], DIGITS) if name in trial.params else ABSENT
+            for trial in trials
         ]
     columns["reason"] = [
         str(trial.user_attrs.get("error", "its process died"))
@@ -60,19 +57,7 @@ def table(trials: Sequence[FrozenTrial], names: Sequence[str]) -> tuple[list[str
         else ABSENT
         for trial in trials
     ]
-    kept = {
-        title: cells for title, cells in columns.items() if any(cell != ABSENT for cell in cells)
-    }
-    return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
-
-
-def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a terminal; the last column is not filled up."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (titles, *rows)
-    ]
+    return filled(columns)
 
 
 def _state(trial: FrozenTrial) -> str:

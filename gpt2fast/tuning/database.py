@@ -1,4 +1,4 @@
-"""The study in its database: opening it, recognising it, giving lost trials back to it."""
+"""The study in its database: opening it, checking it, running lost trials again."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 HEARTBEAT_SECONDS = 20
-"""A worker says this often that its trial goes on."""
+"""Each worker reports this often that its trial is running."""
 GRACE_SECONDS = 120
-"""A trial of which nothing was heard for so long is lost."""
+"""A trial whose worker has not reported for so long is lost."""
 _MOST_LOST = 3
-"""A trial that takes its worker down is not tried for ever."""
+"""Times that a trial is lost before it is given up: its settings may kill the worker."""
 
 
 class StudyError(Error):
-    """The storage of a study fails, or the study cannot go on."""
+    """The database of a study fails, or the study cannot go on."""
 
 
 def require_optuna() -> None:
-    """Raise ConfigError if what tuning needs is not installed."""
+    """Raise ConfigError unless the packages for tuning are installed."""
     try:
         import matplotlib  # noqa: F401
         import optuna
@@ -46,8 +46,9 @@ def require_optuna() -> None:
 def open_study(url: str, name: str, sampler: Any, pruner: Any) -> Study:
     """The study `name` in the database `url`, made if it is not there.
 
-    Raises ConfigError for a URL that is none, a driver that is not installed, a place that cannot
-    be opened; StudyError for a database that holds something else, or is damaged.
+    Raises:
+        ConfigError: the URL is invalid, its driver is not installed, or it cannot be opened.
+        StudyError: the database is damaged, or holds something else.
     """
     import optuna
     from sqlalchemy import exc
@@ -85,7 +86,7 @@ def open_study(url: str, name: str, sampler: Any, pruner: Any) -> Study:
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--storage {place} cannot be opened: {reason}") from None
-    except Exception as error:  # a database of somebody else's fails in any way it likes
+    except Exception as error:  # any error is possible in another program's database
         raise _strange(place, one_line(error)) from None
     try:
         study = optuna.create_study(
@@ -118,7 +119,7 @@ def _check_content(study: Study, place: str) -> None:
 
 
 _ATTRIBUTES = {"machine": str, "process": int, "repeats": int, "lost": int, "error": str}
-"""What is noted of a trial."""
+"""Attributes of a trial, and their types."""
 
 
 def _strange(place: str, found: str) -> StudyError:
@@ -147,7 +148,7 @@ def require_same(kept: dict[str, Any], asked: dict[str, Any], where: str) -> Non
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks, at most 300 characters."""
+    """The message of an exception without line breaks, at most 300 characters."""
     text = " ".join(str(getattr(error, "orig", None) or error).split())
     text = text or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "…"
@@ -155,7 +156,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def storage_failures_explained() -> Iterator[None]:
-    """Turn what the database raises into one line."""
+    """Turn the database's exceptions into messages of one line."""
     import optuna
     from sqlalchemy import exc
 
@@ -172,28 +173,28 @@ def storage_failures_explained() -> Iterator[None]:
 
 
 def sign(trial: Trial) -> None:
-    """Write into `trial` which process runs it."""
+    """Record in `trial` the process that runs it."""
     trial.set_user_attr("machine", _machine())
     trial.set_user_attr("process", os.getpid())
 
 
 def counted(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The finished trials, without those that were made again."""
+    """The finished trials, without those that ran again."""
     again = {trial.user_attrs.get("repeats") for trial in trials}
     return [t for t in trials if t.state.is_finished() and t.number not in again]
 
 
-def make_again(study: Study, trial: FrozenTrial, *, lost: bool) -> None:
-    """Queue another trial with the values of `trial`, which has ended without a result."""
+def run_again(study: Study, trial: FrozenTrial, *, lost: bool) -> None:
+    """Queue another trial with the settings of `trial`, which has ended without a result."""
     times = trial.user_attrs.get("lost", 0) + lost
     if times < _MOST_LOST:
         study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number, "lost": times})
 
 
 def recover_lost_trials(study: Study) -> None:
-    """End the trials whose process, on this machine, is no more, and queue them again.
+    """End the trials whose process on this machine has died, and queue them again at once.
 
-    Optuna does the same for other machines, by heartbeat.
+    Optuna's heartbeat does the same for other machines, after `GRACE_SECONDS`.
     """
     import optuna
 
@@ -201,11 +202,11 @@ def recover_lost_trials(study: Study) -> None:
         if _is_lost(trial):
             with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                make_again(study, trial, lost=True)
+                run_again(study, trial, lost=True)
 
 
 def _after_loss(study: Study, trial: FrozenTrial) -> None:
-    make_again(study, trial, lost=True)
+    run_again(study, trial, lost=True)
 
 
 def _is_lost(trial: FrozenTrial) -> bool:

@@ -1,4 +1,4 @@
-"""What the folder of a run says about it."""
+"""Runs as their folders tell them: the rows of their logs, and their settings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .._system.parsing import read_yaml
-from ..errors import DataError
-from ..training.logs.log import read_json_lines, read_rows
+from ..._system.parsing import read_yaml
+from ...errors import DataError
+from .log import read_json_lines, read_rows
 
 _LARGEST = 1e300
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """A run as its files tell it; losses in nats per token."""
 
     name: str
@@ -26,7 +26,7 @@ class Run:
     settings: dict[str, Any]
     """Of config.yaml; empty where that cannot be read."""
     finished: bool
-    """Whether the finished model lies in the folder."""
+    """The finished model is in the folder."""
 
     def values(self, column: str) -> list[float]:
         """The finite values of a column."""
@@ -60,11 +60,11 @@ class Run:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether this is a finite number, and none that overflows when a million are added."""
+    """True for a finite number so small that a million of them can be added."""
     return isinstance(value, (int, float)) and abs(value) <= _LARGEST
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+def read_runs(folders: Sequence[str | Path]) -> list[LoggedRun]:
     """The runs in these folders; one that is named twice is read once.
 
     Raises:
@@ -79,7 +79,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
-def _read(folder: Path, name: str) -> Run:
+def _read(folder: Path, name: str) -> LoggedRun:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; name the folder of a run, which has a log.csv")
@@ -96,7 +96,7 @@ def _read(folder: Path, name: str) -> Run:
             )
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; the log cannot be read") from error
-    return Run(
+    return LoggedRun(
         name,
         folder,
         sorted(rows, key=lambda row: row["step"]),
@@ -106,7 +106,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A report is worth having without them."""
+    """The settings of a run; none where they cannot be read, as a report can do without."""
     try:
         settings = read_yaml(path, DataError)
     except DataError:
@@ -125,5 +125,5 @@ def _names(paths: list[Path]) -> list[str]:
         while any(other.parts[-count:] == path.parts[-count:] for other in others):
             count += 1
         name = "/".join(path.parts[-count:]).replace("//", "/")
-        names.append(name.encode(errors="replace").decode())  # a name may be no Unicode
+        names.append(name.encode(errors="replace").decode())  # a name may not be Unicode
     return names

@@ -5,43 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .._system.tables import table_lines
 from .published import SIZES
 from .run import Result
 from .task import Metric
 
 
 def as_table(results: Sequence[Result], size: int | None) -> str:
-    """Lines with a metric each; for a published model beside its paper's figures.
+    """A table with a metric a line, for a published model beside its paper's figures; remarks.
 
     Args:
         results: of tasks.
         size: which of the published models it is; `published_size` tells.
     """
-    header = ["task", "metric", "value", "±"]
+    titles = ["task", "metric", "value", "±"]
     if size is not None:
-        header.append(f"GPT-2 paper, {list(SIZES.values())[size]}")
-    rows = [header]
+        titles.append(f"GPT-2 paper, {list(SIZES.values())[size]}")
+    rows = []
     for result in results:
         for name, metric in result.metrics.items():
-            row = [
-                result.task.name,
-                name,
-                _shown(name, metric.value),
-                "" if metric.stderr is None else _shown(name, metric.stderr),
-            ]
+            values = [metric.value, metric.stderr]
             if size is not None:
-                known = result.task.published.get(name)
-                row.append("" if known is None else _shown(name, known[size]))
-            rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
+                values.append(result.task.published.get(name, (None,) * len(SIZES))[size])
+            cells = ["" if value is None else _shown(name, value) for value in values]
+            rows.append([result.task.name, name, *cells])
+    lines = table_lines(titles, rows, left=2, rule=True)
     for result in results:
         lines.append(
             f"{result.task.name}: {result.examples:,} example{'s' * (result.examples != 1)} from "
