@@ -47,9 +47,9 @@ class Terminal:
         )
         os.close(side)
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text):
         """Read until the text appears on the screen; returns all that came up to it."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + patience()
         while text not in self.screen:
             assert time.monotonic() < end, self.screen
             if select.select([self._main], [], [], 0.1)[0]:
@@ -63,7 +63,7 @@ class Terminal:
 
     def wait_for_more(self, count):
         """Read until so many bytes have come; they stay on the screen."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + patience()
         while len(self.screen) < count:
             assert time.monotonic() < end, self.screen
             if select.select([self._main], [], [], 0.1)[0]:
