@@ -14,7 +14,7 @@ and a call that the forced one cannot run raises `BackendError` with the reason.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -96,9 +96,10 @@ class ByDevice:
         return self.gpu if self.is_for_gpu(first_tensor(call)) else self.cpu
 
 
-def first_tensor(arguments: Iterable[Any]) -> Tensor:
+def first_tensor(arguments: Sequence[Any]) -> Tensor:
     """The first tensor among arguments, whose device is that of all."""
-    return next(tensors_in(arguments))
+    first = arguments[0]
+    return first if isinstance(first, Tensor) else next(tensors_in(arguments))
 
 
 _REFUSED_BY_KERNELS = "gpt2fast: "
@@ -117,23 +118,25 @@ def _has_no_elements(call: Arguments) -> bool:
 
 # Its fields are known at run time only.
 _named_tuple: Any = namedtuple
-_NOTHING_BETWEEN: dict[int, bool] = {}
+_PASS_ON = (
+    "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA", "BackendSelect"
+)  # fmt: skip
+_known_keys: dict[int, bool] = {}
 
 
 def _reaches_kernels(keys: _C.DispatchKeySet) -> bool:
     """Whether torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
 
-    Otherwise something stands between: a mode, a subclass of Tensor, tracing, a device without
-    data.
+    Otherwise something else takes part: a mode, a subclass of Tensor, tracing, batching, a device
+    without data.
     """
     raw = keys.raw_repr()
-    known = _NOTHING_BETWEEN.get(raw)
+    known = _known_keys.get(raw)
     if known is None:
-        below = keys & _C._after_autograd_keyset
-        for passes_on in (_C.DispatchKey.ADInplaceOrView, _C.DispatchKey.BackendSelect):
-            below = below.remove(passes_on)
-        known = below.highestPriorityTypeId() in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
-        _NOTHING_BETWEEN[raw] = known
+        for name in _PASS_ON:
+            keys = keys.remove(getattr(_C.DispatchKey, name))
+        known = keys.highestPriorityTypeId() in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+        _known_keys[raw] = known
     return known
 
 
@@ -197,7 +200,7 @@ class Op:
         OPS[name] = self
         self._reference = plain
         self._plain = plain.run
-        self._graph: type[torch.autograd.Function] | None = None
+        self._record: Callable[..., Any] | None = None
         self._writes = self._memory.writes
         self._no_gradient = "it writes in place" if self._writes else None
 
@@ -243,7 +246,9 @@ class Op:
                 return result + (None,) * (count - len(result))
 
         Graph.__name__ = f"gpt2fast_{self.name}"
-        self._graph = Graph
+        # What Function.apply does before, in Python, is for calls that do not come from torch's
+        # dispatcher: it looks for transforms of torch.func, and unwraps what they have left behind.
+        self._record = super(torch.autograd.Function, Graph).apply
 
     def register_plain(self, plain: Callable[[Arguments], Any]) -> None:
         """Say which expression stands for the op where torch differentiates or batches it, should
@@ -295,12 +300,12 @@ class Op:
         call = self.bind(*args)
         anchor = None
         if transformed or torch.is_grad_enabled():
-            if self._graph is None:
+            if self._record is None:
                 anchor = differentiated(call)
                 if anchor is not None and self._no_gradient is None:
                     return self.plain(*args)
             elif _C._any_requires_grad(*args):
-                return self._graph.apply(*call, keyset)
+                return self._record(*call, keyset)
         if anchor is not None and self._writes:
             raise self._writing_error(call)
         result = self._below_autograd(keyset, call)
