@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -82,15 +83,20 @@ class Memory:
                     continue
                 if x.layout is not _STRIDED:
                     raise ArgumentError(f"{name} is a {x.layout} tensor; ops take strided ones")
-                steps = zip(x.shape, x.stride(), strict=True)
-                count = 1 + sum((n - 1) * step for n, step in steps)
-                size = x.element_size()
-                if (x.storage_offset() + count) * size > x.untyped_storage().nbytes():
-                    raise _resized(name, x, (x.storage_offset() + count) * size)
+                contiguous = x.is_contiguous()
+                if contiguous:
+                    count = x.numel()
+                else:
+                    steps = zip(x.shape, x.stride(), strict=True)
+                    count = 1 + sum((n - 1) * step for n, step in steps)
+                size = x.itemsize
+                needed = (x.storage_offset() + count) * size
+                if needed > x.untyped_storage().nbytes():
+                    raise _resized(name, x, needed)
                 if self.writes:
                     begin = x.data_ptr()
                     spans.append((begin, begin + count * size, written, x, name))
-                    if written:
+                    if written and not contiguous:
                         _check_written(name, x)
         if spans:
             _check_overlaps(spans)
@@ -131,8 +137,6 @@ def _resized(name: str, x: Tensor, needed: int | torch.SymInt) -> ArgumentError:
 
 
 def _check_written(name: str, x: Tensor) -> None:
-    if x.is_contiguous():
-        return
     reach = 1
     for step, count in sorted(zip(x.stride(), x.shape, strict=True)):
         if count > 1:
@@ -146,7 +150,7 @@ def _check_written(name: str, x: Tensor) -> None:
 
 def _check_overlaps(spans: list[tuple[int, int, bool, Tensor, str]]) -> None:
     """Nothing that is written overlaps anything else; views may interleave."""
-    spans.sort(key=lambda span: span[0])
+    spans.sort(key=itemgetter(0))
     furthest = furthest_written = 0
     for begin, end, written, _, _ in spans:
         if begin < furthest_written or (written and begin < furthest):
