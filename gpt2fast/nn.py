@@ -21,8 +21,8 @@ from . import ops
 from .cache import LayerCache
 from .config import ACTIVATION_NAMES, plain_activation
 from .errors import ArgumentError
+from .ops.activations import ACTIVATIONS
 from .ops.backend import statistics_dtype
-from .ops.decode import ACTIVATIONS
 from .ops.derivatives import is_transformed, refused
 from .ops.int8_cache import dequantize
 from .plain import is_plain, readable

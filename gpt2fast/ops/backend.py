@@ -75,7 +75,7 @@ class Implementation:
     refuses: Callable[[Arguments], str | None] = lambda call: None
     """Returns why it cannot run a call, or None."""
     checks: bool = False
-    """Whether its kernels check everything that the op requires of its arguments, faster."""
+    """Its kernels check everything that the op requires of its arguments, faster."""
 
     def suiting(self, call: Arguments) -> Implementation:
         """The implementation for this call."""
@@ -89,7 +89,7 @@ class ByDevice:
     cpu: Implementation
     gpu: Implementation
     is_for_gpu: Callable[[Tensor], bool]
-    """Whether a tensor is one for `gpu`."""
+    """A tensor is one for `gpu`."""
 
     def suiting(self, call: Arguments) -> Implementation:
         """The implementation for this call."""
@@ -111,7 +111,7 @@ def _requires_nothing(call: Arguments) -> None:
 
 
 def _has_no_elements(call: Arguments) -> bool:
-    """Whether the first tensor, or one of floating-point numbers, is empty: so is the result."""
+    """The first tensor, or one of floating-point numbers, is empty, and so is the result."""
     tensors = [x for x in call if isinstance(x, Tensor)]
     return any(not x.numel() and (x is tensors[0] or x.is_floating_point()) for x in tensors)
 
@@ -125,7 +125,7 @@ _known_keys: dict[int, bool] = {}
 
 
 def _reaches_kernels(keys: _C.DispatchKeySet) -> bool:
-    """Whether torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
+    """torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
 
     Otherwise something else takes part: a mode, a subclass of Tensor, tracing, batching, a device
     without data.
@@ -246,8 +246,8 @@ class Op:
                 return result + (None,) * (count - len(result))
 
         Graph.__name__ = f"gpt2fast_{self.name}"
-        # What Function.apply does before, in Python, is for calls that do not come from torch's
-        # dispatcher: it looks for transforms of torch.func, and unwraps what they have left behind.
+        # Not Graph.apply: in Python, it first looks for transforms of torch.func and unwraps
+        # tensors that these left behind, which torch's dispatcher and `_autograd` have done.
         self._record = super(torch.autograd.Function, Graph).apply
 
     def register_plain(self, plain: Callable[[Arguments], Any]) -> None:

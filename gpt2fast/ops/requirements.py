@@ -1,4 +1,4 @@
-"""What every op asks of its arguments, whichever backend computes it.
+"""Checks of an op's arguments that every backend shares; a call that fails one is an error.
 
 An op's schema says which tensors it writes; from that follows what all ops ask of memory
 (`Memory`): tensors lie on one device and within their storage, and what is written overlaps
@@ -42,7 +42,7 @@ class Memory:
             for argument in schema.arguments
         ]
         self.writes = any(self._written)
-        """Whether the op writes into one of its tensors."""
+        """The op writes into one of its tensors."""
         self._one_device = one_device
 
     def check(self, arguments: Sequence[object]) -> None:
@@ -102,7 +102,7 @@ class Memory:
             _check_overlaps(spans)
 
     def are_apart(self, arguments: Sequence[object]) -> bool:
-        """Whether written tensors have storages of their own: nearly all do."""
+        """Written tensors have storages of their own, as nearly all do."""
         storages = set()
         count = 0
         for written, x in zip(self._written, arguments, strict=False):
@@ -173,7 +173,7 @@ def _check_overlaps(spans: list[tuple[int, int, bool, Tensor, str]]) -> None:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have a byte in common, also where their elements lie interleaved."""
+    """Two tensors have a byte in common. Those whose elements only interleave have none."""
     reach: dict[int, list[int]] = {}  # step -> how often it can be taken
     for tensor, sign in ((x, -1), (y, 1)):
         for step, count in zip(tensor.stride(), tensor.shape, strict=True):
@@ -187,7 +187,7 @@ def overlap(x: Tensor, y: Tensor) -> bool:
 
 
 def _meets(steps: Sequence[tuple[int, int, int]], low: int, high: int, budget: list[int]) -> bool:
-    """Whether some of the steps add up to a number in [low, high]; out of budget, they may."""
+    """Some of the steps add up to a number in [low, high], or might when the budget is spent."""
     if not steps:
         return low <= 0 <= high
     step, least, most = steps[0]

@@ -1,4 +1,4 @@
-"""What a backend's kernels require of tensors: declared beside each implementation, checked here.
+"""Requirements of a backend's kernels, declared beside each implementation and checked here.
 
     @native(Tensors("q", "k", "v", one_dtype=True))
     def _native(call: Arguments) -> tuple[Tensor, Tensor]: ...
