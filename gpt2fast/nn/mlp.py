@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import ACTIVATION_NAMES, plain_activation
 from ..errors import ArgumentError
-from ..ops.decode import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from .dropout import check_probability, drop
 from .initialization import Device, Dtype, reset
 from .plain import is_plain, readable

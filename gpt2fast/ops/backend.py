@@ -14,7 +14,7 @@ and a call that the forced one cannot run raises `BackendError` with the reason.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -75,7 +75,7 @@ class Implementation:
     refuses: Callable[[Arguments], str | None] = lambda call: None
     """Returns why it cannot run a call, or None."""
     checks: bool = False
-    """Whether its kernels check everything that the op requires of its arguments, faster."""
+    """Its kernels check everything that the op requires of its arguments, faster."""
 
     def suiting(self, call: Arguments) -> Implementation:
         """The implementation for this call."""
@@ -89,16 +89,17 @@ class ByDevice:
     cpu: Implementation
     gpu: Implementation
     is_for_gpu: Callable[[Tensor], bool]
-    """Whether a tensor is one for `gpu`."""
+    """A tensor is one for `gpu`."""
 
     def suiting(self, call: Arguments) -> Implementation:
         """The implementation for this call."""
         return self.gpu if self.is_for_gpu(first_tensor(call)) else self.cpu
 
 
-def first_tensor(arguments: Iterable[Any]) -> Tensor:
+def first_tensor(arguments: Sequence[Any]) -> Tensor:
     """The first tensor among arguments, whose device is that of all."""
-    return next(tensors_in(arguments))
+    first = arguments[0]
+    return first if isinstance(first, Tensor) else next(tensors_in(arguments))
 
 
 _REFUSED_BY_KERNELS = "gpt2fast: "
@@ -110,30 +111,32 @@ def _requires_nothing(call: Arguments) -> None:
 
 
 def _has_no_elements(call: Arguments) -> bool:
-    """Whether the first tensor, or one of floating-point numbers, is empty: so is the result."""
+    """The first tensor, or one of floating-point numbers, is empty, and so is the result."""
     tensors = [x for x in call if isinstance(x, Tensor)]
     return any(not x.numel() and (x is tensors[0] or x.is_floating_point()) for x in tensors)
 
 
 # Its fields are known at run time only.
 _named_tuple: Any = namedtuple
-_NOTHING_BETWEEN: dict[int, bool] = {}
+_PASS_ON = (
+    "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA", "BackendSelect"
+)  # fmt: skip
+_known_keys: dict[int, bool] = {}
 
 
 def _reaches_kernels(keys: _C.DispatchKeySet) -> bool:
-    """Whether torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
+    """torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
 
-    Otherwise something stands between: a mode, a subclass of Tensor, tracing, a device without
-    data.
+    Otherwise something else takes part: a mode, a subclass of Tensor, tracing, batching, a device
+    without data.
     """
     raw = keys.raw_repr()
-    known = _NOTHING_BETWEEN.get(raw)
+    known = _known_keys.get(raw)
     if known is None:
-        below = keys & _C._after_autograd_keyset
-        for passes_on in (_C.DispatchKey.ADInplaceOrView, _C.DispatchKey.BackendSelect):
-            below = below.remove(passes_on)
-        known = below.highestPriorityTypeId() in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
-        _NOTHING_BETWEEN[raw] = known
+        for name in _PASS_ON:
+            keys = keys.remove(getattr(_C.DispatchKey, name))
+        known = keys.highestPriorityTypeId() in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+        _known_keys[raw] = known
     return known
 
 
@@ -197,7 +200,7 @@ class Op:
         OPS[name] = self
         self._reference = plain
         self._plain = plain.run
-        self._graph: type[torch.autograd.Function] | None = None
+        self._record: Callable[..., Any] | None = None
         self._writes = self._memory.writes
         self._no_gradient = "it writes in place" if self._writes else None
 
@@ -243,7 +246,9 @@ class Op:
                 return result + (None,) * (count - len(result))
 
         Graph.__name__ = f"gpt2fast_{self.name}"
-        self._graph = Graph
+        # Not Graph.apply: in Python, it first looks for transforms of torch.func and unwraps
+        # tensors that these left behind, which torch's dispatcher and `_autograd` have done.
+        self._record = super(torch.autograd.Function, Graph).apply
 
     def register_plain(self, plain: Callable[[Arguments], Any]) -> None:
         """Say which expression stands for the op where torch differentiates or batches it, should
@@ -295,12 +300,12 @@ class Op:
         call = self.bind(*args)
         anchor = None
         if transformed or torch.is_grad_enabled():
-            if self._graph is None:
+            if self._record is None:
                 anchor = differentiated(call)
                 if anchor is not None and self._no_gradient is None:
                     return self.plain(*args)
             elif _C._any_requires_grad(*args):
-                return self._graph.apply(*call, keyset)
+                return self._record(*call, keyset)
         if anchor is not None and self._writes:
             raise self._writing_error(call)
         result = self._below_autograd(keyset, call)

@@ -1,4 +1,4 @@
-"""Output projection and cross-entropy in one, without the logits ever standing in memory.
+"""Output projection and cross-entropy in one, without all logits in memory at once.
 
     logits = hidden @ weight^T
     loss   = mean over n with targets[n] != ignore_index of

@@ -12,14 +12,14 @@ one token a row, and is made of the other ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .activations import ACTIVATIONS
 from .attention import attention_with_cache
 from .backend import Arguments, Implementation, Op
 from .cache import append_to_cache
@@ -66,15 +66,6 @@ LAYER_WEIGHTS = (
     "mlp.c_proj.weight",
     "mlp.c_proj.bias",
 )
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
-"""Elementwise activations by Hugging Face's names."""
 
 
 def decode_step(

@@ -16,13 +16,12 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` or forward mode is at work, which may ask for more than one backward
-    pass."""
+    """`torch.func` or forward mode is at work, which may ask for more than one backward pass."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def wants_graph() -> bool:
-    """Within a backward pass: whether its results are to be differentiated or batched."""
+    """Within a backward pass: its results are to be differentiated or batched."""
     return torch.is_grad_enabled() or is_transformed()
 
 

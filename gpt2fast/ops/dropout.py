@@ -1,4 +1,4 @@
-"""Which attention weights are dropped: a function of the seed and of the weight's place alone.
+"""Dropout of attention weights, a function of the seed and of the weight's place alone.
 
 The kernels draw Philox 4x32-10 (Salmon et al., 2011) as they go. Here the same numbers come out of
 torch's integer operations, for the reference and for derivatives of any order. Kernels on a CPU

@@ -18,7 +18,7 @@ from .backend import Arguments
 
 
 def stored(entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries (..., D) as int8, and their factors (...). What is no number makes a factor none."""
+    """Entries (..., D) as int8, and their factors (...). An entry with a NaN has the factor NaN."""
     entries = entries.float()
     largest = entries.abs().amax(-1)
     # A tensor, since torch may multiply by the reciprocal of a number, which rounds twice.

@@ -23,12 +23,12 @@ _LEAST_SIDE_FLOAT32 = 256
 
 @cache
 def _multiplied_here(narrow: bool) -> bool:
-    """Whether our kernels for this processor are measured to beat torch's."""
+    """Our kernels for this processor were measured to beat torch's."""
     return unavailable() is None and torch.ops.gpt2fast_native.multiplies(narrow)
 
 
 def _is_faster(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ours is the faster product of (rows, inputs) and (inputs, columns)."""
+    """Ours is the faster product of (rows, inputs) and (inputs, columns)."""
     in_rows = dtype == torch.float32 and a.stride(1) == 1
     least = _LEAST_SIDE_FLOAT32 if in_rows else _LEAST_SIDE
     return min(*a.shape, b.shape[1]) >= least and _multiplied_here(dtype == torch.bfloat16)
@@ -49,7 +49,7 @@ def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> b
 
 
 def reads_wider_weights(x: Tensor) -> bool:
-    """Whether ops that take activations x round wider weights themselves, as they read them.
+    """Ops that take activations x round wider weights themselves, as they read them.
 
     On a GPU cuBLAS reads what autocast has rounded, and kept.
     """

@@ -1,4 +1,4 @@
-"""The library of compiled kernels (csrc), and what all its ops ask of their arguments."""
+"""The library of compiled CPU kernels (csrc): finding, building and loading it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .backend import AVAILABILITY
 from .support import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What the CPU kernels store; they compute in float32."""
+"""Dtypes of tensors that the CPU kernels read and write; they compute in float32."""
 CACHE_DTYPES = (*DTYPES, torch.int8)
-"""What they store keys and values in."""
+"""Dtypes of caches of packed models."""
 
 
 _lock = threading.Lock()
@@ -44,7 +44,7 @@ class Loaded:
     """Instruction set: portable, avx2, avx512, avx512_bf16 or neon."""
 
 
-# What the first call of `unavailable` found; the reason is empty if it found a library.
+# Set by the first call of `unavailable`; the reason is empty where there is a library.
 _loaded: Loaded | None = None
 _reason: str | None = None
 
@@ -127,7 +127,7 @@ def load_library(library: Library, namespace: str, part: Part) -> None:
 
 
 def _schemas(part: Part) -> list[str]:
-    """What the sources say of their ops, where the sources are here."""
+    """The schemas in the sources, or none where there are no sources."""
     try:
         files = source_files(source_folder(), part)
     except BackendError:

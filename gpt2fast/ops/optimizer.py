@@ -63,7 +63,7 @@ def fused_adamw(
 
 
 def _updates(call: Arguments) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What is updated, its gradient and its moments, tensor by tensor."""
+    """Each updated tensor with its gradient and its moments."""
     updated = call.masters or call.params
     return zip(updated, call.grads, call.exp_avgs, call.exp_avg_sqs, strict=True)
 
@@ -163,7 +163,7 @@ def _cuda(call: Arguments) -> None:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory, in some order of the dimensions."""
+    """The elements fill their memory, in some order of the dimensions."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     return x.permute(order).is_contiguous()
 

@@ -9,7 +9,7 @@ and holds every matrix as panels of 32 output columns:
     int4       [panel][group] of 32 float16 scales, then [input / 8][32][4] bytes: q + 8 of inputs
                8i + j in the low half, of 8i + 4 + j in the high one
 
-A quantised weight is q * scale; each group of inputs has one scale a column. What does not fill a
+A quantized weight is q * scale; each group of inputs has one scale a column. What does not fill a
 group or a panel is padded with zeros.
 """
 
@@ -26,13 +26,14 @@ from torch import Tensor
 
 from .._system.memory import zeros
 from ..errors import ArgumentError
+from .activations import ACTIVATIONS
 
 _PANEL = 32
 _MAGIC = int.from_bytes(b"gt2fast1", "little")
 _FORMATS = ("float32", "bfloat16", "int8", "int4")
 _GROUPS = (32, 64)
 """Inputs that may share a scale: what the kernels have room for."""
-_ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
+_ACTIVATIONS = tuple(ACTIVATIONS)
 _ALIGNMENT = 4096
 _MATRIX_WORDS = 8
 _MODEL_WORDS = 14 + 2 * _MATRIX_WORDS
@@ -70,7 +71,7 @@ class MatrixFormat:
     name: str
     """float32, bfloat16, int8 or int4."""
     group: int = 0
-    """Inputs that share a scale; 0 without quantisation."""
+    """Inputs that share a scale; 0 without quantization."""
 
     @classmethod
     def of(cls, matrix: Matrix) -> MatrixFormat:
@@ -94,7 +95,7 @@ class MatrixFormat:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the arena's header says of a model, besides where its weights are."""
+    """A model as the arena's header describes it, besides the places of its weights."""
 
     n_head: int
     width: int
@@ -106,7 +107,7 @@ class ModelShape:
     scales: tuple[float, ...]
     """Factor on the attention scores of each layer."""
     tied: bool
-    """Whether the token embedding is the output projection."""
+    """The token embedding is the output projection."""
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of every matrix by name; embeddings stand transposed."""
@@ -184,7 +185,7 @@ class PackedWeights:
 
     @classmethod
     def _read(cls, words: Tensor) -> PackedWeights:
-        """What a header describes, without memory; nothing in it has been checked."""
+        """The weights that a header describes, without memory; the header has not been checked."""
         layers, heads, _, width, inner, vocab, positions, activation, eps = words[2:11].tolist()
         if min(layers, heads, width, inner, vocab, positions) < 1 or width % heads:
             raise ArgumentError("a size in their header is impossible")
@@ -263,7 +264,7 @@ class PackedWeights:
             panels.copy_(_pack(_columns(value, begin, end), form))
 
     def get(self, name: str) -> Matrix:
-        """What was stored: a float32 vector, or a matrix (in, out) in its format."""
+        """The stored weight: a float32 vector, or a matrix (in, out) in its format."""
         if name not in self._sizes:
             return self._floats(name).clone()
         inputs, outputs = self._sizes[name]

@@ -1,4 +1,4 @@
-"""What every op asks of its arguments, whichever backend computes it.
+"""Checks of an op's arguments that every backend shares; a call that fails one is an error.
 
 An op's schema says which tensors it writes; from that follows what all ops ask of memory
 (`Memory`): tensors lie on one device and within their storage, and what is written overlaps
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Memory:
             for argument in schema.arguments
         ]
         self.writes = any(self._written)
-        """Whether the op writes into one of its tensors."""
+        """The op writes into one of its tensors."""
         self._one_device = one_device
 
     def check(self, arguments: Sequence[object]) -> None:
@@ -82,21 +83,26 @@ class Memory:
                     continue
                 if x.layout is not _STRIDED:
                     raise ArgumentError(f"{name} is a {x.layout} tensor; ops take strided ones")
-                steps = zip(x.shape, x.stride(), strict=True)
-                count = 1 + sum((n - 1) * step for n, step in steps)
-                size = x.element_size()
-                if (x.storage_offset() + count) * size > x.untyped_storage().nbytes():
-                    raise _resized(name, x, (x.storage_offset() + count) * size)
+                contiguous = x.is_contiguous()
+                if contiguous:
+                    count = x.numel()
+                else:
+                    steps = zip(x.shape, x.stride(), strict=True)
+                    count = 1 + sum((n - 1) * step for n, step in steps)
+                size = x.itemsize
+                needed = (x.storage_offset() + count) * size
+                if needed > x.untyped_storage().nbytes():
+                    raise _resized(name, x, needed)
                 if self.writes:
                     begin = x.data_ptr()
                     spans.append((begin, begin + count * size, written, x, name))
-                    if written:
+                    if written and not contiguous:
                         _check_written(name, x)
         if spans:
             _check_overlaps(spans)
 
     def are_apart(self, arguments: Sequence[object]) -> bool:
-        """Whether written tensors have storages of their own: nearly all do."""
+        """Written tensors have storages of their own, as nearly all do."""
         storages = set()
         count = 0
         for written, x in zip(self._written, arguments, strict=False):
@@ -131,8 +137,6 @@ def _resized(name: str, x: Tensor, needed: int | torch.SymInt) -> ArgumentError:
 
 
 def _check_written(name: str, x: Tensor) -> None:
-    if x.is_contiguous():
-        return
     reach = 1
     for step, count in sorted(zip(x.stride(), x.shape, strict=True)):
         if count > 1:
@@ -146,7 +150,7 @@ def _check_written(name: str, x: Tensor) -> None:
 
 def _check_overlaps(spans: list[tuple[int, int, bool, Tensor, str]]) -> None:
     """Nothing that is written overlaps anything else; views may interleave."""
-    spans.sort(key=lambda span: span[0])
+    spans.sort(key=itemgetter(0))
     furthest = furthest_written = 0
     for begin, end, written, _, _ in spans:
         if begin < furthest_written or (written and begin < furthest):
@@ -169,7 +173,7 @@ def _check_overlaps(spans: list[tuple[int, int, bool, Tensor, str]]) -> None:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have a byte in common, also where their elements lie interleaved."""
+    """Two tensors have a byte in common. Those whose elements only interleave have none."""
     reach: dict[int, list[int]] = {}  # step -> how often it can be taken
     for tensor, sign in ((x, -1), (y, 1)):
         for step, count in zip(tensor.stride(), tensor.shape, strict=True):
@@ -183,7 +187,7 @@ def overlap(x: Tensor, y: Tensor) -> bool:
 
 
 def _meets(steps: Sequence[tuple[int, int, int]], low: int, high: int, budget: list[int]) -> bool:
-    """Whether some of the steps add up to a number in [low, high]; out of budget, they may."""
+    """Some of the steps add up to a number in [low, high], or might when the budget is spent."""
     if not steps:
         return low <= 0 <= high
     step, least, most = steps[0]

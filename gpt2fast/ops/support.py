@@ -1,4 +1,4 @@
-"""What a backend's kernels require of tensors: declared beside each implementation, checked here.
+"""Requirements of a backend's kernels, declared beside each implementation and checked here.
 
     @native(Tensors("q", "k", "v", one_dtype=True))
     def _native(call: Arguments) -> tuple[Tensor, Tensor]: ...
@@ -9,7 +9,7 @@ checks of requirements.py, a refusal is no error: the next backend is tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -34,7 +34,7 @@ class Tensors:
         names: of the op's arguments; one may be a list of tensors.
         dtypes: of floating-point tensors and int8 caches; None means those that all kernels of the
             backend take.
-        one_dtype: floating-point ones must be of one dtype.
+        one_dtype: all must be of one dtype.
         may_be_empty: tensors without elements pass.
         contiguous_rows: the last dimension must be contiguous.
         max_head_size: of the last dimension, which is a head's.
@@ -49,18 +49,20 @@ class Tensors:
         contiguous_rows: bool = False,
         max_head_size: int | None = None,
     ):
-        self._get = attrgetter(*names)
-        self._single = len(names) == 1
+        get: Callable[[Arguments], Any] = attrgetter(*names)
+        self.of: Callable[[Arguments], Sequence[Tensor | None]] = (
+            get if len(names) > 1 else lambda call: _as_list(get(call))
+        )
+        """These arguments."""
         self.dtypes = dtypes
         self.one_dtype = one_dtype
         self.may_be_empty = may_be_empty
         self.contiguous_rows = contiguous_rows
         self.max_head_size = max_head_size
 
-    def of(self, call: Arguments) -> Iterable[Tensor | None]:
-        """These arguments."""
-        found = self._get(call)
-        return (found if isinstance(found, list) else (found,)) if self._single else found
+
+def _as_list(argument: Tensor | list[Tensor] | None) -> Sequence[Tensor | None]:
+    return argument if isinstance(argument, list) else (argument,)
 
 
 @dataclass(frozen=True)

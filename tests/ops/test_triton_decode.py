@@ -7,7 +7,7 @@ import torch
 
 from comparison import TRITON_BACKENDS, backend
 from gpt2fast import ops
-from gpt2fast.ops.decode import ACTIVATIONS
+from gpt2fast.ops.activations import ACTIVATIONS
 from tolerance import assert_close, assert_equal
 
 

@@ -1,4 +1,4 @@
-"""The ops as CUDA kernels: the library that holds them, and what they ask of their arguments.
+"""The ops as CUDA kernels: finding, building and loading the library that holds them.
 
 The library's ops are in the namespace `gpt2fast_cuda`. It is found, or compiled, when the first
 CUDA tensor arrives. The backend is `native`, as for the CPU's kernels: `by_device` takes the one or
@@ -102,7 +102,7 @@ cuda = Kernels("CUDA kernels", DTYPES, lambda: unavailable())
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the CUDA kernels run on the tensor's device, should they be there."""
+    """The tensor is on a device of the CUDA kernels, should there be any."""
     return _simulating or tensor.is_cuda
 
 

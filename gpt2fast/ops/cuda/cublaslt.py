@@ -22,13 +22,13 @@ from ..backend import requested_backend
 from . import takes
 
 DTYPES = (torch.float16, torch.bfloat16)
-"""Of what it multiplies: float32 could only gain by TF32, which would lose digits."""
+"""Dtypes that it multiplies: float32 could only gain by TF32, which would lose digits."""
 
 _forced: bool | None = None
 
 
 def is_wanted(x: Tensor) -> bool:
-    """Whether an op whose first argument is x should use it."""
+    """An op whose first argument is x should use it."""
     return (
         x.dtype in DTYPES
         and takes(x)
@@ -73,5 +73,5 @@ def missing(x: Tensor) -> str | None:
 
 
 def is_compiled() -> bool:
-    """Whether the library of CUDA kernels that was loaded has what calls cuBLASLt."""
+    """The loaded library of CUDA kernels was compiled with cuBLASLt."""
     return hasattr(torch.ops.gpt2fast_cuda, "cublaslt_bias")

@@ -1,4 +1,4 @@
-"""The ops as Triton kernels: where they run, and what they ask of their arguments.
+"""The ops as Triton kernels: where they run, and how they are imported and launched.
 
 A module of this package holds the kernels of one family of ops and the functions that launch them.
 It is imported when the first of its ops runs: importing gpt2fast does not import triton.
@@ -26,7 +26,7 @@ from ..support import Kernels, Tensors
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, in place of a GPU."""
+    """Triton's interpreter runs the kernels, in place of a GPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
