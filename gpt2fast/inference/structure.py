@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..config import BLOCK_PARAMETERS
 from ..errors import ArgumentError
 from ..model import GPT2
 from ..nn import GELUMLP, Block, CausalSelfAttention, LayerNorm
@@ -20,9 +21,8 @@ from ..nn.mlp import Activation
 from ..nn.output_projection import TiedOutputProjection
 from ..nn.plain import is_unwatched, why_not_plain_within
 from ..nn.projection import merged
-from ..ops.decode import LAYER_WEIGHTS
 
-_layer_weights = attrgetter(*LAYER_WEIGHTS)
+_layer_weights = attrgetter(*BLOCK_PARAMETERS)
 """Of a block: its weights in the order of `ops.decode_step`."""
 
 
