@@ -25,7 +25,8 @@ from gpt2fast.checkpoints import hub
 from gpt2fast.cli import prompt_progress
 from gpt2fast.cli.generate import main
 from gpt2fast.inference import generator as generator_module
-from gpt2fast.inference.generator import Generation, Generator
+from gpt2fast.inference.continuation import Generation
+from gpt2fast.inference.generator import Generator
 from gpt2fast.lora import add_adapters, save_adapter
 from gpt2fast.ops.backend import requested_backend
 from gpt2fast.tokenizer import BPETokenizer

@@ -17,8 +17,9 @@ from .arguments import OneLineParser, ParagraphFormatter, text_argument, usable_
 from .command import command, output_is_closed
 
 if TYPE_CHECKING:
+    from ..inference.continuation import Generation
     from ..inference.decoding import Timing
-    from ..inference.generator import Generation, Generator
+    from ..inference.generator import Generator
     from .prompt_progress import PromptProgress
     from .prompts import Prompt
 
