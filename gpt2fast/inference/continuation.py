@@ -27,7 +27,7 @@ class Generation:
     finish_reason: str
     """Why it ended: "eos" (end token), "stop" (stop string) or "length" (no more was allowed)."""
     seed: int | None
-    """What the draws depended on; None where there were none."""
+    """Seed of the draws; None where there were none."""
     logprobs: list[float] | None = None
     """Log-probability (nats) of each token under the model, before temperature and the like."""
     top_logprobs: list[dict[int, float]] | None = None
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the prompt's own tokens are scored, since there are no new ones."""
+        """True where the prompt's own tokens are scored, since there are no new ones."""
         return self.alternatives is not None and self.options.max_new_tokens == 0
 
 

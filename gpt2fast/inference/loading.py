@@ -44,7 +44,7 @@ def load_pair(
     if quantize is not None:
         if isinstance(model, PackedGPT2):
             raise ArgumentError(
-                f"{name_or_path} is quantised already ({model.format}); leave quantize out"
+                f"{name_or_path} is quantized already ({model.format}); leave quantize out"
             )
         model = model.quantize(quantize, release=True)
     elif pack and isinstance(model, GPT2) and model.can_be_packed():

@@ -1,7 +1,7 @@
-"""Whether a GPT-2's weights and configuration alone tell what it computes.
+"""Reading a GPT-2's weights past its modules, and the reasons not to.
 
-Decoding, packing and saving read them and call no module. Where modules do something else, decoding
-calls them instead, and the others refuse.
+Decoding, packing and saving read weights and configuration, and call no module. Where modules do
+something else (hooks, other classes, other constants), decoding calls them and the others refuse.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _layer_weights = attrgetter(*BLOCK_PARAMETERS)
 
 
 def why_not_configured(model: GPT2) -> str | None:
-    """What in the model's modules its configuration does not describe, or None."""
+    """Something in the model's modules that its configuration does not describe, or None."""
     config = model.config
     blocks = list(model.h)
     if len(blocks) != config.n_layer:
