@@ -34,7 +34,7 @@ _OTHER_NAMES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-"""What transformers' models have in common, and GPT-2's own names for it."""
+"""Names that all of transformers' models share, and GPT-2's own for the same sizes."""
 
 # Far above any GPT-2, far below what overflows an index: a corrupted size fails here, by name.
 _LARGEST = {"n_layer": 1 << 12}

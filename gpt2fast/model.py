@@ -55,7 +55,7 @@ class GPT2(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.generation_config: dict[str, Any] = {}
-        """What generation_config.json says, where the model was loaded from one."""
+        """Content of generation_config.json, where the model was loaded with one."""
         std = config.initializer_range
         self.wte = Embedding(config.vocab_size, config.n_embd, std, **factory)
         self.wpe = Embedding(config.n_positions, config.n_embd, std, **factory)
@@ -210,7 +210,7 @@ class GPT2(nn.Module):
         return self.lm_head(hidden)
 
     def _reads_projection(self) -> bool:
-        """Whether logits are a product with `projection`, and no module that is to be called."""
+        """True where logits are a product with `projection`, and no module has to be called."""
         plain = is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
         return plain and getattr(self.lm_head, "model", self) is self
 
@@ -250,7 +250,7 @@ class GPT2(nn.Module):
         return above("inference.engine").for_decoding(self)
 
     def can_be_packed(self) -> bool:
-        """Whether there are kernels here that read packed weights of this model."""
+        """True if there are kernels here that read packed weights of this model."""
         return above("inference.packing").can_be_packed(self)
 
     def pack(self, *, release: bool = False) -> PackedGPT2:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from time_limits import patience
+
 PROMPT = "Once upon a time"
 TEXT = "Once upon a time the cat sat on the mat. The dog sat there too, and so it goes on. "
 

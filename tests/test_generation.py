@@ -10,9 +10,10 @@ import torch
 from gpt2fast import GPT2, Error, GPT2Config
 from gpt2fast.errors import GenerationError
 from gpt2fast.inference import teacher_forcing
+from gpt2fast.inference.continuation import Generation
 from gpt2fast.inference.decoding import Timing
 from gpt2fast.inference.engine import DecodeState
-from gpt2fast.inference.generator import Generation, Generator
+from gpt2fast.inference.generator import Generator
 from gpt2fast.inference.sampling import Draw, uniforms
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
 

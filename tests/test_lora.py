@@ -248,7 +248,7 @@ def test_a_decoding_step_sees_adapters(name):
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_packed_and_quantised_copies_hold_adapters(release):
+def test_packed_and_quantized_copies_hold_adapters(release):
     expected = adapted_model(ALL)(tokens()).logits
     merged = merge(adapted_model(ALL))
     model = adapted_model(ALL)

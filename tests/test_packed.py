@@ -114,7 +114,7 @@ def test_a_step_is_as_exact_as_torch(config, form):
 @needs_native
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
-def test_quantised_activations_cost_little(config, form):
+def test_quantized_activations_cost_little(config, form):
     packed = in_format(random_model(config), form)
     ids = torch.randint(config.vocab_size, (2, 40))
     exact = unpacked(packed)(ids).logits
@@ -429,7 +429,7 @@ def test_tokens_of_any_integer_type():
         packed(ids.float())
 
 
-def test_quantised_matrices_enter_as_they_are():
+def test_quantized_matrices_enter_as_they_are():
     model = random_model(CONFIG)
     quantized = quantize_weights(model, "int4", method="nearest")
     packed = pack_weights(model, quantized)

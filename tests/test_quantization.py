@@ -200,7 +200,7 @@ def test_int8_takes_no_calibration(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_models_of_every_dtype_are_quantised(model, dtype):
+def test_models_of_every_dtype_are_quantized(model, dtype):
     copy = simulate(model, quantize_weights(model, "int8")).to(dtype)
     weights = quantize_weights(copy, "int4")
     assert simulate(copy, weights).dtype == torch.float32
@@ -310,9 +310,9 @@ def test_a_model_without_weights_or_with_broken_ones_is_told(model):
     for value in (float("nan"), 1e30):
         broken = GPT2(replace(model.config, dropout=None))
         broken.h[1].mlp.c_fc.weight.data[3, 4] = value
-        with pytest.raises(WeightsError, match="cannot be quantised"):
+        with pytest.raises(WeightsError, match="cannot be quantized"):
             quantize_weights(broken, "int8")
-        with pytest.raises(WeightsError, match="cannot be quantised"):
+        with pytest.raises(WeightsError, match="cannot be quantized"):
             quantize_weights(broken, "int4", calibration=torch.arange(40))
 
 

@@ -30,8 +30,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 import gpt2fast.ops.triton
+from gpt2fast.config import BLOCK_PARAMETERS
 from gpt2fast.ops.backend import OPS, Implementation
-from gpt2fast.ops.decode import LAYER_WEIGHTS
 from gpt2fast.ops.triton import tuning
 
 
@@ -149,7 +149,7 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
     call("sample", logits, history, None, 1.0, 0, 1.0, 0.0, 1.0, 0)
     shapes = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
     shapes += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    assert len(shapes) == len(LAYER_WEIGHTS)
+    assert len(shapes) == len(BLOCK_PARAMETERS)
     weights = [wte, wpe, *(some(*shape) for shape in shapes), some(width), some(width), wte]
     for count in (1, 8):
         caches = some(1, count, entries, heads, 64)

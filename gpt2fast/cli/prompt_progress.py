@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 
 from .._system.output import StatusLine, clock
+from ..inference.continuation import Generation
 from ..inference.decoding import Timing
-from ..inference.generator import Generation
 
 
 class PromptProgress(Timing):

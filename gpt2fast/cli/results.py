@@ -12,8 +12,9 @@ from .._system.output import held, takes_unicode
 from ..errors import TokenizerError, printable
 
 if TYPE_CHECKING:
+    from ..inference.continuation import Generation
     from ..inference.decoding import Timing
-    from ..inference.generator import Generation, Generator
+    from ..inference.generator import Generator
     from .prompts import Prompt
 
 

@@ -27,7 +27,7 @@ BLOCK = 16
 
 
 def is_worthwhile(model: GPT2, steps: int) -> bool:
-    """Whether so many steps of `model` are to be captured: on a GPU, and more than a few."""
+    """True where capturing so many steps pays: on a GPU, and for more than a few."""
     return model.device.type == "cuda" and steps > BLOCK and why_not_read(model) is None
 
 

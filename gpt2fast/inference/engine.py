@@ -1,4 +1,4 @@
-"""What decodes: GPT2 and PackedGPT2 under one protocol, and the state of a batch that goes on.
+"""The engine of decoding: GPT2 and PackedGPT2 under one protocol, and the state of a batch.
 
 A loop of decoding (`decoding.py`, `beam_search.py`) sees a `DecodeState` and asks it for the next
 logits or tokens; the state asks its `Decoder`. Where steps can be captured, `async_decoder.py`

@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
 import torch
 
-from ..errors import (
-    ArgumentError,
-    GenerationError,
-    MissingTokenizerError,
-    TokenizerError,
-    WeightsError,
-)
-from ..lora import load_adapter, merge
+from ..errors import GenerationError
 from ..model import GPT2
-from ..sampling_options import DEFAULTS, SamplingOptions
+from ..sampling_options import DEFAULTS
 from ..tokenizer import Tokenizer
 from .beam_search import beam_search
+from .continuation import Continuation, Generation, Request, TextStream
 from .decoding import Step, Timing, decode
 from .generation import (
     FROM_CONFIG,
@@ -32,7 +26,7 @@ from .generation import (
     check_vocabulary,
     end_tokens,
 )
-from .packed import PackedGPT2
+from .loading import load_pair
 from .sampling import Draw, Draws
 from .scores import Scores
 from .stopping import StopCriteria
@@ -44,43 +38,6 @@ _MOST_PADDING = 127
 
 _BATCH_ROWS = 32
 """Continuations computed at once; more would take memory and save little time."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A continuation of a prompt. `str()` gives prompt and continuation."""
-
-    prompt: str
-    text: str
-    """The continuation, without the end token or stop string that ended it."""
-    tokens: list[int]
-    """The continuation's token ids, with those of the end token or stop string."""
-    prompt_tokens: int
-    """Number of tokens of the prompt; an empty one has the token that it begins with."""
-    finish_reason: str
-    """Why it ended: "eos" (end token), "stop" (stop string) or "length" (no more was allowed)."""
-    seed: int | None
-    """What the draws depended on; None where there were none."""
-    logprobs: list[float] | None = None
-    """Log-probability (nats) of each token under the model, before temperature and the like."""
-    top_logprobs: list[dict[int, float]] | None = None
-    """For each token the likeliest ids in its place with their log-probabilities, likeliest first;
-    where `top_logprobs` asked for them."""
-    prompt_token_ids: list[int] = field(default_factory=list)
-    """The prompt's token ids."""
-    prompt_logprobs: list[float | None] | None = None
-    """Log-probability of each of them after those before it, None for the first; with
-    `max_new_tokens=0, logprobs=True` alone."""
-    prompt_top_logprobs: list[dict[int, float] | None] | None = None
-    """As `top_logprobs`, in the places of the prompt's tokens."""
-
-    @property
-    def new_tokens(self) -> int:
-        """Number of tokens of the continuation."""
-        return len(self.tokens)
-
-    def __str__(self) -> str:
-        return self.prompt + self.text
 
 
 class Generator:
@@ -162,43 +119,19 @@ class Generator:
         Raises:
             WeightsError, ConfigError, TokenizerError: something is missing or broken.
         """
-        model = GPT2.from_pretrained(
+        model, its_tokenizer = load_pair(
             name_or_path,
+            tokenizer=tokenizer,
             device=device,
             dtype=dtype,
             revision=revision,
             local_files_only=local_files_only,
             preset=preset,
+            adapter=adapter,
+            quantize=quantize,
+            pack=pack,
         )
-        if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4:
-            model = model.float()
-        if adapter is not None:
-            load_adapter(model, adapter, local_files_only=local_files_only)
-            model = merge(model)
-        if quantize is not None:
-            if isinstance(model, PackedGPT2):
-                raise ArgumentError(
-                    f"{name_or_path} is quantised already ({model.format}); leave quantize out"
-                )
-            model = model.quantize(quantize, release=True)
-        elif pack and isinstance(model, GPT2) and model.can_be_packed():
-            model = model.pack(release=True)
-        if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
-            return cls(model, tokenizer, window=window, notify=notify)
-        place = name_or_path if tokenizer is None else tokenizer
-        try:
-            loaded = Tokenizer.from_pretrained(
-                place,
-                revision=revision if tokenizer is None else None,
-                local_files_only=local_files_only,
-            )
-        except WeightsError as error:
-            raise TokenizerError(f"the tokenizer {str(place)!r} is not found: {error}") from error
-        except MissingTokenizerError as error:
-            raise TokenizerError(
-                f"{error}; or name another with tokenizer= (--tokenizer gpt2, a folder, …)"
-            ) from error
-        return cls(model, loaded, window=window, notify=notify)
+        return cls(model, its_tokenizer, window=window, notify=notify)
 
     @overload
     def __call__(self, prompts: str, **options: Any) -> Generation | list[Generation]: ...
@@ -257,21 +190,13 @@ class Generator:
         return results[0] if isinstance(prompts, str) else results
 
     def each(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        eos_token_id: EosTokenId = FROM_CONFIG,
-        stop: str | Sequence[str] | None = None,
-        logprobs: bool = False,
-        top_logprobs: int = 0,
-        timing: Timing | None = None,
-        **options: Any,
+        self, prompts: str | Sequence[str], *, timing: Timing | None = None, **options: Any
     ) -> Iterator[list[Generation]]:
         """Continue many texts; gives the continuations of each as soon as its batch is done.
 
         Arguments and errors are those of a call; all prompts are checked before the first result.
         """
-        request = self._request(eos_token_id, stop, logprobs, top_logprobs, options)
+        request = self._request(**options)
         found = self._continue(prompts, request, timing)
         while together := list(islice(found, request.options.num_return_sequences)):
             yield together
@@ -280,10 +205,6 @@ class Generator:
         self,
         prompts: str | Sequence[str],
         *,
-        eos_token_id: EosTokenId = FROM_CONFIG,
-        stop: str | Sequence[str] | None = None,
-        logprobs: bool = False,
-        top_logprobs: int = 0,
         timing: Timing | None = None,
         draws: Draws | None = None,
         **options: Any,
@@ -292,8 +213,7 @@ class Generator:
 
         With the `draws` of an earlier call, a prompt that came there goes on with further samples.
         """
-        request = self._request(eos_token_id, stop, logprobs, top_logprobs, options)
-        return self._continue(prompts, request, timing, draws)
+        return self._continue(prompts, self._request(**options), timing, draws)
 
     def check(self, prompt: str, name: str = "the prompt", **options: Any) -> None:
         """Raise what a call with this prompt would, before anything is computed.
@@ -303,32 +223,15 @@ class Generator:
             name: what errors call it.
             options: of the call.
         """
-        request = self._request(
-            options.pop("eos_token_id", FROM_CONFIG),
-            options.pop("stop", None),
-            options.pop("logprobs", False),
-            options.pop("top_logprobs", 0),
-            options,
-        )
-        self._encode(prompt, request, name)
+        self._encode(prompt, self._request(**options), name)
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        eos_token_id: EosTokenId = FROM_CONFIG,
-        stop: str | Sequence[str] | None = None,
-        logprobs: bool = False,
-        top_logprobs: int = 0,
-        timing: Timing | None = None,
-        **options: Any,
-    ) -> TextStream:
+    def stream(self, prompt: str, *, timing: Timing | None = None, **options: Any) -> TextStream:
         """Continue one text; gives the continuation piece by piece, as it comes.
 
         Joined, the pieces are the `text` that a call with the same options and seed returns.
         Arguments and errors are those of a call.
         """
-        request = self._request(eos_token_id, stop, logprobs, top_logprobs, options)
+        request = self._request(**options)
         if request.scores_prompt:
             raise GenerationError(
                 "a stream scores the tokens that it gives, and max_new_tokens=0 gives none: call "
@@ -356,7 +259,7 @@ class Generator:
     def _continue(
         self,
         prompts: str | Sequence[str],
-        request: _Request,
+        request: Request,
         timing: Timing | None,
         hand_out: Draws | None = None,
     ) -> Iterator[Generation]:
@@ -397,12 +300,12 @@ class Generator:
 
     def _request(
         self,
-        eos_token_id: EosTokenId,
-        stop: Any,
-        logprobs: bool,
-        top_logprobs: int,
-        options: dict[str, Any],
-    ) -> _Request:
+        eos_token_id: EosTokenId = FROM_CONFIG,
+        stop: Any = None,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
+        **options: Any,
+    ) -> Request:
         if "num_beams" in options and options["num_beams"] != 1:
             options = {"do_sample": False, **options}
         chosen = DEFAULTS.changed(options)
@@ -411,7 +314,7 @@ class Generator:
         if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
             ends += [own_end] if own_end < self.model.config.vocab_size else []
         alternatives = self._alternatives(logprobs, top_logprobs)
-        return _Request(chosen, StopCriteria(ends, stop, self.tokenizer), alternatives)
+        return Request(chosen, StopCriteria(ends, stop, self.tokenizer), alternatives)
 
     def _alternatives(self, logprobs: bool, top_logprobs: int) -> int | None:
         """How many likely tokens to name beside each; None where nothing is scored."""
@@ -432,7 +335,7 @@ class Generator:
             )
         return top_logprobs if logprobs else None
 
-    def _encode(self, text: str, request: _Request, name: str) -> list[int]:
+    def _encode(self, text: str, request: Request, name: str) -> list[int]:
         """The prompt's tokens, checked for what the model can take."""
         if not isinstance(text, str):
             raise GenerationError(f"{name} is {text!r:.80}; it must be a text (str)")
@@ -472,13 +375,13 @@ class Generator:
         self,
         texts: Sequence[str],
         prompts: Sequence[list[int]],
-        request: _Request,
+        request: Request,
         timing: Timing | None,
         draws: Sequence[Draw] | None,
     ) -> list[Generation]:
         options = request.options
         copies = options.num_return_sequences
-        found = [_Continuation(self.tokenizer, request) for _ in range(len(prompts) * copies)]
+        found = [Continuation(self.tokenizer, request) for _ in range(len(prompts) * copies)]
         alternatives = request.alternatives
         scored: list[Scores | None] = [None] * len(prompts)
         if alternatives is not None and request.scores_prompt:
@@ -525,7 +428,7 @@ class Generator:
     def _steps(
         self,
         prompts: Sequence[list[int]],
-        request: _Request,
+        request: Request,
         *,
         timing: Timing | None,
         draws: Sequence[Draw] | None,
@@ -582,128 +485,3 @@ class Generator:
                 f"the text is longer than the model's {room} positions: it goes on from the "
                 f"newest {max(1, room // 2)} tokens each time they are used up"
             )
-
-
-class TextStream(Iterator[str]):
-    """The pieces of a continuation as they come; also what has come so far."""
-
-    def __init__(
-        self,
-        prompt: str,
-        prompt_tokens: int,
-        steps: Iterator[Step],
-        tokenizer: Tokenizer,
-        request: _Request,
-        seed: int | None,
-    ):
-        self.prompt = prompt
-        self.prompt_tokens = prompt_tokens
-        self.seed = seed
-        self._steps = steps
-        self._continuation = _Continuation(tokenizer, request)
-
-    @property
-    def text(self) -> str:
-        """The continuation so far."""
-        return self._continuation.text
-
-    @property
-    def tokens(self) -> list[int]:
-        """Its token ids so far."""
-        return self._continuation.tokens
-
-    @property
-    def logprobs(self) -> list[float] | None:
-        """As in `Generation`, so far."""
-        return self._continuation.scored(None).get("logprobs")
-
-    @property
-    def top_logprobs(self) -> list[dict[int, float]] | None:
-        """As in `Generation`, so far."""
-        return self._continuation.scored(None).get("top_logprobs")
-
-    @property
-    def finish_reason(self) -> str | None:
-        """As in `Generation`; None until the stream has ended."""
-        return self._continuation.reason
-
-    def __next__(self) -> str:
-        for step in self._steps:
-            piece = self._continuation.push(step.tokens[0], step.reasons[0])
-            if step.scores is not None:
-                self._continuation.scores.add(step.scores)
-            if piece:
-                return piece
-        raise StopIteration
-
-
-@dataclass(frozen=True)
-class _Request:
-    options: SamplingOptions
-    criteria: StopCriteria
-    alternatives: int | None
-    """How many likely tokens to name beside each; None where nothing is scored."""
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether it is the prompt's tokens that are scored."""
-        return self.alternatives is not None and self.options.max_new_tokens == 0
-
-
-class _Continuation:
-    """Tokens and text of one continuation, as its tokens come."""
-
-    def __init__(self, tokenizer: Tokenizer, request: _Request):
-        self.tokens: list[int] = []
-        self.text = ""
-        self.reason = "length" if request.options.max_new_tokens == 0 else None
-        self.scores = Scores()
-        self._alternatives = request.alternatives
-        self._stops = request.criteria.strings
-        self._tokenizer, self._decoder = tokenizer, tokenizer.decoder()
-        self._held = ""
-        """Text that may turn out to begin a stop string."""
-
-    def push(self, token: int, reason: str | None) -> str:
-        """Add a token; returns the text that is certain now."""
-        self.tokens.append(token)
-        self.reason = reason
-        if reason != "eos" and token in self._tokenizer:  # ids may have gaps
-            self._held += self._decoder.push(token)
-        if reason is not None:
-            self._held += self._decoder.flush()
-        places = [self._held.find(stop) for stop in self._stops if stop in self._held]
-        if reason == "stop" and places:
-            certain = min(places)
-        elif reason is not None:
-            certain = len(self._held)
-        else:
-            certain = len(self._held) - self._overlap()
-        piece, self._held = self._held[:certain], self._held[certain:]
-        self.text += piece
-        return piece
-
-    def scored(self, prompt: Scores | None) -> dict[str, Any]:
-        """The fields of `Generation` about scores.
-
-        Args:
-            prompt: those of the prompt's tokens after the first one.
-        """
-        if self._alternatives is None:
-            return {}
-        fields: dict[str, Any] = {"logprobs": self.scores.logprobs}
-        if prompt is not None:
-            fields["prompt_logprobs"] = [None, *prompt.logprobs]
-        if self._alternatives:
-            fields["top_logprobs"] = self.scores.top
-            if prompt is not None:
-                fields["prompt_top_logprobs"] = [None, *prompt.top]
-        return fields
-
-    def _overlap(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = min(len(self._held), max((len(stop) for stop in self._stops), default=1) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0

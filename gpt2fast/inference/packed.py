@@ -57,7 +57,7 @@ class PackedGPT2(nn.Module):
         self.weights = weights
         self.quantization = quantization
         self.generation_config: dict[str, Any] = {}
-        """What generation_config.json says, where the model was loaded from one."""
+        """Content of generation_config.json, where the model was loaded with one."""
         self.eval()
 
     @property

@@ -40,7 +40,7 @@ _copies: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
 
 
 def can_be_packed(model: GPT2) -> bool:
-    """Whether there are kernels here that read packed weights of this model."""
+    """True if there are kernels here that read packed weights of this model."""
     chosen = requested_backend() in ("auto", "native") and unavailable() is None
     return chosen and _why_not_packed(model) is None
 

@@ -33,7 +33,7 @@ class Scores:
 
 
 def score(logits: Tensor, tokens: Sequence[int], alternatives: int) -> Scores:
-    """What logits say of the tokens that were chosen from them.
+    """Score the tokens that were chosen from logits.
 
     Args:
         logits: (N, vocab), as the model gave them.

@@ -1,7 +1,7 @@
-"""Whether a GPT-2's weights and configuration alone tell what it computes.
+"""Reading a GPT-2's weights past its modules, and the reasons not to.
 
-Decoding, packing and saving read them and call no module. Where modules do something else, decoding
-calls them instead, and the others refuse.
+Decoding, packing and saving read weights and configuration, and call no module. Where modules do
+something else (hooks, other classes, other constants), decoding calls them and the others refuse.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..config import BLOCK_PARAMETERS
 from ..errors import ArgumentError
 from ..model import GPT2
 from ..nn import GELUMLP, Block, CausalSelfAttention, LayerNorm
@@ -20,14 +21,13 @@ from ..nn.mlp import Activation
 from ..nn.output_projection import TiedOutputProjection
 from ..nn.plain import is_unwatched, why_not_plain_within
 from ..nn.projection import merged
-from ..ops.decode import LAYER_WEIGHTS
 
-_layer_weights = attrgetter(*LAYER_WEIGHTS)
+_layer_weights = attrgetter(*BLOCK_PARAMETERS)
 """Of a block: its weights in the order of `ops.decode_step`."""
 
 
 def why_not_configured(model: GPT2) -> str | None:
-    """What in the model's modules its configuration does not describe, or None."""
+    """Something in the model's modules that its configuration does not describe, or None."""
     config = model.config
     blocks = list(model.h)
     if len(blocks) != config.n_layer:

@@ -1,4 +1,4 @@
-"""What a model says of tokens that are there already: teacher forcing."""
+"""Log-probabilities of given tokens under a model: teacher forcing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_BYTES = 1 << 28
 def score_sequences(
     model: GPT2, sequences: Sequence[Sequence[int]], alternatives: int, first: Sequence[int]
 ) -> Iterator[Scores]:
-    """What a model says of each sequence's tokens from `first` on, each after all before it.
+    """Score each sequence's tokens from `first` on, each after all those before it.
 
     Args:
         sequences: token ids, at most `n_positions` + 1 each; they may differ in length.

@@ -23,7 +23,7 @@ from ..nn.plain import readable
 from ..nn.projection import Projection
 
 RANK, ALPHA, TARGETS = 8, 8.0, "c_attn"
-"""What PEFT takes for GPT-2 when it is told nothing."""
+"""PEFT's defaults for GPT-2."""
 
 
 @readable
@@ -67,7 +67,7 @@ class LoRAProjection(Projection):
         return (self.weight.to(wide) + self.scale * added).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Shown by print."""
         return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
 
 
@@ -121,7 +121,7 @@ def add_adapters(
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model has adapters."""
+    """True if the model has adapters."""
     return any(isinstance(module, LoRAProjection) for module in model.modules())
 
 

@@ -228,7 +228,7 @@ def _pairs(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Ten
 
 
 def _targets(names: list[str], layers: int) -> list[str]:
-    """What PEFT's `target_modules` must hold to mean these projections and no others."""
+    """The `target_modules` by which PEFT means these projections and no others."""
     kinds = sorted({name.split(".", 2)[2] for name in names})
     targets = []
     for kind in kinds:

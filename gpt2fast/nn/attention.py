@@ -141,7 +141,7 @@ class CausalSelfAttention(nn.Module):
         return torch.einsum("bhts,bshd->bthd", weights, v)
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Shown by print."""
         return f"width={self.width}, heads={self.heads}, scale={self.scale:g}"
 
 
@@ -155,7 +155,7 @@ def _as_constants(k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tens
 
 
 def _of_constants(out: Tensor, cache: LayerCache) -> Tensor:
-    """What was computed from a cache, whose backward pass is an error where it would be wrong."""
+    """A result computed from a cache; its backward pass is an error where it would be wrong."""
     lost = cache.constants is not None and cache.constants.lost
     if not torch.is_grad_enabled() or not (lost or out.requires_grad):
         return out

@@ -30,7 +30,7 @@ class Block(nn.Module):
         dropout: probability of dropping what attention and MLP add, while training.
         attention_dropout: probability of dropping an attention weight, while training.
         scale: factor on the attention scores; None means 1 / sqrt(width / heads).
-        eps: of the layer normalisations.
+        eps: of the layer normalizations.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ class LinearCrossEntropy(nn.Module):
         return losses.sum() / (targets != self.ignore_index).sum()
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Shown by print."""
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}{smoothing}"
 

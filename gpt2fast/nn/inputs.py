@@ -1,4 +1,4 @@
-"""What a model is given: checked before it is used, with errors that say what to do."""
+"""Checks of a model's arguments, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -210,5 +210,5 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether looking at values is free: on the CPU, outside a traced program."""
+    """True where looking at values is free: on the CPU, outside a traced program."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

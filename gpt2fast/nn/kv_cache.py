@@ -16,10 +16,10 @@ from ..errors import GenerationError
 
 @dataclass
 class Constants:
-    """What a cache remembers of gradients: its keys and values have none."""
+    """Notes that entries of a cache, which have no gradients, came from tensors that had."""
 
     lost: bool = False
-    """Whether some that it holds had one where they came from."""
+    """True once a gradient was left behind."""
 
 
 class LayerCache(NamedTuple):
@@ -34,7 +34,7 @@ class LayerCache(NamedTuple):
     counts: Tensor | None
     """(B,) how many of the new tokens each row stores; None means all of them."""
     empty: bool
-    """Whether no row holds an entry yet, so that the new tokens see themselves only."""
+    """True if no row holds an entry yet, so that the new tokens see themselves only."""
     k_scales: Tensor | None = None
     """(B, T_max, H) factors of int8 keys."""
     v_scales: Tensor | None = None
@@ -98,7 +98,7 @@ class KVCache:
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) position that each row's next token has unless the caller says otherwise."""
         self.constants = Constants()
-        """Whether gradients end at what it holds: a backward pass through that is an error."""
+        """Tells whether gradients end here, so that a backward pass is an error."""
         # At least the longest row; known without asking the device.
         self._longest = 0
 

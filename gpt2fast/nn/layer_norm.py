@@ -14,7 +14,7 @@ from .plain import is_plain, readable
 
 @readable
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al., 2016), alone or with the addition before it.
+    """Layer normalization (Ba et al., 2016), alone or with the addition before it.
 
     Args:
         width: size of the last dimension.
@@ -57,28 +57,28 @@ class LayerNorm(nn.Module):
         return self.add(x, None)[0]
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Normalise `x + residual` in one pass.
+        """Normalize `x + residual` in one pass.
 
         Args:
             x: (..., width).
             residual: (..., width), or None for x alone.
 
         Returns:
-            The normalised sum and the sum, (..., width) both.
+            The normalized sum and the sum, (..., width) both.
         """
         weight = x.new_ones(self.width) if self.weight is None else self.weight
         bias = weight.new_zeros(self.width) if self.bias is None else self.bias
         return ops.residual_layer_norm(x, residual, weight, bias, self.eps)
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Shown by print."""
         affine = ", elementwise_affine=False" if self.weight is None else ""
         return f"{self.width}, eps={self.eps:g}, bias={self.bias is not None}{affine}"
 
 
 @readable
 class ResidualLayerNorm(LayerNorm):
-    """Add to the residual stream and normalise the sum, in one pass.
+    """Add to the residual stream and normalize the sum, in one pass.
 
     Args:
         width, eps, elementwise_affine, bias: as of `LayerNorm`.
@@ -87,14 +87,14 @@ class ResidualLayerNorm(LayerNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Normalise `x + residual`.
+        """Normalize `x + residual`.
 
         Args:
             x: (..., width).
             residual: (..., width), or None for x alone.
 
         Returns:
-            The normalised sum, and the sum: the residual stream to go on with.
+            The normalized sum, and the sum: the residual stream to go on with.
         """
         return self.add(x, residual)
 

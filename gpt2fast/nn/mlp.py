@@ -34,7 +34,7 @@ class Activation(nn.Module):
         return ACTIVATIONS[self.function](x)
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Shown by print."""
         return self.name
 
 

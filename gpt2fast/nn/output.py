@@ -1,4 +1,4 @@
-"""What a forward pass of a language model returns."""
+"""Loss and logits of a forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import ArgumentError
 
 
 class GPT2Output:
-    """What a forward pass returns.
+    """Loss and logits of a forward pass.
 
     With labels or targets the logits are computed when they are first read: who wants the loss
     alone never pays for a (B, T, vocab) tensor. They are what the forward pass would have given,

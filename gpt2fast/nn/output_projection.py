@@ -82,7 +82,7 @@ class TiedOutputProjection(nn.Module):
         return F.linear(hidden, self.weight)
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Shown by print."""
         return "tied to the token embedding"
 
     def __getstate__(self) -> dict[str, Any]:

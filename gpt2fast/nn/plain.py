@@ -1,4 +1,4 @@
-"""Whether a fused op may read a module's weights instead of calling the module.
+"""Modules whose weights a fused op may read instead of calling them.
 
 Hooks, by which activations are captured, changed and models are wrapped, run in a call alone. So
 does whatever stands in a module's place, a parametrization, or a `forward` of its own. A module is
@@ -29,7 +29,7 @@ readable(nn.Dropout)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether `module` is exactly one of `kinds`, and nothing watches or changes it."""
+    """True if `module` is exactly one of `kinds`, and nothing watches or changes it."""
     return type(module) in kinds and _is_untouched(module)
 
 
@@ -54,7 +54,7 @@ def _has_no_hook(module: nn.Module) -> bool:
 
 
 def is_unwatched(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a call of `module`, of class `base` or one derived of it, is `base.forward` alone."""
+    """True if a call of `module`, a `base` or derived of it, runs `base.forward` and no more."""
     return type(module).forward is base.forward and _has_no_hook(module)
 
 

@@ -56,7 +56,7 @@ class Projection(nn.Module):
         return self.weight
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """Shown by print."""
         inputs, outputs = self.weight.shape
         return f"in_features={inputs}, out_features={outputs}"
 

@@ -5,9 +5,9 @@ three forms. `packed_step` takes packed weights and any number of new tokens a r
 implementation is one call from token ids to logits. `packed_next` takes one token a row and chooses
 the next one as well: what a loop of generation calls. `decode_step` takes the weights as a list and
 one token a row, and is made of the other ops.
-`LAYER_WEIGHTS` names what each layer contributes, in order; the list is
+`BLOCK_PARAMETERS` names what each layer contributes, in order; the list is
 
-    wte, wpe, *(LAYER_WEIGHTS of layer 0), ..., ln_f.weight, ln_f.bias, output projection
+    wte, wpe, *(BLOCK_PARAMETERS of layer 0), ..., ln_f.weight, ln_f.bias, output projection
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import BLOCK_PARAMETERS, block_shapes
 from ..errors import ArgumentError
 from .activations import ACTIVATIONS
 from .attention import attention_with_cache
@@ -51,21 +52,6 @@ from .sampling import (
 )
 from .support import GPU_CACHE_DTYPES, MAX_HEAD_SIZE, Tensors
 from .triton import triton
-
-LAYER_WEIGHTS = (
-    "ln_1.weight",
-    "ln_1.bias",
-    "attn.c_attn.weight",
-    "attn.c_attn.bias",
-    "attn.c_proj.weight",
-    "attn.c_proj.bias",
-    "ln_2.weight",
-    "ln_2.bias",
-    "mlp.c_fc.weight",
-    "mlp.c_fc.bias",
-    "mlp.c_proj.weight",
-    "mlp.c_proj.bias",
-)
 
 
 def decode_step(
@@ -111,10 +97,10 @@ def decode_step(
 
 def _check(call: Arguments) -> None:
     weights, scales, tokens, n_head = call.weights, call.attention_scales, call.tokens, call.n_head
-    if len(weights) != 5 + len(scales) * len(LAYER_WEIGHTS):
+    if len(weights) != 5 + len(scales) * len(BLOCK_PARAMETERS):
         raise ArgumentError(
             f"{len(weights)} weights do not fit {len(scales)} attention_scales, one a layer: it "
-            f"takes {5 + len(scales) * len(LAYER_WEIGHTS)}"
+            f"takes {5 + len(scales) * len(BLOCK_PARAMETERS)}"
         )
     check_integers(tokens=tokens, positions=call.positions, lengths=call.lengths)
     check_dim("tokens", tokens, 1, says="(B,)")
@@ -132,22 +118,12 @@ def _check(call: Arguments) -> None:
         says="(L, B, T_max, H, D)",
     )  # fmt: skip
     check_scales(call)
-    inner = weights[2 + LAYER_WEIGHTS.index("mlp.c_fc.weight")].shape[-1] if scales else 0
-    shapes = {
-        "attn.c_attn": (width, 3 * width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (width, inner),
-        "mlp.c_proj": (inner, width),
-    }
+    inner = weights[2 + BLOCK_PARAMETERS.index("mlp.c_fc.weight")].shape[-1] if scales else 0
+    shapes = block_shapes(width, inner)
     for index, weight in enumerate(weights[2:-3]):
-        name, _, kind = LAYER_WEIGHTS[index % len(LAYER_WEIGHTS)].rpartition(".")
-        shape = shapes.get(name, (width, width))
-        if name in shapes and kind == "weight":
-            check_shape(f"h.{index // len(LAYER_WEIGHTS)}.{name}.weight", weight, *shape, says="it")
-        else:
-            check_shape(
-                f"h.{index // len(LAYER_WEIGHTS)}.{name}.{kind}", weight, shape[1], says="it"
-            )
+        layer, place = divmod(index, len(BLOCK_PARAMETERS))
+        name = BLOCK_PARAMETERS[place]
+        check_shape(f"h.{layer}.{name}", weight, *shapes[name], says="it")
     _, wpe, *_, ln_f_weight, ln_f_bias, projection = weights
     for name, table in (("wpe", wpe), ("the output projection", projection)):
         check_shape(name, table, *table.shape[:1], width, says="as wide as wte")
@@ -187,7 +163,7 @@ def _reference(
     x = embedding(tokens[:, None], positions[:, None], wte, wpe)
     batch, _, width = x.shape
     residual = None
-    size = len(LAYER_WEIGHTS)
+    size = len(BLOCK_PARAMETERS)
     for layer, scale in enumerate(attention_scales):
         ln_1_w, ln_1_b, qkv_w, qkv_b, out_w, out_b, ln_2_w, ln_2_b, fc_w, fc_b, proj_w, proj_b = (
             layers[layer * size : (layer + 1) * size]

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._system.memory import zeros
+from ..config import BLOCK_MATRICES, BLOCK_PARAMETERS, block_shapes
 from ..errors import ArgumentError
 from .activations import ACTIVATIONS
 
@@ -114,23 +115,22 @@ class ModelShape:
         sizes = {"wte.weight": (self.width, self.vocab_size)}
         if not self.tied:
             sizes["lm_head.weight"] = (self.width, self.vocab_size)
+        block = block_shapes(self.width, self.inner_width)
         for layer in range(len(self.scales)):
-            sizes[f"h.{layer}.attn.c_attn.weight"] = (self.width, 3 * self.width)
-            sizes[f"h.{layer}.attn.c_proj.weight"] = (self.width, self.width)
-            sizes[f"h.{layer}.mlp.c_fc.weight"] = (self.width, self.inner_width)
-            sizes[f"h.{layer}.mlp.c_proj.weight"] = (self.inner_width, self.width)
+            for name in BLOCK_MATRICES:
+                inputs, outputs = block[name]
+                sizes[f"h.{layer}.{name}"] = inputs, outputs
         return sizes
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Shape of everything that is stored in float32, by name."""
         shapes: dict[str, tuple[int, ...]] = {"wpe.weight": (self.n_positions, self.width)}
+        # The norms first, then the projections' biases: so they lie in the arena.
+        vectors = [name for name in BLOCK_PARAMETERS if name not in BLOCK_MATRICES]
+        vectors.sort(key=lambda name: not name.startswith("ln_"))
+        block = block_shapes(self.width, self.inner_width)
         for layer in range(len(self.scales)):
-            for norm in ("ln_1", "ln_2"):
-                shapes[f"h.{layer}.{norm}.weight"] = (self.width,)
-                shapes[f"h.{layer}.{norm}.bias"] = (self.width,)
-            for name, (_, outputs) in self.matrices().items():
-                if name.startswith(f"h.{layer}."):
-                    shapes[name.replace(".weight", ".bias")] = (outputs,)
+            shapes |= {f"h.{layer}.{name}": block[name] for name in vectors}
         shapes["ln_f.weight"] = shapes["ln_f.bias"] = (self.width,)
         return shapes
 
@@ -325,8 +325,8 @@ class PackedWeights:
             words += [at[f"{block}{norm}"] for norm in ("ln_1.weight", "ln_1.bias")]
             words += [at[f"{block}{norm}"] for norm in ("ln_2.weight", "ln_2.bias")]
             words.append(_double(scale))
-            for matrix in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-                words += self._matrix_words(f"{block}{matrix}.weight")
+            for matrix in BLOCK_MATRICES:
+                words += self._matrix_words(block + matrix)
         return words
 
     def _matrix_words(self, name: str) -> list[int]:

@@ -1,7 +1,7 @@
 """The text whose activations say which errors matter.
 
 A model that comes without its training text can write some: what it samples from itself at
-temperature 1 has activations like those in use. LLM-QAT (Liu et al., 2023) trains quantised models
+temperature 1 has activations like those in use. LLM-QAT (Liu et al., 2023) trains quantized models
 on such text; "Self-calibration for language model quantization and pruning" (Williams et al., 2025)
 calibrates on it and finds it competitive with real text. Each sequence begins with a random token
 of its own: rows of `generate` that share a prompt share their draws, and would all be the same.

@@ -2,7 +2,7 @@
 
 A matrix serves its outputs, so what counts is not the error of a weight, but
 
-    sum over n of  e[:, n]^T H e[:, n],      e = weight - dequantised,  H = X^T X / rows
+    sum over n of  e[:, n]^T H e[:, n],      e = weight - dequantized,  H = X^T X / rows
 
 with X the inputs that the matrix really gets. The rows of the matrix are rounded one after the
 other, and what a row misses is made up for by those still to come, as far as they can:
@@ -67,7 +67,7 @@ def _factor(hessian: Tensor) -> Tensor:
     mean = float(diagonal.mean())
     if not 0 <= mean < float("inf"):
         raise WeightsError(
-            "the weights cannot be quantised: the calibration gave activations that are not "
+            "the weights cannot be quantized: the calibration gave activations that are not "
             "finite; look for what is wrong with the model, or use method='nearest'"
         )
     damping = DAMPING * mean or 1.0

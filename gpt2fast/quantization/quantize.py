@@ -1,7 +1,7 @@
-"""From a model to its quantised weights, layer by layer.
+"""From a model to its quantized weights, layer by layer.
 
 A layer is calibrated on what it will really get: the activations that come out of the layers
-before it as they are after quantisation. One layer at a time is copied to float32; the model that
+before it as they are after quantization. One layer at a time is copied to float32; the model that
 was given is not changed.
 """
 
@@ -47,7 +47,7 @@ def quantize_weights(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> QuantizedWeights:
-    """Quantise every projection, the token embedding and the output projection.
+    """Quantize every projection, the token embedding and the output projection.
 
     Args:
         model: in any floating-point dtype, on any device; not changed. Adapters are merged.
@@ -97,7 +97,7 @@ def quantize_weights(
 
 
 class _Rounding:
-    """What has been quantised, and how the next matrix is."""
+    """The matrices quantized so far, and how to quantize the next one."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _Rounding:
         self._total, self._progress = total, progress
 
     def add(self, name: str, weight: Tensor, hessian: Tensor | None = None) -> QuantizedMatrix:
-        """Quantise a weight (K, N), with feedback where its inputs' Hessian is known."""
+        """Quantize a weight (K, N), with feedback where its inputs' Hessian is known."""
         bits, group = (8, 64) if self._scheme == "int8" else (4, self._group)
         if any(fnmatchcase(name, pattern) for pattern in self._sensitive):
             bits, group = 8, GROUPS["int8"][0]
@@ -151,7 +151,7 @@ def _calibrate_all(model: GPT2, tokens: Tensor, rounding: _Rounding) -> None:
 
 
 def _calibrate_block(block: Block, prefix: str, x: Tensor, rounding: _Rounding) -> Tensor:
-    """Quantise a block's projections as x (B, T, width) reaches them; returns its output."""
+    """Quantize a block's projections as x (B, T, width) reaches them; returns its output."""
 
     def watch(name: str) -> None:
         def quantize(projection: Projection, inputs: tuple[Tensor, ...]) -> None:
@@ -172,7 +172,7 @@ def _hessian(x: Tensor) -> Tensor:
 
 
 def _looked_up(embedding: QuantizedMatrix, tokens: Tensor) -> Tensor:
-    """(B, T, width) rows of a quantised (width, vocabulary) embedding."""
+    """(B, T, width) rows of a quantized (width, vocabulary) embedding."""
     flat = tokens.flatten()
     found = QuantizedMatrix(
         embedding.q[:, flat], embedding.scales[:, flat], embedding.bits, embedding.group

@@ -15,9 +15,9 @@ GROUPS = {"int8": (64,), "int4": (32, 64)}
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """What `quantize_weights` makes of a model.
+    """A model's matrices as integers, made by `quantize_weights`.
 
-    Position embeddings, layer normalisations and biases are no part of it: they stay as they are.
+    Position embeddings, layer normalizations and biases are no part of it: they stay as they are.
     """
 
     scheme: str
@@ -40,7 +40,7 @@ class QuantizedWeights:
 
 
 def matrix_shapes(config: GPT2Config) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every matrix that is quantised, by name."""
+    """(inputs, outputs) of every matrix that is quantized, by name."""
     return {
         name: (shape[0], shape[1]) if name.startswith("h.") else (shape[1], shape[0])
         for name, shape in config.parameter_shapes().items()

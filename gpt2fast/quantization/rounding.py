@@ -61,7 +61,7 @@ def stored(scales: Tensor) -> Tensor:
     kept = scales.half()
     if not kept.isfinite().all():
         raise WeightsError(
-            f"the weights cannot be quantised: a scale of {float(scales.abs().max()):.3g} is "
+            f"the weights cannot be quantized: a scale of {float(scales.abs().max()):.3g} is "
             "beyond float16's largest, 65504, or not a number; look for what is wrong with the "
             "weights, or keep them in float32"
         )

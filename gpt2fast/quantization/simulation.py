@@ -1,4 +1,4 @@
-"""A quantised model in float32: what the integer kernels compute, but for the order of sums."""
+"""A quantized model in float32: what the integer kernels compute, but for the order of sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rounding import inverse
 
 
 def simulate(model: GPT2, quantized: QuantizedWeights, activations: bool = False) -> GPT2:
-    """A float32 copy of `model`, in evaluation mode, with the quantised weights' values.
+    """A float32 copy of `model`, in evaluation mode, with the quantized weights' values.
 
     Args:
         model: what `quantized` was made of.

@@ -1,4 +1,4 @@
-"""Quantised weights as tensors of a safetensors file, and back.
+"""Quantized weights as tensors of a safetensors file, and back.
 
 A matrix NAME (K, N) is two tensors: `NAME.scales`, float16 (ceil(K / group), N), and `NAME.q`:
 
@@ -31,7 +31,7 @@ _PREFIX = "quantization."
 def to_tensors(
     quantized: QuantizedWeights, config: GPT2Config
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a file of quantised weights holds.
+    """Tensors and metadata for a file of quantized weights.
 
     Args:
         quantized: the matrices.
@@ -55,7 +55,7 @@ def to_tensors(
 
 
 def is_quantized(metadata: Mapping[str, str]) -> bool:
-    """Whether a file with these metadata holds quantised weights."""
+    """True for the metadata of a file of quantized weights."""
     return _PREFIX + "version" in metadata
 
 
@@ -80,7 +80,7 @@ def from_tensors(
     for problem, names in (("lacks", expected - found), ("has", found - expected)):
         if names:
             raise WeightsError(
-                f"{source} {problem} {len(names)} tensors that a quantised model of this "
+                f"{source} {problem} {len(names)} tensors that a quantized model of this "
                 f"configuration {'needs' if problem == 'lacks' else 'does not have'}, such as "
                 f"{min(names):.80}; check that config.json belongs to these weights"
             )
@@ -95,8 +95,8 @@ def _scheme(metadata: Mapping[str, str], source: str) -> tuple[str, int]:
     version = metadata.get(_PREFIX + "version")
     if version != VERSION:
         raise WeightsError(
-            f"{source}: version {version!r:.80} of the quantised format cannot be read, only "
-            f"{VERSION}; quantise the original checkpoint with this version of gpt2fast"
+            f"{source}: version {version!r:.80} of the quantized format cannot be read, only "
+            f"{VERSION}; quantize the original checkpoint with this version of gpt2fast"
         )
     scheme = metadata.get(_PREFIX + "scheme", "")
     group = metadata.get(_PREFIX + "group", "")
@@ -106,7 +106,7 @@ def _scheme(metadata: Mapping[str, str], source: str) -> tuple[str, int]:
         )
     except ArgumentError as error:
         raise WeightsError(
-            f"{source}: the metadata of its quantised weights are damaged: {error}"
+            f"{source}: the metadata of its quantized weights are damaged: {error}"
         ) from None
 
 
@@ -132,19 +132,19 @@ def _matrix(
         if tensor.dtype != dtype or tensor.shape != size:
             raise WeightsError(
                 f"{source}: {part} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {size}; "
-                "check that config.json belongs to these weights, or quantise the original again"
+                "check that config.json belongs to these weights, or quantize the original again"
             )
     if bits == 4:
         q = _whole(q, inputs)
     elif int(q.min()) < RANGE[8][0]:
         raise WeightsError(
             f"{source}: {name}.q has {int(q.min())}, outside {RANGE[8][0]} .. {RANGE[8][1]}; the "
-            "file is damaged: quantise the original again"
+            "file is damaged: quantize the original again"
         )
     if not scales.isfinite().all():
         raise WeightsError(
             f"{source}: {name}.scales has a value that is not finite; the file is damaged: "
-            "quantise the original again"
+            "quantize the original again"
         )
     return QuantizedMatrix(q, scales, bits, group)
 

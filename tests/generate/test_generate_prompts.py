@@ -10,7 +10,7 @@ import torch
 
 from generate_command import PROMPT, Terminal, assert_one_error, command
 from gpt2fast.cli import prompt_progress
-from gpt2fast.inference.generator import Generation
+from gpt2fast.inference.continuation import Generation
 from time_limits import patience
 
 

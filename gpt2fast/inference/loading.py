@@ -1,0 +1,67 @@
+"""A model and its tokenizer, as a `Generator` loads them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError, MissingTokenizerError, TokenizerError, WeightsError
+from ..lora import load_adapter, merge
+from ..model import GPT2
+from ..tokenizer import Tokenizer
+from .packed import PackedGPT2
+
+
+def load_pair(
+    name_or_path: str | os.PathLike[str],
+    *,
+    tokenizer: Any,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+    revision: str | None,
+    local_files_only: bool,
+    preset: str | None,
+    adapter: str | os.PathLike[str] | None,
+    quantize: str | None,
+    pack: bool,
+) -> tuple[Any, Any]:
+    """Implement `Generator.from_pretrained`, whose arguments and errors these are."""
+    model = GPT2.from_pretrained(
+        name_or_path,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        local_files_only=local_files_only,
+        preset=preset,
+    )
+    if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4:
+        model = model.float()
+    if adapter is not None:
+        load_adapter(model, adapter, local_files_only=local_files_only)
+        model = merge(model)
+    if quantize is not None:
+        if isinstance(model, PackedGPT2):
+            raise ArgumentError(
+                f"{name_or_path} is quantized already ({model.format}); leave quantize out"
+            )
+        model = model.quantize(quantize, release=True)
+    elif pack and isinstance(model, GPT2) and model.can_be_packed():
+        model = model.pack(release=True)
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+        return model, tokenizer
+    place = name_or_path if tokenizer is None else tokenizer
+    try:
+        loaded = Tokenizer.from_pretrained(
+            place,
+            revision=revision if tokenizer is None else None,
+            local_files_only=local_files_only,
+        )
+    except WeightsError as error:
+        raise TokenizerError(f"the tokenizer {str(place)!r} is not found: {error}") from error
+    except MissingTokenizerError as error:
+        raise TokenizerError(
+            f"{error}; or name another with tokenizer= (--tokenizer gpt2, a folder, …)"
+        ) from error
+    return model, loaded
