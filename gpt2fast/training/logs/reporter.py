@@ -36,7 +36,7 @@ class Reporter:
     ) -> None:
         self.config, self.tokenizer, self.steps, self.silent = config, tokenizer, steps, silent
         check_logs(config)
-        self.yardstick: str | None = None
+        self.peak_source: str | None = None
         """The peak that MFU is a share of, for people."""
         self._prompt = ""
         if config.sample_interval is not None:
@@ -67,7 +67,7 @@ class Reporter:
             None if peak is None else peak.flops * devices,
         )
         self._display = open_display(self.steps, resume_step or 0, elapsed, config.max_hours)
-        self.yardstick = None if peak is None else peak.source
+        self.peak_source = None if peak is None else peak.source
         self._peak, self._devices = peak, devices
         self._contention = Contention() if device.type == "cpu" else None
 

@@ -30,7 +30,7 @@ class Hyperparameters(Protocol):
 class Entry:
     """An optimizer as the settings, the help, checkpoints and the memory prediction know it."""
 
-    make: Callable[..., torch.optim.Optimizer]
+    make: type[torch.optim.Optimizer]
     """The class: called with parameter groups and `arguments`."""
     arguments: Callable[[Hyperparameters], dict[str, Any]]
     """Its keyword arguments, but for `lr`, which is set before every step."""

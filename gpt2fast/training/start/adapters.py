@@ -16,11 +16,9 @@ from ...errors import ConfigError, WeightsError
 from ...lora import add_adapters, is_adapted, save_adapter
 from ...lora.adapters import adapted
 from ...model import GPT2
+from ...run_folder import ADAPTER
 from ..config import TrainConfig
 from ..freezing import freeze
-
-ADAPTER = "adapter"
-"""Folder of the adapters, inside that of the model."""
 
 
 def prepare_model(config: TrainConfig, model: GPT2) -> GPT2:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..._system.output import tell, warn
 from ...errors import ConfigError, DataError, Error, MissingTokenizerError, why_not_written
+from ...run_folder import DATA, is_run
 from ..config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def prepared_data(config: TrainConfig, *, resuming: bool) -> Path | dict[str, fl
 
     Text and data sets are prepared in OUT/data (a resumed run finds them there already).
     """
-    made_here = Path(config.out) / "data"
+    made_here = Path(config.out) / DATA
     if resuming and (made_here / "meta.json").is_file():
         return made_here
     if config.dataset is not None:
@@ -193,7 +194,7 @@ def _check_prepared(config: TrainConfig, path: Path, resuming: bool) -> None:
 
 def _refuse_run(path: Path) -> None:
     """Raise DataError if this is the folder of a training run."""
-    if not ((path / "log.csv").is_file() and (path / "config.yaml").is_file()):
+    if not is_run(path):
         return
     run = shlex.quote(str(path))
     raise DataError(
