@@ -187,7 +187,7 @@ def test_a_signal_in_the_middle_of_a_validation(config, tmp_path):  # noqa: F811
 
 def test_a_second_interruption_acts_at_once(config, monkeypatch):  # noqa: F811
     """Ctrl-C while the first one's checkpoint is written: nothing half is left."""
-    monkeypatch.setattr(stopping, "_SAME_WISH", 0.0)
+    monkeypatch.setattr(stopping, "_SAME_SIGNAL", 0.0)
     real = save._put_in_place
 
     def again(*args):

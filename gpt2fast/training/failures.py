@@ -1,4 +1,4 @@
-"""How a run's failures read: a full disk or memory, and numbers that are not finite any more."""
+"""Errors that end a run: a full disk, no memory, numbers that are no longer finite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainingError(Error):
 
 @contextmanager
 def failures_explained(config: TrainConfig) -> Iterator[None]:
-    """Turn what the disk and the memory raise into one line that says how to go on."""
+    """Turn errors of disk and memory into one line that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -44,7 +44,7 @@ def failures_explained(config: TrainConfig) -> Iterator[None]:
 
 
 def how_to_save_memory(config: TrainConfig) -> str:
-    """What to change when a run does not fit."""
+    """Advice for a run that does not fit into memory."""
     spared = "" if config.checkpoint_activations else "add --checkpoint-activations, "
     return (
         f"Lower --batch-size (now {config.batch_size}; --grad-accumulation keeps the tokens of a "

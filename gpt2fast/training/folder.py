@@ -23,7 +23,7 @@ _FILES = (
 
 @contextmanager
 def lock_run_folder(out: Path) -> Iterator[None]:
-    """Make the run folder and keep a second run out of it; an empty one goes when it fails."""
+    """Make the run folder and keep a second run out; a failure removes an empty one."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out is {str(out)!r}, which is a file; name a folder with --out")
     made = [path for path in (out, *out.parents) if not path.exists()]
@@ -54,7 +54,7 @@ def require_no_run(out: Path) -> None:
 
 
 def resume_hint(out: Path) -> str:
-    """What a failed run leaves to go on from, as part of a sentence."""
+    """The last checkpoint of a failed run and how to resume from it, as part of a sentence."""
     newest = newest_checkpoint(out / CHECKPOINTS)
     if newest is None:
         return "no checkpoint was made"

@@ -36,7 +36,6 @@ class TrainStep:
         self.optimizer = ModelOptimizer(
             model.named_parameters(),
             config,
-            config.optimizer,
             sharded=config.parallel == "zero" and group.size > 1,
         )
         self.scale = LossScale(config.dtype == "float16")

@@ -19,7 +19,7 @@ def step_directory(checkpoints: Path, step: int) -> Path:
 
 
 def step_checkpoints(checkpoints: Path, after: int = -1) -> list[Path]:
-    """Checkpoint folders named by step, oldest first; those of later steps than `after`."""
+    """Folders of step checkpoints after step `after`, oldest first."""
     if not checkpoints.is_dir():
         return []
     numbered = [
@@ -31,7 +31,7 @@ def step_checkpoints(checkpoints: Path, after: int = -1) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The whole checkpoint with the highest step; the best one counts where there is no other."""
+    """The complete checkpoint with the highest step; the best one where there is no other."""
     found = [path for path in step_checkpoints(checkpoints) if state_file(path)]
     if found:
         return found[-1]
@@ -94,5 +94,5 @@ def clean_up(checkpoints: Path) -> None:
 
 
 def displaced(directory: Path) -> Path:
-    """Where a checkpoint is while another one takes its place."""
+    """The folder that holds a checkpoint while a new one takes its place."""
     return directory.with_name(f".{directory.name}.old")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,52 +54,47 @@ def restore(
         ConfigError: the settings or the data are not those that the run began with, or it is over.
         WeightsError: the checkpoint is damaged.
     """
+    with _explained_damage(checkpoint):
+        for name, kind in (("updates", int), ("random", list), ("position", dict), ("data", dict)):
+            if type(state[name]) is not kind:
+                raise TypeError(f"{name} is a {type(state[name]).__name__}")
+        config, group = training.config, training.group
+        before = TrainConfig.from_dict(state["config"], source=str(state_file(checkpoint)))
+        _require_unchanged(checkpoint, before, config, own_data)
+        for name, value in state["data"].items():
+            if value is not None:  # unknown, as nanoGPT's characters were to an older version
+                now = data_identity(meta).get(name)
+                _require_same(f"the data's {name}", value, now, checkpoint)
+        load_tensors(training.optimizer.tensors(), checkpoint / OPTIMIZER, group)
+        training.optimizer.resume_after(state["updates"])
+        training.scale.load_state_dict(state["scale"])
+        position = Position.of(state["position"])
+        if position.order > 1:  # the windows go on where they were, whatever the batches
+            position.batches = math.ceil(position.batches * before.batch_size / config.batch_size)
+        if position.step > steps:
+            given = next(name for name in LENGTHS if getattr(config, name) is not None)
+            raise ConfigError(
+                f"{checkpoint} is at step {position.step}, past the end of this run ({steps} "
+                f"steps); raise --{given.replace('_', '-')} to train on"
+            )
+        if best_step(Path(config.out) / CHECKPOINTS) != position.best_step:
+            # The best one so far has been overwritten since, or is in another folder.
+            position.best_val_loss, position.best_step = math.inf, -1
+        if len(state["random"]) == group.size:
+            restore_random_states(state["random"][group.rank])
+        else:  # as many streams as processes: new ones, which differ from those before
+            torch.manual_seed(config.seed + group.rank + (position.step << 20))
+        return position
+
+
+@contextmanager
+def _explained_damage(checkpoint: Path) -> Iterator[None]:
     try:
-        return _restore(checkpoint, state, training, meta, own_data, steps)
+        yield
     except Error:
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise explain_state(state_file(checkpoint) or checkpoint, error) from error
-
-
-def _restore(
-    checkpoint: Path,
-    state: dict[str, Any],
-    training: TrainStep,
-    meta: DataMeta,
-    own_data: bool,
-    steps: int,
-) -> Position:
-    for name, kind in (("updates", int), ("random", list), ("position", dict), ("data", dict)):
-        if type(state[name]) is not kind:
-            raise TypeError(f"{name} is a {type(state[name]).__name__}")
-    config, group = training.config, training.group
-    before = TrainConfig.from_dict(state["config"], source=str(state_file(checkpoint)))
-    _require_unchanged(checkpoint, before, config, own_data)
-    for name, value in state["data"].items():
-        if value is not None:  # unknown, as nanoGPT's characters were to an older version
-            now = data_identity(meta).get(name)
-            _require_same(f"the data's {name}", value, now, checkpoint)
-    load_tensors(training.optimizer.tensors(), checkpoint / OPTIMIZER, group)
-    training.optimizer.resume_after(state["updates"])
-    training.scale.load_state_dict(state["scale"])
-    position = Position.of(state["position"])
-    if position.order > 1:  # the windows go on where they were, whatever the batches
-        position.batches = math.ceil(position.batches * before.batch_size / config.batch_size)
-    if position.step > steps:
-        given = next(name for name in LENGTHS if getattr(config, name) is not None)
-        raise ConfigError(
-            f"{checkpoint} is at step {position.step}, past the end of this run ({steps} steps); "
-            f"raise --{given.replace('_', '-')} to train on"
-        )
-    if best_step(Path(config.out) / CHECKPOINTS) != position.best_step:
-        # The best one so far has been overwritten since, or is in another folder.
-        position.best_val_loss, position.best_step = math.inf, -1
-    if len(state["random"]) == group.size:
-        restore_random_states(state["random"][group.rank])
-    else:  # as many streams as processes: new ones, which differ from those before
-        torch.manual_seed(config.seed + group.rank + (position.step << 20))
-    return position
 
 
 def _require_unchanged(

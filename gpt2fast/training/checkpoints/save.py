@@ -86,7 +86,7 @@ class Saver:
 
 
 def data_identity(meta: DataMeta) -> dict[str, Any]:
-    """What tells one prepared data set from another."""
+    """The values by which prepared data sets differ."""
     names = ("tokenizer_fingerprint", "vocab_size", "train_tokens", "val_tokens")
     return {name: getattr(meta, name) for name in names}
 

@@ -1,7 +1,7 @@
-"""Named tensors in a folder, each process writing its part (torch.distributed.checkpoint).
+"""Sharded tensors in a folder, where each process writes its own (torch.distributed.checkpoint).
 
-Its index is a pickle. It is read without making objects first, and then with the few classes
-allowed that describe tensors; what is not the description of tensors is refused.
+The folder's index is a pickle, which could run code. It is first read without creating objects, to
+check it, and then loaded with only the few classes allowed that describe tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LARGEST_INDEX = 64 << 20
 
 
 def _known() -> dict[str, Any]:
-    """The classes allowed, as records that the first reading of an index makes in their place."""
+    """The allowed classes; the first reading creates records in their place."""
     known: dict[str, Any] = {}
     for module, names in _ALLOWED.items():
         for name in names:
@@ -58,7 +58,7 @@ def _known() -> dict[str, Any]:
 
 
 def _checked_index(folder: Path) -> bytes:
-    """The pickled index, once it is known to make nothing but small descriptions of tensors."""
+    """The pickled index, checked to hold only descriptions of tensors in this folder."""
     content = read_file(folder / ".metadata", _LARGEST_INDEX)
     index = unpickle(io.BytesIO(content), _known())
     entries = index.state["storage_data"]
@@ -67,7 +67,7 @@ def _checked_index(folder: Path) -> bytes:
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise Objection(f"names the file {shown(name)}, which is none of a checkpoint's")
     for name in {entry.state["relative_path"] for entry in entries.values()}:
-        open_file(folder / name).close()  # nothing that would be waited for
+        open_file(folder / name).close()  # refuses pipes and devices, which would block
     return content
 
 
@@ -87,12 +87,12 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None
             dcp.save(tensors, checkpoint_id=folder, no_dist=group.size == 1)
     except dcp.CheckpointException as error:
         raise OSError(f"{folder}: {_reason(error)}") from error
-    except RuntimeError as error:  # what torch makes of a disk that is full
+    except RuntimeError as error:  # torch's error for a full disk
         raise OSError(f"{folder}: {_first_line(error)}") from error
 
 
 def load_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None:
-    """Read the named tensors in place, each process what it holds.
+    """Read the named tensors in place, each process its own part.
 
     Raises:
         ConfigError: one is missing or has another shape.
@@ -122,7 +122,7 @@ def _reader(folder: Path) -> Any:
     from torch.distributed.checkpoint.metadata import StorageMeta
 
     class Reader(FileSystemReader):
-        """Reads the index with the classes allowed."""
+        """Reads the index with the allowed classes only."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             index = _IndexUnpickler(io.BytesIO(_checked_index(folder))).load()
@@ -154,7 +154,7 @@ def _damaged(folder: Path, reason: str) -> WeightsError:
 
 
 def _reason(error: BaseException) -> str:
-    """The first process's own error, out of what torch wraps it in."""
+    """The error of the first process that failed, without torch's wrapper."""
     failures = getattr(error, "failures", None)
     if failures:
         inner = next(iter(failures.values()))
@@ -168,7 +168,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """Torch says that one process is one process, and how it could be told the device."""
+    """Hide torch's warnings about a single process and its device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -49,7 +49,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """What `write_state` wrote, or an older version's pickle.
+    """Read what `write_state` wrote, or an older version's pickle.
 
     Raises:
         WeightsError, OSError, ValueError, KeyError: it is damaged, or was not written so.
@@ -92,7 +92,7 @@ def load_state(directory: Path) -> dict[str, Any]:
 
 
 def explain_state(path: Path, error: Exception) -> WeightsError:
-    """What to say where a state lacks something, or has something else in its place."""
+    """The error for a state that lacks an entry, or holds another kind of value in its place."""
     reason = f"{type(error).__name__}: {shown(str(error))}"
     return WeightsError(
         f"{path} is damaged or was not written by this program ({reason}); name an older "

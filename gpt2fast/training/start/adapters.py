@@ -1,7 +1,8 @@
-"""What a run does to a loaded model before it trains it: adapters beside it, or parts frozen.
+"""Fine-tuning: adapters beside the model's projections, or frozen parts.
 
-A checkpoint of a run with adapters holds the merged model, which every program loads, the adapters
-by themselves (adapter/, in PEFT's format), and in its state what merging lost: `adapter_state`.
+A checkpoint of a run with adapters holds the merged model, which every program can load, the
+adapters by themselves (adapter/, in PEFT's format), and in its state the tensors that merging
+changed: `adapter_state`.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def describe_training(model: GPT2) -> str | None:
 
 
 def adapter_state(model: GPT2) -> dict[str, Tensor]:
-    """What a resumed run needs beside the merged model, by name; empty without adapters.
+    """The tensors that a resumed run needs beside the merged model, by name.
 
-    Adapted weights as they were loaded, and the adapters, on the CPU. All other weights are in the
-    merged model bit for bit.
+    Adapted weights before merging, and the adapters, on the CPU; empty without adapters. All other
+    weights are in the merged model bit for bit.
     """
     return {
         f"{name}.{part}": getattr(projection, part).detach().cpu()

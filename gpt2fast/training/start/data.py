@@ -1,4 +1,4 @@
-"""From the settings about data to what a DataModule reads: find it, prepare text on the way."""
+"""The data that a run's settings name: find them, and prepare text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KNOWN_TEXTS = {
         "tinyshakespeare (1.1 MB)"
     ),
 }
-"""Texts that shipped recipes are made for, and where they are commonly had."""
+"""Texts that shipped recipes are made for, and where to download them."""
 
 
 def locate(data: str | None) -> Path:
@@ -74,7 +74,7 @@ def source_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def prepared_data(config: TrainConfig, *, resuming: bool) -> Path | dict[str, float]:
-    """What DataModule reads for `config`: a folder, or folders and their weights.
+    """The prepared data for `config`: a folder, or folders and their weights.
 
     Text and data sets are prepared in OUT/data (a resumed run finds them there already).
     """
