@@ -142,7 +142,7 @@ class _TrainingLoop:
         self.started = time.perf_counter() - self.position.elapsed
         self.row_started, self.row_tokens = time.perf_counter(), self.position.tokens
         self.reporter = Reporter(config, self.tokenizer, self.steps, silent=not group.is_main)
-        self.saver = Saver(config, self.meta, self.tokenizer, group)
+        self.saver = Saver(self.training, self.meta, self.tokenizer)
         self.measured = checkpoint is not None
         group.on_main(lambda: self._open_folder(checkpoint))
 
@@ -348,7 +348,7 @@ class _TrainingLoop:
         with self._not_training():
             weights = self.group.whole_state(self.model)
             step, saver = self.position.step, self.saver
-            self.group.on_main(lambda: self.reporter.sample(step, saver.whole(self.model, weights)))
+            self.group.on_main(lambda: self.reporter.sample(step, saver.whole(weights)))
 
     # -- saving ------------------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ class _TrainingLoop:
             # The last step may have left weights that no later one can mend; those before stand.
             if self.group.max(float(broken_weights(self.model) is not None))[0]:
                 self._fail("loss", math.nan)
-            self.saver.save(directory, self.training, self.position)
+            self.saver.save(directory, self.position)
 
     def _stop(self, signum: int) -> None:
         step = self.position.step
@@ -380,7 +380,7 @@ class _TrainingLoop:
 
     def _finish(self, ended: str) -> TrainResult:
         self.model.eval()
-        self.saver.export_model(self.model)
+        self.saver.export_model()
         position = self.position
         result = TrainResult(
             out=self.out,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ from torch import Tensor
 from ..._system.files import sync_directory
 from ...data.meta import DataMeta
 from ...errors import WeightsError
-from ...lora import merge
+from ...lora import is_adapted, merge, save_adapter
 from ...model import GPT2
-from ...run_folder import OPTIMIZER, STATE
+from ...run_folder import ADAPTER, OPTIMIZER, STATE
 from ...tokenizer import Tokenizer
-from ..config import TrainConfig
-from ..distributed import Group
-from ..start.adapters import adapter_state, save_adapter_beside
+from ..start.adapters import adapter_state
 from ..start.data import located
 from ..step import TrainStep
 from .folder import displaced
@@ -36,101 +33,76 @@ from .state import FORMAT, random_states, write_state
 
 
 class Saver:
-    """Writes the files of one run; every process calls it, the main one writes what is whole."""
+    """Writes a run's models; all processes call it, and the main one writes what is whole."""
 
-    def __init__(
-        self, config: TrainConfig, meta: DataMeta, tokenizer: Tokenizer | None, group: Group
-    ) -> None:
-        self.config, self.meta, self.tokenizer, self.group = config, meta, tokenizer, group
+    def __init__(self, training: TrainStep, meta: DataMeta, tokenizer: Tokenizer | None) -> None:
+        self.training, self.meta, self.tokenizer = training, meta, tokenizer
 
-    def save(self, directory: Path, training: TrainStep, position: Position) -> None:
-        """Write a checkpoint of this moment as `directory`."""
-        model, optimizer = training.model, training.optimizer
+    def save(self, directory: Path, position: Position) -> None:
+        """Write a checkpoint of this moment as `directory`, replacing one of that name."""
+        training, group = self.training, self.training.group
         state = {
-            "config": {**self.config.to_dict(), **located(self.config)},
+            "format": FORMAT,
+            "config": {**training.config.to_dict(), **located(training.config)},
             "data": data_identity(self.meta),
             "position": dataclasses.asdict(position),
-            "updates": optimizer.updates,
+            "updates": training.optimizer.updates,
             "scale": training.scale.state_dict(),
-            "adapters": adapter_state(model),
-            "random": self.group.gathered(random_states()),
+            "adapters": adapter_state(training.model),
+            "random": group.gathered(random_states()),
         }
-        weights = self.group.whole_state(model)
+        weights = group.whole_state(training.model)
+        temporary = directory.with_name(f".{directory.name}.new")
 
-        def save_whole(folder: Path) -> None:
-            _save_model(self.whole(model, weights), folder, self.tokenizer)
-            save_adapter_beside(model, folder, self.config)
+        def begin() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._write(self.whole(weights), temporary)
+            write_state(temporary / STATE, state)
 
-        _save_checkpoint(directory, save_whole, state, optimizer.tensors(), self.group)
+        try:
+            group.on_main(begin)
+            save_tensors(training.optimizer.tensors(), temporary / OPTIMIZER, group)
+            group.on_main(lambda: _put_in_place(temporary, directory))
+        except BaseException:
+            if group.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
-    def export_model(self, model: GPT2) -> None:
+    def export_model(self) -> None:
         """Write the finished model into the run folder, adapters merged and by themselves."""
-        weights = self.group.whole_state(model)
-        out = Path(self.config.out)
+        config, group = self.training.config, self.training.group
+        weights = group.whole_state(self.training.model)
 
         def write() -> None:
-            finished = merge(self.whole(model, weights))
-            finished.to(getattr(torch, self.config.save_dtype))
-            _save_model(finished, out, self.tokenizer)
-            save_adapter_beside(model, out, self.config)
+            finished = merge(self.whole(weights)).to(getattr(torch, config.save_dtype))
+            self._write(finished, Path(config.out))
 
-        self.group.on_main(write)
+        group.on_main(write)
 
-    def whole(self, model: GPT2, weights: dict[str, Tensor]) -> GPT2:
+    def whole(self, weights: dict[str, Tensor]) -> GPT2:
         """The model itself, or where its weights are shards, one that holds `weights`."""
-        if self.group.size == 1 or self.config.parallel != "fsdp":
+        model = self.training.model
+        if self.training.group.size == 1 or self.training.config.parallel != "fsdp":
             return model
         whole = GPT2(model.config, device="meta")
         whole.load_state_dict(weights, assign=True)
         return whole
+
+    def _write(self, model: GPT2, folder: Path) -> None:
+        trained, origin = self.training.model, self.training.config.init_from
+        try:
+            model.save_pretrained(folder, tokenizer=self.tokenizer)
+            if is_adapted(trained):
+                save_adapter(trained, folder / ADAPTER, origin)
+        except WeightsError as error:  # the disk does not take it
+            raise OSError(str(error)) from error
 
 
 def data_identity(meta: DataMeta) -> dict[str, Any]:
     """The values by which prepared data sets differ."""
     names = ("tokenizer_fingerprint", "vocab_size", "train_tokens", "val_tokens")
     return {name: getattr(meta, name) for name in names}
-
-
-def _save_checkpoint(
-    directory: Path,
-    save_whole: Callable[[Path], None],
-    state: dict[str, Any],
-    optimizer: dict[str, Tensor],
-    group: Group,
-) -> None:
-    """Write a whole checkpoint as `directory`, replacing one of that name.
-
-    Args:
-        directory: its place.
-        save_whole: writes what can be used without the run, into the folder it is given.
-        state: plain values; the main process's count.
-        optimizer: each process's part of the optimizer's state; shards as DTensors.
-        group: the processes of the run, all of which call this.
-    """
-    temporary = directory.with_name(f".{directory.name}.new")
-
-    def begin() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_whole(temporary)
-        write_state(temporary / STATE, {"format": FORMAT, **state})
-
-    try:
-        group.on_main(begin)
-        save_tensors(optimizer, temporary / OPTIMIZER, group)
-        group.on_main(lambda: _put_in_place(temporary, directory))
-    except BaseException:
-        if group.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _save_model(model: GPT2, directory: Path, tokenizer: Tokenizer | None) -> None:
-    """`model.save_pretrained`, with an OSError where the disk does not take it."""
-    try:
-        model.save_pretrained(directory, tokenizer=tokenizer)
-    except WeightsError as error:
-        raise OSError(str(error)) from error
 
 
 def _put_in_place(temporary: Path, directory: Path) -> None:

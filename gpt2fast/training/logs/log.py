@@ -246,14 +246,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file that have a step; torn lines are left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in _whole_lines(path):
         try:
             row = parse_json(line, most_values=_MOST_VALUES)
         except Unreadable:
             continue
         if isinstance(row, dict) and type(row.get("step")) is int and _is_step(row["step"]):
-            rows.append({OLD_NAMES.get(name, name): value for name, value in row.items()})
+            rows.append({str(OLD_NAMES.get(name, name)): value for name, value in row.items()})
     return rows
 
 
@@ -265,14 +265,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    reader: Any = csv.DictReader(io.StringIO("".join(_whole_lines(path)), newline=""))
+    reader = csv.DictReader(io.StringIO("".join(_whole_lines(path)), newline=""))
     try:
         names = list(reader.fieldnames or ())
         if len(names) > _MOST_VALUES:
             raise csv.Error(f"{len(names)} columns, of which {_MOST_VALUES} are read")
         reader.fieldnames = [OLD_NAMES.get(name, name) for name in names]
-        rows: list[Any] = list(reader)
-        return rows
+        return list(reader)
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as a log: {error}") from None
 

@@ -8,16 +8,14 @@ changed: `adapter_state`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, WeightsError
-from ...lora import add_adapters, is_adapted, save_adapter
+from ...errors import ConfigError
+from ...lora import add_adapters, is_adapted
 from ...lora.adapters import adapted
 from ...model import GPT2
-from ...run_folder import ADAPTER
 from ..config import TrainConfig
 from ..freezing import freeze
 
@@ -95,16 +93,3 @@ def restore_adapters(model: GPT2, state: Mapping[str, Tensor]) -> None:
             )
     for name, tensor in own.items():
         tensor.copy_(state[name])
-
-
-def save_adapter_beside(model: GPT2, directory: Path, config: TrainConfig) -> None:
-    """Write the adapters, if there are any, into the folder of the merged model.
-
-    Raises:
-        OSError: the disk does not take them.
-    """
-    if is_adapted(model):
-        try:
-            save_adapter(model, directory / ADAPTER, config.init_from)
-        except WeightsError as error:
-            raise OSError(str(error)) from error
