@@ -41,7 +41,9 @@ import torch.distributed.checkpoint as dcp
 import yaml  # noqa: F401
 
 from gpt2fast.cli import train as command
-from gpt2fast.training.checkpoints import save as checkpoint
+from gpt2fast.run_folder import BEST, OPTIMIZER
+from gpt2fast.training.checkpoints.folder import newest_checkpoint
+from gpt2fast.training.checkpoints.state import load_state
 from gpt2fast.training.logs.log import read_json_lines, read_rows
 from gpt2fast.training.machine import flops
 
@@ -96,12 +98,12 @@ def outcome(out: Path) -> dict[str, Any]:
     if (out / "samples.jsonl").exists():
         found["samples"] = read_json_lines(out / "samples.jsonl")
     # The others may be those that were made on a signal.
-    for name in (checkpoint.BEST, checkpoints[-1]):
+    for name in (BEST, checkpoints[-1]):
         folder = out / "checkpoints" / name
-        state = checkpoint.load_state(folder)
+        state = load_state(folder)
         del state["position"]["elapsed"], state["config"]["out"]
         found[f"{name}: weights"] = _digest(folder / "model.safetensors")
-        for key, digest in optimizer_digest(folder / checkpoint.OPTIMIZER).items():
+        for key, digest in optimizer_digest(folder / OPTIMIZER).items():
             found[f"{name}: {key}"] = digest
         for rank, states in enumerate(state.pop("random")):
             found[f"{name}: random numbers, {rank}"] = states["torch"].tolist()
@@ -382,7 +384,7 @@ class Broken(AssertionError):
 def resumption(settings: dict[str, object]) -> list[str]:
     """What a user types next: --resume, or all anew where no checkpoint had been made."""
     out = Path(str(settings["out"]))
-    if checkpoint.newest_checkpoint(out / "checkpoints") is not None:
+    if newest_checkpoint(out / "checkpoints") is not None:
         return [f"--resume={out}"]
     return flags(settings)
 

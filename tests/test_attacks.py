@@ -29,10 +29,10 @@ from gpt2fast.checkpoints.tensor_files import read_tensors
 from gpt2fast.checkpoints.torch_files import _Storage, _Tensors
 from gpt2fast.data.tokens import MAGIC, TokenFile
 from gpt2fast.errors import DataError, TokenizerError, WeightsError
+from gpt2fast.run_folder import OLD_STATE
 from gpt2fast.tokenizer import CharTokenizer
-from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.checkpoints import state as state_file
 from gpt2fast.training.checkpoints.position import Position
+from gpt2fast.training.checkpoints.state import load_state
 
 CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2, dropout=0.0)
 EVIL = "import pathlib; pathlib.Path('canary').touch()\n"
@@ -190,9 +190,9 @@ def replace_entry(path: Path, ending: str, content: bytes, **how: int) -> None:
     ids=["a call", "a list", "within", "an object"],
 )
 def test_a_random_state_is_numbers(folder, states):
-    torch.save({"format": 2, "random": states}, folder / state_file.OLD_NAME)
+    torch.save({"format": 2, "random": states}, folder / OLD_STATE)
     with pytest.raises(WeightsError, match="could run code|changes the attributes|instruction"):
-        checkpoint.load_state(folder)
+        load_state(folder)
 
 
 # 5. What safe loading refuses is loaded unsafely in a second try, or another file in its place.

@@ -158,7 +158,7 @@ def test_a_process_that_dies_ends_the_job_and_the_checkpoint_stands(text, tmp_pa
     _, err = process.communicate(timeout=patience())
     assert process.returncode != 0
     assert "SIGKILL" in err or "Signal 9" in err
-    from gpt2fast.training.checkpoints.save import find_checkpoint
+    from gpt2fast.training.checkpoints.folder import find_checkpoint
 
     at = int(find_checkpoint(out).name.removeprefix("step-"))
     said = run(2, {"max_steps": at + 1}, f"--resume={out}")

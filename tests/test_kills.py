@@ -18,10 +18,11 @@ if sys.platform != "linux":
 import kills
 from gpt2fast._system.files import remove_unfinished
 from gpt2fast.cli import train as command
-from gpt2fast.training import Interrupted, loop, stopping, train
-from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.checkpoints import state as state_file
+from gpt2fast.run_folder import STATE
+from gpt2fast.training import Interrupted, stopping, train
+from gpt2fast.training.checkpoints import save
 from kills import RECIPES, Stop, Trial, outcome
+from run_hooks import before_updates, changed_losses
 from test_training import TINY, changed, config, prepared, rows, text  # noqa: F401
 
 
@@ -135,7 +136,7 @@ def test_half_a_deletion_is_finished(config):  # noqa: F811
     train(config)
     folder = Path(config.out) / "checkpoints"
     shutil.copytree(folder / "step-00000004", folder / ".step-00000002.gone")
-    (folder / ".step-00000002.gone" / state_file.NAME).unlink()
+    (folder / ".step-00000002.gone" / STATE).unlink()
     train(config, resume=config.out)
     assert not list(folder.glob(".*"))
 
@@ -160,22 +161,23 @@ def test_torn_lines_are_left_out(config):  # noqa: F811
     assert outcome(Path(config.out)) == straight
 
 
-def test_a_signal_in_the_middle_of_a_validation(config, monkeypatch, tmp_path):  # noqa: F811
+def test_a_signal_in_the_middle_of_a_validation(config, tmp_path):  # noqa: F811
     straight = changed(config, out=str(tmp_path / "straight"), max_steps=6)
     train(straight)
-    real = loop.mean_loss
-    count = 0
+    updates: list[int] = []
 
-    def interrupted(*args):
-        nonlocal count
-        count += 1
-        if count == 2:
+    def interrupt(passes, loss):
+        if len(updates) == 2:
+            updates.append(-1)
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
+        return loss
 
     config = changed(config, max_steps=6)
-    monkeypatch.setattr(loop, "mean_loss", interrupted)
-    with pytest.raises(Interrupted, match="stopped at step"):
+    with (
+        before_updates(updates.append),
+        changed_losses(interrupt, training=False),
+        pytest.raises(Interrupted, match="stopped at step 2"),
+    ):
         train(config)
     train(config, resume=config.out)
     ours, theirs = outcome(Path(config.out)), outcome(Path(straight.out))
@@ -185,22 +187,19 @@ def test_a_signal_in_the_middle_of_a_validation(config, monkeypatch, tmp_path): 
 
 def test_a_second_interruption_acts_at_once(config, monkeypatch):  # noqa: F811
     """Ctrl-C while the first one's checkpoint is written: nothing half is left."""
-    monkeypatch.setattr(stopping, "_SAME_WISH", 0.0)
-    real = checkpoint._put_in_place
+    monkeypatch.setattr(stopping, "_SAME_SIGNAL", 0.0)
+    real = save._put_in_place
 
     def again(*args):
         os.kill(os.getpid(), signal.SIGINT)
         real(*args)
 
-    def step(self):
-        if self.position.step == 1:
-            monkeypatch.setattr(checkpoint, "_put_in_place", again)
+    def interrupt(updates):
+        if updates == 1:
+            monkeypatch.setattr(save, "_put_in_place", again)
             os.kill(os.getpid(), signal.SIGINT)
-        original(self)
 
-    original = loop._Run._step
-    monkeypatch.setattr(loop._Run, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
+    with before_updates(interrupt), pytest.raises(KeyboardInterrupt):
         train(changed(config, eval_interval=100))
     assert not list((Path(config.out) / "checkpoints").iterdir())
 

@@ -26,7 +26,6 @@ from gpt2fast.training.start.adapters import (
     describe_training,
     prepare_model,
     restore_adapters,
-    save_adapter_beside,
 )
 from tolerance import assert_close
 
@@ -618,7 +617,7 @@ def test_a_run_resumed_from_a_merged_model_goes_on_bit_for_bit(tmp_path):
     optimizer = adamw(model)
     steps(model, optimizer, 3)
     model.save_pretrained(tmp_path)
-    save_adapter_beside(model, tmp_path, config)
+    save_adapter(model, tmp_path / "adapter", config.init_from)
     state = {"adapters": adapter_state(model), "optimizer": optimizer.state_dict()}
     torch.save({**state, "random": torch.get_rng_state()}, tmp_path / "state.pt")
     steps(model, optimizer, 3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from gpt2fast.model import GPT2
 from gpt2fast.training import loop, train
 from gpt2fast.training.logs.log import read_rows
 from gpt2fast.training.schedule import learning_rate
+from run_hooks import before_updates
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +54,6 @@ def test_loss_curve_is_nanogpts(recipe, steps, nanogpt, data_dir, tmp_path, monk
             "--eval-batches=40",
         ]
     )  # fmt: skip
-    monkeypatch.setattr(loop._Run, "finish", _until(steps))
     data = DataModule(config.data, config.block_size, config.batch_size, seed=config.seed)
     shape = {
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
@@ -65,7 +66,9 @@ def test_loss_curve_is_nanogpts(recipe, steps, nanogpt, data_dir, tmp_path, monk
     monkeypatch.setattr(
         loop, "starting_model", lambda *_: GPT2.from_pretrained(tmp_path / "ckpt.pt")
     )
-    train(config)
+    # The schedule follows the recipe's length; the run ends earlier, after a validation.
+    with before_updates(_end_after(steps)), suppress(_Ended):
+        train(config)
     rows = read_rows(tmp_path / "run" / "log.csv")
 
     optimizer = theirs.configure_optimizers(
@@ -103,18 +106,13 @@ def test_loss_curve_is_nanogpts(recipe, steps, nanogpt, data_dir, tmp_path, monk
     assert rows[-1]["val_loss"] == pytest.approx(val, abs=0.02)
 
 
-def _until(steps: int):
-    """A run of the recipe's length, which its schedule follows, that ends after `steps`."""
-    real = loop._Run.finish
+class _Ended(Exception):
+    pass
 
-    def finish(self, signals):
-        monitored = loop.out_of_time
 
-        def ended(config, position, length, elapsed):
-            return monitored(config, position, steps, elapsed)
+def _end_after(steps: int):
+    def end(updates: int) -> None:
+        if updates == steps:
+            raise _Ended
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "out_of_time", ended)
-            return real(self, signals)
-
-    return finish
+    return end

@@ -33,8 +33,8 @@ def give_gradients(*models: GPT2, seed: int) -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     ours, theirs = model(), model()
-    settings = TrainConfig(beta1=0.9, beta2=0.95, weight_decay=0.1, momentum=0.9)
-    optimizers = ModelOptimizer(ours.named_parameters(), settings, "muon")
+    settings = TrainConfig(optimizer="muon", weight_decay=0.1, momentum=0.9)
+    optimizers = ModelOptimizer(ours.named_parameters(), settings)
     named = dict(theirs.named_parameters())
     hidden = [n for n, p in named.items() if n.startswith("h.") and p.dim() == 2]
     assert len(hidden) == 4 * SHAPE["n_layer"]
@@ -64,14 +64,14 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_goes_on_where_it_was(optimizer):
-    settings = TrainConfig(beta1=0.9, beta2=0.95, weight_decay=0.1), optimizer
+    settings = TrainConfig(optimizer=optimizer, weight_decay=0.1)
     straight, resumed = model(), model()
-    first = ModelOptimizer(straight.named_parameters(), *settings)
+    first = ModelOptimizer(straight.named_parameters(), settings)
     for step in range(2):
         give_gradients(straight, seed=step)
         first.step(1e-2)
     resumed.load_state_dict(straight.state_dict())
-    second = ModelOptimizer(resumed.named_parameters(), *settings)
+    second = ModelOptimizer(resumed.named_parameters(), settings)
     saved = first.tensors()
     assert len(saved) == {"adamw": 2 * 28, "muon": 2 * 28 - 8}[optimizer]
     assert first.state_numel() == sum(tensor.numel() for tensor in saved.values())

@@ -28,17 +28,20 @@ from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.data.dataset import TrainingBatches
 from gpt2fast.errors import ConfigError, DataError, Error, WeightsError
 from gpt2fast.model import GPT2
+from gpt2fast.run_folder import OLD_STATE, OPTIMIZER, STATE
 from gpt2fast.tokenizer import CharTokenizer, Tokenizer
-from gpt2fast.training import Interrupted, TrainConfig, TrainingError, loop, train
-from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.checkpoints import state as state_file
-from gpt2fast.training.checkpoints.shards import save_tensors
+from gpt2fast.training import Interrupted, TrainConfig, TrainingError, train
+from gpt2fast.training.checkpoints.folder import clean_up, find_checkpoint, step_checkpoints
+from gpt2fast.training.checkpoints.shards import load_tensors, save_tensors
+from gpt2fast.training.checkpoints.state import load_state, read_state, write_state
+from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.log import RunLog
 from gpt2fast.training.optimizers import ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
 from gpt2fast.training.stopping import SignalWatch
+from run_hooks import before_updates, changed_losses
 from time_limits import patience, wait_until
 
 TINY = {
@@ -278,18 +281,12 @@ def test_flag_device_cuda_is_used_or_refused(config):
             train(chosen)
 
 
-def test_flag_backend_forces_the_ops(config, tmp_path, monkeypatch):
+def test_flag_backend_forces_the_ops(config, tmp_path):
     from gpt2fast.ops import backend as backend_module
 
     asked = []
-    real = loop._Run._step
-
-    def spy(self):
-        asked.append(backend_module.requested_backend())
-        real(self)
-
-    monkeypatch.setattr(loop._Run, "_step", spy)
-    train(changed(config, backend="reference", max_steps=1))
+    with before_updates(lambda _: asked.append(backend_module.requested_backend())):
+        train(changed(config, backend="reference", max_steps=1))
     assert asked == ["reference"]
     assert backend_module.requested_backend() == "auto"
 
@@ -303,18 +300,12 @@ def test_flag_compile_compiles_the_model(config, monkeypatch):
     assert len(compiled) == 1
 
 
-def test_flag_threads_sets_the_number_of_threads_for_the_run(config, monkeypatch):
+def test_flag_threads_sets_the_number_of_threads_for_the_run(config):
     seen = []
-    real = loop._Run._step
-
-    def spy(self):
-        seen.append(torch.get_num_threads())
-        real(self)
-
-    monkeypatch.setattr(loop._Run, "_step", spy)
     before = torch.get_num_threads()
-    train(changed(config, threads=1, max_steps=1))
-    train(changed(config, threads=2, max_steps=1, out=config.out + "2"))
+    with before_updates(lambda _: seen.append(torch.get_num_threads())):
+        train(changed(config, threads=1, max_steps=1))
+        train(changed(config, threads=2, max_steps=1, out=config.out + "2"))
     assert seen == [1, 2]
     assert torch.get_num_threads() == before
 
@@ -510,7 +501,7 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(config, mon
     runs = {1: [(inputs, targets)], 2: [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]}
     weights = []
     for parts, batches in runs.items():
-        monkeypatch.setattr(DataModule, "train_dataloader", lambda self, given=batches: given)
+        monkeypatch.setattr(DataModule, "train_dataloader", lambda *_, given=batches, **__: given)
         out = f"{config.out}{parts}"
         train(changed(config, max_steps=1, grad_accumulation=parts, batch_size=4 // parts, out=out))
         weights.append(GPT2.from_pretrained(out).state_dict())
@@ -628,7 +619,7 @@ def read_moments(directory: Path) -> dict[str, torch.Tensor]:
     model = GPT2.from_pretrained(directory)
     optimizers = ModelOptimizer(model.named_parameters(), TrainConfig())
     tensors = optimizers.tensors()
-    checkpoint.load_optimizer(directory, tensors, Group("cpu"))
+    load_tensors(tensors, directory / OPTIMIZER, Group("cpu"))
     return tensors
 
 
@@ -644,7 +635,7 @@ def test_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(config, tmp_
     wait_until((out / "checkpoints" / "step-00000010").exists, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    for later in checkpoint.step_checkpoints(out / "checkpoints"):
+    for later in step_checkpoints(out / "checkpoints"):
         if later.name != "step-00000010":
             shutil.rmtree(later)
     (out / "model.safetensors").unlink(missing_ok=True)
@@ -663,21 +654,17 @@ def test_killed_and_resumed_run_equals_the_straight_one_bit_for_bit(config, tmp_
 
 
 @pytest.mark.parametrize("at", [1, 7, 13])
-def test_resuming_at_any_step_equals_the_straight_run(config, tmp_path, at, monkeypatch):
+def test_resuming_at_any_step_equals_the_straight_run(config, tmp_path, at):
     config = changed(config, **RESUMABLE, checkpoint_interval=at)
     straight = changed(config, out=str(tmp_path / "straight"))
     train(straight)
-    real = loop._Run._step
 
-    def stop_after(self):
-        if self.position.step == at:
+    def stop_after(updates):
+        if updates == at:
             raise KeyboardInterrupt
-        real(self)
 
-    monkeypatch.setattr(loop._Run, "_step", stop_after)
-    with pytest.raises(KeyboardInterrupt):
+    with before_updates(stop_after), pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(loop._Run, "_step", real)
     train(config, resume=config.out)
     assert outcome(Path(config.out)) == outcome(Path(straight.out))
 
@@ -695,8 +682,8 @@ def test_signal_saves_a_checkpoint_and_says_how_to_go_on(config, signum, code):
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert f"--resume {out}" in errors
-    stopped = checkpoint.find_checkpoint(out)
-    step = checkpoint.load_state(stopped)["position"]["step"]
+    stopped = find_checkpoint(out)
+    step = load_state(stopped)["position"]["step"]
     assert stopped.name == f"step-{step:08d}" and f"stopped at step {step}" in errors
     config, resume = command.parse(["--resume", str(out), "--max-steps", str(step + 2)])
     assert resume == stopped
@@ -720,8 +707,8 @@ def test_a_closed_terminal_saves_a_checkpoint(config):
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 128 + signal.SIGHUP
-    stopped = checkpoint.find_checkpoint(out)
-    step = checkpoint.load_state(stopped)["position"]["step"]
+    stopped = find_checkpoint(out)
+    step = load_state(stopped)["position"]["step"]
     config, resume = command.parse(["--resume", str(out), "--max-steps", str(step + 1)])
     assert train(config, resume).steps == step + 1
 
@@ -739,19 +726,16 @@ def test_a_run_under_nohup_goes_on_when_the_terminal_is_closed():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_interrupted_evaluation_is_made_up_for_on_resuming(config, monkeypatch):
+def test_interrupted_evaluation_is_made_up_for_on_resuming(config):
     """A run stopped between a step and its validation validates first when it goes on."""
-    real = loop._Run._evaluate
 
-    def interrupted(self):
-        if self.position.step == 2:
-            self._stop(signal.SIGINT)
-        real(self)
+    def interrupt(updates):
+        if updates == 1:
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(loop._Run, "_evaluate", interrupted)
-    with pytest.raises(Interrupted):
+    with before_updates(interrupt), pytest.raises(Interrupted, match="stopped at step 2"):
         train(config)
-    monkeypatch.setattr(loop._Run, "_evaluate", real)
+    assert [row["step"] for row in rows(config.out) if row["val_loss"]] == ["0"]
     train(config, resume=config.out)
     assert [row["step"] for row in rows(config.out) if row["val_loss"]] == ["0", "2", "3"]
 
@@ -782,7 +766,7 @@ def test_best_checkpoint_has_the_lowest_validation_loss(config):
     del losses[0]
     best = min(losses, key=lambda step: losses[step])
     assert result.best_step == best
-    state = checkpoint.load_state(Path(config.out) / "checkpoints" / "best")
+    state = load_state(Path(config.out) / "checkpoints" / "best")
     assert state["position"]["step"] == best
 
 
@@ -790,7 +774,7 @@ def test_killed_while_saving_leaves_whole_checkpoints(config, trained):
     folder = trained / "checkpoints"
     (folder / ".step-00000009.new").mkdir()
     (folder / "best").rename(folder / ".best.old")
-    checkpoint.clean_up(folder)
+    clean_up(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["best", "step-00000003"]
 
 
@@ -857,7 +841,7 @@ def test_resuming_with_other_settings_is_refused(config, trained, tmp_path, chan
 def test_damaged_optimizer_state_is_refused(config, trained, tmp_path, damage):
     copy = tmp_path / "step-00000003"
     shutil.copytree(trained / "checkpoints" / "step-00000003", copy)
-    folder = copy / checkpoint.OPTIMIZER
+    folder = copy / OPTIMIZER
     if damage == "gone":
         shutil.rmtree(folder)
     elif damage == "cut":
@@ -879,14 +863,14 @@ def test_damaged_optimizer_state_is_refused(config, trained, tmp_path, damage):
 def test_damaged_training_state_is_refused(config, trained, tmp_path, damage):
     copy = tmp_path / "step-00000003"
     shutil.copytree(trained / "checkpoints" / "step-00000003", copy)
-    state = copy / state_file.NAME
+    state = copy / STATE
     if damage == "missing":
         state.unlink()
     elif damage == "cut":
         state.write_bytes(state.read_bytes()[:200])
     else:
         state.unlink()
-        torch.save({"format": 2, "config": Path("x")}, copy / state_file.OLD_NAME)
+        torch.save({"format": 2, "config": Path("x")}, copy / OLD_STATE)
     with pytest.raises((ConfigError, WeightsError)) as caught:
         train(config, resume=copy)
     assert isinstance(caught.value, ConfigError) is (damage == "missing")
@@ -900,12 +884,12 @@ def test_a_training_state_without_an_entry_is_a_damaged_one(
 ):
     copy = tmp_path / "step-00000003"
     shutil.copytree(trained / "checkpoints" / "step-00000003", copy)
-    state = checkpoint.load_state(copy)
+    state = load_state(copy)
     if damage == "gone":
         del state[entry]
     else:
         state[entry] = "nonsense"
-    state_file.write_state(copy / state_file.NAME, state)
+    write_state(copy / STATE, state)
     with pytest.raises(Error) as caught:
         train(changed(config, max_steps=5), resume=copy)
     assert str(copy) in str(caught.value) or entry == "config"
@@ -918,9 +902,9 @@ def test_a_run_that_an_older_version_began_goes_on_bit_for_bit(config, trained, 
         shutil.copytree(trained, run)
         copy = run / "checkpoints" / "step-00000003"
         if name == "old":  # which kept a pickle
-            state = checkpoint.load_state(copy)
-            (copy / state_file.NAME).unlink()
-            torch.save(state, copy / state_file.OLD_NAME)
+            state = load_state(copy)
+            (copy / STATE).unlink()
+            torch.save(state, copy / OLD_STATE)
         train(changed(config, out=str(run), max_steps=5), resume=copy)
         runs.append((run / "checkpoints" / "step-00000005" / "model.safetensors").read_bytes())
     assert runs[0] == runs[1]
@@ -933,8 +917,8 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
         "numbers": [0.1, 1e-300, float("inf"), -0.0, 2**63, True, None, "é\n", []],
         "within": {"a.b": {"c": (1, (2.5, None))}, "": {}},
     }
-    state_file.write_state(tmp_path / state_file.NAME, state)
-    read = state_file.read_state(tmp_path / state_file.NAME)
+    write_state(tmp_path / STATE, state)
+    read = read_state(tmp_path / STATE)
     for ours, theirs in zip(read.pop("torch"), state.pop("torch"), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
     assert repr(read) == repr(state)
@@ -944,13 +928,13 @@ def test_an_empty_newest_checkpoint_does_not_hide_the_older_ones(trained, tmp_pa
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     (copy / "checkpoints" / "step-00000009").mkdir()
-    assert checkpoint.find_checkpoint(copy).name == "step-00000003"
+    assert find_checkpoint(copy).name == "step-00000003"
 
 
 def test_an_index_that_leads_out_of_its_folder_is_refused(config, trained, tmp_path):
     copy = tmp_path / "step-00000003"
     shutil.copytree(trained / "checkpoints" / "step-00000003", copy)
-    index = copy / checkpoint.OPTIMIZER / ".metadata"
+    index = copy / OPTIMIZER / ".metadata"
     content = index.read_bytes()
     assert b"__0_0.distcp" in content
     index.write_bytes(content.replace(b"__0_0.distcp", b"../../secret"))
@@ -958,22 +942,25 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(config, trained, tmp_p
         train(changed(config, max_steps=5), resume=copy)
 
 
-def test_diverging_loss_stops_the_run_and_names_step_and_rate(config, monkeypatch):
-    real = loop._Run._loss
-
-    def explode(self, batch):
-        loss = real(self, batch)
-        return loss * math.nan if self.position.step == 5 and self.model.training else loss
-
-    monkeypatch.setattr(loop._Run, "_loss", explode)
-    with pytest.raises(TrainingError, match=r"step 6 .*nan.*learning rate 0\.\d+.*step-00000004"):
+def test_diverging_loss_stops_the_run_and_names_step_and_rate(config):
+    told = r"step 6 .*nan.*learning rate 0\.\d+.*step-00000004"
+    with (
+        changed_losses(lambda passes, loss: loss * math.nan if passes == 5 else loss),
+        pytest.raises(TrainingError, match=told),
+    ):
         train(changed(config, max_steps=9, checkpoint_interval=2))
-    state = checkpoint.load_state(checkpoint.find_checkpoint(Path(config.out)))
+    state = load_state(find_checkpoint(Path(config.out)))
     assert state["position"]["step"] == 4
 
 
-def test_bad_data_is_caught_before_the_first_step(config, prepared, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop._Run, "_step", lambda *_: pytest.fail("a step was made"))
+@pytest.fixture
+def no_update():
+    with before_updates(lambda _: pytest.fail("a step was made")):
+        yield
+
+
+@pytest.mark.usefixtures("no_update")
+def test_bad_data_is_caught_before_the_first_step(config, prepared, tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     with pytest.raises(Error):
@@ -1022,11 +1009,11 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(config, cap
         train(shorter, resume=folder / "step-00000004")
     assert "set aside the checkpoints of later steps" in caplog.text
     assert capsys.readouterr() == ("", ""), "a program that trains says itself what it prints"
-    assert checkpoint.find_checkpoint(Path(config.out)).name == "step-00000005"
+    assert find_checkpoint(Path(config.out)).name == "step-00000005"
     assert sorted(path.name for path in folder.iterdir()) == [
         "best", "replaced-step-00000006", "replaced-step-00000008", "step-00000005"
     ]  # fmt: skip
-    state = checkpoint.load_state(folder / "best")
+    state = load_state(folder / "best")
     assert state["position"]["step"] == 5  # not the one of the branch that was left
 
 
@@ -1056,19 +1043,17 @@ def test_a_run_with_only_its_best_checkpoint_is_found(only_best):
 # -- two runs at once, lost readers, full disks ---------------------------------------------------
 
 
-def test_a_second_run_in_the_same_folder_is_refused(config, monkeypatch):
+def test_a_second_run_in_the_same_folder_is_refused(config):
     pytest.importorskip("fcntl")
-    real, refused = loop._Run._step, []
+    refused = []
 
-    def step(self):
+    def second(step, loss):
         with pytest.raises(ConfigError, match="another process is training in .*--out"):
             train(config)
-        refused.append(self.position.step)
-        real(self)
+        refused.append(step)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
-    train(config)
-    assert refused == [0, 1, 2]
+    train(config, on_validation=second)
+    assert refused == [0, 2, 3]
     assert not (Path(config.out) / ".lock").exists()
 
 
@@ -1094,8 +1079,6 @@ def test_a_file_as_run_folder_is_refused(config, text, capsys):
 
 @pytest.mark.parametrize("full", ["folder", "weights", "state", "log"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(config, monkeypatch, capsys, full):
-    real = loop._Run._step
-
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device", "somewhere")
 
@@ -1105,8 +1088,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(config, monkeypa
     def unsaved(*args, **kwargs):
         raise WeightsError("the model cannot be saved to somewhere: [Errno 28] No space left")
 
-    def step(self):
-        if self.position.step == 4:
+    def fill(updates):
+        if updates == 4:
             target, name, failure = {
                 "folder": (Path, "mkdir", no_space),
                 "weights": (GPT2, "save_pretrained", unsaved),
@@ -1114,27 +1097,26 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(config, monkeypa
                 "log": (RunLog, "write", no_space),
             }[full]
             monkeypatch.setattr(target, name, failure)
-        real(self)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
-    assert command.main(settings_of(config, max_steps=9, checkpoint_interval=2)) == 1
+    with before_updates(fill):
+        assert command.main(settings_of(config, max_steps=9, checkpoint_interval=2)) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     folder = Path(config.out) / "checkpoints"
     assert f"the last checkpoint stands: {folder / 'step-00000004'}" in message
-    assert checkpoint.load_state(folder / "step-00000004")["position"]["step"] == 4
+    assert load_state(folder / "step-00000004")["position"]["step"] == 4
     assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
 )
-def test_running_out_of_memory_says_what_to_lower(config, monkeypatch, error):
-    def step(self):
+def test_running_out_of_memory_says_what_to_lower(config, error):
+    def fail(updates):
         raise error
 
-    monkeypatch.setattr(loop._Run, "_step", step)
-    with pytest.raises(TrainingError, match=r"out of memory.*--batch-size \(now 4"):
+    told = r"out of memory.*--batch-size \(now 4"
+    with before_updates(fail), pytest.raises(TrainingError, match=told):
         train(config)
 
 

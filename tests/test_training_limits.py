@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import signal
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.training import TrainConfig, TrainingError, loop, stopping, train
-from gpt2fast.training.checkpoints import save as checkpoint
-from gpt2fast.training.diagnosis import ALL_FINITE, broken_weights, first_not_finite
+from gpt2fast.training import TrainConfig, TrainingError, stopping, train
+from gpt2fast.training.checkpoints.folder import find_checkpoint
+from gpt2fast.training.checkpoints.state import load_state
+from gpt2fast.training.failures import ALL_FINITE, broken_weights, first_not_finite
 from gpt2fast.training.logs.log import read_rows
 from gpt2fast.training.machine import memory
 from gpt2fast.training.machine.precision import LossScale
+from run_hooks import after_updates
 from test_training import TINY, write_text
 
 changed = dataclasses.replace
@@ -40,7 +43,7 @@ def assert_stopped(config: TrainConfig, result, told, flag: str) -> None:
     """Early, saying why, with a checkpoint of the last step and a model."""
     assert 0 < result.steps < 12
     assert flag in told.text
-    newest = checkpoint.find_checkpoint(Path(config.out))
+    newest = find_checkpoint(Path(config.out))
     assert newest.name == f"step-{result.steps:08d}"
     assert GPT2.from_pretrained(config.out).config.n_layer == 1
 
@@ -125,17 +128,14 @@ def test_the_first_broken_weight_layer_or_gradient_is_named():
     assert broken_weights(model) == "h.0.ln_2.bias"
 
 
-def test_weights_that_broke_are_not_saved(config, monkeypatch):
-    real = loop._Run._step
-
-    def break_weights(self):
-        real(self)
-        if self.position.step == 4:
+def test_weights_that_broke_are_not_saved(config):
+    def break_weights(updates, optimizer):
+        if updates == 3:
             with torch.no_grad():
-                self.model.h[0].mlp.c_fc.weight[0, 0] = math.inf
+                optimizer.param_groups[0]["params"][-1][0, 0] = math.inf
 
-    monkeypatch.setattr(loop._Run, "_step", break_weights)
-    with pytest.raises(TrainingError, match=r"h\.0\.mlp\.c_fc\.weight are not finite.*00000003"):
+    told = r"h\.0\.mlp\.c_proj\.weight are not finite.*00000003"
+    with after_updates(break_weights), pytest.raises(TrainingError, match=told):
         train(changed(config, checkpoint_interval=1, eval_interval=100))
     for path in (Path(config.out) / "checkpoints").iterdir():
         assert broken_weights(GPT2.from_pretrained(path)) is None
@@ -162,19 +162,18 @@ def test_the_loss_scale_follows_overflows():
 
 
 def test_a_float16_run_leaves_out_steps_that_overflow(config, monkeypatch):
-    real = loop._Run._clip
-    overflowing = {1, 2}
+    real, count = torch.nn.utils.clip_grad_norm_, itertools.count()
 
-    def overflow(self):
-        if self.position.step in overflowing:
-            self.model.wte.weight.grad[0, 0] = math.inf
-        return real(self)
+    def overflow(params, limit):
+        if next(count) in (1, 2):
+            params[0].grad[0, 0] = math.inf
+        return real(params, limit)
 
-    monkeypatch.setattr(loop._Run, "_clip", overflow)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
     train(changed(config, dtype="float16", max_steps=4))
     rows = {row["step"]: row for row in read_rows(Path(config.out) / "log.csv")}
     assert rows[1]["loss_scale"] == 2**16 and rows[4]["loss_scale"] == 2**14
-    state = checkpoint.load_state(Path(config.out) / "checkpoints" / "step-00000004")
+    state = load_state(Path(config.out) / "checkpoints" / "step-00000004")
     assert state["updates"] == 2 and state["scale"]["skipped"] == 2
 
 

@@ -9,6 +9,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from .. import run_folder
 from .._system.parsing import read_json
 from ..errors import Error, shown
 from . import llm_c
@@ -78,7 +79,7 @@ _BY_MEMBER = {
         "zero_to_fp32.py . OUT), or name the …model_states.pt below it that has all weights"
     ),
     "meta.json": "prepared data, not a model: give it to --data",
-    "log.csv": "the folder of a training run that has no checkpoint yet",
+    run_folder.LOG: "the folder of a training run that has no checkpoint yet",
 }
 
 
@@ -147,7 +148,7 @@ def what_adapter_is(folder: Path) -> str:
     with suppress(Error):  # load_adapter says what is wrong with the file
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     name = shlex.quote(base) if isinstance(base, str) and 0 < len(base) < 200 else "MODEL"
-    if (folder.parent / "model.safetensors").is_file() and folder.name == "adapter":
+    if folder.name == run_folder.ADAPTER and (folder.parent / run_folder.MODEL).is_file():
         merged = f"the model with the adapter merged into it is {folder.parent}"
     else:
         merged = (

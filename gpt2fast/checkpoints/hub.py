@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import run_folder
 from ..config import CONFIG_FILE
 from ..errors import WeightsError, reason_of
 
@@ -78,11 +79,11 @@ def _newest_checkpoint(path: Path) -> Path:
 
     The one with the best validation loss counts where no other has been made.
     """
-    checkpoints = path / "checkpoints"
+    checkpoints = path / run_folder.CHECKPOINTS
     if not checkpoints.is_dir() or (path / CONFIG_FILE).exists():
         return path
     # Steps are zero-padded, so that the order of names is the order of time.
-    found = [checkpoints / "best", *sorted(checkpoints.glob("step-*"))]
+    found = [checkpoints / run_folder.BEST, *sorted(checkpoints.glob(f"{run_folder.STEP}*"))]
     return next((p for p in reversed(found) if (p / CONFIG_FILE).is_file()), path)
 
 

@@ -23,6 +23,7 @@ from .._system.invocation import as_called, command_line
 from .._system.output import complain
 from .._system.parsing import read_yaml
 from ..errors import ArgumentError, ConfigError, Error, did_you_mean
+from ..run_folder import SETTINGS
 from .arguments import ParagraphFormatter, hyphenated, text_argument
 from .command import command
 
@@ -145,7 +146,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
     """
     import jsonargparse
 
-    from ..training.checkpoints.save import find_checkpoint
+    from ..training.checkpoints.folder import find_checkpoint
     from ..training.config import TrainConfig
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -183,12 +184,12 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Path | None]:
         return settings(arguments), None
     checkpoint = find_checkpoint(Path(chosen.resume or settings(arguments).out))
     run = checkpoint.parent.parent
-    if (run / "config.yaml").exists():
-        kept = _checked_recipe(run / "config.yaml")
+    if (run / SETTINGS).exists():
+        kept = _checked_recipe(run / SETTINGS)
         arguments = ["--config", kept, "--out", str(run), *arguments]
     elif not chosen.config:
         raise ConfigError(
-            f"{run / 'config.yaml'}, which holds the settings of the run, is missing; name a file "
+            f"{run / SETTINGS}, which holds the settings of the run, is missing; name a file "
             "or recipe that has them: --config NAME"
         )
     return settings(arguments), checkpoint

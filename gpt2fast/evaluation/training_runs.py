@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import run_folder
 from ..data.meta import read_meta
 from ..data.tokens import Tokens, open_tokens, token_files
 from ..errors import DataError, Error
@@ -72,7 +73,7 @@ def training_run(model: str | os.PathLike[str]) -> TrainingRun | None:
     """The training run that `model` is the folder or a checkpoint of; None for other models."""
     path = Path(model)
     for folder in (path, path.parent, *path.parents[1:2]):
-        if (folder / "config.yaml").is_file() and (folder / "log.csv").is_file():
+        if run_folder.is_run(folder):
             try:
                 (run,) = read_runs([folder])
             except Error:
@@ -154,7 +155,7 @@ def _counts(tokens: Tokens, size: int) -> Tensor:
 
 def _data_of(run: LoggedRun) -> tuple[Path, ...]:
     """The folders of tokens of a run that are still there."""
-    made_here = run.folder / "data"
+    made_here = run.folder / run_folder.DATA
     if (made_here / "meta.json").is_file():
         return (made_here,)
     mixture = run.settings.get("mixture")

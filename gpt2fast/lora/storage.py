@@ -29,6 +29,7 @@ from ..checkpoints.hub import resolve
 from ..checkpoints.tensor_files import read_tensors, write_safetensors
 from ..errors import ArgumentError, WeightsError
 from ..model import GPT2
+from ..run_folder import ADAPTER
 from .adapters import (
     LoRAProjection,
     adapted,
@@ -141,7 +142,7 @@ def load_adapter(
     weights = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if not described.is_file() or weights is None:
         missing = ADAPTER_CONFIG if not described.is_file() else ADAPTER_WEIGHTS[0]
-        hint = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter").is_dir() else ""
+        hint = f"; did you mean {folder / ADAPTER}?" if (folder / ADAPTER).is_dir() else ""
         raise WeightsError(f"{folder} holds no adapter in PEFT's format: no {missing}{hint}")
     values = read_json(described, WeightsError)
     rank, alpha, dropout = _options(values, described)

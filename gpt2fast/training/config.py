@@ -1,4 +1,4 @@
-"""What one training run is told: a frozen dataclass; its attribute docstrings are the help."""
+"""The settings of a training run: a frozen dataclass whose attribute docstrings are the help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import math
 import sys
 import types
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NoReturn,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from .._system.docstrings import field_docstrings
 from ..errors import ConfigError, shown, why_not_written
@@ -75,7 +84,7 @@ class TrainConfig:
     """With init_from: train low-rank adapters of this rank and freeze everything else (LoRA; 8 is
     usual). OUT gets the merged model, OUT/adapter the adapters in PEFT's format."""
     lora_alpha: float = 8.0
-    """What the adapters add is multiplied by lora_alpha / lora_rank."""
+    """The adapters' output is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Dropout of what goes into the adapters, in [0, 1)."""
     lora_targets: str = "c_attn"
@@ -145,7 +154,7 @@ class TrainConfig:
     sample_interval: int | None = None
     """Steps between samples of text, kept in OUT/samples.jsonl; null: none."""
     sample_prompt: str | None = None
-    """What the samples continue (default: the end-of-text token, or a new line)."""
+    """Text that the samples continue (default: the end-of-text token, or a new line)."""
     sample_tokens: int = 200
     """Length of a sample, in tokens."""
     checkpoint_interval: int = 1000
@@ -170,160 +179,138 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile (needs a C++ compiler; the first step takes longer)."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-    """What torch.compile aims at; reduce-overhead: CUDA graphs of forward and backward pass."""
+    """torch.compile's mode; reduce-overhead: CUDA graphs of forward and backward pass."""
     threads: int | None = None
     """CPU threads (default: torch's choice). Runs repeat exactly only with the same number."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
+        hints = get_type_hints(type(self))
+        for name, hint in hints.items():
             object.__setattr__(self, name, _checked_type(name, getattr(self, name), hint))
         for name in ("data", "dataset", "out", "tokenizer", "init_from", "mixture"):
             value = getattr(self, name)
             for path in [value] if isinstance(value, str) else value or ():
                 if reason := why_not_written(path):
                     raise ConfigError(f"{name} goes into config.yaml, but {reason}")
-        for name in _POSITIVE_INTEGERS:
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            _require(value is None or value <= most, name, value, f"at most {most}")
-        tokens = self.batch_size * self.block_size
-        _require(
-            tokens <= _MOST_TOKENS,
+        self._check_ranges(hints)
+        lengths = [name for name in LENGTHS if getattr(self, name) is not None]
+        for name in lengths[1:]:
+            given = f"{lengths[0]} (now {getattr(self, lengths[0])})"
+            self._require(False, name, f"given without {given}; set one of the two to null")
+        for name in ("wandb", "sample_prompt"):
+            self._require(getattr(self, name) != "", name, "some text; null leaves it out")
+        shown_somewhere = self.tensorboard or self.wandb is not None
+        self._require(
+            not self.log_histograms or shown_somewhere,
+            "log_histograms",
+            "false, or shown somewhere: add --tensorboard or --wandb PROJECT",
+        )
+        self._check_data()
+        self._require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1")
+        self._require(self.out != "", "out", "the name of a folder")
+        self._check_shape()
+        self._check_fine_tuning()
+
+    def _require(self, holds: bool, name: str, limit: str) -> None:
+        if not holds:
+            _refuse(name, getattr(self, name), limit)
+
+    def _check_ranges(self, hints: dict[str, Any]) -> None:
+        counts = {name for name, hint in hints.items() if int in (hint, *get_args(hint))}
+        counts -= {"seed", *_FROM_ZERO}
+        for name in hints:
+            value, most = getattr(self, name), _LARGEST.get(name)
+            if name in counts and value is not None:
+                self._require(value >= 1, name, "at least 1")
+                most = most or _LARGEST_COUNT
+            if most is not None and value is not None:
+                self._require(value <= most, name, f"at most {most}")
+        self._require(
+            self.batch_size * self.block_size <= _MOST_TOKENS,
             "batch_size",
-            self.batch_size,
             f"at most {_MOST_TOKENS} / block_size ({self.block_size}); --grad-accumulation makes "
             "larger steps of several batches",
         )
         for name in ("dropout", "lora_dropout", "beta1", "beta2", "momentum"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, name, value, "in [0, 1)")
-        for name in ("warmup_steps", "batch_warmup_steps", "weight_decay"):
-            value = getattr(self, name)
-            _require(value >= 0, name, value, "0 or more")
-        if self.val_fraction is not None:
-            _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "in (0, 1)")
-        _require(self.lr > 0, "lr", self.lr, "above 0; 1e-3 is usual for a small model")
-        if self.min_lr is not None:
-            _require(
-                0 <= self.min_lr <= self.lr,
-                "min_lr",
-                self.min_lr,
-                f"between 0 and lr ({self.lr:g}); equal to lr keeps the rate constant",
-            )
-        if self.grad_clip is not None:
-            _require(
-                self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0; null switches it off"
-            )
+            self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        for name in _FROM_ZERO:
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+        fraction, clip = self.val_fraction, self.grad_clip
+        self._require(fraction is None or 0 < fraction < 1, "val_fraction", "in (0, 1)")
+        self._require(self.lr > 0, "lr", "above 0; 1e-3 is usual for a small model")
+        limit = f"between 0 and lr ({self.lr:g}); equal to lr keeps the rate constant"
+        self._require(self.min_lr is None or 0 <= self.min_lr <= self.lr, "min_lr", limit)
+        self._require(clip is None or clip > 0, "grad_clip", "above 0; null switches it off")
         for name in ("max_epochs", "max_hours", "target_loss"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "above 0")
-        _require(0 < self.decay_share <= 1, "decay_share", self.decay_share, "in (0, 1]")
-        lengths = [name for name in LENGTHS if getattr(self, name) is not None]
-        for name in lengths[1:]:
-            first = lengths[0]
-            _require(
-                False,
-                name,
-                getattr(self, name),
-                f"given without {first} (now {getattr(self, first)}); set one of the two to null",
-            )
-        for name in ("wandb", "sample_prompt"):
-            _require(getattr(self, name) != "", name, "", "some text; null leaves it out")
-        _require(
-            not self.log_histograms or self.tensorboard or self.wandb is not None,
-            "log_histograms",
-            self.log_histograms,
-            "false, or shown somewhere: add --tensorboard or --wandb PROJECT",
-        )
-        self._check_data()
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1")
-        _require(self.out != "", "out", self.out, "the name of a folder")
+            self._require(value is None or value > 0, name, "above 0")
+        self._require(0 < self.decay_share <= 1, "decay_share", "in (0, 1]")
+
+    def _check_shape(self) -> None:
         if self.init_from is not None:
-            for name in ("n_layer", "n_head", "n_embd"):
-                _require(
-                    getattr(self, name) is None,
-                    name,
-                    getattr(self, name),
-                    f"null with init_from={self.init_from!r}, which brings its own architecture; "
-                    "drop one of the two",
-                )
-        else:
-            heads = self.n_head or DEFAULT_SHAPE["n_head"]
-            width = self.n_embd or DEFAULT_SHAPE["n_embd"]
-            _require(
-                width % heads == 0,
-                "n_embd",
-                width,
-                f"a multiple of n_head ({heads}); {max(1, round(width / heads)) * heads} is",
-            )
-        self._check_fine_tuning()
+            limit = f"null with init_from={self.init_from!r}, which brings its own architecture; "
+            for name in DEFAULT_SHAPE:
+                self._require(getattr(self, name) is None, name, f"{limit}drop one of the two")
+            return
+        heads = self.n_head or DEFAULT_SHAPE["n_head"]
+        width = self.n_embd or DEFAULT_SHAPE["n_embd"]
+        if width % heads:
+            near = max(1, round(width / heads)) * heads
+            _refuse("n_embd", width, f"a multiple of n_head ({heads}); {near} is")
 
     def _check_fine_tuning(self) -> None:
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0; 8 is usual")
+        self._require(self.lora_alpha > 0, "lora_alpha", "above 0; 8 is usual")
         for name in ("lora_targets", "freeze"):
             value = getattr(self, name)
-            _require(value is None or value.strip(" ,") != "", name, value, "names or patterns")
-        if self.lora_rank is None:
+            self._require(value is None or value.strip(" ,") != "", name, "names or patterns")
+        rank = self.lora_rank
+        if rank is None:
             for name in ("lora_alpha", "lora_dropout", "lora_targets"):
                 default = type(self).__dataclass_fields__[name].default
-                _require(
-                    getattr(self, name) == default,
-                    name,
-                    getattr(self, name),
-                    f"{default!r} without lora_rank: add --lora-rank 8, or leave it out",
-                )
+                limit = f"{default!r} without lora_rank: add --lora-rank 8, or leave it out"
+                self._require(getattr(self, name) == default, name, limit)
             return
-        rank = self.lora_rank
-        _require(
+        self._require(
             self.init_from is not None,
             "lora_rank",
-            rank,
             "null without init_from: adapters change a model that has been trained; name one "
             "with --init-from",
         )
-        _require(
+        self._require(
             self.freeze is None,
             "freeze",
-            self.freeze,
             f"null with lora_rank={rank}, which freezes everything but the adapters; "
             "--lora-targets says where they are",
         )
         reason = OPTIMIZERS[self.optimizer].why_no_adapters
         suitable = " or ".join(n for n, entry in OPTIMIZERS.items() if not entry.why_no_adapters)
-        _require(
-            reason is None,
-            "optimizer",
-            self.optimizer,
-            f"{suitable} with lora_rank={rank}: {reason}",
-        )
-        _require(
+        self._require(reason is None, "optimizer", f"{suitable} with lora_rank={rank}: {reason}")
+        self._require(
             self.parallel != "fsdp",
             "parallel",
-            self.parallel,
             f"ddp or zero with lora_rank={rank}: adapters are too small to be worth sharding",
         )
 
     def _check_data(self) -> None:
         named = [name for name in DATA_SOURCES if getattr(self, name) is not None]
         for name in named[1:]:
-            value = getattr(self, name)
-            _require(False, name, value, f"null beside {named[0]}; drop one of the two")
+            self._require(False, name, f"null beside {named[0]}; drop one of the two")
         if self.add_tokens is not None:
             texts = [token for token in self.add_tokens if type(token) is str and token]
             all_are = bool(texts) and len(texts) == len(self.add_tokens)
-            _require(all_are, "add_tokens", self.add_tokens, "texts, one at least; null adds none")
+            self._require(all_are, "add_tokens", "texts, one at least; null adds none")
         if self.dataset_config is not None:
             limit = "null without dataset, whose configuration it is"
-            _require(self.dataset is not None, "dataset_config", self.dataset_config, limit)
+            self._require(self.dataset is not None, "dataset_config", limit)
         if self.mixture is None:
             return
+        fine = bool(self.mixture) and all(
+            type(name) is str and name and type(weight) in (int, float)
+            and 0 < weight <= _LARGEST_FLOAT
+            for name, weight in self.mixture.items()
+        )  # fmt: skip
         limit = "names with weights above 0, such as {a.txt: 0.7, b.jsonl: 0.3}"
-        _require(bool(self.mixture), "mixture", self.mixture, limit)
-        for name, weight in self.mixture.items():
-            fine = type(name) is str and name and type(weight) in (int, float)
-            _require(bool(fine) and 0 < weight <= _LARGEST_FLOAT, "mixture", self.mixture, limit)
+        self._require(fine, "mixture", limit)
         object.__setattr__(self, "mixture", {n: float(w) for n, w in self.mixture.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -332,8 +319,11 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> TrainConfig:
-        """The settings out of `values`, what `to_dict` gave; unknown ones raise ConfigError naming
-        `source`."""
+        """The settings in `values`, as `to_dict` gave them.
+
+        Raises:
+            ConfigError: one is unknown; it names `source`.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(map(str, set(values) - known))
         if unknown:
@@ -369,53 +359,27 @@ class TrainConfig:
 DEFAULT_SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384}
 
 DATA_SOURCES = ("data", "mixture", "dataset")
-"""Settings of which one says what to train on."""
+"""Settings that name the data; a run has one of them."""
 
 DATA_SETTINGS = (
     *(*DATA_SOURCES, "dataset_config", "text_field", "records"),
     *("tokenizer", "vocab_size", "add_tokens", "split", "val_fraction"),
 )
-"""What the data are."""
+"""Settings that say what the data are and how text is prepared."""
 
 LENGTHS = ("max_steps", "max_epochs", "max_tokens")
-"""Settings of which one says how long a run is."""
+"""Settings that give the length of a run; it has one of them."""
 
-_POSITIVE_INTEGERS = (
-    "vocab_size",
-    "lora_rank",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "block_size",
-    "max_steps",
-    "max_tokens",
-    "early_stopping",
-    "batch_size",
-    "grad_accumulation",
-    "eval_interval",
-    "eval_batches",
-    "log_interval",
-    "sample_interval",
-    "sample_tokens",
-    "checkpoint_interval",
-    "keep_checkpoints",
-    "threads",
-)
-
-
+_FROM_ZERO = ("warmup_steps", "batch_warmup_steps", "weight_decay")
 # Far above what anybody trains with, and far below what overflows where they are multiplied.
+_LARGEST_COUNT = (1 << 31) - 1
 _LARGEST: dict[str, float] = {
-    **dict.fromkeys(_POSITIVE_INTEGERS, (1 << 31) - 1),
-    "warmup_steps": (1 << 31) - 1,
-    "batch_warmup_steps": 1_000_000,
-    "max_steps": 1 << 40,
-    "max_tokens": 1 << 53,
-    "max_epochs": 1e9,
-    "max_hours": 1e6,
-    "threads": 1024,
+    "warmup_steps": _LARGEST_COUNT,
+    **{"batch_warmup_steps": 1_000_000, "max_steps": 1 << 40, "max_tokens": 1 << 53},
+    **{"max_epochs": 1e9, "max_hours": 1e6, "threads": 1024},
 }
 _MOST_TOKENS = 1 << 28
-"""Of a batch: two gigabytes of their ids alone."""
+"""In a batch; their ids alone take two gigabytes."""
 _LARGEST_FLOAT = sys.float_info.max
 
 
@@ -427,9 +391,8 @@ def field_help() -> dict[str, str]:
     return texts
 
 
-def _require(holds: bool, name: str, value: Any, limit: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {shown(value)}, but must be {limit}")
+def _refuse(name: str, value: Any, limit: str) -> NoReturn:
+    raise ConfigError(f"{name} is {shown(value)}, but must be {limit}")
 
 
 def _checked_type(name: str, value: Any, hint: Any) -> Any:
@@ -439,17 +402,18 @@ def _checked_type(name: str, value: Any, hint: Any) -> Any:
         return value
     kind = options[0]
     if get_origin(kind) is Literal:
-        _require(
-            value in get_args(kind), name, value, "one of " + ", ".join(map(str, get_args(kind)))
-        )
+        if value not in get_args(kind):
+            _refuse(name, value, "one of " + ", ".join(map(str, get_args(kind))))
         return value
     if kind is float and type(value) in (int, float):
-        _require(abs(value) <= _LARGEST_FLOAT, name, value, "a finite number")
+        if not abs(value) <= _LARGEST_FLOAT:
+            _refuse(name, value, "a finite number")
         return float(value)
     kind = get_origin(kind) or kind
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
     words[dict], words[list] = "names with numbers", "a list of texts"
-    or_null = " or null" if type(None) in options else ""
-    _require(type(value) is kind, name, value, words[kind] + or_null)
-    _require(kind is not str or "\0" not in value, name, value, "text without NUL characters")
+    if type(value) is not kind:
+        _refuse(name, value, words[kind] + (" or null" if type(None) in options else ""))
+    if kind is str and "\0" in value:
+        _refuse(name, value, "text without NUL characters")
     return value

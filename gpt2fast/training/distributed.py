@@ -1,7 +1,7 @@
 """The processes of a run: one by itself, or those that torchrun has started.
 
-Whatever a step decides by (losses, the clock, signals) is agreed on by all of them, so that they
-stop, save and fail together.
+They agree on all that a step's decisions depend on (losses, the clock, signals), so that they stop,
+save and fail together.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FailedElsewhere(Error):
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for the run; before the group is open."""
+    """True for the process that speaks for the run, also before the group is open."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -85,7 +85,7 @@ class Group:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks to the user."""
+        """True for the process that writes the files and speaks to the user."""
         return self.rank == 0
 
     def notify(self, message: str) -> None:
@@ -95,8 +95,8 @@ class Group:
 
     def close(self) -> None:
         if self._opened:
-            # Gloo's threads need the interpreter to let go of the last tensors; its destructor
-            # waits for them and does not give it to them (torch 2.13 hangs for ever).
+            # Gloo's threads need the GIL to free the last tensors, and its destructor waits for
+            # them while it holds the GIL: torch 2.13 hangs.
             time.sleep(0.5)
             dist.destroy_process_group()
             self._opened = False
@@ -163,7 +163,7 @@ class Group:
 
     @contextlib.contextmanager
     def explain_lost_peer(self) -> Iterator[None]:
-        """Turn what torch raises where a process is gone into LostProcess."""
+        """Turn torch's errors about a process that is gone into LostProcess."""
         try:
             yield
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -249,8 +249,8 @@ def _join(backend: str) -> None:
     if attempt == "0":
         dist.init_process_group(backend, timeout=_TIMEOUT)
         return
-    # torchrun keeps its store when it starts the processes again: what those before have left
-    # there (where they listened) must not be found.
+    # torchrun keeps its store when it restarts the processes: the addresses that the earlier ones
+    # left in it must not be found.
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -1,22 +1,21 @@
-"""The folder of a run: one run at a time, never over another one; and how its failures read."""
+"""Errors that end a run: a full disk, no memory, numbers that are no longer finite."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .._system.files import remove_unfinished
-from .._system.lock import only_process
-from ..errors import ConfigError, Error, is_out_of_memory
-from .checkpoints import save as ckpt
+import torch
+from torch import Tensor, nn
+
+from ..errors import Error, is_out_of_memory
 from .config import TrainConfig
+from .folder import resume_hint
 
-_FILES = (
-    *("config.yaml", "log.csv", "log.jsonl", "samples.jsonl"),
-    *("config.json", "generation_config.json", "model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+ALL_FINITE = (
+    "every weight, activation and gradient is finite, but their squares add up to more than a float"
 )
 
 
@@ -25,48 +24,8 @@ class TrainingError(Error):
 
 
 @contextmanager
-def lock_run_folder(out: Path) -> Iterator[None]:
-    """Make the run folder and keep a second run out of it; an empty one goes when it fails."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out is {str(out)!r}, which is a file; name a folder with --out")
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    busy = ConfigError(
-        f"another process is training in {out}; wait for it, or name another folder with --out"
-    )
-    try:
-        with only_process(out / ".lock", busy):
-            remove_unfinished(out, _FILES)
-            yield
-    except BaseException:
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
-
-
-def require_no_run(out: Path) -> None:
-    """Raise ConfigError if `out` holds a run that a new one would overwrite."""
-    newest = ckpt.newest_checkpoint(out / "checkpoints")
-    if newest or (out / "model.safetensors").exists():
-        found = newest or out / "model.safetensors"
-        raise ConfigError(
-            f"out is {str(out)!r}, which already holds a run ({found}): continue it with "
-            f"--resume {shlex.quote(str(out))}, name another --out, or delete the folder"
-        )
-
-
-def resume_hint(out: Path) -> str:
-    """What a failed run leaves to go on from, as part of a sentence."""
-    newest = ckpt.newest_checkpoint(out / "checkpoints")
-    if newest is None:
-        return "no checkpoint was made"
-    return f"the last checkpoint stands: {newest} (--resume {shlex.quote(str(out))})"
-
-
-@contextmanager
 def failures_explained(config: TrainConfig) -> Iterator[None]:
-    """Turn what the disk and the memory raise into one line that says how to go on."""
+    """Turn errors of disk and memory into one line that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -85,9 +44,59 @@ def failures_explained(config: TrainConfig) -> Iterator[None]:
 
 
 def how_to_save_memory(config: TrainConfig) -> str:
-    """What to change when a run does not fit."""
+    """Advice for a run that does not fit into memory."""
     spared = "" if config.checkpoint_activations else "add --checkpoint-activations, "
     return (
         f"Lower --batch-size (now {config.batch_size}; --grad-accumulation keeps the tokens of a "
         f"step), --block-size (now {config.block_size}), {spared}or train a smaller model"
     )
+
+
+def broken_weights(model: nn.Module) -> str | None:
+    """The first parameter with a value that is not finite."""
+    return next((name for name, param in model.named_parameters() if not _finite(param)), None)
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, forward: Callable[[], Any] | None = None) -> str:
+    """Name what is not finite, as part of a sentence.
+
+    Args:
+        model: after a backward pass, before the step.
+        forward: runs the model on the batch that failed; None where that cannot be done.
+    """
+    weights = broken_weights(model)
+    if weights is not None:
+        return f"the weights {weights} are not finite"
+    layer = None if forward is None else _first_layer(model, forward)
+    if layer is not None:
+        return f"the first values that are not finite come out of {layer}"
+    for name, param in model.named_parameters():
+        if param.grad is not None and not _finite(param.grad):
+            return f"the gradient of {name} is not finite"
+    return ALL_FINITE
+
+
+def _finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(torch.isfinite(local).all())
+
+
+def _first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            for tensor in outputs if isinstance(outputs, tuple) else (outputs,):
+                if isinstance(tensor, Tensor) and not found and not _finite(tensor):
+                    found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -13,11 +13,11 @@ from ..errors import ArgumentError
 
 
 def freeze(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
-    """Switch gradients off for the parameters that a pattern means, and on for all others.
+    """Switch gradients off for the parameters that match a pattern, and on for all others.
 
     Args:
         model: a GPT2, or any module.
-        patterns: a sequence, or separated by commas. A pattern means a parameter by its name
+        patterns: a sequence, or separated by commas. A pattern matches a parameter by its name
             ("h.0.ln_1.bias") or by that of a module that holds it ("wte", "h.0"); * ? [0-5] match
             as in names of files ("h.[0-5]", "*.ln_?", "*.bias").
 

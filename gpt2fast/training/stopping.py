@@ -12,8 +12,8 @@ from typing import Any
 from .checkpoints.position import Position
 from .config import TrainConfig
 
-_SAME_WISH = 1.0
-"""Seconds."""
+_SAME_SIGNAL = 1.0
+"""Seconds in which a second signal counts as the first."""
 # Ctrl-C; kill and service managers; a terminal that was closed; SLURM's --signal and the like; a
 # limit of processor time. Windows has the first two.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -37,8 +37,9 @@ class Interrupted(Exception):
 class SignalWatch:
     """Context manager; `.received` is the signal that came, or None.
 
-    The first signal only sets `.received`. One within a second is the same wish (torchrun passes on
-    a Ctrl-C that the terminal has sent to all); a later one acts at once, as it would without this.
+    The first signal only sets `.received`. One within a second counts as the same (torchrun passes
+    on a Ctrl-C that the terminal has sent to all); a later one acts at once, as it would without
+    this.
     A SIGHUP that is ignored, as under nohup, stays ignored. Outside the main thread, where Python
     allows no handlers, it watches nothing.
     """
@@ -63,7 +64,7 @@ class SignalWatch:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signum, now
-        elif now - self._received_at > _SAME_WISH:
+        elif now - self._received_at > _SAME_SIGNAL:
             self._restore()
             signal.raise_signal(signum)
 
@@ -74,7 +75,7 @@ class SignalWatch:
 
 
 def out_of_time(config: TrainConfig, position: Position, steps: int, elapsed: float) -> str | None:
-    """Why a run ends after `elapsed` seconds, if it does; `steps` is its length."""
+    """The reason to end at the last of `steps` or after `elapsed` seconds; None to go on."""
     if position.step >= steps:
         return "done"
     if position.step and config.max_hours is not None and elapsed >= config.max_hours * 3600:
@@ -83,7 +84,7 @@ def out_of_time(config: TrainConfig, position: Position, steps: int, elapsed: fl
 
 
 def good_enough(config: TrainConfig, position: Position) -> str | None:
-    """Why a run ends after the validation of this step, if it does."""
+    """The reason to end after the validation of this step; None to go on."""
     if not position.step or position.evaluated != position.step:
         return None
     if config.target_loss is not None and position.val_loss <= config.target_loss:

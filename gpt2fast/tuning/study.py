@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .. import run_folder
 from .._system.files import atomic_write_text
 from .._system.lock import only_process
 from .._system.output import tell, warn
@@ -55,8 +56,6 @@ _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.yaml"
 BEST_FILE = "best.yaml"
-_WEIGHTS = ("checkpoints", "adapter", "model.safetensors")
-"""Files and folders that are deleted from a trial's folder unless the trial is the best."""
 _MOST_FAILURES = 10
 """In a row; the study stops then, since something else than the settings must be wrong."""
 
@@ -121,7 +120,7 @@ class _StudyRun:
         possible = self.space.possible(self.base)
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out is {str(self.out)!r}, which is a file; name a folder")
-        if (self.out / "log.csv").exists():
+        if (self.out / run_folder.LOG).exists():
             raise ConfigError(
                 f"--out is {str(self.out)!r}, the folder of a training run; name one of its own"
             )
@@ -345,7 +344,7 @@ class _StudyRun:
 
     def _drop_weights(self, number: int) -> None:
         folder = self.trials / f"{number:04}"
-        for name in _WEIGHTS:
+        for name in run_folder.WEIGHTS:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name, ignore_errors=True)
             else:

@@ -26,10 +26,11 @@ import test_tensorflow_files
 from gpt2fast import GPT2
 from gpt2fast.data.tokens import MAGIC
 from gpt2fast.lora import add_adapters, save_adapter
+from gpt2fast.run_folder import OLD_STATE, STATE
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
-from gpt2fast.training.checkpoints import state as state_file
 from gpt2fast.training.checkpoints.position import Position
 from gpt2fast.training.checkpoints.shards import save_tensors
+from gpt2fast.training.checkpoints.state import write_state
 from gpt2fast.training.distributed import Group
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -145,12 +146,12 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "config": {"lr": 0.1},
     }
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / state_file.NAME
-        state_file.write_state(path, training)
+        path = Path(temporary) / STATE
+        write_state(path, training)
         now = path.read_bytes()
     made["resume"] = {
-        "state": joined({state_file.OLD_NAME: saved(training), ".metadata": index}),
-        "tensors": joined({state_file.NAME: now, ".metadata": index}),
+        "state": joined({OLD_STATE: saved(training), ".metadata": index}),
+        "tensors": joined({STATE: now, ".metadata": index}),
     }
     made["recipe"] = {
         "train": b"data: a.txt\nlr: &a 1e-3\nmin_lr: 1.0e-4\nn_layer: 2\ncompile: false\n",

@@ -32,9 +32,9 @@ from gpt2fast.data.tokens import TokenFile
 from gpt2fast.errors import Error
 from gpt2fast.inference.generation_config import first_end_token, read_generation_config
 from gpt2fast.reporting.comparison import all_settings, results
-from gpt2fast.training.checkpoints import save as checkpoint
 from gpt2fast.training.checkpoints import shards
 from gpt2fast.training.checkpoints.position import Position
+from gpt2fast.training.checkpoints.state import load_state
 from gpt2fast.training.logs.runs import read_runs
 from gpt2fast.tuning.space import read_space
 
@@ -137,7 +137,7 @@ def recipe(data: bytes, folder: Path) -> None:
 def resume(data: bytes, folder: Path) -> None:
     write(data, folder)
     with suppress(Error, KeyError, TypeError):  # which the loop explains
-        state = checkpoint.load_state(folder)
+        state = load_state(folder)
         Position.of(state["position"])
     if (folder / ".metadata").exists():
         shards._index(shards._reader(folder), folder)

@@ -1,4 +1,4 @@
-"""How far a run is, and what it reports at its end."""
+"""The position of a run in its training, and its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import shown
 
 @dataclass
 class Position:
-    """How far a run is; saved in every checkpoint."""
+    """Counters and losses of a run, which every checkpoint holds."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -24,27 +24,27 @@ class Position:
     evaluated: int = -1
     """Step of the last validation."""
     val_loss: float = math.nan
-    """Its loss, nats per token."""
+    """Loss of that validation, nats per token."""
     logged: int = -1
     """Step of the last row of log.csv."""
     loss_sum: float = 0.0
-    """Sum of the training losses of the steps since that row."""
+    """Sum of the training losses since that row."""
     grad_norm: float = math.nan
     """Gradient norm of the last step, before clipping."""
     best_val_loss: float = math.inf
     """Lowest validation loss so far, nats per token."""
     best_step: int = -1
-    """Step at which it was reached."""
+    """Step of that loss; -1 before the first."""
     without_best: int = 0
-    """Validations since then."""
+    """Validations since that step."""
     elapsed: float = 0.0
     """Seconds of training, over all resumptions."""
     order: int = ORDERS[-1]
-    """Of random windows, see `data.order.ORDERS`."""
+    """Version of the order of random windows, one of `data.order.ORDERS`."""
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Position:
-        """That of a checkpoint; what older versions did not save is as it was with them.
+        """The position in a checkpoint; older versions did not save the order, which was 1.
 
         Raises:
             TypeError, ValueError: an entry is unknown, no number, or none that a run reaches.
@@ -63,7 +63,7 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reports; losses in nats."""
+    """The result of a finished run; losses in nats."""
 
     out: Path
     steps: int

@@ -1,7 +1,7 @@
-"""Named tensors in a folder, each process writing its part (torch.distributed.checkpoint).
+"""Sharded tensors in a folder, where each process writes its own (torch.distributed.checkpoint).
 
-Its index is a pickle. It is read without making objects first, and then with the few classes
-allowed that describe tensors; what is not the description of tensors is refused.
+The folder's index is a pickle, which could run code. It is first read without creating objects, to
+check it, and then loaded with only the few classes allowed that describe tensors.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None
             dcp.save(tensors, checkpoint_id=folder, no_dist=group.size == 1)
     except dcp.CheckpointException as error:
         raise OSError(f"{folder}: {_reason(error)}") from error
-    except RuntimeError as error:  # what torch makes of a disk that is full
+    except RuntimeError as error:  # torch's error for a full disk
         raise OSError(f"{folder}: {_first_line(error)}") from error
 
 
 def load_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None:
-    """Read the named tensors in place, each process what it holds.
+    """Read the named tensors in place, each process its own part.
 
     Raises:
         ConfigError: one is missing or has another shape.
@@ -102,7 +102,7 @@ def _reader(folder: Path) -> Any:
     from torch.distributed.checkpoint.metadata import StorageMeta
 
     class Reader(FileSystemReader):
-        """Reads the index with the classes allowed."""
+        """Reads the index with the allowed classes only."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             index = _read_index(folder)
@@ -134,7 +134,7 @@ def _damaged(folder: Path, reason: str) -> WeightsError:
 
 
 def _reason(error: BaseException) -> str:
-    """The first process's own error, out of what torch wraps it in."""
+    """The error of the first process that failed, without torch's wrapper."""
     failures = getattr(error, "failures", None)
     if failures:
         inner = next(iter(failures.values()))
@@ -148,7 +148,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """Torch says that one process is one process, and how it could be told the device."""
+    """Hide torch's warnings about a single process and its device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

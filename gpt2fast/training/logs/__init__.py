@@ -1,1 +1,1 @@
-"""What a run tells: its log, its progress, its samples of text."""
+"""The logs of a run, its progress on a terminal, its samples of text."""

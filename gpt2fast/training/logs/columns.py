@@ -19,7 +19,7 @@ COLUMNS = (
 FLOPs utilization, a share of 1; memory_gib: the most that was held so far, in GiB."""
 
 OLD_NAMES = {"utilisation": "mfu"}
-"""Columns that logs of older versions have by another name."""
+"""Names of columns in logs of older versions."""
 
 SCALARS = {
     "train_loss": "loss/train",
@@ -35,4 +35,4 @@ SCALARS = {
     "epoch": "progress/epoch",
     "elapsed_seconds": "progress/elapsed_seconds",
 }
-"""What the columns are called in TensorBoard and Weights & Biases."""
+"""Names of the columns in TensorBoard and Weights & Biases."""

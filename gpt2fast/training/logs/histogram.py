@@ -31,7 +31,7 @@ class Histogram:
 
 
 def histogram(values: Tensor) -> Histogram | None:
-    """Of the finite values; None where there are none."""
+    """The histogram of the finite values; None if there are none."""
     values = values.detach().float().flatten()
     values = values[values.isfinite()]
     if not len(values):
@@ -45,7 +45,7 @@ def histogram(values: Tensor) -> Histogram | None:
 
 
 def parameter_histograms(model: nn.Module) -> Iterator[tuple[str, Histogram]]:
-    """Of every weight, as weights/NAME, and of every gradient that there is, as gradients/NAME."""
+    """Histograms of all weights, as weights/NAME, and all gradients, as gradients/NAME."""
     for name, parameter in model.named_parameters():
         for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
             found = None if values is None else histogram(values)

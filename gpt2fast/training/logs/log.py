@@ -1,6 +1,6 @@
-"""What a run writes down as it goes: log.csv and log.jsonl always, elsewhere on request.
+"""The logs of a run: log.csv and log.jsonl always, TensorBoard and Weights & Biases on request.
 
-A resumed run keeps the rows up to the step that it resumes from and goes on behind them.
+A resumed run keeps the rows up to the step that it resumes from and appends to them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..._system.files import atomic_write, read_file
 from ..._system.parsing import Unreadable, parse_json
 from ...errors import ConfigError, DataError
+from ...run_folder import JSON_LOG, LOG, SAMPLES, TENSORBOARD
 from .columns import COLUMNS, OLD_NAMES
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _MOST_VALUES = 1000
 
 
 class Sink(Protocol):
-    """A place outside the run's own files that is shown everything."""
+    """A log outside the run's own files."""
 
     def row(self, row: dict[str, Any]) -> None: ...
 
@@ -78,22 +79,23 @@ def open_logs(
     """
     check_logs(config)
     with ExitStack() as opened:  # what is open already is closed if the next cannot be
-        csv_log = RunLog(out / "log.csv", resume_step)
+        csv_log = RunLog(out / LOG, resume_step)
         opened.callback(csv_log.close)
-        json_log = JSONLines(out / "log.jsonl", resume_step, before=csv_log.kept)
+        json_log = JSONLines(out / JSON_LOG, resume_step, before=csv_log.kept)
         opened.callback(json_log.close)
         sinks: list[Sink] = []
         if config.tensorboard:
             from .tensorboard import TensorBoardLog
 
-            sinks.append(TensorBoardLog(out / "tensorboard", config, resume_step))
+            sinks.append(TensorBoardLog(out / TENSORBOARD, config, resume_step))
             opened.callback(sinks[-1].close)
         if config.wandb is not None:
             from .wandb import WandbLog
 
             sinks.append(WandbLog(out, config, resume_step))
             opened.callback(sinks[-1].close)
-        logs = Logs(csv_log, json_log, sinks, out / "samples.jsonl", resume_step, flops_per_token)
+        samples = out / SAMPLES
+        logs = Logs(csv_log, json_log, sinks, samples, resume_step, flops_per_token)
         logs.hold_against(peak_flops)
         opened.pop_all()
     return logs
@@ -121,13 +123,13 @@ class Logs:
             self._samples = JSONLines(samples, resume_step)
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write a row, on disk when this returns: keys of `COLUMNS`; absent and None are the same.
+        """Write a row to disk. Its keys are from `COLUMNS`; absent and None are the same.
 
-        One that the run had written before it was resumed at that very step is not written again.
+        A resumed run does not write the row of its first step again.
 
         Returns:
-            The row as it was written, with its `mfu`; one above 1 says that the peak is
-            wrong, and is left out.
+            The row as it was written, with its `mfu`, which is left out if it is above 1: the
+            peak is wrong then.
         """
         if row.get("mfu") is None and (share := self._share(row)) and share <= 1:
             row = {**row, "mfu": share}
@@ -146,7 +148,7 @@ class Logs:
         self._seconds_per_token = self._flops_per_token / peak_flops if known else None  # type: ignore[operator]
 
     def is_above_peak(self, row: dict[str, Any]) -> bool:
-        """Whether a row is faster than the peak, which has to be wrong then."""
+        """True for a row that is faster than the peak, which must be wrong then."""
         return (self._share(row) or 0) > 1
 
     def _share(self, row: dict[str, Any]) -> float | None:
@@ -156,7 +158,7 @@ class Logs:
     def text(self, step: int, prompt: str, text: str) -> None:
         """Keep a sample of text, the continuation of `prompt`, in samples.jsonl too.
 
-        One that the run had written before it was resumed at that very step is not kept again.
+        A resumed run does not keep the sample of its first step again.
         """
         if self._samples is None:
             self._samples = JSONLines(self._samples_path, self._resume_step)
@@ -167,7 +169,7 @@ class Logs:
             sink.text(step, prompt, text)
 
     def histograms(self, step: int, model: nn.Module) -> None:
-        """Show the distribution of each weight and of each gradient that there is."""
+        """Log the distribution of each weight and of each gradient that there is."""
         for sink in self._sinks:
             sink.histograms(step, model)
 
@@ -182,7 +184,7 @@ class Logs:
 class RunLog:
     """log.csv. Appends rows; each is on disk when `write` returns. Absent values are empty cells.
 
-    `kept` are the rows of before, with numbers for what the cells say.
+    `kept` are the rows of the resumed run, as numbers.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
@@ -207,9 +209,9 @@ class RunLog:
 
 
 class JSONLines:
-    """A file with a JSON object a line, each with its step; a number that JSON lacks is null.
+    """A file with a JSON object a line, each with its step; numbers that are not finite are null.
 
-    `kept` are the steps of the lines of before.
+    `kept` are the steps of the resumed run's lines.
     """
 
     def __init__(
@@ -218,7 +220,7 @@ class JSONLines:
         """Start `path` afresh, or keep its lines up to and including `resume_step`.
 
         Args:
-            before: lines to go on from where there is no such file yet.
+            before: lines to start with if there is no such file yet.
         """
         rows: list[dict[str, Any]] = []
         if resume_step is not None:
@@ -256,9 +258,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """A crash may cut the last line short; a power cut may leave zeros in the place of others."""
+    """Lines that are complete: a crash may cut the last one, a power cut leave zeros in others."""
     text = read_file(path, _LARGEST_LOG).decode("utf-8", errors="replace")
-    # Not splitlines(), which takes what a sample of text may hold for ends of lines.
+    # Not splitlines(), which also splits at characters that a sample of text may hold.
     return [f"{line}\n" for line in text.split("\n")[:-1] if "\0" not in line]
 
 

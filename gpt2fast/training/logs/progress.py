@@ -1,13 +1,14 @@
-"""What a run shows while it goes: a live panel on a terminal, plain lines when piped or logged."""
+"""The progress of a run: a live panel on a terminal, plain lines when piped or logged."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LOSSES = 240
-"""Steps that the sparkline looks back."""
+"""Steps that the sparkline shows."""
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), 127) if chr(code) not in "\n\t"
 }
-"""What a sample of text must not do to a terminal."""
+"""Control characters that a sample of text may not send to a terminal."""
 
 
 class Display(Protocol):
-    """Where a run reports to."""
+    """Shows the progress of a run."""
 
     def message(self, text: str) -> None:
         """A line that stays."""
@@ -54,10 +55,10 @@ def open_display(
         max_hours: when the run ends at the latest; `elapsed` counts.
     """
     if not is_shown():
-        return _Logged(steps)
+        return _Lines(steps, functools.partial(_log.info, "%s"))
     if sys.stdout and sys.stdout.isatty():
         return _Bar(steps, done, elapsed, max_hours)
-    return _Lines(steps)
+    return _Lines(steps, say)
 
 
 def format_row(row: dict[str, Any], steps: int) -> str:
@@ -101,43 +102,24 @@ def _machine(row: dict[str, Any]) -> list[str]:
 
 
 class _Lines:
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    """A line for each message and row."""
 
-    def message(self, text: str) -> None:
-        say(text)
+    def __init__(self, steps: int, write: Callable[[str], None]) -> None:
+        self._steps = steps
+        self.message = write
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         pass
 
     def row(self, row: dict[str, Any]) -> None:
-        say(format_row(row, self._steps))
-
-    def close(self) -> None:
-        pass
-
-
-class _Logged:
-    """What a program gets that trains by calling `train`: lines in its log (INFO)."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    def message(self, text: str) -> None:
-        _log.info("%s", text)
-
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        pass
-
-    def row(self, row: dict[str, Any]) -> None:
-        _log.info("%s", format_row(row, self._steps))
+        self.message(format_row(row, self._steps))
 
     def close(self) -> None:
         pass
 
 
 class _Quiet:
-    """Standard output whose reader may leave: what is written then is lost, and nothing else."""
+    """Standard output that ignores errors: its reader may have gone."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -185,7 +167,7 @@ class _Bar:
 
 
 class _Panel:
-    """What the two lines say; as much of it as the terminal is wide."""
+    """The two lines, cut to the width of the terminal."""
 
     def __init__(self, steps: int, done: int, elapsed: float, max_hours: float | None) -> None:
         self.steps = steps
@@ -230,7 +212,7 @@ class _Panel:
         yield grid
 
     def _time_left(self, elapsed: float) -> tuple[float | None, bool]:
-        """Seconds until the run ends, if that can be said; whether it is the clock that ends it."""
+        """Seconds until the run ends, if known, and True if it is the clock that ends it."""
         left = None
         if self._first is not None and self._done > self._first[0]:
             step, began = self._first

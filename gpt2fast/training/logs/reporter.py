@@ -1,4 +1,4 @@
-"""What a run tells: on the terminal, in its logs. Processes but the main one tell nothing."""
+"""The reports of a run, on the terminal and in its logs; only the main process makes them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reporter:
     ) -> None:
         self.config, self.tokenizer, self.steps, self.silent = config, tokenizer, steps, silent
         check_logs(config)
-        self.yardstick: str | None = None
+        self.peak_source: str | None = None
         """The peak that MFU is a share of, for people."""
         self._prompt = ""
         if config.sample_interval is not None:
@@ -51,7 +51,7 @@ class Reporter:
         self, model: GPT2, device: torch.device, processes: int, resume_step: int | None,
         elapsed: float,
     ) -> None:  # fmt: skip
-        """Begin to tell, once the run is known to start."""
+        """Open display and logs, once the run is sure to start."""
         if self.silent:
             return
         config = self.config
@@ -67,7 +67,7 @@ class Reporter:
             None if peak is None else peak.flops * devices,
         )
         self._display = open_display(self.steps, resume_step or 0, elapsed, config.max_hours)
-        self.yardstick = None if peak is None else peak.source
+        self.peak_source = None if peak is None else peak.source
         self._peak, self._devices = peak, devices
         self._contention = Contention() if device.type == "cpu" else None
 
@@ -99,7 +99,7 @@ class Reporter:
             self.message(warning)
 
     def _replace_peak(self, device: torch.device) -> None:
-        """Measure a peak anew that the run is above: other work had held up its measurement."""
+        """Measure the peak again, which other work on the machine had slowed down."""
         assert self._logs is not None
         again = flops.peak(device, autocast_dtype(self.config.dtype))
         if device.type == "cpu" and again is not None and self._peak is not None:
@@ -113,7 +113,7 @@ class Reporter:
             self._logs.histograms(step, model)
 
     def sample(self, step: int, model: GPT2) -> None:
-        """Let the model write, and keep it."""
+        """Sample a text from the model, log and show it."""
         if self._logs is None or self.tokenizer is None:
             return
         text = sample_text(

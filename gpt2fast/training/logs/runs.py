@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from ..._system.parsing import read_yaml
 from ...errors import DataError
+from ...run_folder import JSON_LOG, LOG, MODEL, SETTINGS
 from .log import read_json_lines, read_rows
 
 _LARGEST = 1e300
@@ -82,17 +83,17 @@ def read_runs(folders: Sequence[str | Path]) -> list[LoggedRun]:
 def _read(folder: Path, name: str) -> LoggedRun:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} {what}; name the folder of a run, which has a log.csv")
+        raise DataError(f"{folder} {what}; name the folder of a run, which has a {LOG}")
     try:
-        if (folder / "log.csv").is_file():
-            rows = read_rows(folder / "log.csv")
-        elif (folder / "log.jsonl").is_file():
-            rows = read_json_lines(folder / "log.jsonl")
+        if (folder / LOG).is_file():
+            rows = read_rows(folder / LOG)
+        elif (folder / JSON_LOG).is_file():
+            rows = read_json_lines(folder / JSON_LOG)
         else:
-            inside = sorted(path.parent.name for path in folder.glob("*/log.csv"))
+            inside = sorted(path.parent.name for path in folder.glob(f"*/{LOG}"))
             hint = f"; its folders {', '.join(inside[:5])} do" if inside else ""
             raise DataError(
-                f"{folder} has neither log.csv nor log.jsonl{hint}; name the folder of a run"
+                f"{folder} has neither {LOG} nor {JSON_LOG}{hint}; name the folder of a run"
             )
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; the log cannot be read") from error
@@ -100,8 +101,8 @@ def _read(folder: Path, name: str) -> LoggedRun:
         name,
         folder,
         sorted(rows, key=lambda row: row["step"]),
-        _settings(folder / "config.yaml"),
-        (folder / "model.safetensors").is_file(),
+        _settings(folder / SETTINGS),
+        (folder / MODEL).is_file(),
     )
 
 

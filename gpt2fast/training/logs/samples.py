@@ -1,4 +1,4 @@
-"""Samples of text on the way, which leave a run as it would be without them."""
+"""Samples of text during a run, which do not change its numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...tokenizer import Tokenizer
 
 
 def prompt_for(tokenizer: Tokenizer | None, asked: str | None) -> str:
-    """What samples continue: the setting sample_prompt, or the beginning of a text.
+    """The prompt of samples: the setting sample_prompt, or the beginning of a text.
 
     Raises:
         ConfigError: there is no tokenizer, or it cannot read the prompt.
@@ -40,8 +40,8 @@ def prompt_for(tokenizer: Tokenizer | None, asked: str | None) -> str:
 def sample_text(model: GPT2, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
     """The model's continuation of `prompt`, drawn as `gpt2fast.generate` does by default.
 
-    The global random states, every module's mode and the weights are afterwards as before, and no
-    packed copy of the weights stays. A text that outgrows the model goes on with its newest half.
+    Random states, modes of modules and weights are restored afterwards, and no packed copy of the
+    weights stays. A text that is longer than the model's context goes on with its newest half.
 
     Args:
         tokens: most tokens to write.

@@ -27,7 +27,7 @@ class TensorBoardLog:
             for path in _event_files(folder):
                 path.unlink()
         _pass_second(folder)
-        # A new run says that it starts, too: TensorBoard takes the first start it sees for one.
+        # A new run gives a start, too: TensorBoard takes the first that it sees for a restart.
         start = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=start)
         settings = [f"{name}: {value}" for name, value in config.to_dict().items()]
@@ -68,7 +68,7 @@ def _event_files(folder: Path) -> list[Path]:
 
 
 def _pass_second(folder: Path) -> None:
-    """TensorBoard reads files by the second in their names: wait until that is a new one."""
+    """Wait for a new second: TensorBoard orders files by the second in their names."""
     for _ in range(20):
         name = f"events.out.tfevents.{int(time.time()):010d}."
         if not any(path.name.startswith(name) for path in _event_files(folder)):
@@ -77,5 +77,5 @@ def _pass_second(folder: Path) -> None:
 
 
 def _verbatim(text: str) -> str:
-    """As Markdown that shows it as it is."""
+    """Markdown that shows `text` verbatim."""
     return "".join(f"    {line}\n" for line in text.split("\n"))

@@ -11,12 +11,10 @@ from torch import nn
 
 from ..._system.files import atomic_write_text
 from ...errors import ConfigError
+from ...run_folder import WANDB_ID
 from ..config import TrainConfig
 from .columns import SCALARS
 from .histogram import parameter_histograms
-
-ID_FILE = "wandb-id.txt"
-"""In the run folder: what a resumed run goes on under."""
 
 
 class WandbLog:
@@ -29,7 +27,7 @@ class WandbLog:
         import wandb
 
         self._wandb = wandb
-        path = out / ID_FILE
+        path = out / WANDB_ID
         known = path.read_text().strip() if resume_step is not None and path.is_file() else ""
         identity = known or secrets.token_hex(8)
         if not known:

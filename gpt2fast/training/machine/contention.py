@@ -9,20 +9,20 @@ import torch
 from ..._system.openmp import is_busy, spins_briefly
 
 ENOUGH = 0.5
-"""Share of its threads' time, below which a run on a busy machine is held up."""
+"""Share of its threads' time below which a run counts as held up."""
 SHORTEST = 2.0
-"""Seconds; over less, a share says little."""
+"""Shortest stretch to measure over, in seconds."""
 
 
 class Contention:
-    """What a run on the CPU gets of its threads' time."""
+    """Measures the share of its threads' time that a run on the CPU gets."""
 
     def __init__(self) -> None:
         self._seen = time.monotonic(), time.process_time()
         self._said = False
 
     def warning(self) -> str | None:
-        """Once, after a stretch in which others had the processors: what to do. Else None."""
+        """Advice, once, after a stretch in which other programs had the processors; else None."""
         (wall, used), now = self._seen, (time.monotonic(), time.process_time())
         if self._said or now[0] - wall < SHORTEST:
             return None

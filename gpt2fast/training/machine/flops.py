@@ -24,14 +24,14 @@ def flops_per_token(config: GPT2Config, block_size: int, trained: int | None = N
     `6 N + 12 L H Q T` with L layers, H heads of size Q and T = `block_size`. N counts the
     parameters that a token is multiplied with: all of them except the position embeddings, and
     the token embeddings where they are not the output projection as well. (nanoGPT counts the
-    same.) The second term is attention to T tokens, as in the paper; that a causal model needs
-    half of them only is not taken off.
+    same.) The second term is attention to T tokens, as in the paper; a causal model needs only half
+    of it, which is not subtracted.
 
     Args:
         config: of the model.
         block_size: T.
-        trained: parameters that get gradients; None means all. The others spare 2 each. What
-            adapters multiply is not counted.
+        trained: parameters that get gradients; None means all. Each of the others saves 2 FLOPs.
+            Those of adapters are not counted.
     """
     looked_up = config.n_positions * config.n_embd
     if not config.tie_word_embeddings:
@@ -44,17 +44,17 @@ def flops_per_token(config: GPT2Config, block_size: int, trained: int | None = N
 
 @dataclass(frozen=True)
 class Peak:
-    """What 100 % are."""
+    """The speed at which MFU is 1."""
 
     flops: float
     """FLOP/s of one device."""
     source: str
-    """Where the number is from, for people."""
+    """The number and its origin, for people."""
 
 
-# Dense TFLOP/s by data sheet: bfloat16, float16, TF32, float32 without tensor cores. Of products
-# whose sums are float32, which GeForce cards make at half speed. The first line fits whose words
-# all occur in the device's name.
+# Dense TFLOP/s by data sheet: bfloat16, float16, TF32, float32 without tensor cores. Products are
+# summed in float32, which GeForce cards do at half speed. A device has the first line whose words
+# are all in its name.
 _DATA_SHEETS: tuple[tuple[str, float | None, float | None, float | None, float], ...] = (
     ("B200", 2250, 2250, 1125, 75),
     ("GH200", 989.4, 989.4, 494.7, 66.9),
@@ -135,7 +135,7 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.2) -> Peak:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
-    """Of one device: a GPU's by its data sheet, a CPU's as measured (0.2 s), else None."""
+    """The peak of one device: a GPU's by its data sheet, a CPU's as measured in 0.2 seconds."""
     if device.type == "cuda":
         tf32 = torch.get_float32_matmul_precision() != "highest"
         return gpu_peak(torch.cuda.get_device_name(device), dtype, tf32)

@@ -1,4 +1,4 @@
-"""What a training step needs: predicted before the first one, measured after it."""
+"""The memory of a training step: predicted before the first one, measured after it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from ...config import GPT2Config
 
-# Bytes that a block keeps for the backward pass, for each token and unit of width: what the ops
-# save (`torch.autograd.graph.saved_tensors_hooks` counts it). Two of the values, the residual
-# stream, are float32 in every precision.
+# Bytes that the ops of a block save for the backward pass, for each token and unit of width, as
+# `torch.autograd.graph.saved_tensors_hooks` counts them. Two of the values, the residual stream,
+# are float32 in every precision.
 _SAVED = {"float32": 48, "bfloat16": 28, "float16": 28}
 _SAVED_WITH_DROPOUT = {"float32": 8, "bfloat16": 4, "float16": 4}
 _SAVED_CHECKPOINTED = {"float32": 8, "bfloat16": 6, "float16": 6}
@@ -27,7 +27,7 @@ class Prediction:
     state: int
     """Weights, gradients, the optimizer's averages."""
     activations: int
-    """What the forward pass of one batch leaves for the backward pass."""
+    """All that the forward pass of one batch keeps for the backward pass."""
 
     @property
     def total(self) -> int:
@@ -45,7 +45,7 @@ def predict(
     parallel: str = "ddp",
     processes: int = 1,
 ) -> Prediction:
-    """What training takes.
+    """The memory that training takes.
 
     Args:
         shape: of the model.
@@ -67,7 +67,7 @@ def predict(
         moments //= processes
     block = _SAVED[dtype] + (_SAVED_WITH_DROPOUT[dtype] if shape.resid_pdrop else 0)
     kept = (_SAVED_CHECKPOINTED[dtype] if checkpoint_activations else block) * shape.n_layer
-    # While one block is computed again, its own are there as well.
+    # While a block is computed again, its own activations are there as well.
     kept += block if checkpoint_activations else 0
     itemsize = 4 if dtype == "float32" else 2
     copies = 0 if dtype == "float32" else 2 * count

@@ -42,7 +42,7 @@ class LossScale:
         """Steps left out, in the whole run."""
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """What to call `backward` on."""
+        """The loss to call `backward` on."""
         return loss * self.value if self.enabled else loss
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .registry import OPTIMIZERS, Entry, Hyperparameters
+from .registry import OPTIMIZERS, Entry
 
 
 class ModelOptimizer:
@@ -18,8 +18,7 @@ class ModelOptimizer:
 
     Args:
         named: parameters by name; those without gradients are left out.
-        settings: of the run.
-        optimizer: a name of `OPTIMIZERS`.
+        settings: of the run, a TrainConfig; `settings.optimizer` is a name of `OPTIMIZERS`.
         sharded: each process of the group keeps the state of its share of the parameters only, and
             sends them to the others after a step (ZeRO stage 1; Rajbhandari et al., 2020).
     """
@@ -27,8 +26,7 @@ class ModelOptimizer:
     def __init__(
         self,
         named: Iterable[tuple[str, nn.Parameter]],
-        settings: Hyperparameters,
-        optimizer: str = "adamw",
+        settings: Any,
         sharded: bool = False,
     ) -> None:
         trained = {name: param for name, param in named if param.requires_grad}
@@ -37,7 +35,7 @@ class ModelOptimizer:
         """Steps taken."""
         self._names = {param: name for name, param in trained.items()}
         self._optimizers: list[tuple[Entry, torch.optim.Optimizer]] = []
-        chosen, adamw = OPTIMIZERS[optimizer], OPTIMIZERS["adamw"]
+        chosen, adamw = OPTIMIZERS[settings.optimizer], OPTIMIZERS["adamw"]
         taken = [param for name, param in trained.items() if chosen.takes(name, param)]
         rest = [param for name, param in trained.items() if not chosen.takes(name, param)]
         for entry, params in ((adamw, rest), (chosen, taken)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,35 +13,22 @@ from torch import nn
 from .adamw import AdamW
 
 
-class Hyperparameters(Protocol):
-    """The settings that entries read; TrainConfig has them."""
-
-    @property
-    def beta1(self) -> float: ...
-    @property
-    def beta2(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class Entry:
-    """An optimizer as the settings, the help, checkpoints and the memory prediction know it."""
+    """An optimizer as settings, help, checkpoints and the prediction of memory know it."""
 
-    make: Callable[..., torch.optim.Optimizer]
+    make: type[torch.optim.Optimizer]
     """The class: called with parameter groups and `arguments`."""
-    arguments: Callable[[Hyperparameters], dict[str, Any]]
-    """Its keyword arguments, but for `lr`, which is set before every step."""
+    arguments: Callable[[Any], dict[str, Any]]
+    """Keyword arguments for a run's settings (a TrainConfig); `lr` is set before every step."""
     state: tuple[str, ...]
-    """Its tensors of a parameter's shape, by their keys in `optimizer.state`; a checkpoint names
-    them `<key>.<parameter>`."""
+    """Keys of its state that are tensors of a parameter's shape; a checkpoint names them
+    `<key>.<parameter>`."""
     help: str
     takes: Callable[[str, nn.Parameter], bool] = lambda name, param: True
-    """Which parameters it updates; AdamW updates the others."""
+    """True for the parameters that it updates; AdamW updates the others."""
     why_no_adapters: str | None = None
-    """Why LoRA adapters cannot be trained with it; None if they can."""
+    """The reason that LoRA adapters cannot be trained with it; None if they can."""
 
 
 _HIDDEN_MATRIX = re.compile(r"(.*\.)?h\.\d+\..*\.weight")

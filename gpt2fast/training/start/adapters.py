@@ -1,26 +1,23 @@
-"""What a run does to a loaded model before it trains it: adapters beside it, or parts frozen.
+"""Fine-tuning: adapters beside the model's projections, or frozen parts.
 
-A checkpoint of a run with adapters holds the merged model, which every program loads, the adapters
-by themselves (adapter/, in PEFT's format), and in its state what merging lost: `adapter_state`.
+A checkpoint of a run with adapters holds the merged model, which every program can load, the
+adapters by themselves (adapter/, in PEFT's format), and in its state the tensors that merging
+changed: `adapter_state`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, WeightsError
-from ...lora import add_adapters, is_adapted, save_adapter
+from ...errors import ConfigError
+from ...lora import add_adapters, is_adapted
 from ...lora.adapters import adapted
 from ...model import GPT2
 from ..config import TrainConfig
 from ..freezing import freeze
-
-ADAPTER = "adapter"
-"""Folder of the adapters, inside that of the model."""
 
 
 def prepare_model(config: TrainConfig, model: GPT2) -> GPT2:
@@ -63,10 +60,10 @@ def describe_training(model: GPT2) -> str | None:
 
 
 def adapter_state(model: GPT2) -> dict[str, Tensor]:
-    """What a resumed run needs beside the merged model, by name; empty without adapters.
+    """The tensors that a resumed run needs beside the merged model, by name.
 
-    Adapted weights as they were loaded, and the adapters, on the CPU. All other weights are in the
-    merged model bit for bit.
+    Adapted weights before merging, and the adapters, on the CPU; empty without adapters. All other
+    weights are in the merged model bit for bit.
     """
     return {
         f"{name}.{part}": getattr(projection, part).detach().cpu()
@@ -96,16 +93,3 @@ def restore_adapters(model: GPT2, state: Mapping[str, Tensor]) -> None:
             )
     for name, tensor in own.items():
         tensor.copy_(state[name])
-
-
-def save_adapter_beside(model: GPT2, directory: Path, config: TrainConfig) -> None:
-    """Write the adapters, if there are any, into the folder of the merged model.
-
-    Raises:
-        OSError: the disk does not take them.
-    """
-    if is_adapted(model):
-        try:
-            save_adapter(model, directory / ADAPTER, config.init_from)
-        except WeightsError as error:
-            raise OSError(str(error)) from error

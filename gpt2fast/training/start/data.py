@@ -1,4 +1,4 @@
-"""From the settings about data to what a DataModule reads: find it, prepare text on the way."""
+"""The data that a run's settings name: find them, and prepare text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..._system.output import tell, warn
 from ...errors import ConfigError, DataError, Error, MissingTokenizerError, why_not_written
+from ...run_folder import DATA, is_run
 from ..config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ KNOWN_TEXTS = {
         "tinyshakespeare (1.1 MB)"
     ),
 }
-"""Texts that shipped recipes are made for, and where they are commonly had."""
+"""Texts that shipped recipes are made for, and where to download them."""
 
 
 def locate(data: str | None) -> Path:
@@ -73,11 +74,11 @@ def source_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def prepared_data(config: TrainConfig, *, resuming: bool) -> Path | dict[str, float]:
-    """What DataModule reads for `config`: a folder, or folders and their weights.
+    """The prepared data for `config`: a folder, or folders and their weights.
 
     Text and data sets are prepared in OUT/data (a resumed run finds them there already).
     """
-    made_here = Path(config.out) / "data"
+    made_here = Path(config.out) / DATA
     if resuming and (made_here / "meta.json").is_file():
         return made_here
     if config.dataset is not None:
@@ -193,7 +194,7 @@ def _check_prepared(config: TrainConfig, path: Path, resuming: bool) -> None:
 
 def _refuse_run(path: Path) -> None:
     """Raise DataError if this is the folder of a training run."""
-    if not ((path / "log.csv").is_file() and (path / "config.yaml").is_file()):
+    if not is_run(path):
         return
     run = shlex.quote(str(path))
     raise DataError(

@@ -1,6 +1,6 @@
 """The model that a run starts from: new, a checkpoint's, or the one it was stopped at.
 
-A checkpoint's model learns the tokens that the data's tokenizer has more than its own.
+A checkpoint's model gets embeddings for tokens that only the data's tokenizer has.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def starting_model(config: TrainConfig, data: DataModule, resume: Path | None) -
 def starting_tokenizer(
     config: TrainConfig, data: DataModule, resume: Path | None, notify: Callable[[str], None]
 ) -> Tokenizer | None:
-    """That of the data, or of the model that is trained on, where the data do not say.
+    """The tokenizer of the data, or if they have none, of the model that is fine-tuned.
 
     Args:
         config: the settings.
         data: what is trained on.
         resume: the checkpoint to go on from, if any.
-        notify: told where the model has none, so that nobody can compare the two.
+        notify: told if the model has none to compare the data's with.
 
     Raises:
-        DataError: the data's is neither the model's nor that with more tokens at its end.
+        DataError: the data's is not the model's, nor the model's with tokens added at its end.
     """
     if config.init_from is None or resume is not None:
         return data.tokenizer
@@ -91,10 +91,10 @@ def learn_new_tokens(config: TrainConfig, model: GPT2, data: DataModule) -> str 
     Args:
         config: with `init_from`.
         model: the checkpoint's; changed in place.
-        data: whose tokenizer is the checkpoint's, or that with more tokens at its end.
+        data: whose tokenizer is the checkpoint's, or that with tokens added at its end.
 
     Returns:
-        A line on what is new, or None where nothing is.
+        A line on the new tokens, or None if there are none.
 
     Raises:
         ConfigError: the data hold new tokens, and the run leaves the embedding as it is.

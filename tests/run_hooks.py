@@ -1,0 +1,65 @@
+"""Look into a training run, or disturb it, through torch's own hooks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from gpt2fast.model import GPT2
+
+
+@contextmanager
+def before_updates(action: Callable[[int], None]) -> Iterator[None]:
+    """Call `action` before each update of the weights with its number, from 0.
+
+    It stands after the update's backward pass; a run with two optimizers counts two for each step.
+    """
+    count = itertools.count()
+    handle = register_optimizer_step_pre_hook(lambda *_: action(next(count)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def after_updates(action: Callable[[int, torch.optim.Optimizer], None]) -> Iterator[None]:
+    """Call `action` after each update of the weights with its number, from 0, and the optimizer."""
+    count = itertools.count()
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: action(next(count), optimizer))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def changed_losses(
+    change: Callable[[int, Tensor], Tensor], training: bool = True
+) -> Iterator[None]:
+    """Put `change(number, loss)` in place of the loss of each forward pass, counted from 0.
+
+    Args:
+        change: what to do.
+        training: whether in training passes, or in those of validations.
+    """
+    count = itertools.count()
+
+    def hook(module: torch.nn.Module, args: object, output: object) -> None:
+        if isinstance(module, GPT2) and module.training == training:
+            output.loss = change(next(count), output.loss)  # type: ignore[attr-defined]
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
