@@ -23,13 +23,13 @@ import torch
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import ConfigError
 from gpt2fast.inference.packed import PackedGPT2
-from gpt2fast.reporting.runs import read_runs
 from gpt2fast.tokenizer.char import CharTokenizer
 from gpt2fast.training import TrainConfig, train
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.histogram import BINS, histogram
 from gpt2fast.training.logs.log import RunLog, check_logs, open_logs, read_json_lines, read_rows
 from gpt2fast.training.logs.reporter import Reporter
+from gpt2fast.training.logs.runs import read_runs
 from gpt2fast.training.logs.samples import prompt_for, sample_text
 from gpt2fast.training.machine import flops
 

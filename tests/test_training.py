@@ -34,7 +34,6 @@ from gpt2fast.training import Interrupted, TrainConfig, TrainingError, train
 from gpt2fast.training.checkpoints.folder import clean_up, find_checkpoint, step_checkpoints
 from gpt2fast.training.checkpoints.shards import load_tensors, save_tensors
 from gpt2fast.training.checkpoints.state import load_state, read_state, write_state
-from gpt2fast.training.config import field_help
 from gpt2fast.training.distributed import Group
 from gpt2fast.training.logs.columns import COLUMNS
 from gpt2fast.training.logs.log import RunLog
