@@ -56,16 +56,6 @@ class Speed:
     """decode / allowed, of runs next to each other."""
 
 
-@command()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    options = _parse(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    with memory_advice("take a smaller model, a smaller --batch, or fewer --weights"):
-        return _run(options)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser("benchmark", description=__doc__)
     parser.add_argument("--model", help="bundled model, path, or name on the hub")
@@ -87,6 +77,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.new_tokens == 1:
         parser.error("--new-tokens is 1, and the first token belongs to the prompt: take 2 or more")
     return options
+
+
+@command()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parse(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with memory_advice("take a smaller model, a smaller --batch, or fewer --weights"):
+        return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:

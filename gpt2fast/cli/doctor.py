@@ -31,6 +31,25 @@ _CPU_FEATURES = (
 )  # fmt: skip
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser("doctor", description=__doc__)
+    parser.add_argument(
+        "--backend", default="auto", choices=("auto", *ORDER), metavar="NAME",
+        help=f"force one for every op: {', '.join(ORDER)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the ops are tried (default: %(default)s)",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    try:
+        torch.zeros(1, device=options.device).sum().item()
+    except Exception as error:  # torch has a different one for each device that is not there
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {options.device}: torch cannot use it here: {reason:.200}")
+    return options
+
+
 @command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -41,26 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with backend(options.backend):
         _print_table(_try_ops(options.device))
     return 0
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandParser("doctor", description=__doc__)
-    parser.add_argument(
-        "--backend", default="auto", choices=("auto", *ORDER), metavar="NAME",
-        help=f"force one for every op: {', '.join(ORDER)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where the ops are tried (default: %(default)s)",
-    )
-    options = parser.parse_args(argv)
-    try:
-        torch.zeros(1, device=options.device).sum().item()
-    except Exception as error:  # torch has a different one for each device that is not there
-        reason = str(error).splitlines()[0]
-        parser.error(f"--device {options.device}: torch cannot use it here: {reason:.200}")
-    return options
 
 
 def _environment() -> list[tuple[str, str]]:

@@ -39,6 +39,44 @@ tasks:
 """
 
 
+def _parser() -> argparse.ArgumentParser:
+    from ..evaluation import TASKS
+
+    width = max(map(len, TASKS)) + 2
+    listed = "\n".join(f"  {name:<{width}}{task.about}" for name, task in TASKS.items())
+    parser = CommandParser(
+        "evaluate", description=_DESCRIPTION, epilog=_EPILOG + listed, allow_abbrev=False
+    )
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("-t", "--task", nargs="+", required=True, metavar="TASK", help="one or more; see below")
+    add(
+        "--data", action="append", default=[], metavar="[TASK=]FILE",
+        help="a task's data, compressed or not; of perplexity also a folder that prepare or train "
+        "made, whose held-out part is scored (the default for the model of a run); may be repeated",
+    )  # fmt: skip
+    add("--limit", type=count, metavar="N", help="only the first N examples of each task")
+    add(
+        "--context", type=count, metavar="N",
+        help="of texts: tokens in a window (default: as many as the model reads)",
+    )  # fmt: skip
+    add(
+        "--stride", type=count, metavar="N",
+        help="of texts: tokens that a window predicts (default: all of them)",
+    )  # fmt: skip
+    add(
+        "--first-token", choices=("predict", "skip"),
+        help="of texts: predict the first token, from the end-of-text token, or leave it out "
+        "(default: predict, where there is such a token)",
+    )  # fmt: skip
+    add(
+        "--batch-size", type=count, default=16, metavar="N",
+        help="sequences read at once (default %(default)s)",
+    )  # fmt: skip
+    add("--json", metavar="FILE", help="write the scores as JSON too; - is standard output, alone")
+    return parser
+
+
 @command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -179,41 +217,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         files[task] = file
     args.data = files
     return args
-
-
-def _parser() -> argparse.ArgumentParser:
-    from ..evaluation import TASKS
-
-    width = max(map(len, TASKS)) + 2
-    listed = "\n".join(f"  {name:<{width}}{task.about}" for name, task in TASKS.items())
-    parser = CommandParser(
-        "evaluate", description=_DESCRIPTION, epilog=_EPILOG + listed, allow_abbrev=False
-    )
-    add_model_flags(parser)
-    add = parser.add_argument
-    add("-t", "--task", nargs="+", required=True, metavar="TASK", help="one or more; see below")
-    add(
-        "--data", action="append", default=[], metavar="[TASK=]FILE",
-        help="a task's data, compressed or not; of perplexity also a folder that prepare or train "
-        "made, whose held-out part is scored (the default for the model of a run); may be repeated",
-    )  # fmt: skip
-    add("--limit", type=count, metavar="N", help="only the first N examples of each task")
-    add(
-        "--context", type=count, metavar="N",
-        help="of texts: tokens in a window (default: as many as the model reads)",
-    )  # fmt: skip
-    add(
-        "--stride", type=count, metavar="N",
-        help="of texts: tokens that a window predicts (default: all of them)",
-    )  # fmt: skip
-    add(
-        "--first-token", choices=("predict", "skip"),
-        help="of texts: predict the first token, from the end-of-text token, or leave it out "
-        "(default: predict, where there is such a token)",
-    )  # fmt: skip
-    add(
-        "--batch-size", type=count, default=16, metavar="N",
-        help="sequences read at once (default %(default)s)",
-    )  # fmt: skip
-    add("--json", metavar="FILE", help="write the scores as JSON too; - is standard output, alone")
-    return parser

@@ -37,16 +37,6 @@ where a model is given, and --model otherwise.
 """
 
 
-@command(mistakes=(PromptFileError,))
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    args = _parse(argv)
-    if output_is_closed() and (has_prompt(args) or args.interactive):
-        return fail("standard output is closed: there is nowhere to write the text")
-    with memory_advice("take fewer beams, samples or prompts, or a smaller model"):
-        return _run(args)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("generate", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     unset: Any = argparse.SUPPRESS  # what is not given stays out of the namespace
@@ -112,6 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     output.add_argument("--stats", action="store_true", help="speed, on standard error")
     return parser
+
+
+@command(mistakes=(PromptFileError,))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parse(argv)
+    if output_is_closed() and (has_prompt(args) or args.interactive):
+        return fail("standard output is closed: there is nowhere to write the text")
+    with memory_advice("take fewer beams, samples or prompts, or a smaller model"):
+        return _run(args)
 
 
 def _unescape(text: str) -> str:

@@ -46,7 +46,7 @@ continues when it is given again. Text must be UTF-8, or UTF-16 or UTF-32 with a
 unless --encoding names another encoding."""
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "prepare",
         description="Turn text into train.bin, val.bin, a tokenizer and meta.json for training.",
@@ -55,64 +55,47 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
+        "inputs", nargs="*", metavar="INPUT",
         help="file of text or of records (.jsonl, .json, .csv, .tsv, .parquet), compressed or not, "
         "folder, or - for standard input; INPUT=WEIGHT makes a mixture",
-    )
+    )  # fmt: skip
     add("--dataset", metavar="NAME", help="Hugging Face data set (hub name or folder) instead")
     add("--dataset-config", metavar="NAME", help="its configuration, such as wikitext-2-raw-v1")
     add(
-        "--text-field",
-        type=text_argument,
-        default="text",
-        metavar="NAME",
+        "--text-field", type=text_argument, default="text", metavar="NAME",
         help="field or column that holds the text of a record (default: text)",
-    )
+    )  # fmt: skip
     add(
-        "--records",
-        choices=("documents", "lines"),
+        "--records", choices=("documents", "lines"),
         help="a record is a document that an end token follows, or a line of one text (default: "
         "documents; lines for wikitext)",
-    )
+    )  # fmt: skip
     add("--encoding", metavar="NAME", help="of the text, where it is not UTF-8: cp1252, gb18030, …")
     add(
-        "--tokenizer",
-        default="char",
-        metavar="NAME",
+        "--tokenizer", default="char", metavar="NAME",
         help="char, bpe (trained on the training part of this text), gpt2, or another directory "
         "or hub name (default: char)",
-    )
+    )  # fmt: skip
     add(
-        "--add-tokens",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="TOKEN",
+        "--add-tokens", nargs="+", default=[], action="extend", metavar="TOKEN",
         help="special tokens that the tokenizer gets, such as '<|user|>' '<|assistant|>'",
-    )
+    )  # fmt: skip
     add("--out", metavar="DIR", help="where to write (default: data/<name of INPUT>)")
     add("--vocab-size", type=int, metavar="N", help="tokens of a bpe tokenizer (default: 2048)")
     add(
-        "--split",
-        choices=("position", "documents"),
+        "--split", choices=("position", "documents"),
         help="hold out the end of the text, or whole documents drawn by chance (default: "
         "the data set's own validation split, else position)",
-    )
+    )  # fmt: skip
     add(
-        "--val-fraction",
-        type=float,
-        metavar="F",
+        "--val-fraction", type=float, metavar="F",
         help="part of the characters held out for validation (default: 0.1)",
-    )
+    )  # fmt: skip
     add("--seed", type=int, metavar="N", help="which documents are held out (default: 0)")
     add(
-        "--workers",
-        type=int,
-        metavar="N",
+        "--workers", type=int, metavar="N",
         help="processes that encode; the outcome is the same (default: one for each core)",
-    )
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace what DIR holds, finished or not")
     return parser
 
@@ -134,37 +117,37 @@ def _parse(
     argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str] | dict[str, float]]:
     """The arguments, and the inputs with their weights if they have any."""
-    known = parser()
-    args = known.parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.vocab_size is not None and args.tokenizer != "bpe":
-        known.error(f"--vocab-size is for --tokenizer bpe, not {args.tokenizer}")
+        parser.error(f"--vocab-size is for --tokenizer bpe, not {args.tokenizer}")
     if args.out == "":
-        known.error("--out is empty; name a folder, such as data/book")
+        parser.error("--out is empty; name a folder, such as data/book")
     if args.seed is not None and args.split != "documents":
-        known.error("--seed chooses the documents to hold out; it needs --split documents")
+        parser.error("--seed chooses the documents to hold out; it needs --split documents")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        known.error(f"--val-fraction {args.val_fraction}: it must lie between 0 and 1")
+        parser.error(f"--val-fraction {args.val_fraction}: it must lie between 0 and 1")
     if args.workers is not None and args.workers < 1:
-        known.error(f"--workers is {args.workers}, but must be at least 1")
+        parser.error(f"--workers is {args.workers}, but must be at least 1")
     if not args.inputs and args.dataset is None:
         last = args.add_tokens[-1:]
         swallowed = f" ({last[0]!r} was taken for one of --add-tokens)" if last else ""
-        known.error(f"no INPUT was given; name a text file or folder, or a --dataset{swallowed}")
+        parser.error(f"no INPUT was given; name a text file or folder, or a --dataset{swallowed}")
     if args.inputs and args.dataset is not None:
-        known.error(f"both {args.inputs[0]} and --dataset {args.dataset} were given; choose one")
+        parser.error(f"both {args.inputs[0]} and --dataset {args.dataset} were given; choose one")
     if args.dataset_config is not None and args.dataset is None:
-        known.error("--dataset-config chooses a part of a --dataset; name that, too")
+        parser.error("--dataset-config chooses a part of a --dataset; name that, too")
     if args.inputs.count("-") > 1:
-        known.error("standard input (-) was given more than once")
+        parser.error("standard input (-) was given more than once")
     if args.vocab_size is not None and args.vocab_size < 257:
-        known.error(
+        parser.error(
             f"--vocab-size is {args.vocab_size}; a bpe needs 257, the bytes and <|endoftext|>"
         )
     try:
         known_encoding(args.encoding)
         return args, parse_weights(args.inputs)
     except Error as error:
-        known.error(str(error))
+        parser.error(str(error))
 
 
 def _prepare(args: argparse.Namespace, inputs: list[str] | dict[str, float]) -> int:

@@ -16,6 +16,18 @@ from .arguments import CommandParser
 from .command import command
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser("report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="of a run, with its log.csv")
+    parser.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
+    parser.add_argument("--png", metavar="FILE.png", help="a picture of the curves as well")
+    parser.add_argument(
+        "--axis", choices=("step", "tokens", "hours"), default="step",
+        help="what the picture's curves are drawn over (default: %(default)s)",
+    )  # fmt: skip
+    return parser
+
+
 @command(mistakes=(ConfigError,))
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -25,20 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_target("--png", options.png, (".png",))
     _report(options.runs, Path(options.out), options.png, options.axis)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser("report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="of a run, with its log.csv")
-    parser.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
-    parser.add_argument("--png", metavar="FILE.png", help="a picture of the curves as well")
-    parser.add_argument(
-        "--axis",
-        choices=("step", "tokens", "hours"),
-        default="step",
-        help="what the picture's curves are drawn over (default: %(default)s)",
-    )
-    return parser
 
 
 def _check_target(flag: str, name: str, endings: tuple[str, ...]) -> None:

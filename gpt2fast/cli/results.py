@@ -101,7 +101,9 @@ def _token_text(generator: Generator, token: int) -> str | None:
 
 
 def _json(generator: Generator, prompt: Prompt, result: Generation, number: int) -> str:
-    def named(tops: Sequence[dict[int, float] | None]) -> list[list[dict[str, Any]] | None]:
+    def named(tops: Sequence[dict[int, float] | None] | None) -> list[Any] | None:
+        if tops is None:
+            return None
         return [
             None
             if top is None
@@ -112,17 +114,13 @@ def _json(generator: Generator, prompt: Prompt, result: Generation, number: int)
             for top in tops
         ]
 
-    scores: dict[str, Any] = {}
-    if result.logprobs is not None:
-        scores["logprobs"] = result.logprobs
-    if result.top_logprobs is not None:
-        scores["top_logprobs"] = named(result.top_logprobs)
-    if result.prompt_logprobs is not None:
-        scores["prompt_token_ids"] = result.prompt_token_ids
-        scores["prompt_logprobs"] = result.prompt_logprobs
-    if result.prompt_top_logprobs is not None:
-        scores["prompt_top_logprobs"] = named(result.prompt_top_logprobs)
-
+    scores = {
+        "logprobs": result.logprobs,
+        "top_logprobs": named(result.top_logprobs),
+        "prompt_token_ids": None if result.prompt_logprobs is None else result.prompt_token_ids,
+        "prompt_logprobs": result.prompt_logprobs,
+        "prompt_top_logprobs": named(result.prompt_top_logprobs),
+    }
     place = {} if prompt.index is None else {"index": prompt.index}
     return json.dumps(
         {
@@ -136,7 +134,7 @@ def _json(generator: Generator, prompt: Prompt, result: Generation, number: int)
             "new_tokens": result.new_tokens,
             "tokens": result.tokens,
             "seed": result.seed,
-            **scores,
+            **{name: value for name, value in scores.items() if value is not None},
         },
         ensure_ascii=not takes_unicode(),
     )

@@ -84,16 +84,13 @@ def _parser() -> Any:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument(
-        "--config",
-        action=ActionConfigFile,
-        metavar="NAME|PATH",
+        "--config", action=ActionConfigFile, metavar="NAME|PATH",
         help=f"recipe ({', '.join(recipes())}) or YAML file",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--resume",
-        metavar="[PATH]",
+        "--resume", metavar="[PATH]",
         help="continue a run: its folder or one of its checkpoints (without PATH: the run in OUT)",
-    )
+    )  # fmt: skip
     hints, texts = get_type_hints(TrainConfig), field_help()
     group: Any = parser
     for field in fields(TrainConfig):

@@ -39,7 +39,7 @@ importances.png, and a folder for each trial in trials/."""
 _MOST_ROWS = 20
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     from ..tuning.space import spaces
 
     parser = CommandParser(
@@ -53,50 +53,36 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "--space",
-        required=True,
-        metavar="NAME|PATH",
+        "--space", required=True, metavar="NAME|PATH",
         help=f"settings to try: a shipped space ({', '.join(spaces())}) or a YAML file",
-    )
+    )  # fmt: skip
     add(
-        "--trials",
-        type=int,
-        default=50,
-        metavar="N",
+        "--trials", type=int, default=50, metavar="N",
         help="finished trials at which the study ends, earlier ones counted (default: 50); "
         "0 writes the report of what is there",
-    )
+    )  # fmt: skip
     add("--out", default="tuning", metavar="DIR", help="folder of the study (default: tuning)")
     add(
-        "--storage",
-        metavar="URL",
+        "--storage", metavar="URL",
         help="database of the study, such as sqlite:///study.db (default: DIR/study.db)",
-    )
+    )  # fmt: skip
     add(
-        "--study-name",
-        type=text_argument,
-        default="study",
-        metavar="NAME",
+        "--study-name", type=text_argument, default="study", metavar="NAME",
         help="its name there (default: study)",
-    )
+    )  # fmt: skip
     add(
-        "--sampler",
-        choices=("tpe", "random"),
-        default="tpe",
+        "--sampler", choices=("tpe", "random"), default="tpe",
         help="proposes settings (default: tpe); --seed seeds it as well as the training",
-    )
+    )  # fmt: skip
     add(
-        "--pruner",
-        choices=("hyperband", "median", "none"),
-        default="hyperband",
+        "--pruner", choices=("hyperband", "median", "none"), default="hyperband",
         help="ends trials whose validation losses are behind (default: hyperband)",
-    )
+    )  # fmt: skip
     add("--timeout-hours", type=float, metavar="H", help="begin no trial after this time")
     add(
-        "--keep-checkpoints",
-        action="store_true",
+        "--keep-checkpoints", action="store_true",
         help="keep the weights of every trial, not just of the best one",
-    )
+    )  # fmt: skip
     return parser
 
 
@@ -110,17 +96,17 @@ def settings_of(argv: Sequence[str]) -> StudyConfig:
     from ..tuning.study import StudyConfig
     from . import train
 
-    known = parser()
-    options, others = known.parse_known_args(argv)
+    parser = _parser()
+    options, others = parser.parse_known_args(argv)
     if options.trials < 0:
-        known.error(f"--trials is {options.trials}, but must be 0 or more")
+        parser.error(f"--trials is {options.trials}, but must be 0 or more")
     hours = options.timeout_hours
     if hours is not None and not (hours > 0 and math.isfinite(hours)):
-        known.error(f"--timeout-hours is {hours:g}, but must be above 0")
+        parser.error(f"--timeout-hours is {hours:g}, but must be above 0")
     if options.out == "" or options.study_name == "":
-        known.error("--out and --study-name need a name")
+        parser.error("--out and --study-name need a name")
     if any(argument.partition("=")[0] == "--resume" for argument in others):
-        known.error("--resume is for training; a study goes on with the same command")
+        parser.error("--resume is for training; a study goes on with the same command")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a trial runs in one process; start this command several times instead")
     base, _ = train.parse(others)

@@ -11,8 +11,10 @@ import torch
 from generate_command import PROMPT, TEXT, assert_one_error
 from gpt2fast import backend, config
 from gpt2fast.checkpoints import hub
+from gpt2fast.cli import sampling_flags
 from gpt2fast.inference.generator import Generator
 from gpt2fast.ops.backend import requested_backend
+from gpt2fast.sampling_options import PROCESSORS
 from gpt2fast.tokenizer import BPETokenizer
 
 DEFAULTS = {"seed": 3, "max_new_tokens": 30}
@@ -354,8 +356,8 @@ def test_help_lists_every_option(run):
     assert code == 0
     for flag in (
         "--prompt", "--prompts-file", "--model", "--preset", "--tokenizer", "--max-new-tokens",
-        "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed",
-        "--no-repeat-ngram-size", "--greedy", "--do-sample", "--num-samples", "--num-beams",
+        *map(sampling_flags.flag, PROCESSORS), "--seed", "--greedy", "--do-sample",
+        "--num-samples", "--num-beams",
         "--length-penalty", "--stop", "--eos-token-id", "--window", "--device", "--dtype",
         "--backend", "--json", "--stats", "--interactive", "--save", "--logprobs",
         "--progress",

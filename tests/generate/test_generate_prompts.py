@@ -44,7 +44,7 @@ def test_every_line_of_a_file_of_prompts_has_a_result(run, generator, tmp_path):
 def test_a_line_of_json_keeps_its_id_and_has_its_own_options(run, generator, tmp_path):
     lines = [
         {"prompt": PROMPT, "id": "a", "max_new_tokens": 3, "temperature": 0},
-        {"prompt": PROMPT, "id": 7, "seed": 5, "top_k": 9, "top_p": 0.9, "temperature": 1.5},
+        {"prompt": PROMPT, "id": 7, "seed": 5, "top_k": 9, "repetition_penalty": 1.5},
         {"prompt": PROMPT, "stop": ["e", "a"]},
         {"prompt": PROMPT},
     ]
@@ -74,6 +74,7 @@ def test_a_line_of_json_keeps_its_id_and_has_its_own_options(run, generator, tmp
         ({"temperature": -1}, "temperature is -1"),
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"top_p": True}, "top_p is True"),
+        ({"min_p": 2}, "min_p is 2"),
         ({"seed": "x"}, "seed is 'x'"),
         ({"stop": 3}, "stop is 3"),
         ({"stop": [""]}, "stop is ['']"),
