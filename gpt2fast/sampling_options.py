@@ -212,6 +212,8 @@ PROCESSORS: dict[str, Processor] = {
 }
 """The processors of scores by name, in the order of the ops' arguments."""
 
+_NEUTRAL = {name: processor.neutral for name, processor in PROCESSORS.items()}
+
 SCHEMA = ", ".join(f"{processor.kind.__name__} {name}" for name, processor in PROCESSORS.items())
 """The processors as the last arguments of an op's schema: "float temperature, int top_k, …"."""
 
@@ -228,6 +230,6 @@ def processor_arguments(options: Mapping[str, float]) -> list[float]:
         TypeError: there is no processor of a name.
     """
     for name in options:
-        if name not in PROCESSORS:
-            raise TypeError(f"there is no processor {name!r}{did_you_mean(name, PROCESSORS)}")
-    return [options.get(name, processor.neutral) for name, processor in PROCESSORS.items()]
+        if name not in _NEUTRAL:
+            raise TypeError(f"there is no processor {name!r}{did_you_mean(name, _NEUTRAL)}")
+    return [options.get(name, neutral) for name, neutral in _NEUTRAL.items()]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from gpt2fast.errors import GenerationError
 from gpt2fast.inference.sampling import Draw, uniforms
 from gpt2fast.ops import sampling as processors
 from gpt2fast.ops.native import unavailable
-from gpt2fast.sampling_options import SamplingOptions
+from gpt2fast.sampling_options import PROCESSORS, SamplingOptions
 from tolerance import assert_equal
 
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -463,6 +466,19 @@ def test_a_bad_option_is_named_with_its_value_and_limit(name, value, limit):
 def test_contradicting_options_are_refused(options):
     with pytest.raises(GenerationError):
         SamplingOptions(**options)
+
+
+def test_the_kernels_take_the_options_that_python_has():
+    header = (Path(__file__).parents[1] / "csrc" / "common" / "sampling.h").read_text("utf-8")
+    found = re.findall(r"^ +OPTION\((\w+), (\w+), ([\d.]+)\)", header, re.MULTILINE)
+    kinds = {int: "int64_t", float: "double"}
+    assert found == [(kinds[p.kind], name, str(p.neutral)) for name, p in PROCESSORS.items()]
+    assert inspect.signature(processors.process).parameters.keys() >= PROCESSORS.keys()
+
+
+def test_an_unknown_processor_is_refused():
+    with pytest.raises(TypeError, match="no processor 'top_x'; did you mean top_"):
+        ops.sample(random_scores(), random_history(), top_x=1)
 
 
 def test_none_and_neutral_values_switch_processors_off():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import BLOCK_PARAMETERS, block_shapes
 from ..errors import ArgumentError
+from ..sampling_options import SCHEMA, processor_arguments
 from .activations import ACTIVATIONS
 from .attention import attention_with_cache
 from .backend import Arguments, Implementation, Op
@@ -43,7 +44,6 @@ from .requirements import (
     check_shape,
 )
 from .sampling import (
-    CHOICE,
     check_choice,
     check_choice_values,
     choice,
@@ -442,12 +442,7 @@ def packed_next(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
+    **processors: float,
 ) -> tuple[Tensor, Tensor]:
     """`packed_step` for one token of each row of the caches, then `sample`: in one native call.
 
@@ -455,8 +450,7 @@ def packed_next(
         weights, k_cache, v_cache, k_scales, v_scales: as for `packed_step`, with B rows.
         tokens, positions, lengths: (B,) int64: each row's token, its position, and the entries
             stored before; not changed.
-        history, uniform, temperature, top_k, top_p, min_p, repetition_penalty,
-            no_repeat_ngram_size: as for `sample`; the history holds `tokens` already.
+        history, uniform, processors: as for `sample`; the history holds `tokens` already.
         vocab_size: choose among the tokens below; None allows all.
 
     Returns:
@@ -467,7 +461,7 @@ def packed_next(
         tokens, positions, lengths, history, uniform,
         weights.shape.vocab_size,
         weights.shape.vocab_size if vocab_size is None else vocab_size,
-        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
+        *processor_arguments(processors),
     )  # fmt: skip
 
 
@@ -533,7 +527,7 @@ _next = Op(
     "packed_next",
     "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
     "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history, "
-    f"Tensor? uniform, int vocab_size, int allowed, {CHOICE}) -> (Tensor, Tensor)",
+    f"Tensor? uniform, int vocab_size, int allowed, {SCHEMA}) -> (Tensor, Tensor)",
     check=_check_next,
     values=_check_next_values,
     native=_next_native,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..sampling_options import PROCESSORS, SCHEMA, processor_arguments
 from .backend import Arguments, Op
 from .cuda import by_device, cuda, kernels
 from .native import native
@@ -93,7 +94,9 @@ def process(
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
 ) -> Tensor:
-    """All processors in transformers' order; each default switches its processor off.
+    """All processors in transformers' order; `SamplingOptions` explains them.
+
+    Each default switches its processor off, and is its neutral value there.
 
     Args:
         scores: (B, V) float32.
@@ -130,13 +133,7 @@ def sample(
     logits: Tensor,
     history: Tensor,
     uniform: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
+    **processors: float,
 ) -> Tensor:
     """Choose one token a row. Nothing waits for the device.
 
@@ -145,29 +142,21 @@ def sample(
         history: (B, S) int64, each row's tokens up to the last column, after -1 as padding. Read
             by `repetition_penalty` and `no_repeat_ngram_size` only; (B, 0) will do without them.
         uniform: (B,) float32 in [0, 1), the random number of each row; None takes the highest
-            score, and of the options then the two that read the history count. On a GPU a
-            number outside of the range gives some token of the vocabulary.
-        temperature: above 0.
-        top_k, no_repeat_ngram_size: 0 or more, as in transformers; 0 switches off.
-        top_p, min_p: in [0, 1], as in transformers; 1 and 0 switch off.
-        repetition_penalty: above 0, as in transformers; 1 switches off.
+            score, and applies only the processors that read the history. On a GPU a number
+            outside of the range gives some token of the vocabulary.
+        processors: those of `process`, neutral where not given.
 
     Returns:
         (B,) int64. Of a row whose every token is banned: 0. Not differentiable.
     """
-    return _sample.call(
-        logits, history, uniform,
-        temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
-    )  # fmt: skip
+    return _sample.call(logits, history, uniform, *processor_arguments(processors))
 
 
-CHOICE = (
-    "float temperature, int top_k, float top_p, float min_p, float repetition_penalty, "
-    "int no_repeat_ngram_size"
-)
-"""The options, as schemas spell them."""
-choice = attrgetter(*(each.split()[-1] for each in CHOICE.split(", ")))
-"""The options of a call, in this order."""
+choice = attrgetter(*PROCESSORS)
+"""The processors of a call, in the order of `SCHEMA`."""
+_POSITIVE = [name for name, option in PROCESSORS.items() if option.above]
+_SHARES = [name for name, option in PROCESSORS.items() if option.high == 1]
+_COUNTS = [name for name, option in PROCESSORS.items() if option.kind is int]
 
 
 def check_choice(call: Arguments, rows: int) -> None:
@@ -179,9 +168,9 @@ def check_choice(call: Arguments, rows: int) -> None:
     if uniform is not None:
         check_floating(uniform=uniform)
         check_shape("uniform", uniform, rows, says="(B,)")
-    check_above(0, temperature=call.temperature, repetition_penalty=call.repetition_penalty)
-    check_share(top_p=call.top_p, min_p=call.min_p)
-    check_at_least(0, top_k=call.top_k, no_repeat_ngram_size=call.no_repeat_ngram_size)
+    check_above(0, **{name: getattr(call, name) for name in _POSITIVE})
+    check_share(**{name: getattr(call, name) for name in _SHARES})
+    check_at_least(0, **{name: getattr(call, name) for name in _COUNTS})
 
 
 def check_choice_values(call: Arguments) -> None:
@@ -202,29 +191,16 @@ def sample_reference(
     logits: Tensor,
     history: Tensor,
     uniform: Tensor | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    no_repeat_ngram_size: int,
+    *choice: float,
 ) -> Tensor:
     """`sample` in plain torch."""
-    penalties: dict[str, Any] = {
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-    }
+    processors: dict[str, Any] = dict(zip(PROCESSORS, choice, strict=True))
     if uniform is None:
-        return process(logits.float(), history, **penalties).argmax(-1)
-    scores = process(
-        logits.float(),
-        history,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        **penalties,
-    )
+        for name, option in PROCESSORS.items():
+            if not option.reads_history:
+                del processors[name]
+        return process(logits.float(), history, **processors).argmax(-1)
+    scores = process(logits.float(), history, **processors)
     probabilities = scores.softmax(-1)
     # In float64 the sum of a vocabulary leaves `uniform * total` below the total, whatever the
     # order of summation; and a banned token is never hit, even where rounding moves the sum.
@@ -260,7 +236,7 @@ def _cuda_refuses(call: Arguments) -> str | None:
 
 _sample = Op(
     "sample",
-    f"(Tensor logits, Tensor history, Tensor? uniform, {CHOICE}) -> Tensor",
+    f"(Tensor logits, Tensor history, Tensor? uniform, {SCHEMA}) -> Tensor",
     check=_check,
     values=check_choice_values,
     native=by_device(
