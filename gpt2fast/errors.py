@@ -43,11 +43,11 @@ def shown(value: object, longest: int = 80) -> str:
 
 
 def reason_of(error: BaseException, longest: int = 300) -> str:
-    """Why `error` came up, in one line: in the system's words, the exception's, or by its type.
+    """Why something failed, in one line: in the system's words, the exception's, or by its type.
 
     Args:
-        error: the exception.
-        longest: characters of its own words; more are cut.
+        error: what was raised.
+        longest: characters of the exception's own words.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -229,7 +229,8 @@ def processor_arguments(options: Mapping[str, float]) -> list[float]:
     Raises:
         TypeError: there is no processor of a name.
     """
-    for name in options:
-        if name not in _NEUTRAL:
-            raise TypeError(f"there is no processor {name!r}{did_you_mean(name, _NEUTRAL)}")
-    return [options.get(name, neutral) for name, neutral in _NEUTRAL.items()]
+    values = {**_NEUTRAL, **options}
+    if len(values) > len(_NEUTRAL):
+        name = next(iter(options.keys() - _NEUTRAL.keys()))
+        raise TypeError(f"there is no processor {name!r}{did_you_mean(name, _NEUTRAL)}")
+    return list(values.values())
