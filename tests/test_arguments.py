@@ -63,7 +63,7 @@ def test_the_version_is_told(capsys):
 
 
 @pytest.mark.parametrize(
-    "name, hint", [("genrate", "did you mean generate?"), ("42", "there are generate, prepare")]
+    ("name", "hint"), [("genrate", "did you mean generate?"), ("42", "there are generate, prepare")]
 )
 def test_an_unknown_command_is_one_line_with_a_proposal(name, hint, capsys):
     assert main([name]) == 2

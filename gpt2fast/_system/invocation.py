@@ -15,7 +15,7 @@ def command_line(command: str = "") -> str:
     module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
     if module == "gpt2fast.__main__":
         return f"python -m gpt2fast {command}".rstrip()
-    if not module and PurePath(sys.argv[0]).stem == "gpt2fast":
+    if module in ("", "__main__") and PurePath(sys.argv[0]).stem == "gpt2fast":
         return f"gpt2fast {command}".rstrip()
     return f"python -m gpt2fast.{command}" if command else "python -m gpt2fast"
 

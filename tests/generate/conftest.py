@@ -57,8 +57,8 @@ def run(model_dir, capsys, monkeypatch):
         place = [] if model is None else ["--model", str(model)]
         try:
             code = main([*place, *(str(argument) for argument in arguments)])
-        except SystemExit as exit:
-            code = exit.code
+        except SystemExit as ended:
+            code = ended.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

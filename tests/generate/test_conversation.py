@@ -15,7 +15,7 @@ def answer(generator, text, seed=2, **options):
 
 
 def test_a_conversation_is_one_growing_text(run, generator):
-    code, out, err = converse(run, "The cat", "The dog", "")
+    code, out, _err = converse(run, "The cat", "The dog", "")
     first = answer(generator, "The cat")
     second = answer(generator, f"The cat{first}\nThe dog", seed=3)
     third = answer(generator, f"The cat{first}\nThe dog{second}", seed=4)

@@ -21,7 +21,7 @@ DEFAULTS = {"seed": 3, "max_new_tokens": 30}
 
 
 @pytest.mark.parametrize(
-    "flags, options",
+    ("flags", "options"),
     [
         ("--temperature 1.7", {"temperature": 1.7}),
         ("--temperature 0", {"do_sample": False}),
@@ -251,7 +251,7 @@ def test_device_and_backend_are_obeyed(run):
 
 
 @pytest.mark.parametrize(
-    "flags, parts",
+    ("flags", "parts"),
     [
         ("--temperature nan", ["temperature", "nan", "at least 0"]),
         ("--temperature -1", ["temperature", "-1"]),

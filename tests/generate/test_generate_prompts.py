@@ -66,7 +66,7 @@ def test_a_line_of_json_keeps_its_id_and_has_its_own_options(run, generator, tmp
 
 
 @pytest.mark.parametrize(
-    "options, part",
+    ("options", "part"),
     [
         ({"max_tokens": 3}, "'max_tokens'"),
         ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),

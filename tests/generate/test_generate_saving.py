@@ -16,7 +16,7 @@ from gpt2fast.lora import add_adapters, save_adapter
 
 
 @pytest.mark.parametrize(
-    "flags, again",
+    ("flags", "again"),
     [
         ([], []),
         (["--dtype", "bfloat16"], ["--dtype", "bfloat16"]),

@@ -101,7 +101,7 @@ def test_generating_imports_no_heavy_module(model_dir):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
 @pytest.mark.parametrize(
-    "redirection, flags, code, out, err",
+    ("redirection", "flags", "code", "out", "err"),
     [
         (">&-", [], 1, b"", b"error: standard output is closed"),
         (">/dev/full", [], 1, b"", b"error: reading or writing failed: [Errno 28]"),
