@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._system.output import StatusLine, complain, note, say
-from ..data.encodings import known_encoding
+from ..data.charsets import known_encoding
 from ..data.inputs import parse_weights
+from ..data.meta import DEFAULT_VOCAB_SIZE
 from ..data.opening import COMPRESSED_SUFFIXES
 from ..errors import Error
 from .arguments import OneLineParser, ParagraphFormatter, text_argument
@@ -93,7 +94,10 @@ def parser() -> argparse.ArgumentParser:
         help="special tokens that the tokenizer gets, such as '<|user|>' '<|assistant|>'",
     )
     add("--out", metavar="DIR", help="where to write (default: data/<name of INPUT>)")
-    add("--vocab-size", type=int, metavar="N", help="tokens of a bpe tokenizer (default: 2048)")
+    add(
+        "--vocab-size", type=int, metavar="N",
+        help=f"tokens of a bpe tokenizer (default: {DEFAULT_VOCAB_SIZE})",
+    )  # fmt: skip
     add(
         "--split",
         choices=("position", "documents"),
@@ -178,7 +182,7 @@ def _prepare(
     out: Path,
     progress: _Progress,
 ) -> int:
-    from ..data.encoding import available_cores
+    from ..data.encoders import available_cores
     from ..data.prepare import prepare_data
 
     if "-" in args.inputs and sys.stdin is not None and sys.stdin.isatty():
@@ -188,7 +192,7 @@ def _prepare(
         inputs,
         out,
         tokenizer=args.tokenizer,
-        vocab_size=2048 if args.vocab_size is None else args.vocab_size,
+        vocab_size=DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size,
         split=args.split,
         val_fraction=args.val_fraction,
         seed=args.seed or 0,

@@ -13,7 +13,9 @@ from .._system.files import open_file
 from ..errors import DataError, shown
 from .kinds import PARQUET, begins_with_json_objects, compression_of, quoted, refused
 from .opening import COMPRESSED_SUFFIXES, TextInput, members
-from .sources import DelimitedText, JsonArray, JsonLines, Parquet, Source, TextFile, joined_text
+from .records import JsonArray, JsonLines
+from .sources import Source, TextFile, joined_text
+from .tables import DelimitedText, Parquet
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")

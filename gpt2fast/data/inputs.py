@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
+from .charsets import known_encoding
 from .detection import (
     RECORD_SUFFIXES,
     TABLE_SUFFIXES,
@@ -16,7 +17,6 @@ from .detection import (
     file_source,
     uncompressed_name,
 )
-from .encodings import known_encoding
 from .sources import Source
 
 OUTPUT_MARKS = ("meta.json", "config.json", "tokenizer.json")

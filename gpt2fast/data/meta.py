@@ -11,6 +11,13 @@ from typing import Any
 from .._system.parsing import read_json_value
 from ..errors import DataError, shown
 
+META = "meta.json"
+BIN_FILES = ("train.bin", "val.bin")
+"""Of prepared data, beside the files of the tokenizer."""
+
+DEFAULT_VOCAB_SIZE = 2048
+"""Tokens of a BPE tokenizer that is trained with the data, if nothing else is said."""
+
 FORMAT = 1
 LARGEST = {"largest": 64 << 20, "most_values": 2_000_000}
 """Of a file that names all sources: there may be a hundred thousand."""

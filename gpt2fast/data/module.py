@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, DataError, TokenizerError
 from .dataset import SAMPLINGS, SPLITS, OrderedBatches, TokenDataset, TrainingBatches
 from .inputs import checked_weight
-from .meta import DataMeta, read_meta
+from .meta import META, DataMeta, read_meta
 from .order import ORDERS
 from .tokens import TOKEN_SUFFIXES, TokenRange, is_pattern
 
@@ -206,7 +206,7 @@ class _Folder:
                 f"{path} is not a directory of prepared data; make one with "
                 f"`python -m gpt2fast.prepare TEXT --out {path}`"
             )
-        described = (path / "meta.json").exists()
+        described = (path / META).exists()
         if (path / ".unfinished").exists() and not described:
             raise DataError(
                 f"{path} holds an interrupted preparation; "
@@ -214,7 +214,7 @@ class _Folder:
             )
         self.tokenizer: Tokenizer | None = None
         if described:
-            self.meta = read_meta(path / "meta.json")
+            self.meta = read_meta(path / META)
             dtype = self.meta.dtype
         if path.is_file():
             self.train = TokenDataset(path, block_size, "train", dtype)

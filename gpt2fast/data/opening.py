@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from ..errors import DataError, reason_of, shown
-from .encodings import check_decoded, check_text, marked_encoding, not_encoded, not_utf8
+from .charsets import check_decoded, check_text, marked_encoding, not_encoded, not_utf8
 from .kinds import (
     PEEK,
     compression_of,

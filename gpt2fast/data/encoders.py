@@ -1,6 +1,6 @@
 """Text to the bytes of token files, in this process or in several others.
 
-The other processes are plain `python -m gpt2fast.data.encoding` commands that are spoken to
+The other processes are plain `python -m gpt2fast.data.encoders` commands that are spoken to
 through pipes: unlike multiprocessing's they do not run the user's script again, and unlike forked
 ones they inherit no threads.
 """
