@@ -100,7 +100,7 @@ def read_json(
 def read_json_value(
     path: Path, error: type[Error], largest: int = LARGEST_JSON, most_values: int = MOST_VALUES
 ) -> Any:
-    """What is in a JSON file of at most `largest` bytes; `error`, naming the file, otherwise."""
+    """The value in a JSON file of at most `largest` bytes; `error`, naming the file, otherwise."""
     try:
         return parse_json(read_text(path, error, largest), most_values=most_values)
     except Unreadable as reason:
@@ -108,7 +108,7 @@ def read_json_value(
 
 
 def read_yaml(path: Path, error: type[Error] = ConfigError) -> Any:
-    """What is in a YAML file; `error`, naming the file, where it cannot be read."""
+    """The content of a YAML file; `error`, naming the file, where it cannot be read."""
     try:
         return parse_yaml(read_text(path, error, LARGEST_YAML))
     except Unreadable as reason:

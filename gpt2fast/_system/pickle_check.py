@@ -49,7 +49,7 @@ class Record:
     """In place of an object: the arguments it was to be made with, and its state."""
 
     has_state = False
-    """Whether a state follows also where there are arguments."""
+    """True if a state follows also where there are arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -57,7 +57,7 @@ class Record:
 
 
 def ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    """What stands for collections.OrderedDict: a dict, which is ordered too."""
+    """Stands for collections.OrderedDict: a dict, which is ordered too."""
     if type(pairs) is list and all(type(pair) is list and len(pair) == 2 for pair in pairs):
         for key, _ in pairs:
             _check_key(key)

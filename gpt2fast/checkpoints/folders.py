@@ -11,13 +11,13 @@ from .._system.files import read_file
 from ..config import CONFIG_FILE
 from ..errors import WeightsError
 from ..inference.generation_config import NAME as GENERATION_CONFIG
-from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, what_adapter_is, what_folder_is
+from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, explain_adapter, explain_folder
 from .hub import resolve
 from .tensor_files import file_kind
 from .tensor_names import listed
 
 WEIGHTS = "model.safetensors"
-"""What this package and transformers write."""
+"""The file that this package and transformers write."""
 NANOGPT = "ckpt.pt"
 
 _SAFETENSORS = (WEIGHTS, f"{WEIGHTS}.index.json")
@@ -62,7 +62,7 @@ def _find(
         )
         if not path.is_dir():
             if path.name in ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():
-                raise WeightsError(f"{path} is {what_adapter_is(path.parent)}")
+                raise WeightsError(f"{path} is {explain_adapter(path.parent)}")
             return path
         for name in patterns:
             if name not in _DESCRIPTIONS and (path / name).is_file():
@@ -71,7 +71,7 @@ def _find(
     if checkpoint is not None:
         return checkpoint
     held = sorted(entry.name for entry in path.iterdir())
-    what = what_folder_is(path, held)
+    what = explain_folder(path, held)
     if what is not None:
         raise WeightsError(f"{path} is {what}")
     raise WeightsError(

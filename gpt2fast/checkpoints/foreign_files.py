@@ -1,4 +1,4 @@
-"""What files and folders are that hold no weights we read, and what can be done about it.
+"""Explanations of files and folders without weights that we read, and the way out of each.
 
 A file is told by its first bytes where its format has any of its own, else by its name.
 """
@@ -82,8 +82,8 @@ _BY_MEMBER = {
 }
 
 
-def what_file_is(path: Path, head: bytes) -> str | None:
-    """What a file is and how to go on, for a message; None where that is unknown.
+def explain_file(path: Path, head: bytes) -> str | None:
+    """The kind of a file and how to go on, for a message; None where that is unknown.
 
     Args:
         path: the file.
@@ -113,15 +113,15 @@ def what_file_is(path: Path, head: bytes) -> str | None:
     return None
 
 
-def what_folder_is(folder: Path, held: list[str]) -> str | None:
-    """What a folder without weights is and how to go on; None where that is unknown.
+def explain_folder(folder: Path, held: list[str]) -> str | None:
+    """The kind of a folder without weights and how to go on; None where that is unknown.
 
     Args:
         folder: a path.
         held: the names in it.
     """
     if ADAPTER_CONFIG in held:
-        return what_adapter_is(folder)
+        return explain_adapter(folder)
     for name, what in _BY_MEMBER.items():
         if name in held:
             return what
@@ -141,8 +141,8 @@ def what_folder_is(folder: Path, held: list[str]) -> str | None:
     return None
 
 
-def what_adapter_is(folder: Path) -> str:
-    """What to say of a folder with an adapter in PEFT's format."""
+def explain_adapter(folder: Path) -> str:
+    """The message for a folder with an adapter in PEFT's format."""
     base: object = None
     with suppress(Error):  # load_adapter says what is wrong with the file
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

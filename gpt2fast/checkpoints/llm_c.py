@@ -27,7 +27,7 @@ from ..config import PRESETS, GPT2Config, block_shapes
 from ..errors import ConfigError
 
 MAGIC = struct.pack("<i", 20240326)
-"""How the files begin."""
+"""The first bytes of a model file."""
 
 OTHER_FILES = {
     struct.pack("<i", 20240327): "llm.c's activations and gradients for debugging",
@@ -38,7 +38,7 @@ OTHER_FILES = {
     struct.pack("<i", 20240801): "llm.c's training data (token ids)",
     struct.pack("<i", 20240803): "llm.c's LLaMA 3",
 }
-"""What files with other numbers at their beginning are."""
+"""llm.c's other files, by their first bytes."""
 
 _HEADER = struct.Struct("<256i")
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}

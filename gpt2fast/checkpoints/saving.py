@@ -75,7 +75,7 @@ def save_packed(
 ) -> None:
     """Write packed weights into a directory that `from_pretrained` loads.
 
-    Float weights are written as `save_pretrained` does, for transformers as well. Quantised ones
+    Float weights are written as `save_pretrained` does, for transformers as well. Quantized ones
     become integers and scales (`gpt2fast.quantization.storage`), which no other program reads;
     config.json says so under `quantization_config`.
 

@@ -28,7 +28,7 @@ from .._system.parsing import read_json, unreadable_as
 from .._system.pickle_check import Objection
 from ..errors import WeightsError, reason_of, shown
 from . import llm_c, tensorflow_files
-from .foreign_files import what_file_is
+from .foreign_files import explain_file
 from .tensor_names import names_blocks
 from .torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file
 
@@ -83,7 +83,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 
 def describes_itself(path: Path) -> bool:
-    """Whether a file of weights says what model it holds, so that no config.json is asked.
+    """True for a file that says what model it holds, so that no config.json is read.
 
     Raises:
         WeightsError: as of `file_kind`.
@@ -98,7 +98,7 @@ def describes_itself(path: Path) -> bool:
 
 
 def file_kind(path: Path) -> str:
-    """Which of the formats that `read_tensors` reads a file has: its first bytes decide.
+    """The format of a file, of those that `read_tensors` reads: its first bytes decide.
 
     Returns:
         "index" (of shards), "safetensors", "torch", "tensorflow" (the index of a checkpoint) or
@@ -121,7 +121,7 @@ def file_kind(path: Path) -> str:
         return "tensorflow"
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         return "torch"
-    what = what_file_is(path, head)
+    what = explain_file(path, head)
     if what is not None:
         raise WeightsError(f"{path} is {what}")
     raise WeightsError(
@@ -132,7 +132,7 @@ def file_kind(path: Path) -> str:
 
 
 def _is_safetensors(head: bytes, path: Path) -> bool:
-    """Whether a file of another name begins as safetensors does: the header's length, and it."""
+    """True for a file that begins as safetensors does: the header's length, then the header."""
     length = int.from_bytes(head[:8], "little")
     return head[8:9] == b"{" and length <= min(_LARGEST_HEADER, path.stat().st_size - 8)
 
@@ -286,7 +286,7 @@ class _StateDict(NamedTuple):
     keys: tuple[str, ...]
     tensors: dict[str, Tensor]
     beside: Mapping[str, Any]
-    """What else was there: in the dict itself, or beside it in the one that holds it."""
+    """Other values: in the dict itself, or beside it in the one that holds it."""
 
 
 def _state_dicts(content: dict[Any, Any]) -> list[_StateDict]:
@@ -309,7 +309,7 @@ def _state_dicts(content: dict[Any, Any]) -> list[_StateDict]:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save has written: tensors, numbers and texts in containers.
+    """The content of a file of torch.save: tensors, numbers and texts in containers.
 
     Raises:
         WeightsError: with the file's name, for a file that is missing, damaged or malicious.

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are a GPT-2's, and which of its parameters each one is.
+"""The GPT-2 among the tensors of a checkpoint: which parameter each tensor is.
 
 Frameworks wrap models, and put names of theirs before and between a model's own. None of them is
 known here by name: a module with a single child that GPT-2 does not have (`_orig_mod`, `module`,
@@ -59,7 +59,7 @@ class NamedTensors:
 
 
 def names_blocks(names: Iterable[str]) -> bool:
-    """Whether one of the names looks like that of a tensor in a GPT-2's blocks."""
+    """True if one of the names looks like that of a tensor in a GPT-2's blocks."""
     return any(_BLOCK_NAME.search(name) for name in names)
 
 
@@ -112,7 +112,7 @@ def find_model(stored: Mapping[str, Tensor], source: str) -> NamedTensors:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and content."""
+    """True for two tensors of the same shape, dtype and content."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     # Tied weights in a pickle are one memory; that need not be read to be equal.
@@ -191,7 +191,7 @@ def _roots(stored: Mapping[str, Tensor], paths: Mapping[str, Path], source: str)
 
 
 def _is_head(path: Path, roots: list[Path]) -> bool:
-    """Whether a tensor is of a module `lm_head` in the model, or in a module around it."""
+    """True for a tensor of a module `lm_head` in the model, or in a module around it."""
     if "lm_head" not in path[:-1]:
         return False
     around = path[: path.index("lm_head")]
@@ -249,7 +249,7 @@ def _put_head(
 
 
 def _is_mask(path: Path, tensor: Tensor) -> bool:
-    """Whether a tensor of a block is a causal mask, or the number that masks."""
+    """True for a block's causal mask, or the number that masks."""
     if len(path) != 4 or path[2] != "attn" or path[3] not in _MASKS:
         return False
     return tensor.ndim != 1 or len(tensor) == 1

@@ -32,7 +32,7 @@ from ..config import PRESETS, GPT2Config
 from ..errors import ConfigError, WeightsError, shown
 
 FOOTER_MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
-"""How the index of a checkpoint ends."""
+"""The end of a checkpoint's index."""
 
 DESCRIPTION = "hparams.json"
 
@@ -63,7 +63,7 @@ _HPARAMS = {
 
 @dataclass
 class _Entry:
-    """Where a tensor lies: a BundleEntryProto."""
+    """The place of a tensor in the data files: a BundleEntryProto."""
 
     dtype: int = 0
     shape: list[int] = field(default_factory=list)
@@ -77,7 +77,7 @@ class _Damaged(ValueError):
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is the index of a TensorFlow checkpoint.
+    """True for the index of a TensorFlow checkpoint.
 
     Raises:
         OSError: it cannot be read.
@@ -123,7 +123,7 @@ def read_bundle(index: Path) -> dict[str, Tensor]:
 
 
 def read_description(folder: Path) -> GPT2Config | None:
-    """What OpenAI's hparams.json says of the model, if it is there.
+    """The configuration in OpenAI's hparams.json; None without that file.
 
     Raises:
         ConfigError: it cannot be read, or describes no GPT-2.

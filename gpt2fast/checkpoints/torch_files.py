@@ -55,7 +55,7 @@ _DTYPES = {*_STORAGES.values(), torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 def read_torch_file(file: IO[bytes]) -> Any:
-    """What was saved in an opened file: tensors, numbers and texts in dicts, lists and tuples.
+    """The content of an opened file: tensors, numbers and texts in dicts, lists and tuples.
 
     An OrderedDict is a dict, a Parameter a tensor, a device its name, a set a tuple, a number of
     NumPy's one of Python's; an array of NumPy's, a Namespace or a path is a `Record`.
@@ -205,7 +205,7 @@ class _Archive(_Tensors):
         return bytes(memoryview(self.map)[start : start + self.entries[name].file_size])
 
     def start(self, name: str) -> int:
-        """Where an entry's bytes begin, as the header before them says."""
+        """The place of an entry's first byte, as the header before it says."""
         entry = self.entries[name]
         header = bytes(memoryview(self.map)[entry.header_offset :][: _LOCAL.size])
         if len(header) < _LOCAL.size or not header.startswith(ZIP_MAGIC):

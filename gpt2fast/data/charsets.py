@@ -1,4 +1,4 @@
-"""Which encoding a text is in: UTF-8, UTF-16 or UTF-32 by its mark, others when they are named.
+"""The encoding of a text: UTF-8, UTF-16 or UTF-32 by its mark, others when they are named.
 
 Nothing is guessed in silence: the 8-bit encodings of Latin script differ in single letters, and a
 wrong guess is a text with wrong letters. A text that is not UTF-8 is refused with the encoding that
@@ -177,7 +177,7 @@ def _mostly_utf8(sample: bytes) -> bool:
 
 
 def guess(path: Path, sample: bytes) -> str:
-    """What the encoding of a text looks like, and how to have it read.
+    """The likely encoding of a text, and how to have it read.
 
     Args:
         path: the file.

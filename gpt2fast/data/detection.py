@@ -1,4 +1,4 @@
-"""What a file is read as: text, records or a table, by its name, else by how it begins."""
+"""The kind of source that a file is: text, records or a table, by its name or its beginning."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _name_in_zip(path: Path) -> str:
 
 
 def _names_column(beginning: bytes, field: str) -> bool:
-    """Whether a text begins like a table: its first line names columns, `field` among them."""
+    """True for a text like a table: its first line names columns, `field` among them."""
     first = beginning.split(b"\n")[0].decode("utf-8", "replace").strip()
     for delimiter in _DELIMITERS[".csv"]:
         names = [name.strip().strip('"') for name in first.split(delimiter)]

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..config import CONFIG_FILE
 from ..errors import DataError
+from ..tokenizer.saving import TOKENIZER_JSON
 from .charsets import known_encoding
 from .detection import (
     RECORD_SUFFIXES,
@@ -17,9 +19,10 @@ from .detection import (
     file_source,
     uncompressed_name,
 )
+from .meta import META
 from .sources import Source
 
-OUTPUT_MARKS = ("meta.json", "config.json", "tokenizer.json")
+OUTPUT_MARKS = (META, CONFIG_FILE, TOKENIZER_JSON)
 """A folder that holds one of these is prepared data, a model or a tokenizer, not text."""
 _ABOUT = (
     "readme",

@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes: text, compressed text, or something that is no text."""
+"""The kind of a file by its first bytes: text, compressed text, or something that is no text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAGICS = (
 class _Kind(NamedTuple):
     name: str
     way: str
-    """What to do, with FILE for the name of the file."""
+    """The way to its text, with FILE for the name of the file."""
 
 
 _PANDOC = "convert it first, e.g. `pandoc FILE -t plain -o text.txt`"
@@ -99,7 +99,7 @@ def refuse_other_than_text(path: Path, beginning: bytes) -> None:
 
 
 def compression_of(beginning: bytes) -> str | None:
-    """How a file that begins so is compressed; None where it is not."""
+    """The compression of a file that begins so; None without any."""
     if beginning.startswith(b"BZh") and beginning[4:10] in _BZIP2_BLOCKS:
         return "bzip2"
     if beginning[1:4] == b"\x2a\x4d\x18" and beginning[0] & 0xF0 == 0x50:
@@ -131,7 +131,7 @@ def piped(path: Path, command: str) -> str:
 
 
 def document_in_zip(archive: zipfile.ZipFile) -> tuple[str, str] | None:
-    """What a zip archive is and the way to its text, where it is one document; None for others."""
+    """The kind of document in a zip archive, and the way to its text; None for other archives."""
     names = archive.namelist()
     for mark, kind in _DOCUMENTS_IN_ZIP.items():
         if any(name == mark or (mark.endswith("/") and name.startswith(mark)) for name in names):

@@ -1,4 +1,4 @@
-"""What a run trains on: corpora with weights, checked before the first step."""
+"""The corpora of a training run, with weights, checked before the first step."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ class _Folder:
             )
 
     def corpora(self, weight: float) -> list[Corpus]:
-        """What it holds; the weights add up to `weight`."""
+        """The corpora that it holds; their weights add up to `weight`."""
         if self.meta.corpora is None:
             return [Corpus(self.train, self.val, weight)]
         total = math.fsum(told["weight"] for told in self.meta.corpora)
@@ -322,7 +322,7 @@ def _counterpart(train: Path) -> Path:
 
 
 def _together(metas: list[DataMeta], where: Path) -> DataMeta:
-    """What the corpora of a mixture have in common, and their sums."""
+    """The common facts of a mixture's corpora, and their sums."""
     if len(metas) == 1:
         return metas[0]
     known = [meta for meta in metas if meta.tokenizer_fingerprint is not None]

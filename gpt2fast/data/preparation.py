@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Pace:
-    """How much is done at a time; the tokens do not depend on it."""
+    """The amounts that are worked on at a time; the tokens do not depend on them."""
 
     block_size: int = 1 << 20
     """Bytes or characters that are read at a time."""
@@ -184,7 +184,7 @@ class Preparation:
         return Plan(self.corpus_of, boundaries, assignment)
 
     def _corpora(self) -> list[str]:
-        """What errors call each corpus."""
+        """Names of the corpora, for messages."""
         if self.settings["weights"] is not None:
             return list(self.settings["weights"])
         return [", ".join(self.names[:3]) + (", …" if len(self.names) > 3 else "")]
@@ -339,7 +339,7 @@ def _sums(left: Sequence[int], right: Sequence[int]) -> list[int]:
 
 
 def cuts_for(tokenizer: Tokenizer) -> Cuts:
-    """Where a text may be cut without a change of its tokens."""
+    """The places at which a cut changes no token."""
     whole = (END_OF_TEXT, *(token.content for token in tokenizer.added_tokens))
     if isinstance(tokenizer, CharTokenizer):
         return Cuts(any_character=True, whole=whole)

@@ -22,7 +22,7 @@ from .working_folder import publish, working_folder
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `prepare_data` wrote, and where."""
+    """The data that `prepare_data` wrote, and their folder."""
 
     directory: Path
     train_file: Path

@@ -191,7 +191,7 @@ def text_of(value: Any, field: str) -> str:
 
 
 def missing(field: str, names: Iterable[str]) -> str:
-    """What to say where records have no field of that name."""
+    """The message for records that have no field of that name."""
     known = ", ".join(sorted(names)[:20])
     if not known:
         return f"there is no {field!r}, nor any other field"

@@ -25,9 +25,9 @@ class Source(ABC):
     """A text, or a part of one, that is read from the start or from the end of any block."""
 
     name: str
-    """What meta.json calls it."""
+    """The name that meta.json has for it."""
     identity: str
-    """By which an interrupted run is recognised."""
+    """The name by which an interrupted run is recognized."""
     size: int
     """Bytes to read, about; what progress is measured against."""
     done: int = 0
@@ -37,7 +37,7 @@ class Source(ABC):
 
     @abstractmethod
     def signature(self) -> dict[str, Any]:
-        """What tells whether it is still the same, without reading all of it."""
+        """Facts that differ where it has changed, found without reading all of it."""
 
     @abstractmethod
     def blocks(self, cuts: Cuts, start: int) -> Iterator[Block]:
@@ -64,7 +64,7 @@ class FileSource(Source):
         return TextInput(self.path, self.encoding)
 
     def note_progress(self, text_input: TextInput, end: int | None = None) -> None:
-        """What has been read; `end` is the place in the stream, where that is known."""
+        """Note what has been read; `end` is the place in the stream, where that is known."""
         done = text_input.done if end is None or not text_input.as_stored else end
         if done > self.size:
             raise changed_meanwhile(self.path)
@@ -97,7 +97,7 @@ def _end_line(segments: list[Segment]) -> None:
 
 
 def file_signature(path: Path) -> dict[str, Any]:
-    """What tells whether a file is still the same, without reading all of it."""
+    """Facts that differ where a file has changed, found without reading all of it."""
     edge = 1 << 16
     digest = hashlib.sha256()
     with unreadable_as(DataError, path), open_file(path) as file:  # no pipe: it would be waited for

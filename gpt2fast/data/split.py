@@ -1,4 +1,4 @@
-"""Which part of the text trains and which is held out for validation."""
+"""The split of a text into a part that trains and one that is held out for validation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Part = tuple[int, str, bool]
 
 @dataclass
 class TextPosition:
-    """How far a pass over the text has come; enough to go on from there."""
+    """The progress of a pass over the text; enough to go on from there."""
 
     source: int = 0
     offset: int = 0
@@ -33,7 +33,7 @@ class TextPosition:
     document."""
     document: int = 0
     head: str = ""
-    """How the current document begins, if it is held out."""
+    """The beginning of the current document, if it is held out."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     characters: list[int] = field(default_factory=lambda: [0, 0])
     corpus_tokens: list[list[int]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class TextPosition:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which part of the text goes into which split; the outcome of counting."""
+    """The part of the text that goes into each split; the outcome of counting."""
 
     corpus_of: Sequence[int]
     """The corpus of each source."""

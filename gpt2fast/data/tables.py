@@ -130,8 +130,8 @@ def _next_row(rows: Iterator[list[str]]) -> list[str] | None:
 
 
 def _looks_like_rows(value: str, place: int, columns: int) -> bool:
-    """Whether a value of a table with tabs could be the end of a row, whole rows, and the beginning
-    of another up to the column `place`."""
+    """True for a value of a table with tabs that could be the end of a row, whole rows, and the
+    beginning of another up to the column `place`."""
     _, *lines = value.split("\n")
     return (
         columns > 1

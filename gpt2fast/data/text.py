@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Where a text may be cut, for a tokenizer."""
+    """The places at which a tokenizer's text may be cut, and about how far apart they are."""
 
     any_character: bool = False
     """Between any two characters (character tokenizers)."""
@@ -100,7 +100,7 @@ def last_cut(text: str, cuts: Cuts) -> int:
     """The last place where `text`, which goes on, may be cut; 0 if there is none."""
     if cuts.nowhere:
         return 0
-    # A whole string that begins at the end of the text cannot be recognised yet.
+    # A whole string that begins at the end of the text cannot be recognized yet.
     limit = len(text) - max(map(len, cuts.whole))
     boundary = _BEFORE_SPACE if cuts.before_space else _BOUNDARY
     window = 4096

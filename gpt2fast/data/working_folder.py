@@ -19,6 +19,7 @@ from .._system.lock import only_process
 from .._system.parsing import read_json
 from ..errors import DataError, Error
 from ..tokenizer.loading import FILE_NAMES
+from ..tokenizer.saving import TOKENIZER_JSON, VOCAB_JSON
 from .meta import BIN_FILES, LARGEST, META, read_meta
 
 UNFINISHED = ".unfinished"
@@ -28,7 +29,7 @@ _RUN = "run.json"
 
 
 class OtherRunError(DataError):
-    """What was interrupted in this folder is not what is asked for now."""
+    """The interrupted run in this folder is another one than is asked for now."""
 
 
 @contextlib.contextmanager
@@ -65,7 +66,7 @@ def working_folder(out_dir: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _check_vacant(out_dir: Path) -> None:
-    for name in (META, *BIN_FILES, "tokenizer.json", "vocab.json"):
+    for name in (META, *BIN_FILES, TOKENIZER_JSON, VOCAB_JSON):
         if (out_dir / name).exists():
             raise DataError(
                 f"{out_dir} already holds {name}; choose another directory, or replace it "
@@ -89,7 +90,7 @@ def _remove(work: Path) -> None:
 
 
 def continues(work: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What was begun in the folder, if that is what is asked for now; None where nothing was.
+    """The run that was begun in the folder, if it is the one that is asked for; None without any.
 
     Args:
         work: the folder; it is cleared where nothing was begun.

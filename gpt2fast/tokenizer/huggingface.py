@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerError, shown
-from .added_tokens import AddedToken
-from .base import StreamDecoder, Tokenizer, check_text
+from .added_tokens import AddedToken, flags_of
+from .base import StreamDecoder, Tokenizer, check_text, digest
+from .checks import MOST_IDS
 from .merges import token_bytes
+from .saving import save_library
 from .steps import is_byte_level_decoder
-
-MOST_IDS = 1 << 24
 
 # What the library's decoders, and the clean-up, may still change at the end of a text.
 _UNSURE = 16
@@ -49,7 +48,7 @@ class GenericStreamDecoder(StreamDecoder):
         return piece
 
     def flush(self) -> str:
-        """What is left at the end; the decoder can be used again."""
+        """The rest of the text; the decoder can be used again."""
         rest = self._tokenizer.decode(self._ids)[self._given :] if self._ids else ""
         self._ids, self._given = [], 0
         return rest
@@ -104,15 +103,7 @@ class LibraryTokenizer(Tokenizer):
         super().__init__(
             tokens={id: token_bytes(token) for token, id in vocab.items()},
             added_tokens=[
-                AddedToken(
-                    token.content,
-                    id,
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized,
-                    special=token.special,
-                )
+                AddedToken(token.content, id, **flags_of(token))
                 for id, token in backend.get_added_tokens_decoder().items()
             ],
             eos_token_id=None if eos_token is None else vocab[eos_token],
@@ -134,9 +125,7 @@ class LibraryTokenizer(Tokenizer):
         """As `Tokenizer.decode`, with the spaces that the tokenizer's own decoder puts."""
         if self._is_bytes:
             return super().decode(ids)
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        for id in ids:
-            self._token_bytes(id)  # says which id is wrong
+        ids = self._known(ids)
         with _failures("the tokens cannot be decoded"):
             text = self._backend.decode(ids, skip_special_tokens=False)
         if self._clean_up:
@@ -155,16 +144,13 @@ class LibraryTokenizer(Tokenizer):
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json."""
-        from .saving import save_library
-
         described = {**self._special_tokens, "clean_up_tokenization_spaces": self._clean_up}
         save_library(Path(directory), json.loads(self._backend.to_str()), described)
 
     def _fingerprint_below(self, size: int) -> str:
         content = json.loads(self._backend.to_str())
         content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < size]
-        described = json.dumps(["library", content, self._clean_up], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
+        return digest(["library", content, self._clean_up], sort_keys=True)
 
     def _id_of(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
@@ -216,11 +202,4 @@ def _failures(told: str) -> Iterator[None]:
 def _library_token(token: AddedToken) -> Any:
     from tokenizers import AddedToken as LibraryToken
 
-    return LibraryToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=token.special,
-    )
+    return LibraryToken(token.content, **flags_of(token))

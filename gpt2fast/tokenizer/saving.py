@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from .._system.files import atomic_write_text
-from .added_tokens import END_OF_TEXT, AddedToken
+from .added_tokens import END_OF_TEXT, GPT2_SPECIAL_TOKENS, AddedToken, flags_of
 from .steps import Around, template
+
+TOKENIZER_JSON = "tokenizer.json"
+VOCAB_JSON = "vocab.json"
+MERGES_TXT = "merges.txt"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 """transformers' names of GPT-2's tokenizer."""
-
-GPT2_DEFAULTS = ("bos_token", "eos_token", "unk_token")
-"""What that class takes to be <|endoftext|> unless told otherwise."""
 
 KIND = "gpt2fast_kind"
 """The field of tokenizer_config.json that marks a character tokenizer ("char")."""
@@ -42,7 +44,7 @@ def save_bpe(
     names = {id: token for token, id in by_id}
     names |= {token.id: token.content for token in added_tokens}
     _write_json(
-        directory / "tokenizer.json",
+        directory / TOKENIZER_JSON,
         {
             "version": "1.0",
             "truncation": None,
@@ -66,15 +68,15 @@ def save_bpe(
             },
         },
     )
-    _write_json(directory / "vocab.json", dict(by_id))
+    _write_json(directory / VOCAB_JSON, dict(by_id))
     lines = ["#version: 0.2", *merges]
-    atomic_write_text(directory / "merges.txt", "\n".join(lines) + "\n")
+    atomic_write_text(directory / MERGES_TXT, "\n".join(lines) + "\n")
     # transformers' GPT2Tokenizer adds <|endoftext|> where it's missing: it isn't the class for that
     is_gpt2 = any(token.content == END_OF_TEXT for token in added_tokens)
     if is_gpt2:
-        special_tokens = dict.fromkeys(GPT2_DEFAULTS) | dict(special_tokens)
+        special_tokens = dict.fromkeys(GPT2_SPECIAL_TOKENS) | dict(special_tokens)
     _write_json(
-        directory / "tokenizer_config.json",
+        directory / TOKENIZER_CONFIG,
         {
             "tokenizer_class": GPT2_CLASSES[0] if is_gpt2 else "PreTrainedTokenizerFast",
             "add_prefix_space": add_prefix_space,
@@ -91,20 +93,20 @@ def save_library(
     directory: Path, tokenizer_json: Mapping[str, Any], described: Mapping[str, Any]
 ) -> None:
     """Write a tokenizer of Hugging Face's library as that library describes it."""
-    _write_json(directory / "tokenizer.json", tokenizer_json)
+    _write_json(directory / TOKENIZER_JSON, tokenizer_json)
     _write_json(
-        directory / "tokenizer_config.json",
+        directory / TOKENIZER_CONFIG,
         {"tokenizer_class": "PreTrainedTokenizerFast", **described},
     )
 
 
 def save_char(directory: Path, vocab: dict[str, int]) -> None:
     """Write a character vocabulary, for people to read and for `load` and `transformers`."""
-    _write_json(directory / "vocab.json", vocab, indent=0)
+    _write_json(directory / VOCAB_JSON, vocab, indent=0)
     end = vocab.get(END_OF_TEXT)
     end_of_text = added_token_json(AddedToken(END_OF_TEXT, id=len(vocab) - 1))
     _write_json(
-        directory / "tokenizer.json",
+        directory / TOKENIZER_JSON,
         {
             "version": "1.0",
             "truncation": None,
@@ -118,7 +120,7 @@ def save_char(directory: Path, vocab: dict[str, int]) -> None:
         },
     )
     _write_json(
-        directory / "tokenizer_config.json",
+        directory / TOKENIZER_CONFIG,
         {
             KIND: "char",
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -131,14 +133,7 @@ def save_char(directory: Path, vocab: dict[str, int]) -> None:
 
 def added_token_json(token: AddedToken) -> dict[str, Any]:
     """An added token as tokenizer_config.json has it."""
-    return {
-        "content": token.content,
-        "single_word": token.single_word,
-        "lstrip": token.lstrip,
-        "rstrip": token.rstrip,
-        "normalized": token.normalized,
-        "special": token.special,
-    }
+    return {"content": token.content, **flags_of(token)}
 
 
 def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
