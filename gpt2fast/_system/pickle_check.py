@@ -42,7 +42,7 @@ a value to stand for it. For a class without functions of its own, `Record`."""
 
 
 class Objection(ValueError):
-    """Why a pickle is not read: it goes beyond what the caller's table and the limits allow."""
+    """Why a file is not read, by the policy, a limit or its format; follows the file's name."""
 
 
 class Record:

@@ -77,7 +77,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     with _open(path) as file:
         try:
             tensors, config = llm_c.read_llm_c(file)
-        except llm_c.NotReadError as reason:
+        except Objection as reason:
             raise WeightsError(f"{path} {reason}") from None
     return tensors, {"config": config}
 

@@ -21,7 +21,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json")
 _LONGEST_SNIFFED = 1 << 20
-_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t", ".psv": "|"}
+_DELIMITERS = {".csv": DelimitedText.delimiters, ".tsv": "\t", ".tab": "\t", ".psv": "|"}
 _LIST_WITHIN = re.compile(rb'\s*\{\s*"([^"\\]{1,80})"\s*:\s*\[')
 
 
@@ -50,10 +50,13 @@ def file_source(
     called = name or path.name
     plain = "" if name else uncompressed_name(path)
     suffix = Path(plain).suffix
+    of_records = (path, field, lines, encoding, name)
     if suffix in (".jsonl", ".ndjson"):
-        return JsonLines(path, field, lines, encoding, name)
+        return JsonLines(*of_records)
     if suffix in _DELIMITERS:
-        return DelimitedText(path, field, lines, encoding, name, _DELIMITERS[suffix])
+        table = DelimitedText(*of_records)
+        table.delimiters = _DELIMITERS[suffix]
+        return table
     with open_file(path) as raw:
         if raw.read(len(PARQUET)) == PARQUET or suffix == ".parquet":
             return Parquet(path, field, lines)
@@ -70,7 +73,7 @@ def file_source(
     objects = begins_with_json_objects(beginning)
     if suffix in TEXT_SUFFIXES:
         if objects and field != "text":
-            return JsonLines(path, field, lines, encoding, name)
+            return JsonLines(*of_records)
         if objects:
             notify(
                 f"{called} holds JSON lines, and is read as plain text, which its name says; to "
@@ -79,16 +82,15 @@ def file_source(
         return TextFile(path, encoding, name)
     source: Source | None = None
     if objects:
-        source, what = JsonLines(path, field, lines, encoding, name), "JSON lines"
+        source, what = JsonLines(*of_records), "JSON lines"
     elif re.match(rb"\s*\[\s*(\{|\Z)", beginning) or (
         suffix == ".json" and beginning.lstrip().startswith(b"[")
     ):
-        source, what = JsonArray(path, field, lines, encoding, name), "a JSON array"
+        source, what = JsonArray(*of_records), "a JSON array"
     elif suffix == ".json":
         raise _not_records(path, beginning)
     elif _names_column(beginning, field):
-        source = DelimitedText(path, field, lines, encoding, name, _DELIMITERS[".csv"])
-        what = "a table"
+        source, what = DelimitedText(*of_records), "a table"
     if source is None:
         return TextFile(path, encoding, name)
     if suffix != ".json":

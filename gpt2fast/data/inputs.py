@@ -25,14 +25,8 @@ from .sources import Source
 OUTPUT_MARKS = (META, CONFIG_FILE, TOKENIZER_JSON)
 """A folder that holds one of these is prepared data, a model or a tokenizer, not text."""
 _ABOUT = (
-    "readme",
-    "license",
-    "licence",
-    "notice",
-    "copying",
-    "changelog",
-    "contributing",
-    "authors",
+    *("readme", "license", "licence", "notice", "copying"),
+    *("changelog", "contributing", "authors"),
 )
 """Files called so are about the data, where there are records."""
 

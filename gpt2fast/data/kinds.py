@@ -53,10 +53,7 @@ _KINDS: tuple[tuple[bytes, _Kind], ...] = (
     (b"\x04\x22\x4d\x18", _Kind("compressed by lz4", "unpack it first: `lz4 -d FILE`")),
     (b"\x1f\x9d", _Kind("compressed by compress (.Z)", "unpack it first: `uncompress FILE`")),
     (b"SQLite format 3\0", _Kind("an SQLite database", "export the text's column as .csv")),
-    (
-        b"ARROW1\0\0",
-        _Kind("an Arrow file", "name its folder with --dataset"),
-    ),
+    (b"ARROW1\0\0", _Kind("an Arrow file", "name its folder with --dataset")),
     (b"\xff\xff\xff\xff", _Kind("an Arrow stream", "name its folder with --dataset")),
     (b"\x93NUMPY", _Kind("a NumPy array (.npy)", _TOKENS)),
     (b"\x88\xd8\x34\x01", _Kind("a file of tokens in llm.c's format", _TOKENS)),

@@ -50,43 +50,31 @@ class Pace:
 PACE = Pace()
 
 
+@dataclass
 class Preparation:
-    """One preparation, or the rest of one, in its working folder.
+    """One preparation, or the rest of one, in its working folder."""
 
-    Args:
-        work: the folder.
-        sources: to read, in order; None is standard input.
-        corpus_of: the corpus (0, 1, …) of each source.
-        given: TRAIN or VAL for each source, where the data set divides itself.
-        settings: what an interrupted run must agree on to be continued.
-        progress: told how far the work is.
-        workers: processes that encode.
-        notify: told what the user should know.
-        tokenizer: used as it is; None makes or loads the one that the settings name.
-    """
+    work: Path
+    """The folder."""
+    asked: list[Source | None]
+    """The sources to read, in order; None is standard input."""
+    corpus_of: list[int]
+    """The corpus (0, 1, …) of each source."""
+    given: list[int]
+    """TRAIN or VAL for each source, where the data set divides itself."""
+    settings: dict[str, Any]
+    """An interrupted run must have the same ones to be continued."""
+    progress: Progress
+    workers: int
+    """Processes that encode."""
+    notify: Callable[[str], None]
+    tokenizer: Tokenizer | None = None
+    """Taken as it is; None makes or loads the one that the settings name."""
 
-    def __init__(
-        self,
-        work: Path,
-        sources: list[Source | None],
-        corpus_of: list[int],
-        given: list[int],
-        settings: dict[str, Any],
-        progress: Progress,
-        workers: int,
-        notify: Callable[[str], None],
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        self.work = work
-        self.asked = sources
-        self.corpus_of = corpus_of
-        self.given = given
-        self.settings = settings
-        self.progress = progress
-        self.workers = workers
-        self.notify = notify
-        self.tokenizer = tokenizer
-        self.documents = settings["split"] == "documents"
+    @property
+    def documents(self) -> bool:
+        """Whole documents are held out."""
+        return self.settings["split"] == "documents"
 
     def begin(self) -> bool:
         """Start, or check that what was started is the same; True if there is work to reuse."""

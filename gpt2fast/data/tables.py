@@ -27,17 +27,7 @@ class DelimitedText(DecodedFile):
     one that makes most columns of it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        field: str,
-        lines: bool,
-        encoding: str | None,
-        name: str | None,
-        delimiters: str,
-    ) -> None:
-        super().__init__(path, field, lines, encoding, name)
-        self._delimiters = delimiters
+    delimiters = ",;\t|"
 
     def records(self, start: int) -> Iterator[tuple[str, int]]:
         with self.text() as (file, text_input):
@@ -95,8 +85,8 @@ class DelimitedText(DecodedFile):
             elif not text.strip():
                 text = ""
         best: list[str] = []
-        delimiter = self._delimiters[0]
-        for candidate in self._delimiters:
+        delimiter = self.delimiters[0]
+        for candidate in self.delimiters:
             try:
                 reader = csv.reader(io.StringIO(text, newline=""), delimiter=candidate, strict=True)
                 names = [name.strip() for name in next(reader, [])]

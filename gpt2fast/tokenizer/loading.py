@@ -37,17 +37,10 @@ from .saving import (
 )
 from .steps import Around, as_gpt2_tokenizer, gpt2_steps, template
 
+_VOCABULARIES = ((VOCAB_JSON, MERGES_TXT), ("encoder.json", "vocab.bpe"))
 FILE_NAMES = (
-    TOKENIZER_JSON,
-    VOCAB_JSON,
-    MERGES_TXT,
-    "encoder.json",
-    "vocab.bpe",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    META,
-    LLM_C,
+    *(TOKENIZER_JSON, *_VOCABULARIES[0], *_VOCABULARIES[1], META, LLM_C),
+    *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
 )
 """Every file that `load` may read."""
 
@@ -74,7 +67,7 @@ def _load(directory: Path) -> Tokenizer:
         return _load_char(directory / VOCAB_JSON)
     if (directory / TOKENIZER_JSON).exists():
         return _load_tokenizer_json(directory, config)
-    for vocab_name, merges_name in ((VOCAB_JSON, MERGES_TXT), ("encoder.json", "vocab.bpe")):
+    for vocab_name, merges_name in _VOCABULARIES:
         if (directory / vocab_name).is_file() and (directory / merges_name).is_file():
             return _load_vocab_and_merges(directory, vocab_name, merges_name, config)
     if (directory / VOCAB_JSON).exists():
