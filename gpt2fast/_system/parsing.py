@@ -1,4 +1,4 @@
-"""JSON and YAML out of files that nobody vouches for.
+"""JSON and YAML out of untrusted files.
 
 The limits (bytes, values, depth, digits) come before the parser that could not stand what is beyond
 them, or before anything else sees the result. What is read is small enough to be shown, compared
@@ -31,7 +31,7 @@ MOST_VALUES = 500_000
 LARGEST_YAML = 1 << 20
 """Bytes of a YAML file."""
 _MOST_YAML_VALUES = 10_000
-# What YAML takes for a number, and some words that are none.
+# Everything that YAML takes for a number (and some words that are none).
 _NUMBER_LIKE = re.compile(r"[-+.]?[0-9][-+._:,0-9a-fA-FoxXbB]*")
 
 
@@ -206,7 +206,7 @@ def _check_yaml(text: str) -> None:
 
 
 class _YamlLimits:
-    """Counts what a YAML text would become, aliases included."""
+    """Counts the values of a YAML text, those of aliases included."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -32,7 +32,7 @@ from ..errors import shown
 # Three times what the checkpoint of a gpt2-xl in training takes, its optimizer included.
 MOST_STEPS = 200_000
 _DEEPEST = 100
-# Objects in what is met again, at any depth: it counts each time.
+# Objects within a value that a pickle refers to again; they count each time.
 _LARGEST_SHARED = 100
 _LARGEST_INTEGER = 1 << 64
 

@@ -1,4 +1,4 @@
-"""The file in a model's folder that holds its weights, and the names of what lies beside it."""
+"""A model's folder: the names of its files, and the one that holds the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NANOGPT = "ckpt.pt"
 
 _SAFETENSORS = (WEIGHTS, f"{WEIGHTS}.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", NANOGPT)
-# An adapter's, to say what a model on the hub is that has no weights of its own.
+# An adapter's too, so that a hub repository that has only an adapter can be explained.
 _DESCRIPTIONS = (CONFIG_FILE, GENERATION_CONFIG, ADAPTER_CONFIG)
 # Two rounds, so that a model on the hub that has both is not downloaded twice.
 _DOWNLOADS = (

@@ -61,7 +61,7 @@ _BY_SUFFIX = {
     ".plan": _PROGRAM.format("TensorRT"),
     ".ot": _NO_WAY_BACK.format("rust-bert's copy of a model"),
 }
-# In this order: what a folder has for a purpose beside which the rest is for others.
+# In this order: the first one found explains the folder.
 _BY_MEMBER = {
     "tf_model.h5": _TENSORFLOW,
     "tf_model.h5.index.json": _TENSORFLOW,

@@ -169,7 +169,7 @@ def _preset_of(named: Mapping[str, Tensor], file: Path) -> GPT2Config:
 
 
 def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
-    """Settle what a stored lm_head means; see `from_pretrained`."""
+    """Decide whether a stored lm_head is tied; see `from_pretrained`."""
     head, embedding = named.get("lm_head.weight"), named.get("wte.weight")
     if head is None or not config.tie_word_embeddings:
         return config

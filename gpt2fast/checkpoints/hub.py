@@ -96,7 +96,7 @@ def _prefix_hint(path: Path) -> str:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """True for what cannot be meant as a name on the hub (`gpt2`, `openai-community/gpt2`)."""
+    """True for a text that cannot be a name on the hub (`gpt2`, `openai-community/gpt2`)."""
     return (
         not name
         or name.startswith((".", "~", os.sep))

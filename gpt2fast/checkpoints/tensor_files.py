@@ -1,4 +1,4 @@
-"""Tensors out of files that nobody vouches for, and into files that others read.
+"""Tensors out of untrusted files, and into files that others read.
 
 Whatever a file holds, reading it runs no code of the file's, ends with tensors or with one
 WeightsError that names the file, and takes memory in proportion to the file at most. Tensors are
@@ -51,7 +51,7 @@ _SAFETENSORS_NAMES = {
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """All tensors of a checkpoint by name, on the CPU, and what a pickled one says beside them.
+    """All tensors of a checkpoint by name, on the CPU, and the other values of a pickled one.
 
     Reads safetensors, what torch.save writes (`torch_files`), and the `*.index.json` of both
     kinds, whose shards lie in the same directory. Of nested dicts that were pickled, the one is
@@ -281,7 +281,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 
 class _StateDict(NamedTuple):
-    """Tensors by name, somewhere in what was pickled."""
+    """A dict of tensors within a pickled object."""
 
     keys: tuple[str, ...]
     tensors: dict[str, Tensor]

@@ -37,7 +37,7 @@ _BLOCK = {name.split(".")[0] for name in BLOCK_PARAMETERS}
 _OWN = {"h", *_OUTER, *(part for name in BLOCK_PARAMETERS for part in name.split(".")[:-1])}
 _LEAVES = {"g": "weight", "gamma": "weight", "w": "weight", "b": "bias", "beta": "bias"}
 _MASKS = ("bias", "masked_bias")
-# What a head is called in a model that has no module of its own to keep it out of.
+# Names of heads that lie beside the blocks, in a model without a module of its own.
 _HEADS = re.compile(
     "(?!.*emb).*(head|score|classif|qa_outputs|reward|critic|value|logit|summary)", re.IGNORECASE
 )

@@ -169,7 +169,7 @@ def _tensor(name: str, entry: _Entry, maps: list[Any]) -> Tensor:
 
 
 def _entries(table: bytes) -> tuple[int, dict[str, _Entry]]:
-    """The number of data files, and what the table has under each name."""
+    """The number of data files, and the entry of each name."""
     if len(table) < _FOOTER or not table.endswith(FOOTER_MAGIC):
         raise Objection("is not the index of a TensorFlow checkpoint, or only its beginning")
     footer = table[-_FOOTER:]
@@ -347,7 +347,7 @@ def _crc_table() -> list[int]:
 
 
 def _masked_crc32c(data: bytes) -> int:
-    """CRC-32C in LevelDB's masked form, for what holds checksums itself."""
+    """CRC-32C in LevelDB's masked form (a checksum of data that contain checksums)."""
     table, crc = _crc_table(), 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ table[(crc ^ byte) & 255]

@@ -32,7 +32,7 @@ _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_64 = struct.Struct("<4sLQL")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_SIZE = 1 << 40
-# Weights that are tied are there twice, and so may be what was saved beside them.
+# Tied weights are there twice, and a checkpoint may hold further copies (an average, say).
 _MOST_COPIES = 4
 _SMALL = 1 << 20
 
@@ -338,7 +338,7 @@ def _are_sizes(numbers: Any) -> bool:
     return type(numbers) in (tuple, list) and all(map(_is_size, numbers))
 
 
-# What training programs keep beside the tensors, as nothing that could do anything.
+# Stand-ins for objects that training programs save beside the tensors; none does anything.
 _BESIDE: dict[str, Any] = {
     "argparse Namespace": record("Namespace"),
     "pathlib PosixPath": record("Path"),

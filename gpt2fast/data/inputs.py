@@ -1,4 +1,4 @@
-"""From what a user names to the sources to read: files, folders, `-`, corpora with weights."""
+"""From names on a command line to sources: files, folders, `-`, corpora with weights."""
 
 from __future__ import annotations
 

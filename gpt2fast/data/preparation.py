@@ -78,7 +78,7 @@ class Preparation:
 
     def begin(self) -> bool:
         """Start, or check that what was started is the same; True if there is work to reuse."""
-        # What comes through a pipe next time cannot be compared.
+        # A pipe's text cannot be compared with that of an earlier run.
         names = [str(Path("-").resolve()) if s is None else s.identity for s in self.asked]
         asked: dict[str, Any] = {"settings": self.settings, "names": names}
         begun = continues(self.work, asked)
@@ -110,7 +110,7 @@ class Preparation:
         return file_source(path, field, lines, encoding, "-", self.notify)
 
     def finish(self) -> None:
-        """Do what has not been done yet."""
+        """Do the steps that are not done yet."""
         if not (self.work / META).exists():
             name = self.settings["tokenizer"]
             if name not in ("char", "bpe"):  # a wrong name is told before a long text is read
@@ -307,7 +307,7 @@ class Preparation:
 def _write(
     encoding: Future[Encoded], at: TextPosition, before: TextPosition, files: Sequence[IO[bytes]]
 ) -> TextPosition:
-    """Append what was encoded; returns `at` with the counts of all that is written."""
+    """Append encoded tokens; returns `at` with the counts of all that is written."""
     data, tokens, characters = encoding.result()
     for file, piece in zip(files, data, strict=True):
         file.write(piece)

@@ -29,7 +29,7 @@ class Source(ABC):
     identity: str
     """The name by which an interrupted run is recognized."""
     size: int
-    """Bytes to read, about; what progress is measured against."""
+    """Bytes to read, about; all of it is 100 % of the progress."""
     done: int = 0
     """Bytes read so far of `size`, about."""
     ends_document: bool = True
@@ -64,7 +64,7 @@ class FileSource(Source):
         return TextInput(self.path, self.encoding)
 
     def note_progress(self, text_input: TextInput, end: int | None = None) -> None:
-        """Note what has been read; `end` is the place in the stream, where that is known."""
+        """Note how far the file is read; `end` is the place in the stream, where that is known."""
         done = text_input.done if end is None or not text_input.as_stored else end
         if done > self.size:
             raise changed_meanwhile(self.path)

@@ -124,7 +124,7 @@ def note_begun(work: Path, asked: dict[str, Any]) -> None:
 
 
 def publish(work: Path, out_dir: Path) -> None:
-    """Move what was prepared into place, meta.json last; what it replaces goes first."""
+    """Move what was prepared into place, meta.json last; the files that it replaces go first."""
     meta = read_meta(work / META)
     replaced = work / "replaced.json"
     made = [

@@ -17,7 +17,7 @@ from .merges import token_bytes
 from .saving import save_library
 from .steps import is_byte_level_decoder
 
-# What the library's decoders, and the clean-up, may still change at the end of a text.
+# Characters at the end of a text that the library's decoders and the clean-up may still change.
 _UNSURE = 16
 
 _CLEAN_UP = (
@@ -190,7 +190,7 @@ def _backend(content: Mapping[str, Any], source: str) -> Any:
 
 @contextmanager
 def _failures(told: str) -> Iterator[None]:
-    """Turn what the library raises, its panics included, which are no Exceptions, into one line."""
+    """Turn errors of the library, its panics included (no Exceptions), into a TokenizerError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
