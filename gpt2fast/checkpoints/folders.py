@@ -11,6 +11,7 @@ from .._system.files import read_file
 from ..config import CONFIG_FILE
 from ..errors import WeightsError
 from ..inference.generation_config import NAME as GENERATION_CONFIG
+from ..tokenizer.nanogpt import CHECKPOINT
 from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, explain_adapter, explain_folder
 from .hub import resolve
 from .tensor_files import file_kind
@@ -18,10 +19,9 @@ from .tensor_names import listed
 
 WEIGHTS = "model.safetensors"
 """The file that this package and transformers write."""
-NANOGPT = "ckpt.pt"
 
 _SAFETENSORS = (WEIGHTS, f"{WEIGHTS}.index.json")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", NANOGPT)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", CHECKPOINT)
 # An adapter's too, so that a hub repository that has only an adapter can be explained.
 _DESCRIPTIONS = (CONFIG_FILE, GENERATION_CONFIG, ADAPTER_CONFIG)
 # Two rounds, so that a model on the hub that has both is not downloaded twice.

@@ -27,6 +27,7 @@ from .._system.files import atomic_write, open_file
 from .._system.parsing import read_json, unreadable_as
 from .._system.pickle_check import Objection
 from ..errors import WeightsError, reason_of, shown
+from ..tokenizer.nanogpt import CHECKPOINT
 from . import llm_c, tensorflow_files
 from .foreign_files import explain_file
 from .tensor_names import names_blocks
@@ -91,7 +92,7 @@ def describes_itself(path: Path) -> bool:
     kind = file_kind(path)
     if kind == "tensorflow":
         return (path.parent / tensorflow_files.DESCRIPTION).exists()
-    if path.name == "ckpt.pt" and kind == "torch":
+    if path.name == CHECKPOINT and kind == "torch":
         content = read_torch(path)
         return isinstance(content, dict) and isinstance(content.get("model_args"), dict)
     return kind == "llm.c"

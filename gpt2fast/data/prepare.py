@@ -146,8 +146,9 @@ def prepare_data(
         "add_tokens": list(add_tokens) or None,
     }
     with working_folder(out_dir, overwrite) as work:
+        tell = progress or (lambda *_: None)
         preparation = Preparation(
-            work, sources, corpus_of, given, settings, progress or _silent, workers, notify, made
+            work, sources, corpus_of, given, settings, tell, workers, notify, made
         )
         resumed = preparation.begin()
         preparation.finish()
@@ -177,7 +178,3 @@ def _dataset(
             "the setting out, or hold out a part of train with --split position"
         )
     return [train, val], [TRAIN, VAL]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

@@ -87,10 +87,7 @@ def get_field(
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds {shown(content)}, not a JSON object")
-    return content
+    return parsing.read_json(path, TokenizerError, _MAX_BYTES, _MAX_VALUES)
 
 
 def read_json(path: Path) -> Any:

@@ -24,8 +24,8 @@ from .huggingface import LibraryTokenizer, check_steps
 from .llm_c import NAME as LLM_C
 from .llm_c import load_llm_c
 from .merges import UnusualVocabularyError
+from .nanogpt import CHECKPOINT, load_nanogpt
 from .nanogpt import NAME as META
-from .nanogpt import load_nanogpt
 from .saving import (
     GPT2_CLASSES,
     KIND,
@@ -77,7 +77,7 @@ def _load(directory: Path) -> Tokenizer:
     if (directory / META).is_file():
         return load_nanogpt(directory / META)
     hint = ""
-    if (directory / "ckpt.pt").is_file():
+    if (directory / CHECKPOINT).is_file():
         hint = f", or {META}, which nanoGPT keeps with the data (data/shakespeare_char/{META})"
     raise MissingTokenizerError(
         f"{directory} holds no tokenizer; it needs tokenizer.json, or vocab.json with merges.txt, "
