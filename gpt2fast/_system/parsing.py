@@ -145,6 +145,11 @@ def unreadable_as(error: type[Error], path: Path) -> Iterator[None]:
         raise error(f"{path} cannot be read: {reason_of(cause)}") from None
 
 
+def is_file_name(name: object) -> bool:
+    """True for the name of a file in a folder that is known: nothing that leads out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {*"/\\\0"}
+
+
 def _count_values(text: str, most: int) -> int:
     """About how many values a JSON text has: objects and lists, and what commas separate."""
     count = sum(map(text.count, "[{,"))

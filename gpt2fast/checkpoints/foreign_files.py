@@ -55,10 +55,8 @@ _BY_SUFFIX = {
     ".gguf": _GGUF,
     ".onnx": _PROGRAM.format("ONNX"),
     ".tflite": _PROGRAM.format("TensorFlow Lite"),
-    ".mlmodel": _PROGRAM.format("Core ML"),
-    ".mlpackage": _PROGRAM.format("Core ML"),
-    ".engine": _PROGRAM.format("TensorRT"),
-    ".plan": _PROGRAM.format("TensorRT"),
+    **dict.fromkeys((".mlmodel", ".mlpackage"), _PROGRAM.format("Core ML")),
+    **dict.fromkeys((".engine", ".plan"), _PROGRAM.format("TensorRT")),
     ".ot": _NO_WAY_BACK.format("rust-bert's copy of a model"),
 }
 # In this order: the first one found explains the folder.

@@ -38,12 +38,7 @@ from .folders import find_weights
 from .tensor_files import describes_itself, read_tensors
 from .tensor_names import NamedTensors, find_model, listed, same, with_shape
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 
 _log = logging.getLogger(__name__)
 

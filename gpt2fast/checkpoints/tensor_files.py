@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .._system.files import atomic_write, open_file
-from .._system.parsing import read_json, unreadable_as
+from .._system.parsing import is_file_name, read_json, unreadable_as
 from .._system.pickle_check import Objection
 from ..errors import WeightsError, reason_of, shown
 from ..tokenizer.nanogpt import CHECKPOINT
@@ -178,8 +178,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{index} has no weight_map from tensor names to files")
     for name, shard in weight_map.items():
         # A shard lies beside its index; "../x" or "/etc/x" is somebody's mistake or worse.
-        is_name = isinstance(shard, str) and shard not in ("", ".", "..") and "\0" not in shard
-        if not is_name or shard != os.path.basename(shard):
+        if not is_file_name(shard):
             raise WeightsError(
                 f"{index}: {shown(shard)}, the file of {shown(name)}, is no file name"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .._system.parsing import read_json_value
+from .._system.parsing import is_file_name, read_json_value
 from ..errors import DataError, shown
 
 META = "meta.json"
@@ -105,7 +105,7 @@ def read_meta(path: Path) -> DataMeta:
             raise DataError(f"{path}: {name} is {shown(kept[name])}, not a list of names. {again}")
     for item in kept.get("files", ()):
         # Files are moved and replaced by these names: none may lead out of the folder.
-        if item in ("", ".", "..") or {*item} & {*"/\\\0"}:
+        if not is_file_name(item):
             raise DataError(f"{path}: {shown(item)} among files is no file's name. {again}")
     meta = DataMeta(**kept)
     _check_corpora(path, meta, again)

@@ -30,7 +30,7 @@ from .meta import BIN_FILES, META, DataMeta
 from .sources import Source, changed_meanwhile
 from .split import TRAIN, VAL, DocumentCount, Part, Plan, PositionCount, TextPosition, require_text
 from .text import END_OF_TEXT, Cuts, Segment
-from .working_folder import START_OVER, OtherRunError, continues, note_begun
+from .working_folder import RUN, START_OVER, OtherRunError, begun_before
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage (`count`, `tokenizer`, `encode`), bytes done and bytes in all."""
@@ -81,13 +81,14 @@ class Preparation:
         # A pipe's text cannot be compared with that of an earlier run.
         names = [str(Path("-").resolve()) if s is None else s.identity for s in self.asked]
         asked: dict[str, Any] = {"settings": self.settings, "names": names}
-        begun = continues(self.work, asked)
+        begun = begun_before(self.work, asked)
         self.sources = [self._spooled() if s is None else s for s in self.asked]
         self.names = [source.name for source in self.sources]
         self.signatures = [source.signature() for source in self.sources]
         if begun is None:
             if None not in self.asked:
-                note_begun(self.work, {**asked, "signatures": self.signatures})
+                told = json.dumps({**asked, "signatures": self.signatures})
+                atomic_write_text(self.work / RUN, told)
             return False
         for name, before, now in zip(names, begun["signatures"], self.signatures, strict=True):
             if before != now:

@@ -7,7 +7,6 @@ killed run left there lets the next one go on where it stopped.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from .meta import BIN_FILES, LARGEST, META, read_meta
 UNFINISHED = ".unfinished"
 START_OVER = "start over with --overwrite (overwrite=True)"
 _LOCK = "lock"
-_RUN = "run.json"
+RUN = "run.json"
 
 
 class OtherRunError(DataError):
@@ -49,7 +48,7 @@ def working_folder(out_dir: Path, overwrite: bool) -> Iterator[Path]:
     with only_process(work / _LOCK, busy):
         if overwrite:
             _clear(work)
-        run = work / _RUN
+        run = work / RUN
         interrupted = run.exists()
         try:
             if not overwrite and not interrupted:
@@ -76,7 +75,7 @@ def _check_vacant(out_dir: Path) -> None:
 
 def _clear(work: Path) -> None:
     # First of all: without it nothing that a kill leaves here is continued.
-    (work / _RUN).unlink(missing_ok=True)
+    (work / RUN).unlink(missing_ok=True)
     for item in work.iterdir():
         if item.is_dir():
             shutil.rmtree(item)
@@ -89,19 +88,15 @@ def _remove(work: Path) -> None:
     shutil.rmtree(work)
 
 
-def continues(work: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The run that was begun in the folder, if it is the one that is asked for; None without any.
-
-    Args:
-        work: the folder; it is cleared where nothing was begun.
-        asked: "names" of the sources, and "settings".
+def begun_before(work: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The run begun in the folder, if it is what is `asked` for; without one, clear the folder.
 
     Raises:
-        OtherRunError: something else was begun.
+        OtherRunError: another one was begun ("names" of sources or "settings" differ).
     """
     begun: dict[str, Any] | None = None
     with contextlib.suppress(DataError):  # there is none, or a crash damaged it
-        begun = read_json(work / _RUN, DataError, **LARGEST)
+        begun = read_json(work / RUN, DataError, **LARGEST)
     if begun is None or not {"names", "settings", "signatures"} <= begun.keys():
         _clear(work)
         return None
@@ -116,11 +111,6 @@ def continues(work: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
             f"{found} with other settings ({told}); repeat it to continue, or {START_OVER}"
         )
     return begun
-
-
-def note_begun(work: Path, asked: dict[str, Any]) -> None:
-    """Write down what is begun, for `continues`; it has "signatures" of the sources as well."""
-    atomic_write_text(work / _RUN, json.dumps(asked))
 
 
 def publish(work: Path, out_dir: Path) -> None:

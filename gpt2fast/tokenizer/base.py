@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from os import PathLike
 from typing import Any
@@ -269,6 +269,17 @@ class StreamDecoder:
 def digest(content: object, *, sort_keys: bool = False) -> str:
     """SHA-256 (hex) of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=sort_keys).encode()).hexdigest()
+
+
+def end_and_beginning(
+    special_tokens: Mapping[str, str | None], ids: Mapping[str, int], source: str
+) -> tuple[int | None, int | None]:
+    """The ids of the tokens that end and begin a text, of those that play a part."""
+    end = special_tokens.get("eos_token")
+    if end is not None and end not in ids:
+        raise TokenizerError(f"{source}: eos_token is {shown(end)}, which is no token")
+    begin = special_tokens.get("bos_token")
+    return None if end is None else ids[end], None if begin is None else ids.get(begin)
 
 
 def _listed(ids: Any) -> list[int]:

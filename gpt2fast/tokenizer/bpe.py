@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..errors import TokenizerError, shown
+from ..errors import TokenizerError
 from .added_tokens import END_OF_TEXT, GPT2_SPECIAL_TOKENS, WHITESPACE, AddedToken
-from .base import Tokenizer, digest
+from .base import Tokenizer, digest, end_and_beginning
 from .checks import MOST_IDS
 from .merges import BYTE_TO_CHAR, merge_ranks, token_bytes
 from .saving import save_bpe
@@ -66,10 +66,8 @@ class BPETokenizer(Tokenizer):
         self._merges = merges
         self._add_prefix_space = add_prefix_space
         self._special_tokens = dict(special_tokens or {})
-        eos_token = self._special_tokens.get("eos_token")
         by_content = vocab | {token.content: token.id for token in added_tokens}
-        if eos_token is not None and eos_token not in by_content:
-            raise TokenizerError(f"{source}: eos_token is {shown(eos_token)}, which is no token")
+        end, begin = end_and_beginning(self._special_tokens, by_content, source)
         tokens = {id: token for token, id in ids.items()}
         for token, id in by_content.items():
             if id not in tokens:
@@ -77,9 +75,9 @@ class BPETokenizer(Tokenizer):
         super().__init__(
             tokens=tokens,
             added_tokens=added_tokens,
-            eos_token_id=None if eos_token is None else by_content[eos_token],
+            eos_token_id=end,
             around=around,
-            bos_token_id=by_content.get(self._special_tokens.get("bos_token") or ""),
+            bos_token_id=begin,
         )
 
     @classmethod

@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import TokenizerError, shown
+from ..errors import TokenizerError
 from .added_tokens import AddedToken, flags_of
-from .base import StreamDecoder, Tokenizer, check_text, digest
+from .base import StreamDecoder, Tokenizer, check_text, digest, end_and_beginning
 from .checks import MOST_IDS
 from .merges import token_bytes
 from .saving import save_library
@@ -97,17 +97,15 @@ class LibraryTokenizer(Tokenizer):
         self._special_tokens = dict(special_tokens or {})
         self._clean_up = clean_up_spaces and content["model"].get("type", "BPE") != "BPE"
         self._is_bytes = is_byte_level_decoder(content) and not self._clean_up
-        eos_token = self._special_tokens.get("eos_token")
-        if eos_token is not None and eos_token not in vocab:
-            raise TokenizerError(f"{source}: eos_token is {shown(eos_token)}, which is no token")
+        end, begin = end_and_beginning(self._special_tokens, vocab, source)
         super().__init__(
             tokens={id: token_bytes(token) for token, id in vocab.items()},
             added_tokens=[
                 AddedToken(token.content, id, **flags_of(token))
                 for id, token in backend.get_added_tokens_decoder().items()
             ],
-            eos_token_id=None if eos_token is None else vocab[eos_token],
-            bos_token_id=vocab.get(self._special_tokens.get("bos_token") or ""),
+            eos_token_id=end,
+            bos_token_id=begin,
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
