@@ -15,7 +15,7 @@ import pytest
 
 import gpt2fast.data.huggingface as huggingface
 from gpt2fast.cli import prepare as command
-from gpt2fast.data import preparation, prepare_data, records, tables
+from gpt2fast.data import preparation, prepare_data, records, tabular
 from gpt2fast.data.preparation import Pace
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
@@ -75,7 +75,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(preparation, "PACE", Pace(block_size=700, seconds_between_saves=-1.0))
-    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(tabular, "ROWS_AT_ONCE", 5)
 
 
 @pytest.fixture(scope="module")

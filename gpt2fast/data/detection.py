@@ -15,7 +15,7 @@ from .kinds import PARQUET, begins_with_json_objects, compression_of, quoted, re
 from .opening import COMPRESSED_SUFFIXES, TextInput, members
 from .records import JsonArray, JsonLines
 from .sources import Source, TextFile, joined_text
-from .tables import DelimitedText, Parquet
+from .tabular import DelimitedText, Parquet
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import DataError, reason_of
 from .records import missing
 from .sources import Source
-from .tables import Table
+from .tabular import Table
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 LINES_NOT_DOCUMENTS = ("wikitext",)
