@@ -112,10 +112,6 @@ def unpickle_objects(
         content: the pickle.
         classes: names by module; all of them have to be harmless with any arguments and state.
         check: raises what it objects to in the value, which has a `Record` for each object.
-
-    Raises:
-        Objection: it is not one of those that are read.
-        Exception: of any kind, where it is damaged.
     """
     named = [f"{module} {name}" for module, names in classes.items() for name in names]
     check(unpickle(io.BytesIO(content), {name: record(name) for name in named}))

@@ -81,12 +81,7 @@ _BY_MEMBER = {
 
 
 def explain_file(path: Path, head: bytes) -> str | None:
-    """The kind of a file and how to go on, for a message; None where that is unknown.
-
-    Args:
-        path: the file.
-        head: its first 64 bytes or more.
-    """
+    """The kind of a file with these first 64 bytes and how to go on, for a message, or None."""
     for magic, what in _BY_MAGIC.items():
         if head.startswith(magic):
             return what
@@ -112,12 +107,7 @@ def explain_file(path: Path, head: bytes) -> str | None:
 
 
 def explain_folder(folder: Path, held: list[str]) -> str | None:
-    """The kind of a folder without weights and how to go on; None where that is unknown.
-
-    Args:
-        folder: a path.
-        held: the names in it.
-    """
+    """The kind of a folder that holds these names, no weights, and how to go on, or None."""
     if ADAPTER_CONFIG in held:
         return explain_adapter(folder)
     for name, what in _BY_MEMBER.items():

@@ -48,9 +48,6 @@ _DTYPES = {3: torch.float32, 5: torch.bfloat16}
 def read_llm_c(file: IO[bytes]) -> tuple[dict[str, Tensor], GPT2Config]:
     """Tensors by GPT-2's names, and the configuration; memory-mapped, copy-on-write.
 
-    Args:
-        file: opened, and as long as its header says.
-
     Raises:
         Objection: another version, sizes that no GPT-2 has, or another length.
     """

@@ -49,11 +49,7 @@ _LONGEST_LIST = 8
 
 
 class NamedTensors:
-    """A GPT-2's tensors by its own names, and the names of those that were left out.
-
-    Args:
-        source: the file, for messages.
-    """
+    """A GPT-2's tensors by its own names, and those that were left out, of the file `source`."""
 
     def __init__(self, source: str) -> None:
         self.source = source

@@ -88,10 +88,8 @@ def is_index(path: Path) -> bool:
 def read_bundle(index: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by TensorFlow's names, memory-mapped, copy-on-write.
 
-    Strings are left out, and so is what an optimizer keeps beside a variable (`…/w/Adam`).
-
-    Args:
-        index: the file that ends in ".index"; the data lie beside it.
+    The data lie beside the `index`. Strings are left out, and so is what an optimizer keeps beside
+    a variable (`…/w/Adam`).
 
     Raises:
         WeightsError: a file is missing, damaged, or of a kind that is not read.

@@ -105,13 +105,7 @@ def compression_of(beginning: bytes) -> str | None:
 
 
 def refused(path: Path, what: str, way: str) -> DataError:
-    """The error for a file that is something else than text.
-
-    Args:
-        path: the file.
-        what: it is, with an article.
-        way: out, with FILE for the file's name.
-    """
+    """The error for a file that is `what` (with an article); FILE in the `way` out is its name."""
     return DataError(f"{path} is {what}, not text; {way.replace('FILE', quoted(path))}")
 
 
@@ -163,11 +157,7 @@ def _kind_of(beginning: bytes) -> _Kind | None:
 
 
 def begins_with_json_objects(beginning: bytes) -> bool:
-    """The first lines are JSON objects, each whole on its line: these are JSON lines, not prose.
-
-    Args:
-        beginning: of a text in UTF-8, with its first line complete.
-    """
+    """The first lines are JSON objects, each whole on its line: these are JSON lines, not prose."""
     lines = [line for line in beginning.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
     if not lines or not lines[0].lstrip().startswith(b"{"):
         return False
