@@ -37,7 +37,12 @@ def shown(value: object, longest: int = 80) -> str:
 
 
 def reason_of(error: BaseException, longest: int = 300) -> str:
-    """Why something failed, in one line: in the system's words, the exception's, or by its type."""
+    """Why something failed, in one line: in the system's words, the exception's, or by its type.
+
+    Args:
+        error: what was raised.
+        longest: characters of the exception's own words.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:longest] or type(error).__name__
