@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gpt2fast.data.prepare as preparing
 from gpt2fast.data import prepare_data
 from gpt2fast.data.opening import TextInput
+from gpt2fast.data.preparation import cuts_for
 from gpt2fast.data.text import END_OF_TEXT, Cuts, read_blocks
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from small_library import (
@@ -31,10 +31,10 @@ from small_library import (
 TEXTS = st.lists(PIECES, max_size=60).map("".join)
 
 
-def encode_in_blocks(path: Path, tokenizer: Tokenizer, block_bytes: int) -> list[int]:
+def encode_in_blocks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[int]:
     ids = []
     for segments, _ in read_blocks(
-        TextInput(path), preparing._cuts(tokenizer), block_bytes=block_bytes
+        TextInput(path), cuts_for(tokenizer)._replace(block_size=block_size)
     ):
         for text, separator, _ in segments:
             ids += tokenizer.encode(text) + [tokenizer.eos_token_id] * separator
@@ -42,14 +42,14 @@ def encode_in_blocks(path: Path, tokenizer: Tokenizer, block_bytes: int) -> list
 
 
 @pytest.mark.parametrize("kind", ["bpe", "prefix_space", "spaced_special", "char"])
-@given(text=TEXTS, block_bytes=st.integers(1, 50))
+@given(text=TEXTS, block_size=st.integers(1, 50))
 @settings(max_examples=200, deadline=None)
 def test_blocks_give_the_tokens_of_the_whole_text(
-    kind, text, block_bytes, bpe_dir, tmp_path_factory
+    kind, text, block_size, bpe_dir, tmp_path_factory
 ):
     tokenizer = _tokenizer(kind, bpe_dir, tmp_path_factory)
     path = write(tmp_path_factory.getbasetemp() / f"blocks-{kind}.txt", text)
-    assert encode_in_blocks(path, tokenizer, block_bytes) == tokenizer.encode(plain(text))
+    assert encode_in_blocks(path, tokenizer, block_size) == tokenizer.encode(plain(text))
 
 
 _made: dict[str, Tokenizer] = {}
@@ -87,16 +87,14 @@ def joined(blocks) -> list[str]:
     return parts
 
 
-@given(text=TEXTS, block_bytes=st.integers(1, 50), any_character=st.booleans())
+@given(text=TEXTS, block_size=st.integers(1, 50), any_character=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_reading_can_start_again_after_any_block(
-    text, block_bytes, any_character, tmp_path_factory
-):
+def test_reading_can_start_again_after_any_block(text, block_size, any_character, tmp_path_factory):
     path = write(tmp_path_factory.getbasetemp() / "again.txt", text)
-    cuts = Cuts(any_character)
-    blocks = list(read_blocks(TextInput(path), cuts, block_bytes=block_bytes))
+    cuts = Cuts(any_character, block_size=block_size)
+    blocks = list(read_blocks(TextInput(path), cuts))
     for number, (_, end) in enumerate(blocks):
-        rest = read_blocks(TextInput(path), cuts, end, block_bytes=block_bytes)
+        rest = read_blocks(TextInput(path), cuts, end)
         assert joined(rest) == joined(blocks[number + 1 :])
 
 
@@ -108,8 +106,8 @@ def test_no_block_ends_within_a_word_of_the_tokenizer(tmp_path, text):
     text = text * 40
     tokenizer = BPETokenizer.train([text], 300)
     path = write(tmp_path / "text.txt", text)
-    for block_bytes in range(1, 40):
-        assert encode_in_blocks(path, tokenizer, block_bytes) == tokenizer.encode(text)
+    for block_size in range(1, 40):
+        assert encode_in_blocks(path, tokenizer, block_size) == tokenizer.encode(text)
 
 
 def test_blocks_match_the_real_gpt2_tokenizer(data_dir, tmp_path):
@@ -132,7 +130,7 @@ def test_blocks_match_the_real_gpt2_tokenizer(data_dir, tmp_path):
 )
 def test_blocks_stay_small(tmp_path, text, any_character):
     path = write(tmp_path / "text.txt", text)
-    blocks = list(read_blocks(TextInput(path), Cuts(any_character), block_bytes=8192))
+    blocks = list(read_blocks(TextInput(path), Cuts(any_character, block_size=8192)))
     assert "".join(segments[0].text for segments, _ in blocks) == text
     assert max(len(segments[0].text.encode()) for segments, _ in blocks) <= 3 * 8192
 

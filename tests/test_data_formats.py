@@ -24,8 +24,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast.data import DataModule, prepare_data, sources
+from gpt2fast.data import DataModule, preparation, prepare_data
 from gpt2fast.data.opening import TextInput
+from gpt2fast.data.preparation import Pace
 from gpt2fast.errors import DataError
 from gpt2fast.evaluation.sources import read_text
 from time_limits import patience
@@ -257,7 +258,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_of_every_kind_give_the_same_tokens(tmp_path, records, kind, monkeypatch):
-    monkeypatch.setattr(sources, "_READ_BYTES", 64)  # an item of an array does not fit
+    monkeypatch.setattr("gpt2fast.data.records.READ_BYTES", 64)  # an item of an array does not fit
     bpe = {"tokenizer": "bpe", "vocab_size": 300}
     path = save(kind, tmp_path / KINDS[kind], DOCUMENTS)
     assert tokens(path, tmp_path / "out", **bpe) == records
@@ -272,13 +273,11 @@ def test_records_of_every_kind_give_the_same_tokens(tmp_path, records, kind, mon
 
 @pytest.mark.parametrize("kind", ["csv", "array"])
 def test_an_interruption_among_records_loses_nothing(tmp_path, records, kind, monkeypatch):
-    from gpt2fast.data import prepare as preparing
 
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(sources, "BLOCK_CHARACTERS", 300)
-    monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(preparation, "PACE", Pace(block_size=300, seconds_between_saves=-1.0))
     path = save(kind, tmp_path / KINDS[kind], DOCUMENTS)
     left = 7
 

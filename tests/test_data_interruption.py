@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import gpt2fast.data.prepare as preparing
-import gpt2fast.data.sources as sources
-from gpt2fast.data import DataModule, prepare_data
-from gpt2fast.data.text import END_OF_TEXT, read_blocks
+from gpt2fast.data import DataModule, preparation, prepare_data
+from gpt2fast.data.preparation import Pace
+from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
 from small_library import LIBRARY, ROOT, STORY, contents, library, write
 from time_limits import patience
@@ -40,12 +39,7 @@ def interrupt_after(calls: int):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    def read_small_blocks(path, cuts, start=0):
-        return read_blocks(path, cuts, start, block_bytes=1500)
-
-    monkeypatch.setattr(sources, "read_blocks", read_small_blocks)
-    monkeypatch.setattr(sources, "BLOCK_CHARACTERS", 1500)
-    monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(preparation, "PACE", Pace(block_size=1500, seconds_between_saves=-1.0))
 
 
 @pytest.mark.parametrize("split", ["position", "documents"])
@@ -111,7 +105,7 @@ def test_an_interruption_while_moving_into_place_does_no_harm(
                 raise Killed
         real(source, target)
 
-    monkeypatch.setattr(preparing.os, "replace", failing)
+    monkeypatch.setattr(os, "replace", failing)
     try:
         prepare_data(library, out, overwrite=True)
     except Killed:
@@ -129,12 +123,13 @@ def test_an_interruption_while_moving_into_place_does_no_harm(
 def test_a_killed_process_is_continued(tmp_path):
     path = write(tmp_path / "book.txt", STORY * 30_000)
     script = f"""
-import os, signal, gpt2fast.data.prepare as preparing
-preparing._SECONDS_BETWEEN_SAVES = 0.0
+import os, signal
+from gpt2fast.data import preparation, prepare_data
+preparation.PACE = preparation.Pace(seconds_between_saves=0.0)
 def progress(stage, done, total):
     if stage == "encode" and done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
-preparing.prepare_data({str(path)!r}, {str(tmp_path / "out")!r}, progress=progress)
+prepare_data({str(path)!r}, {str(tmp_path / "out")!r}, progress=progress)
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=patience())
     assert killed.returncode == -signal.SIGKILL

@@ -13,13 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import gpt2fast.data.encoding as encoding
-import gpt2fast.data.prepare as preparing
-import gpt2fast.data.sources as sources
 from gpt2fast.cli import prepare as command
 from gpt2fast.cli import train as train_command
-from gpt2fast.data import DataModule, prepare_data
-from gpt2fast.data.text import END_OF_TEXT, read_blocks
+from gpt2fast.data import DataModule, encoders, preparation, prepare_data
+from gpt2fast.data.preparation import Pace
+from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import ConfigError, DataError, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gpt2fast.training.config import TrainConfig
@@ -105,9 +103,7 @@ def test_an_interrupted_mixture_ends_with_the_same_bytes(tmp_path, corpora, monk
 
         return progress
 
-    monkeypatch.setattr(sources, "BLOCK_CHARACTERS", 900)
-    monkeypatch.setattr(sources, "read_blocks", lambda p, c, s: read_blocks(p, c, s, 900))
-    monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(preparation, "PACE", Pace(block_size=900, seconds_between_saves=-1.0))
     straight = prepare_data(corpora, tmp_path / "straight")
     for calls in range(2, 300, 5):
         try:
@@ -162,10 +158,7 @@ def test_folders_of_different_tokenizers_do_not_mix(tmp_path, corpora):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_CHARACTERS", 2000)
-    monkeypatch.setattr(sources, "read_blocks", lambda p, c, s: read_blocks(p, c, s, 2000))
-    monkeypatch.setattr(preparing, "_BYTES_FOR_PROCESSES", 0)
-    monkeypatch.setattr(preparing, "_SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(preparation, "PACE", Pace(2000, 0.0, 0))
 
 
 @pytest.mark.parametrize("split", ["position", "documents"])
@@ -209,12 +202,12 @@ def test_a_mistake_in_a_worker_is_told_as_without(tmp_path, corpora, small):
 def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path, corpora, small):
     BPETokenizer.train([SEA], 300).save_pretrained(tmp_path / "tokenizer")
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
-    with encoding.Encoders(tokenizer, tmp_path / "tokenizer", 2) as encoders:
-        assert encoders.submit([(0, "sea", False)]).result().tokens[1] == 0
-        for process in encoders._processes:
+    with encoders.Encoders(tokenizer, tmp_path / "tokenizer", 2) as several:
+        assert several.submit([(0, "sea", False)]).result().tokens[1] == 0
+        for process in several._processes:
             process.kill()
         with pytest.raises(DataError, match="ended with code -9; .* fewer --workers"):
-            encoders.submit([(0, "sea", False)]).result()
+            several.submit([(0, "sea", False)]).result()
 
 
 def test_workers_do_not_run_the_users_script_again(tmp_path):
@@ -222,9 +215,9 @@ def test_workers_do_not_run_the_users_script_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('once')\n"
-        "import gpt2fast.data.prepare as preparing\n"
-        "preparing._BYTES_FOR_PROCESSES = 0\n"
-        "preparing.prepare_data('sea.txt', 'out', workers=2)\n"
+        "from gpt2fast.data import preparation, prepare_data\n"
+        "preparation.PACE = preparation.Pace(bytes_for_processes=0)\n"
+        "prepare_data('sea.txt', 'out', workers=2)\n"
         "import sys; print('torch' in sys.modules)\n"
     )
     done = subprocess.run(
@@ -308,23 +301,21 @@ def test_a_run_prepares_a_mixture_once(tmp_path, corpora, capsys):
 def test_a_run_goes_on_with_an_interrupted_preparation(tmp_path, corpora, monkeypatch):
     config = TrainConfig(mixture=corpora, out=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
-    real = preparing._Run._encode
-    monkeypatch.setattr(preparing._Run, "_encode", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(MemoryError):
-        prepared_data(config, resuming=False)
-    monkeypatch.setattr(preparing._Run, "_encode", real)
     plan = tmp_path / "run" / "data" / ".unfinished" / "plan.json"
-    assert plan.exists()
-    counted = []
-    monkeypatch.setattr(preparing.PositionCount, "add", lambda *a: counted.append(a))
+
+    def interrupt() -> int:
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(encoders.Encoders, "submit", out_of_memory)
+            prepared_data(config, resuming=False)
+        return plan.stat().st_mtime_ns
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    assert interrupt() == interrupt()  # the plan stands
     prepared_data(config, resuming=False)
-    assert not counted  # the plan stood
-    monkeypatch.undo()
-    # and one of something else is begun anew
-    monkeypatch.setattr(preparing._Run, "_encode", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(MemoryError):
-        prepared_data(config, resuming=False)
-    monkeypatch.undo()
+    assert not plan.exists()
+    interrupt()  # and one of something else is begun anew
     other = TrainConfig(data=next(iter(corpora)), out=config.out)
     assert DataModule(prepared_data(other, resuming=False), 16, 4).meta.corpora is None
 

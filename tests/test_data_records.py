@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import gpt2fast.data.huggingface as huggingface
-import gpt2fast.data.sources as sources
 from gpt2fast.cli import prepare as command
-from gpt2fast.data import prepare_data
+from gpt2fast.data import preparation, prepare_data, records, tabular
+from gpt2fast.data.preparation import Pace
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
 from gpt2fast.tokenizer import BPETokenizer, Tokenizer
@@ -74,9 +74,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_CHARACTERS", 700)
-    monkeypatch.setattr(sources, "_ROWS_AT_ONCE", 5)
-    monkeypatch.setattr("gpt2fast.data.prepare._SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(preparation, "PACE", Pace(block_size=700, seconds_between_saves=-1.0))
+    monkeypatch.setattr(tabular, "ROWS_AT_ONCE", 5)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +194,7 @@ def test_a_bad_line_is_named(tmp_path, name, packed):
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(records, "LONGEST_LINE", 1 << 20)
     path = tmp_path / "array.jsonl"
     path.write_bytes(b"[" + b'{"text": "a"},' * 200_000)
     with pytest.raises(DataError, match="line 1: longer than 1 MB; .*jq"):

@@ -299,7 +299,7 @@ BROKEN = {
     "nothing": ({}, "holds no tokenizer"),
     "cut off": ({"tokenizer.json": WORKING[: len(WORKING) // 2]}, "not valid JSON"),
     "empty": ({"tokenizer.json": b""}, "not valid JSON"),
-    "list": ({"tokenizer.json": []}, "not a JSON object"),
+    "list": ({"tokenizer.json": []}, "expected a JSON object"),
     "deep": ({"tokenizer.json": "[" * 100_000}, "nested more than 100 deep"),
     "latin-1": ({"tokenizer.json": '{"model": "é"}'.encode("latin-1")}, "not UTF-8.*0xE9"),
     "long number": ({"tokenizer.json": '{"v": ' + "1" * 10_000 + "}"}, "a number of 10000 digits"),

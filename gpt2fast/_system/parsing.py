@@ -1,4 +1,4 @@
-"""JSON and YAML out of files that nobody vouches for.
+"""JSON and YAML out of untrusted files.
 
 The limits (bytes, values, depth, digits) come before the parser that could not stand what is beyond
 them, or before anything else sees the result. What is read is small enough to be shown, compared
@@ -31,7 +31,7 @@ MOST_VALUES = 500_000
 LARGEST_YAML = 1 << 20
 """Bytes of a YAML file."""
 _MOST_YAML_VALUES = 10_000
-# What YAML takes for a number, and some words that are none.
+# Everything that YAML takes for a number (and some words that are none).
 _NUMBER_LIKE = re.compile(r"[-+.]?[0-9][-+._:,0-9a-fA-FoxXbB]*")
 
 
@@ -100,7 +100,7 @@ def read_json(
 def read_json_value(
     path: Path, error: type[Error], largest: int = LARGEST_JSON, most_values: int = MOST_VALUES
 ) -> Any:
-    """What is in a JSON file of at most `largest` bytes; `error`, naming the file, otherwise."""
+    """The value in a JSON file of at most `largest` bytes; `error`, naming the file, otherwise."""
     try:
         return parse_json(read_text(path, error, largest), most_values=most_values)
     except Unreadable as reason:
@@ -108,7 +108,7 @@ def read_json_value(
 
 
 def read_yaml(path: Path, error: type[Error] = ConfigError) -> Any:
-    """What is in a YAML file; `error`, naming the file, where it cannot be read."""
+    """The content of a YAML file; `error`, naming the file, where it cannot be read."""
     try:
         return parse_yaml(read_text(path, error, LARGEST_YAML))
     except Unreadable as reason:
@@ -143,6 +143,11 @@ def unreadable_as(error: type[Error], path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as cause:  # a ValueError: a name with a NUL
         raise error(f"{path} cannot be read: {reason_of(cause)}") from None
+
+
+def is_file_name(name: object) -> bool:
+    """True for the name of a file in a folder that is known: nothing that leads out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {*"/\\\0"}
 
 
 def _count_values(text: str, most: int) -> int:
@@ -206,7 +211,7 @@ def _check_yaml(text: str) -> None:
 
 
 class _YamlLimits:
-    """Counts what a YAML text would become, aliases included."""
+    """Counts the values of a YAML text, those of aliases included."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -32,7 +32,7 @@ from ..errors import shown
 # Three times what the checkpoint of a gpt2-xl in training takes, its optimizer included.
 MOST_STEPS = 200_000
 _DEEPEST = 100
-# Objects in what is met again, at any depth: it counts each time.
+# Objects within a value that a pickle refers to again; they count each time.
 _LARGEST_SHARED = 100
 _LARGEST_INTEGER = 1 << 64
 
@@ -42,14 +42,14 @@ a value to stand for it. For a class without functions of its own, `Record`."""
 
 
 class Objection(ValueError):
-    """Why a pickle is not read: it goes beyond what the caller's table and the limits allow."""
+    """Why a file is not read, by the policy, a limit or its format; follows the file's name."""
 
 
 class Record:
     """In place of an object: the arguments it was to be made with, and its state."""
 
     has_state = False
-    """Whether a state follows also where there are arguments."""
+    """True if a state follows also where there are arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -57,7 +57,7 @@ class Record:
 
 
 def ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    """What stands for collections.OrderedDict: a dict, which is ordered too."""
+    """Stands for collections.OrderedDict: a dict, which is ordered too."""
     if type(pairs) is list and all(type(pair) is list and len(pair) == 2 for pair in pairs):
         for key, _ in pairs:
             _check_key(key)
@@ -112,10 +112,6 @@ def unpickle_objects(
         content: the pickle.
         classes: names by module; all of them have to be harmless with any arguments and state.
         check: raises what it objects to in the value, which has a `Record` for each object.
-
-    Raises:
-        Objection: it is not one of those that are read.
-        Exception: of any kind, where it is damaged.
     """
     named = [f"{module} {name}" for module, names in classes.items() for name in names]
     check(unpickle(io.BytesIO(content), {name: record(name) for name in named}))

@@ -1,4 +1,4 @@
-"""The file in a model's folder that holds its weights, and the names of what lies beside it."""
+"""A model's folder: the names of its files, and the one that holds the weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .._system.files import read_file
 from ..config import CONFIG_FILE
 from ..errors import WeightsError
 from ..inference.generation_config import NAME as GENERATION_CONFIG
-from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, what_adapter_is, what_folder_is
+from ..tokenizer.nanogpt import CHECKPOINT
+from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, explain_adapter, explain_folder
 from .hub import resolve
 from .tensor_files import file_kind
 from .tensor_names import listed
 
 WEIGHTS = "model.safetensors"
-"""What this package and transformers write."""
-NANOGPT = "ckpt.pt"
+"""The file that this package and transformers write."""
 
 _SAFETENSORS = (WEIGHTS, f"{WEIGHTS}.index.json")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", NANOGPT)
-# An adapter's, to say what a model on the hub is that has no weights of its own.
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", CHECKPOINT)
+# An adapter's too, so that a hub repository that has only an adapter can be explained.
 _DESCRIPTIONS = (CONFIG_FILE, GENERATION_CONFIG, ADAPTER_CONFIG)
 # Two rounds, so that a model on the hub that has both is not downloaded twice.
 _DOWNLOADS = (
@@ -62,7 +62,7 @@ def _find(
         )
         if not path.is_dir():
             if path.name in ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():
-                raise WeightsError(f"{path} is {what_adapter_is(path.parent)}")
+                raise WeightsError(f"{path} is {explain_adapter(path.parent)}")
             return path
         for name in patterns:
             if name not in _DESCRIPTIONS and (path / name).is_file():
@@ -71,7 +71,7 @@ def _find(
     if checkpoint is not None:
         return checkpoint
     held = sorted(entry.name for entry in path.iterdir())
-    what = what_folder_is(path, held)
+    what = explain_folder(path, held)
     if what is not None:
         raise WeightsError(f"{path} is {what}")
     raise WeightsError(

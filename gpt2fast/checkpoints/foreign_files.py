@@ -1,4 +1,4 @@
-"""What files and folders are that hold no weights we read, and what can be done about it.
+"""Explanations of files and folders without weights that we read, and the way out of each.
 
 A file is told by its first bytes where its format has any of its own, else by its name.
 """
@@ -56,13 +56,11 @@ _BY_SUFFIX = {
     ".gguf": _GGUF,
     ".onnx": _PROGRAM.format("ONNX"),
     ".tflite": _PROGRAM.format("TensorFlow Lite"),
-    ".mlmodel": _PROGRAM.format("Core ML"),
-    ".mlpackage": _PROGRAM.format("Core ML"),
-    ".engine": _PROGRAM.format("TensorRT"),
-    ".plan": _PROGRAM.format("TensorRT"),
+    **dict.fromkeys((".mlmodel", ".mlpackage"), _PROGRAM.format("Core ML")),
+    **dict.fromkeys((".engine", ".plan"), _PROGRAM.format("TensorRT")),
     ".ot": _NO_WAY_BACK.format("rust-bert's copy of a model"),
 }
-# In this order: what a folder has for a purpose beside which the rest is for others.
+# In this order: the first one found explains the folder.
 _BY_MEMBER = {
     "tf_model.h5": _TENSORFLOW,
     "tf_model.h5.index.json": _TENSORFLOW,
@@ -83,13 +81,8 @@ _BY_MEMBER = {
 }
 
 
-def what_file_is(path: Path, head: bytes) -> str | None:
-    """What a file is and how to go on, for a message; None where that is unknown.
-
-    Args:
-        path: the file.
-        head: its first 64 bytes or more.
-    """
+def explain_file(path: Path, head: bytes) -> str | None:
+    """The kind of a file with these first 64 bytes and how to go on, for a message, or None."""
     for magic, what in _BY_MAGIC.items():
         if head.startswith(magic):
             return what
@@ -114,15 +107,10 @@ def what_file_is(path: Path, head: bytes) -> str | None:
     return None
 
 
-def what_folder_is(folder: Path, held: list[str]) -> str | None:
-    """What a folder without weights is and how to go on; None where that is unknown.
-
-    Args:
-        folder: a path.
-        held: the names in it.
-    """
+def explain_folder(folder: Path, held: list[str]) -> str | None:
+    """The kind of a folder that holds these names, no weights, and how to go on, or None."""
     if ADAPTER_CONFIG in held:
-        return what_adapter_is(folder)
+        return explain_adapter(folder)
     for name, what in _BY_MEMBER.items():
         if name in held:
             return what
@@ -142,8 +130,8 @@ def what_folder_is(folder: Path, held: list[str]) -> str | None:
     return None
 
 
-def what_adapter_is(folder: Path) -> str:
-    """What to say of a folder with an adapter in PEFT's format."""
+def explain_adapter(folder: Path) -> str:
+    """The message for a folder with an adapter in PEFT's format."""
     base: object = None
     with suppress(Error):  # load_adapter says what is wrong with the file
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -38,12 +38,7 @@ from .folders import find_weights
 from .tensor_files import describes_itself, read_tensors
 from .tensor_names import NamedTensors, find_model, listed, same, with_shape
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +54,7 @@ def from_pretrained(
 ) -> GPT2 | PackedGPT2:
     """A GPT2 with the weights of a checkpoint, in evaluation mode, parameters trainable.
 
-    Quantised weights, as `PackedGPT2.save_pretrained` writes them, give a `PackedGPT2`.
+    Quantized weights, as `PackedGPT2.save_pretrained` writes them, give a `PackedGPT2`.
 
     On the CPU, weights that need no conversion stay memory-mapped, copy-on-write: loading takes
     one copy of them at most, and that one is read when it is first used. (A change of dtype,
@@ -106,10 +101,10 @@ def from_pretrained(
     stored, extra = read_tensors(file)
     if is_quantized(extra):
         if config is None:
-            raise ConfigError(f"{file} holds quantised weights; its config.json must lie beside it")
+            raise ConfigError(f"{file} holds quantized weights; its config.json must lie beside it")
         if target.type != "cpu" or dtype is not None:
             raise WeightsError(
-                f"{file} holds quantised weights, which run on the CPU as they are: "
+                f"{file} holds quantized weights, which run on the CPU as they are: "
                 "leave device and dtype out"
             )
         packed = _build_quantized(stored, extra, config, file)
@@ -124,7 +119,7 @@ def from_pretrained(
         elif isinstance(extra.get("model_args"), dict):
             config = nanogpt.read_model_args(extra["model_args"], file)
         else:
-            config = _recognised(named, file)
+            config = _preset_of(named, file)
     config = _tie(named, config)
     if nanogpt.has_no_biases(extra):
         nanogpt.add_zero_biases(named, config)
@@ -142,17 +137,17 @@ def from_pretrained(
 
 
 def _refuse_quantized(described: Any, file: Path) -> None:
-    """Raise WeightsError for weights that another program has quantised."""
+    """Raise WeightsError for weights that another program has quantized."""
     method = described.get("quant_method") if isinstance(described, dict) else None
     if described and method != "gpt2fast":
         raise WeightsError(
-            f"{file}: the weights are quantised ({shown(method)}), which cannot be loaded; use the "
+            f"{file}: the weights are quantized ({shown(method)}), which cannot be loaded; use the "
             "checkpoint that they were made from, or save what transformers' model.dequantize() "
             "makes of them"
         )
 
 
-def _recognised(named: Mapping[str, Tensor], file: Path) -> GPT2Config:
+def _preset_of(named: Mapping[str, Tensor], file: Path) -> GPT2Config:
     """The one of OpenAI's models that has exactly these shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     for config in PRESETS.values():
@@ -169,7 +164,7 @@ def _recognised(named: Mapping[str, Tensor], file: Path) -> GPT2Config:
 
 
 def _tie(named: dict[str, Tensor], config: GPT2Config) -> GPT2Config:
-    """Settle what a stored lm_head means; see `from_pretrained`."""
+    """Decide whether a stored lm_head is tied; see `from_pretrained`."""
     head, embedding = named.get("lm_head.weight"), named.get("wte.weight")
     if head is None or not config.tie_word_embeddings:
         return config
@@ -210,7 +205,7 @@ def _check_fit(found: NamedTensors, config: GPT2Config, file: Path) -> None:
 
 
 def _advice(missing: list[str], problems: list[str]) -> str:
-    """What to do about tensors that do not fit."""
+    """The way out where tensors do not fit."""
     if not problems and len(missing) == 1 and missing[0].startswith("lm_head.weight "):
         return (
             "The configuration says that the output projection is not tied to the token embedding. "
@@ -297,7 +292,7 @@ def _widest(named: Mapping[str, Tensor], file: Path) -> torch.dtype:
     for name, tensor in named.items():
         if tensor.dtype not in _DTYPES.values():
             raise WeightsError(
-                f"{file} stores {name} as {tensor.dtype}: quantised weights cannot be loaded; "
+                f"{file} stores {name} as {tensor.dtype}: quantized weights cannot be loaded; "
                 "use the checkpoint that they were made from"
             )
         widest = torch.promote_types(widest, tensor.dtype)

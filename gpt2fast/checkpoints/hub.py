@@ -1,4 +1,4 @@
-"""Where a model's files are: a local path, a directory inside this package, or the hub's cache.
+"""From a name to a model's files: local, inside this package, or in the hub's cache.
 
 https://huggingface.co/docs/huggingface_hub describes the cache and the environment variables
 (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT, ...) that hold here too.
@@ -19,7 +19,7 @@ BUNDLED = "adventures"
 """The model that comes with the package, in gpt2fast/assets/adventures/."""
 
 CONNECT_SECONDS = 10.0
-"""How long the hub may take to answer before we say that it cannot be reached."""
+"""Time for the hub to answer before it counts as unreachable."""
 
 _FILE_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".txt"),
@@ -88,7 +88,7 @@ def _newest_checkpoint(path: Path) -> Path:
 
 
 def _prefix_hint(path: Path) -> str:
-    """What to say where TensorFlow would find a checkpoint: by how its files' names begin."""
+    """A hint for the prefix of a TensorFlow checkpoint's files, by which TensorFlow names it."""
     try:
         found = path.with_name(path.name + ".index").is_file()
     except (OSError, ValueError):
@@ -97,7 +97,7 @@ def _prefix_hint(path: Path) -> str:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """True for what cannot be meant as a name on the hub (`gpt2`, `openai-community/gpt2`)."""
+    """True for a text that cannot be a name on the hub (`gpt2`, `openai-community/gpt2`)."""
     return (
         not name
         or name.startswith((".", "~", os.sep))

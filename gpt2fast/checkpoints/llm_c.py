@@ -23,11 +23,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from .._system.pickle_check import Objection
 from ..config import PRESETS, GPT2Config, block_shapes
 from ..errors import ConfigError
 
 MAGIC = struct.pack("<i", 20240326)
-"""How the files begin."""
+"""The first bytes of a model file."""
 
 OTHER_FILES = {
     struct.pack("<i", 20240327): "llm.c's activations and gradients for debugging",
@@ -38,32 +39,25 @@ OTHER_FILES = {
     struct.pack("<i", 20240801): "llm.c's training data (token ids)",
     struct.pack("<i", 20240803): "llm.c's LLaMA 3",
 }
-"""What files with other numbers at their beginning are."""
+"""llm.c's other files, by their first bytes."""
 
 _HEADER = struct.Struct("<256i")
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}
 
 
-class NotReadError(ValueError):
-    """Why a model file is not read; the text goes on after the file's name."""
-
-
 def read_llm_c(file: IO[bytes]) -> tuple[dict[str, Tensor], GPT2Config]:
     """Tensors by GPT-2's names, and the configuration; memory-mapped, copy-on-write.
 
-    Args:
-        file: opened, and as long as its header says.
-
     Raises:
-        NotReadError: another version, sizes that no GPT-2 has, or another length.
+        Objection: another version, sizes that no GPT-2 has, or another length.
     """
     header = file.read(_HEADER.size)
     size = file.seek(0, 2)
     if len(header) < _HEADER.size:
-        raise NotReadError(f"is the beginning of llm.c's model file: it has {size} bytes")
+        raise Objection(f"is the beginning of llm.c's model file: it has {size} bytes")
     _, version, positions, vocabulary, layers, heads, width, rows = _HEADER.unpack(header)[:8]
     if version not in _DTYPES or not rows:
-        raise NotReadError(
+        raise Objection(
             f"is llm.c's model file of version {version}"
             + ("" if rows else " without padded vocabulary")
             + "; read are 3 (float32) and 5 (bfloat16): write it again with its train_gpt2.py"
@@ -82,16 +76,14 @@ def read_llm_c(file: IO[bytes]) -> tuple[dict[str, Tensor], GPT2Config]:
             dropout=0.0,
         )
     except ConfigError as error:
-        raise NotReadError(
-            f"is llm.c's model file with a header that no GPT-2 has: {error}"
-        ) from None
+        raise Objection(f"is llm.c's model file with a header that no GPT-2 has: {error}") from None
     if rows < vocabulary:
-        raise NotReadError(f"has {vocabulary} token ids, and a token embedding of {rows} rows")
+        raise Objection(f"has {vocabulary} token ids, and a token embedding of {rows} rows")
     dtype = _DTYPES[version]
     count = sum(math.prod(shape) * repeated for _, shape, repeated in _tensors(config, rows))
     expected = _HEADER.size + count * dtype.itemsize
     if size != expected:
-        raise NotReadError(
+        raise Objection(
             f"is llm.c's model file of {layers} layers and width {width}, which has {expected} "
             f"bytes, but it has {size}: download or copy it again"
         )

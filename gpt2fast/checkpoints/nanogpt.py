@@ -18,7 +18,7 @@ from ..errors import ConfigError, WeightsError
 
 
 def read_model_args(arguments: Mapping[str, Any], file: Path) -> GPT2Config:
-    """What nanoGPT's `model_args` say; see GPTConfig in its model.py."""
+    """The configuration that nanoGPT's `model_args` describe."""
     source = f"{file}: model_args"
     fields = {
         "n_layer": "n_layer",

@@ -28,7 +28,7 @@ from .tensor_files import write_safetensors
 
 
 def save_pretrained(model: GPT2, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-    """Write what `from_pretrained` here and in transformers read, weights bit for bit.
+    """Write a folder that `from_pretrained` here and in transformers read, weights bit for bit.
 
     The directory is made if need be, and gets config.json, generation_config.json,
     model.safetensors, and the tokenizer's files if one is given; transformers' tokenizers write
@@ -53,7 +53,7 @@ def save_pretrained(model: GPT2, directory: str | os.PathLike[str], tokenizer: A
 
 
 def _check_described(model: GPT2) -> None:
-    """Raise ArgumentError for a model that what is saved of it would not be."""
+    """Raise ArgumentError for a model that configuration and weights do not describe."""
     reason = why_not_configured(model)
     if reason is None:
         state = model.state_dict()
@@ -75,7 +75,7 @@ def save_packed(
 ) -> None:
     """Write packed weights into a directory that `from_pretrained` loads.
 
-    Float weights are written as `save_pretrained` does, for transformers as well. Quantised ones
+    Float weights are written as `save_pretrained` does, for transformers as well. Quantized ones
     become integers and scales (`gpt2fast.quantization.storage`), which no other program reads;
     config.json says so under `quantization_config`.
 
@@ -122,7 +122,7 @@ def _save(
     tokenizer: Any,
 ) -> None:
     if tokenizer is not None:
-        tokenizer_of(tokenizer)  # nothing is written beside what is none
+        tokenizer_of(tokenizer)  # raises before anything is written
     config = model.config
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     special.update(model.generation_config)

@@ -1,4 +1,4 @@
-"""Tensors out of files that nobody vouches for, and into files that others read.
+"""Tensors out of untrusted files, and into files that others read.
 
 Whatever a file holds, reading it runs no code of the file's, ends with tensors or with one
 WeightsError that names the file, and takes memory in proportion to the file at most. Tensors are
@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from .._system.files import atomic_write, open_file
-from .._system.parsing import read_json, unreadable_as
+from .._system.parsing import is_file_name, read_json, unreadable_as
 from .._system.pickle_check import Objection
 from ..errors import WeightsError, reason_of, shown
+from ..tokenizer.nanogpt import CHECKPOINT
 from . import llm_c, tensorflow_files
-from .foreign_files import what_file_is
+from .foreign_files import explain_file
 from .tensor_names import names_blocks
 from .torch_files import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file
 
@@ -51,7 +52,7 @@ _SAFETENSORS_NAMES = {
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """All tensors of a checkpoint by name, on the CPU, and what a pickled one says beside them.
+    """All tensors of a checkpoint by name, on the CPU, and the other values of a pickled one.
 
     Reads safetensors, what torch.save writes (`torch_files`), and the `*.index.json` of both
     kinds, whose shards lie in the same directory. Of nested dicts that were pickled, the one is
@@ -77,13 +78,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     with _open(path) as file:
         try:
             tensors, config = llm_c.read_llm_c(file)
-        except llm_c.NotReadError as reason:
+        except Objection as reason:
             raise WeightsError(f"{path} {reason}") from None
     return tensors, {"config": config}
 
 
 def describes_itself(path: Path) -> bool:
-    """Whether a file of weights says what model it holds, so that no config.json is asked.
+    """True for a file that says what model it holds, so that no config.json is read.
 
     Raises:
         WeightsError: as of `file_kind`.
@@ -91,14 +92,14 @@ def describes_itself(path: Path) -> bool:
     kind = file_kind(path)
     if kind == "tensorflow":
         return (path.parent / tensorflow_files.DESCRIPTION).exists()
-    if path.name == "ckpt.pt" and kind == "torch":
+    if path.name == CHECKPOINT and kind == "torch":
         content = read_torch(path)
         return isinstance(content, dict) and isinstance(content.get("model_args"), dict)
     return kind == "llm.c"
 
 
 def file_kind(path: Path) -> str:
-    """Which of the formats that `read_tensors` reads a file has: its first bytes decide.
+    """The format of a file, of those that `read_tensors` reads: its first bytes decide.
 
     Returns:
         "index" (of shards), "safetensors", "torch", "tensorflow" (the index of a checkpoint) or
@@ -121,7 +122,7 @@ def file_kind(path: Path) -> str:
         return "tensorflow"
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         return "torch"
-    what = what_file_is(path, head)
+    what = explain_file(path, head)
     if what is not None:
         raise WeightsError(f"{path} is {what}")
     raise WeightsError(
@@ -132,7 +133,7 @@ def file_kind(path: Path) -> str:
 
 
 def _is_safetensors(head: bytes, path: Path) -> bool:
-    """Whether a file of another name begins as safetensors does: the header's length, and it."""
+    """True for a file that begins as safetensors does: the header's length, then the header."""
     length = int.from_bytes(head[:8], "little")
     return head[8:9] == b"{" and length <= min(_LARGEST_HEADER, path.stat().st_size - 8)
 
@@ -177,8 +178,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{index} has no weight_map from tensor names to files")
     for name, shard in weight_map.items():
         # A shard lies beside its index; "../x" or "/etc/x" is somebody's mistake or worse.
-        is_name = isinstance(shard, str) and shard not in ("", ".", "..") and "\0" not in shard
-        if not is_name or shard != os.path.basename(shard):
+        if not is_file_name(shard):
             raise WeightsError(
                 f"{index}: {shown(shard)}, the file of {shown(name)}, is no file name"
             )
@@ -281,12 +281,12 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 
 class _StateDict(NamedTuple):
-    """Tensors by name, somewhere in what was pickled."""
+    """A dict of tensors within a pickled object."""
 
     keys: tuple[str, ...]
     tensors: dict[str, Tensor]
     beside: Mapping[str, Any]
-    """What else was there: in the dict itself, or beside it in the one that holds it."""
+    """Other values: in the dict itself, or beside it in the one that holds it."""
 
 
 def _state_dicts(content: dict[Any, Any]) -> list[_StateDict]:
@@ -309,7 +309,7 @@ def _state_dicts(content: dict[Any, Any]) -> list[_StateDict]:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save has written: tensors, numbers and texts in containers.
+    """The content of a file of torch.save: tensors, numbers and texts in containers.
 
     Raises:
         WeightsError: with the file's name, for a file that is missing, damaged or malicious.

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are a GPT-2's, and which of its parameters each one is.
+"""The GPT-2 among the tensors of a checkpoint: which parameter each tensor is.
 
 Frameworks wrap models, and put names of theirs before and between a model's own. None of them is
 known here by name: a module with a single child that GPT-2 does not have (`_orig_mod`, `module`,
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ _BLOCK = {name.split(".")[0] for name in BLOCK_PARAMETERS}
 _OWN = {"h", *_OUTER, *(part for name in BLOCK_PARAMETERS for part in name.split(".")[:-1])}
 _LEAVES = {"g": "weight", "gamma": "weight", "w": "weight", "b": "bias", "beta": "bias"}
 _MASKS = ("bias", "masked_bias")
-# What a head is called in a model that has no module of its own to keep it out of.
+# Names of heads that lie beside the blocks, in a model without a module of its own.
 _HEADS = re.compile(
     "(?!.*emb).*(head|score|classif|qa_outputs|reward|critic|value|logit|summary)", re.IGNORECASE
 )
@@ -49,17 +48,28 @@ _MOST_COPIES = 16
 _LONGEST_LIST = 8
 
 
-@dataclass
 class NamedTensors:
-    """A GPT-2's tensors by its own names, and the names of those that were left out."""
+    """A GPT-2's tensors by its own names, and those that were left out, of the file `source`."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    left_out: dict[str, Tensor] = field(default_factory=dict)
-    """By the names in the file: what belongs to other heads and modules."""
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.tensors: dict[str, Tensor] = {}
+        self.left_out: dict[str, Tensor] = {}
+        """By the names in the file: what belongs to other heads and modules."""
+        self._spelled: dict[str, str] = {}
+
+    def put(self, name: str, key: str, tensor: Tensor) -> None:
+        """Take the tensor `key` of the file for the parameter `name`."""
+        if name in self.tensors and not same(self.tensors[name], tensor):
+            raise WeightsError(
+                f"{self.source}: {self._spelled[name]!r:.80} and {key!r:.80} both mean "
+                f"{name:.80}, but differ; remove one"
+            )
+        self.tensors[name], self._spelled[name] = tensor, key
 
 
 def names_blocks(names: Iterable[str]) -> bool:
-    """Whether one of the names looks like that of a tensor in a GPT-2's blocks."""
+    """True if one of the names looks like that of a tensor in a GPT-2's blocks."""
     return any(_BLOCK_NAME.search(name) for name in names)
 
 
@@ -77,8 +87,7 @@ def find_model(stored: Mapping[str, Tensor], source: str) -> NamedTensors:
     """
     paths = _paths(stored)
     roots = _roots(stored, paths, source)
-    found = NamedTensors()
-    spelled: dict[str, str] = {}
+    found = NamedTensors(source)
     elsewhere: dict[str, str] = {}
     heads: dict[Path, dict[Path, str]] = {}
     for key, tensor in stored.items():
@@ -87,32 +96,32 @@ def find_model(stored: Mapping[str, Tensor], source: str) -> NamedTensors:
         within = () if root is None else path[len(root) :]
         if within[:1] == ("h",):
             if not _is_mask(within, tensor):
-                _put(found, spelled, _name(within), key, tensor, source)
+                found.put(_name(within), key, tensor)
         elif _is_head(path, roots):
             end = path.index("lm_head") + 1
             heads.setdefault(path[:end], {})[path[end:]] = key
         elif within and within[0] in _OUTER:
-            _put(found, spelled, _name(within), key, tensor, source)
+            found.put(_name(within), key, tensor)
         elif path[-2:-1] and path[-2] in ("wte", "wpe", "ln_f"):
             elsewhere[key] = _name(path[-2:])
         elif within and not _HEADS.match(within[0]):
-            _put(found, spelled, _name(within), key, tensor, source)
+            found.put(_name(within), key, tensor)
         else:
             found.left_out[key] = tensor
     for key, name in elsewhere.items():  # wrapped otherwise than the blocks, or another model's
         if name.startswith("ln_f") and name in found.tensors:
             found.left_out[key] = stored[key]
         else:
-            _put(found, spelled, name, key, stored[key], source)
+            found.put(name, key, stored[key])
     for head in heads.values():
-        _put_head(found, spelled, head, stored, source)
-    _check_left_out(found, source)
-    _turn(found.tensors)
+        _put_head(found, head, stored)
+    _check_left_out(found)
+    _transpose(found.tensors)
     return found
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and content."""
+    """True for two tensors of the same shape, dtype and content."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     # Tied weights in a pickle are one memory; that need not be read to be equal.
@@ -191,7 +200,7 @@ def _roots(stored: Mapping[str, Tensor], paths: Mapping[str, Path], source: str)
 
 
 def _is_head(path: Path, roots: list[Path]) -> bool:
-    """Whether a tensor is of a module `lm_head` in the model, or in a module around it."""
+    """True for a tensor of a module `lm_head` in the model, or in a module around it."""
     if "lm_head" not in path[:-1]:
         return False
     around = path[: path.index("lm_head")]
@@ -202,38 +211,16 @@ def _name(path: Path) -> str:
     return ".".join((*path[:-1], _LEAVES.get(path[-1], path[-1])))
 
 
-def _put(
-    found: NamedTensors,
-    spelled: dict[str, str],
-    name: str,
-    key: str,
-    tensor: Tensor,
-    source: str,
-) -> None:
-    if name in found.tensors and not same(found.tensors[name], tensor):
-        raise WeightsError(
-            f"{source}: {spelled[name]!r:.80} and {key!r:.80} both mean {name:.80}, but differ; "
-            "remove one"
-        )
-    found.tensors[name], spelled[name] = tensor, key
-
-
-def _put_head(
-    found: NamedTensors,
-    spelled: dict[str, str],
-    head: Mapping[Path, str],
-    stored: Mapping[str, Tensor],
-    source: str,
-) -> None:
+def _put_head(found: NamedTensors, head: Mapping[Path, str], stored: Mapping[str, Tensor]) -> None:
     """Take a module `lm_head` for the output projection, or leave it out."""
     tensors = {_name(path): key for path, key in head.items()}
     changed = next((key for name, key in tensors.items() if _CHANGES_HEAD.search(name)), None)
     if changed is not None:
         raise WeightsError(
-            f"{source}: {with_shape(changed, stored[changed])} changes the output projection, and "
-            "without it the logits would be others; merge it first (PEFT's merge_and_unload, "
-            "torch.nn.utils.parametrize.remove_parametrizations), or remove it from the file if "
-            "it is not wanted"
+            f"{found.source}: {with_shape(changed, stored[changed])} changes the output "
+            "projection, and without it the logits would be others; merge it first (PEFT's "
+            "merge_and_unload, torch.nn.utils.parametrize.remove_parametrizations), or remove it "
+            "from the file if it is not wanted"
         )
     if tensors.keys() not in ({"weight"}, {"weight", "bias"}):
         found.left_out.update((key, stored[key]) for key in tensors.values())
@@ -241,34 +228,34 @@ def _put_head(
     bias = tensors.get("bias")
     if bias is not None and bool(stored[bias].to(torch.complex128).any()):
         raise WeightsError(
-            f"{source}: {with_shape(bias, stored[bias])} is an output projection's bias, which "
-            "GPT-2 does not have: without it the logits would be others; remove it from the file "
-            "if it is not wanted"
+            f"{found.source}: {with_shape(bias, stored[bias])} is an output projection's bias, "
+            "which GPT-2 does not have: without it the logits would be others; remove it from the "
+            "file if it is not wanted"
         )
-    _put(found, spelled, "lm_head.weight", tensors["weight"], stored[tensors["weight"]], source)
+    found.put("lm_head.weight", tensors["weight"], stored[tensors["weight"]])
 
 
 def _is_mask(path: Path, tensor: Tensor) -> bool:
-    """Whether a tensor of a block is a causal mask, or the number that masks."""
+    """True for a block's causal mask, or the number that masks."""
     if len(path) != 4 or path[2] != "attn" or path[3] not in _MASKS:
         return False
     return tensor.ndim != 1 or len(tensor) == 1
 
 
-def _check_left_out(found: NamedTensors, source: str) -> None:
+def _check_left_out(found: NamedTensors) -> None:
     embedding = found.tensors.get("wte.weight")
     if embedding is None or "lm_head.weight" in found.tensors:
         return
     for key, tensor in found.left_out.items():
         if tensor.shape == embedding.shape and not same(tensor, embedding):
             raise WeightsError(
-                f"{source}: {with_shape(key, tensor)} has the shape of an output projection; "
+                f"{found.source}: {with_shape(key, tensor)} has the shape of an output projection; "
                 "call it lm_head.weight if it is one, or remove it"
             )
 
 
-def _turn(named: dict[str, Tensor]) -> None:
-    """Turn projections that are stored as (out, in), and take off axes of length one."""
+def _transpose(named: dict[str, Tensor]) -> None:
+    """Transpose projections that are stored as (out, in), and drop axes of length one."""
     projections = [name for name in named if name.endswith(BLOCK_MATRICES)]
     for name in projections:
         if named[name].ndim == 3 and len(named[name]) == 1:  # OpenAI's 1-D convolutions

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from .._system.files import open_file, read_file
 from .._system.parsing import read_json
+from .._system.pickle_check import Objection
 from ..config import PRESETS, GPT2Config
 from ..errors import ConfigError, WeightsError, shown
 
 FOOTER_MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
-"""How the index of a checkpoint ends."""
+"""The end of a checkpoint's index."""
 
 DESCRIPTION = "hparams.json"
 
@@ -63,7 +64,7 @@ _HPARAMS = {
 
 @dataclass
 class _Entry:
-    """Where a tensor lies: a BundleEntryProto."""
+    """The place of a tensor in the data files: a BundleEntryProto."""
 
     dtype: int = 0
     shape: list[int] = field(default_factory=list)
@@ -72,12 +73,8 @@ class _Entry:
     size: int = 0
 
 
-class _Damaged(ValueError):
-    """Why a checkpoint is not read; the text goes on after the index's name."""
-
-
 def is_index(path: Path) -> bool:
-    """Whether a file is the index of a TensorFlow checkpoint.
+    """True for the index of a TensorFlow checkpoint.
 
     Raises:
         OSError: it cannot be read.
@@ -91,10 +88,8 @@ def is_index(path: Path) -> bool:
 def read_bundle(index: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by TensorFlow's names, memory-mapped, copy-on-write.
 
-    Strings are left out, and so is what an optimizer keeps beside a variable (`…/w/Adam`).
-
-    Args:
-        index: the file that ends in ".index"; the data lie beside it.
+    The data lie beside the `index`. Strings are left out, and so is what an optimizer keeps beside
+    a variable (`…/w/Adam`).
 
     Raises:
         WeightsError: a file is missing, damaged, or of a kind that is not read.
@@ -104,13 +99,13 @@ def read_bundle(index: Path) -> dict[str, Tensor]:
         maps = [_mapped(_data_file(index, shard, shards)) for shard in range(shards)]
         claimed = sum(entry.size for entry in entries.values())
         if claimed > sum(map(len, maps)):
-            raise _Damaged("describes more bytes than its data files have")
+            raise Objection("describes more bytes than its data files have")
         tensors = {
             name: _tensor(name, entry, maps)
             for name, entry in entries.items()
             if entry.dtype in _DTYPES
         }
-    except _Damaged as reason:
+    except Objection as reason:
         raise WeightsError(
             f"{index} {reason}; download or copy it and the data beside it again"
         ) from None
@@ -123,7 +118,7 @@ def read_bundle(index: Path) -> dict[str, Tensor]:
 
 
 def read_description(folder: Path) -> GPT2Config | None:
-    """What OpenAI's hparams.json says of the model, if it is there.
+    """The configuration in OpenAI's hparams.json; None without that file.
 
     Raises:
         ConfigError: it cannot be read, or describes no GPT-2.
@@ -156,10 +151,10 @@ def _tensor(name: str, entry: _Entry, maps: list[Any]) -> Tensor:
     dtype = _DTYPES[entry.dtype]
     count = math.prod(entry.shape)
     if not 0 <= entry.shard < len(maps):
-        raise _Damaged(f"has {shown(name)} in data file {entry.shard} of {len(maps)}")
+        raise Objection(f"has {shown(name)} in data file {entry.shard} of {len(maps)}")
     data = maps[entry.shard]
     if entry.size != count * dtype.itemsize or entry.offset + entry.size > len(data):
-        raise _Damaged(
+        raise Objection(
             f"says that {shown(name)} has the shape {shown(tuple(entry.shape))} and {entry.size} "
             f"bytes from byte {entry.offset} on, in a data file of {len(data)}"
         )
@@ -172,9 +167,9 @@ def _tensor(name: str, entry: _Entry, maps: list[Any]) -> Tensor:
 
 
 def _entries(table: bytes) -> tuple[int, dict[str, _Entry]]:
-    """The number of data files, and what the table has under each name."""
+    """The number of data files, and the entry of each name."""
     if len(table) < _FOOTER or not table.endswith(FOOTER_MAGIC):
-        raise _Damaged("is not the index of a TensorFlow checkpoint, or only its beginning")
+        raise Objection("is not the index of a TensorFlow checkpoint, or only its beginning")
     footer = table[-_FOOTER:]
     _, place = _handle(footer, 0)  # of the meta index, which holds nothing
     index, _ = _handle(footer, place)
@@ -185,7 +180,7 @@ def _entries(table: bytes) -> tuple[int, dict[str, _Entry]]:
         handle, _ = _handle(value, 0)
         read += handle[1]
         if read > len(table):
-            raise _Damaged("names blocks that overlap")
+            raise Objection("names blocks that overlap")
         for key, content in _block(table, handle):
             if not key:
                 shards = _shards(content)
@@ -193,9 +188,9 @@ def _entries(table: bytes) -> tuple[int, dict[str, _Entry]]:
             name = key.decode("utf-8", "backslashreplace")
             entries[name] = _entry(name, content)
             if len(entries) > _MOST_TENSORS:
-                raise _Damaged(f"has more than {_MOST_TENSORS} tensors")
+                raise Objection(f"has more than {_MOST_TENSORS} tensors")
     if not 1 <= shards <= _MOST_SHARDS:
-        raise _Damaged(f"says that there are {shards} data files")
+        raise Objection(f"says that there are {shards} data files")
     return shards, entries
 
 
@@ -204,28 +199,28 @@ def _block(table: bytes, handle: tuple[int, int]) -> Iterator[tuple[bytes, bytes
     offset, size = handle
     block, trailer = table[offset : offset + size], table[offset + size :][:5]
     if len(block) != size or size < 4 or len(trailer) < 5:
-        raise _Damaged("points beyond its end")
+        raise Objection("points beyond its end")
     if struct.unpack("<I", trailer[1:])[0] != _masked_crc32c(block + trailer[:1]):
-        raise _Damaged("does not have the checksum that it tells")
+        raise Objection("does not have the checksum that it tells")
     if trailer[0] == 1:
         block = _snappy(block)
     elif trailer[0]:
-        raise _Damaged(f"has a block compressed in way {trailer[0]}, which is not known")
+        raise Objection(f"has a block compressed in way {trailer[0]}, which is not known")
     (restarts,) = struct.unpack("<I", block[-4:])
     end = len(block) - 4 - 4 * restarts
     if end < 0:
-        raise _Damaged("has a block of restart points alone")
+        raise Objection("has a block of restart points alone")
     key, place, total = b"", 0, 0
     while place < end:
         shared, place = _varint(block, place)
         fresh, place = _varint(block, place)
         length, place = _varint(block, place)
         if shared > len(key) or place + fresh + length > end:
-            raise _Damaged("has an entry that is longer than its block")
+            raise Objection("has an entry that is longer than its block")
         key = key[:shared] + block[place : place + fresh]
         total += len(key)
         if total > _LARGEST_INDEX:  # a long key that is shared by many
-            raise _Damaged("has names of more bytes than are read")
+            raise Objection("has names of more bytes than are read")
         place += fresh + length
         yield key, block[place - length : place]
 
@@ -243,7 +238,7 @@ def _shards(header: bytes) -> int:
         if number == 1:
             shards = value
         elif number == 2 and value:
-            raise _Damaged("was written by a big-endian machine")
+            raise Objection("was written by a big-endian machine")
     return shards
 
 
@@ -263,9 +258,9 @@ def _entry(name: str, message: bytes) -> _Entry:
         elif number == 5:
             entry.size = value
         elif number == 7:
-            raise _Damaged(f"has {shown(name)} in slices, which are not put together here")
+            raise Objection(f"has {shown(name)} in slices, which are not put together here")
     if len(entry.shape) > _MOST_AXES or any(length >= 1 << 40 for length in entry.shape):
-        raise _Damaged(f"says that {shown(name)} has the shape {shown(tuple(entry.shape))}")
+        raise Objection(f"says that {shown(name)} has the shape {shown(tuple(entry.shape))}")
     return entry
 
 
@@ -284,9 +279,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         elif kind in (1, 5):
             length = 8 if kind == 1 else 4
         else:
-            raise _Damaged("holds a message of an unknown kind")
+            raise Objection("holds a message of an unknown kind")
         if place + length > len(message):
-            raise _Damaged("holds a message that is cut off")
+            raise Objection("holds a message that is cut off")
         yield tag >> 3, message[place : place + length]
         place += length
 
@@ -299,7 +294,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, place
-    raise _Damaged("holds a number of more than 64 bits")
+    raise Objection("holds a number of more than 64 bits")
 
 
 def _snappy(data: bytes) -> bytes:
@@ -309,7 +304,7 @@ def _snappy(data: bytes) -> bytes:
     """
     length, place = _varint(data, 0)
     if length > _LARGEST_INDEX:
-        raise _Damaged(f"has a block of {length} bytes")
+        raise Objection(f"has a block of {length} bytes")
     out = bytearray()
     while place < len(data):
         tag, place = data[place], place + 1
@@ -328,14 +323,14 @@ def _snappy(data: bytes) -> bytes:
                 count, back = (count & 7) + 3, (tag >> 5) << 8 | number
             count += 1
             if not 1 <= back <= len(out):
-                raise _Damaged("has a block that repeats what it does not hold")
+                raise Objection("has a block that repeats what it does not hold")
             start = len(out) - back
             for at in range(start, start + count):  # it may repeat what it has just written
                 out.append(out[at])
         if len(out) > length or place > len(data):
             break
     if len(out) != length or place > len(data):
-        raise _Damaged("has a compressed block of another length than it says")
+        raise Objection("has a compressed block of another length than it says")
     return bytes(out)
 
 
@@ -350,7 +345,7 @@ def _crc_table() -> list[int]:
 
 
 def _masked_crc32c(data: bytes) -> int:
-    """CRC-32C in LevelDB's masked form, for what holds checksums itself."""
+    """CRC-32C in LevelDB's masked form (a checksum of data that contain checksums)."""
     table, crc = _crc_table(), 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ table[(crc ^ byte) & 255]

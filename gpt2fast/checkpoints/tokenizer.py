@@ -13,8 +13,8 @@ from pathlib import Path
 from ..errors import MissingTokenizerError, WeightsError
 from ..tokenizer import Tokenizer
 from ..tokenizer.loading import FILE_NAMES, load
+from ..tokenizer.nanogpt import CHECKPOINT, load_nanogpt
 from ..tokenizer.nanogpt import NAME as META
-from ..tokenizer.nanogpt import load_nanogpt
 from .hub import resolve
 
 _DATA_SET = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
@@ -40,7 +40,7 @@ def load_tokenizer(
         return load(path)
     except MissingTokenizerError:
         directory = path if path.is_dir() else path.parent
-        name = _data_set(directory / "ckpt.pt" if path.is_dir() else path)
+        name = _data_set(directory / CHECKPOINT if path.is_dir() else path)
         if name is not None:
             for base in (directory / "..", Path()):
                 meta = base / "data" / name / META

@@ -32,7 +32,7 @@ _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_64 = struct.Struct("<4sLQL")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_SIZE = 1 << 40
-# Weights that are tied are there twice, and so may be what was saved beside them.
+# Tied weights are there twice, and a checkpoint may hold further copies (an average, say).
 _MOST_COPIES = 4
 _SMALL = 1 << 20
 
@@ -55,7 +55,7 @@ _DTYPES = {*_STORAGES.values(), torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 def read_torch_file(file: IO[bytes]) -> Any:
-    """What was saved in an opened file: tensors, numbers and texts in dicts, lists and tuples.
+    """The content of an opened file: tensors, numbers and texts in dicts, lists and tuples.
 
     An OrderedDict is a dict, a Parameter a tensor, a device its name, a set a tuple, a number of
     NumPy's one of Python's; an array of NumPy's, a Namespace or a path is a `Record`.
@@ -205,7 +205,7 @@ class _Archive(_Tensors):
         return bytes(memoryview(self.map)[start : start + self.entries[name].file_size])
 
     def start(self, name: str) -> int:
-        """Where an entry's bytes begin, as the header before them says."""
+        """The place of an entry's first byte, as the header before it says."""
         entry = self.entries[name]
         header = bytes(memoryview(self.map)[entry.header_offset :][: _LOCAL.size])
         if len(header) < _LOCAL.size or not header.startswith(ZIP_MAGIC):
@@ -338,7 +338,7 @@ def _are_sizes(numbers: Any) -> bool:
     return type(numbers) in (tuple, list) and all(map(_is_size, numbers))
 
 
-# What training programs keep beside the tensors, as nothing that could do anything.
+# Stand-ins for objects that training programs save beside the tensors; none does anything.
 _BESIDE: dict[str, Any] = {
     "argparse Namespace": record("Namespace"),
     "pathlib PosixPath": record("Path"),

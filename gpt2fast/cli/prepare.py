@@ -11,8 +11,9 @@ from pathlib import Path
 
 from .._system.invocation import command_line
 from .._system.output import StatusLine, complain, note, say
-from ..data.encodings import known_encoding
+from ..data.charsets import known_encoding
 from ..data.inputs import parse_weights
+from ..data.meta import DEFAULT_VOCAB_SIZE
 from ..data.opening import COMPRESSED_SUFFIXES
 from ..errors import Error
 from .arguments import CommandParser, text_argument
@@ -81,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         help="special tokens that the tokenizer gets, such as '<|user|>' '<|assistant|>'",
     )  # fmt: skip
     add("--out", metavar="DIR", help="where to write (default: data/<name of INPUT>)")
-    add("--vocab-size", type=int, metavar="N", help="tokens of a bpe tokenizer (default: 2048)")
+    add(
+        "--vocab-size", type=int, metavar="N",
+        help=f"tokens of a bpe tokenizer (default: {DEFAULT_VOCAB_SIZE})",
+    )  # fmt: skip
     add(
         "--split", choices=("position", "documents"),
         help="hold out the end of the text, or whole documents drawn by chance (default: "
@@ -151,7 +155,7 @@ def _parse(
 
 
 def _prepare(args: argparse.Namespace, inputs: list[str] | dict[str, float]) -> int:
-    from ..data.encoding import available_cores
+    from ..data.encoders import available_cores
     from ..data.prepare import prepare_data
 
     if "-" in args.inputs and sys.stdin is not None and sys.stdin.isatty():
@@ -162,7 +166,7 @@ def _prepare(args: argparse.Namespace, inputs: list[str] | dict[str, float]) -> 
         inputs,
         Path(args.out or f"data/{_default_name(args.dataset or next(iter(inputs)))}"),
         tokenizer=args.tokenizer,
-        vocab_size=2048 if args.vocab_size is None else args.vocab_size,
+        vocab_size=DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size,
         split=args.split,
         val_fraction=args.val_fraction,
         seed=args.seed or 0,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from .meta import ITEM_SIZE, read_meta
+from .meta import ITEM_SIZE, META, read_meta
 from .order import ORDERS, EpochOrder, RandomOrder, Turns
 from .tokens import Tokens, is_pattern, open_tokens
 
@@ -58,7 +58,7 @@ class TokenDataset(Dataset[Batch]):
         path = Path(path)
         if not path.exists() and not is_pattern(path):
             raise DataError(f"{path} does not exist; make it with `python -m gpt2fast.prepare`")
-        meta = (path if path.is_dir() else path.parent) / "meta.json"
+        meta = (path if path.is_dir() else path.parent) / META
         if dtype is None and meta.exists():
             dtype = read_meta(meta).dtype
         # A file is what it is, whatever the split.

@@ -1,4 +1,4 @@
-"""What a file is read as: text, records or a table, by its name, else by how it begins."""
+"""The kind of source that a file is: text, records or a table, by its name or its beginning."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from .._system.files import open_file
 from ..errors import DataError, shown
 from .kinds import PARQUET, begins_with_json_objects, compression_of, quoted, refused
 from .opening import COMPRESSED_SUFFIXES, TextInput, members
-from .sources import DelimitedText, JsonArray, JsonLines, Parquet, Source, TextFile, joined_text
+from .records import JsonArray, JsonLines
+from .sources import Source, TextFile, joined_text
+from .tabular import DelimitedText, Parquet
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json")
 _LONGEST_SNIFFED = 1 << 20
-_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t", ".psv": "|"}
+_DELIMITERS = {".csv": DelimitedText.delimiters, ".tsv": "\t", ".tab": "\t", ".psv": "|"}
 _LIST_WITHIN = re.compile(rb'\s*\{\s*"([^"\\]{1,80})"\s*:\s*\[')
 
 
@@ -48,10 +50,13 @@ def file_source(
     called = name or path.name
     plain = "" if name else uncompressed_name(path)
     suffix = Path(plain).suffix
+    of_records = (path, field, lines, encoding, name)
     if suffix in (".jsonl", ".ndjson"):
-        return JsonLines(path, field, lines, encoding, name)
+        return JsonLines(*of_records)
     if suffix in _DELIMITERS:
-        return DelimitedText(path, field, lines, encoding, name, _DELIMITERS[suffix])
+        table = DelimitedText(*of_records)
+        table.delimiters = _DELIMITERS[suffix]
+        return table
     with open_file(path) as raw:
         if raw.read(len(PARQUET)) == PARQUET or suffix == ".parquet":
             return Parquet(path, field, lines)
@@ -68,7 +73,7 @@ def file_source(
     objects = begins_with_json_objects(beginning)
     if suffix in TEXT_SUFFIXES:
         if objects and field != "text":
-            return JsonLines(path, field, lines, encoding, name)
+            return JsonLines(*of_records)
         if objects:
             notify(
                 f"{called} holds JSON lines, and is read as plain text, which its name says; to "
@@ -77,16 +82,15 @@ def file_source(
         return TextFile(path, encoding, name)
     source: Source | None = None
     if objects:
-        source, what = JsonLines(path, field, lines, encoding, name), "JSON lines"
+        source, what = JsonLines(*of_records), "JSON lines"
     elif re.match(rb"\s*\[\s*(\{|\Z)", beginning) or (
         suffix == ".json" and beginning.lstrip().startswith(b"[")
     ):
-        source, what = JsonArray(path, field, lines, encoding, name), "a JSON array"
+        source, what = JsonArray(*of_records), "a JSON array"
     elif suffix == ".json":
         raise _not_records(path, beginning)
     elif _names_column(beginning, field):
-        source = DelimitedText(path, field, lines, encoding, name, _DELIMITERS[".csv"])
-        what = "a table"
+        source, what = DelimitedText(*of_records), "a table"
     if source is None:
         return TextFile(path, encoding, name)
     if suffix != ".json":
@@ -132,7 +136,7 @@ def _name_in_zip(path: Path) -> str:
 
 
 def _names_column(beginning: bytes, field: str) -> bool:
-    """Whether a text begins like a table: its first line names columns, `field` among them."""
+    """True for a text like a table: its first line names columns, `field` among them."""
     first = beginning.split(b"\n")[0].decode("utf-8", "replace").strip()
     for delimiter in _DELIMITERS[".csv"]:
         names = [name.strip().strip('"') for name in first.split(delimiter)]

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, reason_of
-from .sources import Source, Table, missing
+from .records import missing
+from .sources import Source
+from .tabular import Table
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 LINES_NOT_DOCUMENTS = ("wikitext",)
@@ -23,7 +25,7 @@ class Rows(Table):
 
     def __init__(self, rows: Any, identity: str, field: str, lines: bool) -> None:
         self.name = self.identity = identity
-        self._read_as(field, lines)
+        self.read_as(field, lines)
         if field not in rows.column_names:
             raise DataError(f"{identity}: {missing(field, rows.column_names)}")
         self._rows = rows.select_columns([field])

@@ -1,4 +1,4 @@
-"""From what a user names to the sources to read: files, folders, `-`, corpora with weights."""
+"""From names on a command line to sources: files, folders, `-`, corpora with weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..config import CONFIG_FILE
 from ..errors import DataError
+from ..tokenizer.saving import TOKENIZER_JSON
+from .charsets import known_encoding
 from .detection import (
     RECORD_SUFFIXES,
     TABLE_SUFFIXES,
@@ -16,20 +19,14 @@ from .detection import (
     file_source,
     uncompressed_name,
 )
-from .encodings import known_encoding
+from .meta import META
 from .sources import Source
 
-OUTPUT_MARKS = ("meta.json", "config.json", "tokenizer.json")
+OUTPUT_MARKS = (META, CONFIG_FILE, TOKENIZER_JSON)
 """A folder that holds one of these is prepared data, a model or a tokenizer, not text."""
 _ABOUT = (
-    "readme",
-    "license",
-    "licence",
-    "notice",
-    "copying",
-    "changelog",
-    "contributing",
-    "authors",
+    *("readme", "license", "licence", "notice", "copying"),
+    *("changelog", "contributing", "authors"),
 )
 """Files called so are about the data, where there are records."""
 

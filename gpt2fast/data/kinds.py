@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes: text, compressed text, or something that is no text."""
+"""The kind of a file by its first bytes: text, compressed text, or something that is no text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAGICS = (
 class _Kind(NamedTuple):
     name: str
     way: str
-    """What to do, with FILE for the name of the file."""
+    """The way to its text, with FILE for the name of the file."""
 
 
 _PANDOC = "convert it first, e.g. `pandoc FILE -t plain -o text.txt`"
@@ -53,10 +53,7 @@ _KINDS: tuple[tuple[bytes, _Kind], ...] = (
     (b"\x04\x22\x4d\x18", _Kind("compressed by lz4", "unpack it first: `lz4 -d FILE`")),
     (b"\x1f\x9d", _Kind("compressed by compress (.Z)", "unpack it first: `uncompress FILE`")),
     (b"SQLite format 3\0", _Kind("an SQLite database", "export the text's column as .csv")),
-    (
-        b"ARROW1\0\0",
-        _Kind("an Arrow file", "name its folder with --dataset"),
-    ),
+    (b"ARROW1\0\0", _Kind("an Arrow file", "name its folder with --dataset")),
     (b"\xff\xff\xff\xff", _Kind("an Arrow stream", "name its folder with --dataset")),
     (b"\x93NUMPY", _Kind("a NumPy array (.npy)", _TOKENS)),
     (b"\x88\xd8\x34\x01", _Kind("a file of tokens in llm.c's format", _TOKENS)),
@@ -99,7 +96,7 @@ def refuse_other_than_text(path: Path, beginning: bytes) -> None:
 
 
 def compression_of(beginning: bytes) -> str | None:
-    """How a file that begins so is compressed; None where it is not."""
+    """The compression of a file that begins so; None without any."""
     if beginning.startswith(b"BZh") and beginning[4:10] in _BZIP2_BLOCKS:
         return "bzip2"
     if beginning[1:4] == b"\x2a\x4d\x18" and beginning[0] & 0xF0 == 0x50:
@@ -108,13 +105,7 @@ def compression_of(beginning: bytes) -> str | None:
 
 
 def refused(path: Path, what: str, way: str) -> DataError:
-    """The error for a file that is something else than text.
-
-    Args:
-        path: the file.
-        what: it is, with an article.
-        way: out, with FILE for the file's name.
-    """
+    """The error for a file that is `what` (with an article); FILE in the `way` out is its name."""
     return DataError(f"{path} is {what}, not text; {way.replace('FILE', quoted(path))}")
 
 
@@ -131,7 +122,7 @@ def piped(path: Path, command: str) -> str:
 
 
 def document_in_zip(archive: zipfile.ZipFile) -> tuple[str, str] | None:
-    """What a zip archive is and the way to its text, where it is one document; None for others."""
+    """The kind of document in a zip archive, and the way to its text; None for other archives."""
     names = archive.namelist()
     for mark, kind in _DOCUMENTS_IN_ZIP.items():
         if any(name == mark or (mark.endswith("/") and name.startswith(mark)) for name in names):
@@ -166,11 +157,7 @@ def _kind_of(beginning: bytes) -> _Kind | None:
 
 
 def begins_with_json_objects(beginning: bytes) -> bool:
-    """The first lines are JSON objects, each whole on its line: these are JSON lines, not prose.
-
-    Args:
-        beginning: of a text in UTF-8, with its first line complete.
-    """
+    """The first lines are JSON objects, each whole on its line: these are JSON lines, not prose."""
     lines = [line for line in beginning.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
     if not lines or not lines[0].lstrip().startswith(b"{"):
         return False

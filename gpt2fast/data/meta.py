@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from .._system.parsing import read_json_value
+from .._system.parsing import is_file_name, read_json_value
 from ..errors import DataError, shown
+
+META = "meta.json"
+BIN_FILES = ("train.bin", "val.bin")
+"""Of prepared data, beside the files of the tokenizer."""
+
+DEFAULT_VOCAB_SIZE = 2048
+"""Tokens of a BPE tokenizer that is trained with the data, if nothing else is said."""
 
 FORMAT = 1
 LARGEST = {"largest": 64 << 20, "most_values": 2_000_000}
@@ -60,27 +68,14 @@ class DataMeta:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
 
-_OPTIONAL_INT = (int, type(None))
-_OPTIONAL_STR = (str, type(None))
-_TYPES: dict[str, Any] = {
-    "dtype": str,
-    "vocab_size": int,
-    "train_tokens": int,
-    "val_tokens": int,
-    "train_characters": _OPTIONAL_INT,
-    "val_characters": _OPTIONAL_INT,
-    "tokenizer": _OPTIONAL_STR,
-    "tokenizer_fingerprint": _OPTIONAL_STR,
-    "eos_token_id": _OPTIONAL_INT,
-    "split": _OPTIONAL_STR,
-    "val_fraction": (int, float, type(None)),
-    "seed": _OPTIONAL_INT,
-    "asked_vocab_size": _OPTIONAL_INT,
-    "documents": (dict, type(None)),
-    "corpora": (list, type(None)),
-    "sources": list,
-    "files": list,
-}
+def _types() -> dict[str, tuple[type, ...]]:
+    """The types that each field of `DataMeta` may have in a file."""
+    types = {}
+    for name, hint in get_type_hints(DataMeta).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        plain = tuple(get_origin(kind) or kind for kind in kinds)
+        types[name] = (*plain, int) if float in plain else plain
+    return types
 
 
 def read_meta(path: Path) -> DataMeta:
@@ -93,14 +88,14 @@ def read_meta(path: Path) -> DataMeta:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise DataError(f"{path}: format is {shown(found)}, this version reads {FORMAT}. {again}")
-    known = {f.name: f for f in fields(DataMeta)}
-    kept = {name: value for name, value in values.items() if name in known}
+    types = _types()
+    kept = {name: value for name, value in values.items() if name in types}
     for name, value in kept.items():
-        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+        if not isinstance(value, types[name]) or isinstance(value, bool):
             raise DataError(f"{path}: {name} is {shown(value)}, of the wrong type. {again}")
         if isinstance(value, int) and not (0 <= value < 1 << 63 or name == "seed"):
             raise DataError(f"{path}: {name} is {shown(value)}, not from 0 to 2^63 - 1. {again}")
-    missing = [n for n in list(known)[:10] if n not in kept]
+    missing = [n for n in list(types)[:10] if n not in kept]
     if missing:
         raise DataError(f"{path}: {', '.join(missing)} missing. {again}")
     if kept["dtype"] not in ITEM_SIZE:
@@ -110,7 +105,7 @@ def read_meta(path: Path) -> DataMeta:
             raise DataError(f"{path}: {name} is {shown(kept[name])}, not a list of names. {again}")
     for item in kept.get("files", ()):
         # Files are moved and replaced by these names: none may lead out of the folder.
-        if item in ("", ".", "..") or {*item} & {*"/\\\0"}:
+        if not is_file_name(item):
             raise DataError(f"{path}: {shown(item)} among files is no file's name. {again}")
     meta = DataMeta(**kept)
     _check_corpora(path, meta, again)

@@ -1,4 +1,4 @@
-"""What a run trains on: corpora with weights, checked before the first step."""
+"""The corpora of a training run, with weights, checked before the first step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, DataError, TokenizerError
 from .dataset import SAMPLINGS, SPLITS, OrderedBatches, TokenDataset, TrainingBatches
 from .inputs import checked_weight
-from .meta import DataMeta, read_meta
+from .meta import META, DataMeta, read_meta
 from .order import ORDERS
-from .tokens import TOKEN_SUFFIXES, TokenRange, is_pattern
+from .tokens import TOKEN_SUFFIXES, TokenRange, is_pattern, token_files
 
 if TYPE_CHECKING:
     from ..config import GPT2Config
@@ -163,25 +163,26 @@ class DataModule:
 
     def first_from(self, id: int) -> int | None:
         """The first token that training or validation finds whose id is `id` or more; or None."""
-        for folder in self._folders:
-            for dataset in (folder.train, folder.val):
-                if found := dataset.tokens.find_at_least(id):
-                    return found[1]
+        for dataset in self._datasets():
+            if found := dataset.tokens.find_at_least(id):
+                return found[1]
         return None
 
     def _check_ids(self, vocab_size: int, what: str) -> None:
         if any(vocab_size >= scanned for scanned in self._scanned):
             return
-        for folder in self._folders:
-            for dataset in (folder.train, folder.val):
-                found = dataset.tokens.find_at_least(vocab_size)
-                if found:
-                    raise DataError(
-                        f"{dataset.tokens.path}: token {found[0]} is {found[1]}, outside {what} "
-                        f"({vocab_size}); the file belongs to another tokenizer or is not "
-                        f"{dataset.tokens.dtype}; prepare the data again"
-                    )
+        for dataset in self._datasets():
+            found = dataset.tokens.find_at_least(vocab_size)
+            if found:
+                raise DataError(
+                    f"{dataset.tokens.path}: token {found[0]} is {found[1]}, outside {what} "
+                    f"({vocab_size}); the file belongs to another tokenizer or is not "
+                    f"{dataset.tokens.dtype}; prepare the data again"
+                )
         self._scanned.add(vocab_size)
+
+    def _datasets(self) -> list[TokenDataset]:
+        return [dataset for folder in self._folders for dataset in (folder.train, folder.val)]
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class _Folder:
                 f"{path} is not a directory of prepared data; make one with "
                 f"`python -m gpt2fast.prepare TEXT --out {path}`"
             )
-        described = (path / "meta.json").exists()
+        described = (path / META).exists()
         if (path / ".unfinished").exists() and not described:
             raise DataError(
                 f"{path} holds an interrupted preparation; "
@@ -214,11 +215,11 @@ class _Folder:
             )
         self.tokenizer: Tokenizer | None = None
         if described:
-            self.meta = read_meta(path / "meta.json")
+            self.meta = read_meta(path / META)
             dtype = self.meta.dtype
         if path.is_file():
             self.train = TokenDataset(path, block_size, "train", dtype)
-            self.val = TokenDataset(_counterpart(path), block_size, "val", dtype)
+            self.val = TokenDataset(token_files(path, "val")[0], block_size, "val", dtype)
         else:
             self.train, self.val = (TokenDataset(path, block_size, s, dtype) for s in SPLITS)
         if described:
@@ -234,7 +235,7 @@ class _Folder:
             )
 
     def corpora(self, weight: float) -> list[Corpus]:
-        """What it holds; the weights add up to `weight`."""
+        """The corpora that it holds; their weights add up to `weight`."""
         if self.meta.corpora is None:
             return [Corpus(self.train, self.val, weight)]
         total = math.fsum(told["weight"] for told in self.meta.corpora)
@@ -314,15 +315,8 @@ class _Folder:
         )
 
 
-def _counterpart(train: Path) -> Path:
-    """The validation file that belongs to a file of training tokens."""
-    from .tokens import token_files
-
-    return token_files(train, "val")[0]
-
-
 def _together(metas: list[DataMeta], where: Path) -> DataMeta:
-    """What the corpora of a mixture have in common, and their sums."""
+    """The common facts of a mixture's corpora, and their sums."""
     if len(metas) == 1:
         return metas[0]
     known = [meta for meta in metas if meta.tokenizer_fingerprint is not None]
@@ -333,14 +327,10 @@ def _together(metas: list[DataMeta], where: Path) -> DataMeta:
             "(--tokenizer), or give their texts and weights to one `python -m gpt2fast.prepare`"
         )
 
-    def total(name: str) -> int | None:
+    counts: dict[str, Any] = {}
+    for name in ("train_tokens", "val_tokens", "train_characters", "val_characters"):
         values = [getattr(meta, name) for meta in metas]
-        return None if None in values else sum(values)
-
-    counts: dict[str, Any] = {
-        name: total(name)
-        for name in ("train_tokens", "val_tokens", "train_characters", "val_characters")
-    }
+        counts[name] = None if None in values else sum(values)
     return dataclasses.replace(
         (known or metas)[0],
         **counts,

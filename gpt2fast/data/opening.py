@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from ..errors import DataError, reason_of, shown
-from .encodings import check_decoded, check_text, marked_encoding, not_encoded, not_utf8
+from .charsets import check_decoded, check_text, marked_encoding, not_encoded, not_utf8
 from .kinds import (
     PEEK,
     compression_of,
@@ -139,7 +139,28 @@ class TextInput:
             raise DataError(f"{self.path} cannot be read: {reason_of(error)}") from None
 
 
-class _Recoded(io.RawIOBase):
+class _Stream(io.RawIOBase):
+    """Bytes that `_advance` makes: it sets `_ready` to the next ones, and `_ended`."""
+
+    _ready = b""
+    _ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def _advance(self) -> None:
+        raise NotImplementedError
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            self._advance()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+class _Recoded(_Stream):
     """Text of another encoding as UTF-8."""
 
     def __init__(self, file: io.BufferedReader, encoding: str, path: Path) -> None:
@@ -149,29 +170,19 @@ class _Recoded(io.RawIOBase):
         if not encoding.startswith("utf"):
             self._as_utf8 = codecs.getincrementaldecoder("utf-8")()
         self._only_ascii = self._first = True
-        self._ready = b""
-        self._ended = False
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready and not self._ended:
-            data = self._file.read(_READ_BYTES)
-            self._ended = not data
-            self._watch(data)
-            try:
-                text = self._decoder.decode(data, final=self._ended)
-                self._ready = text.encode()
-            except UnicodeError as error:
-                raise not_encoded(self._path, error, self._encoding) from None
-            if self._first:
-                check_decoded(self._path, text, self._encoding)
-                self._first = False
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+    def _advance(self) -> None:
+        data = self._file.read(_READ_BYTES)
+        self._ended = not data
+        self._watch(data)
+        try:
+            text = self._decoder.decode(data, final=self._ended)
+            self._ready = text.encode()
+        except UnicodeError as error:
+            raise not_encoded(self._path, error, self._encoding) from None
+        if self._first:
+            check_decoded(self._path, text, self._encoding)
+            self._first = False
 
     def _watch(self, data: bytes) -> None:
         """Raise DataError at the end of a text that has been UTF-8 all along."""
@@ -224,25 +235,13 @@ def _zstd(path: Path, raw: IO[bytes]) -> io.RawIOBase:
     return _Zstd(raw, zstandard)
 
 
-class _Zstd(io.RawIOBase):
+class _Zstd(_Stream):
     """Frames of zstd, one after another; unlike zstandard's own reader it sees a file cut short."""
 
     def __init__(self, file: IO[bytes], zstandard: Any) -> None:
         self._file, self._zstandard = file, zstandard
         self._frame: Any = None
-        self._data = self._ready = b""
-        self._ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready and not self._ended:
-            self._advance()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+        self._data = b""
 
     def _advance(self) -> None:
         # Small pieces: each may become thousands of times as long.

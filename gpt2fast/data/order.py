@@ -114,7 +114,7 @@ class EpochOrder:
 
 
 class Turns:
-    """Which of several corpora each window comes from, in fixed proportion to their weights.
+    """The corpus that each window comes from, in fixed proportion to their weights.
 
     `turns[i]` is the corpus of window i of the run, and the number of windows before it that came
     from the same corpus. Among any n windows in a row each corpus has its share of n, give or take

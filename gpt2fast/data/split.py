@@ -1,4 +1,4 @@
-"""Which part of the text trains and which is held out for validation."""
+"""The split of a text into a part that trains and one that is held out for validation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Part = tuple[int, str, bool]
 
 
 @dataclass
-class Position:
-    """How far a pass over the text has come; enough to go on from there."""
+class TextPosition:
+    """The progress of a pass over the text; enough to go on from there."""
 
     source: int = 0
     offset: int = 0
@@ -33,7 +33,7 @@ class Position:
     document."""
     document: int = 0
     head: str = ""
-    """How the current document begins, if it is held out."""
+    """The beginning of the current document, if it is held out."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
     characters: list[int] = field(default_factory=lambda: [0, 0])
     corpus_tokens: list[list[int]] = field(default_factory=list)
@@ -43,18 +43,18 @@ class Position:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which part of the text goes into which split; the outcome of counting."""
+    """The part of the text that goes into each split; the outcome of counting."""
 
     corpus_of: Sequence[int]
     """The corpus of each source."""
     boundaries: Sequence[int] = ()
-    """Position split: so many characters of each corpus train."""
+    """TextPosition split: so many characters of each corpus train."""
     assignment: bytes = b""
     """Documents split: TRAIN, VAL or BLANK for each document."""
     given: Sequence[int] = ()
     """Given split: TRAIN or VAL for each source."""
 
-    def parts(self, segments: list[Segment], source: int, at: Position) -> Iterator[Part]:
+    def parts(self, segments: list[Segment], source: int, at: TextPosition) -> Iterator[Part]:
         """Yield the parts of some segments of a source, and move `at` along."""
         if self.corpus_of[source] != at.corpus:
             at.corpus, at.character = self.corpus_of[source], 0
@@ -65,7 +65,7 @@ class Plan:
         else:
             yield from self._by_position(segments, at)
 
-    def _by_position(self, segments: list[Segment], at: Position) -> Iterator[Part]:
+    def _by_position(self, segments: list[Segment], at: TextPosition) -> Iterator[Part]:
         for text, separator, _ in segments:
             room = max(0, self.boundaries[at.corpus] - at.character)
             at.character += len(text) + separator
@@ -77,7 +77,7 @@ class Plan:
             if separator or room < len(text):
                 yield VAL, text[room:], separator
 
-    def _by_document(self, segments: list[Segment], at: Position) -> Iterator[Part]:
+    def _by_document(self, segments: list[Segment], at: TextPosition) -> Iterator[Part]:
         for text, separator, ends_document in segments:
             if at.document == len(self.assignment):
                 raise changed_meanwhile("the text")

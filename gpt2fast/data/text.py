@@ -18,11 +18,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .encodings import check_text, not_utf8
+from ..tokenizer.added_tokens import END_OF_TEXT
+from .charsets import check_text, not_utf8
 from .opening import TextInput
-
-END_OF_TEXT = "<|endoftext|>"
-BLOCK_BYTES = 1 << 20
 
 # Only characters about which no two Unicode versions disagree.
 _BOUNDARY = re.compile(
@@ -52,7 +50,7 @@ class Block(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Where a text may be cut, for a tokenizer."""
+    """The places at which a tokenizer's text may be cut, and about how far apart they are."""
 
     any_character: bool = False
     """Between any two characters (character tokenizers)."""
@@ -62,15 +60,15 @@ class Cuts(NamedTuple):
     """Not at all: the tokenizer may look at all of a text at once."""
     whole: tuple[str, ...] = (END_OF_TEXT,)
     """Strings that no cut may touch: the tokens that are matched as a whole."""
+    block_size: int = 1 << 20
+    """About how much is read at a time: bytes of a text, characters of records."""
 
 
-def read_blocks(
-    text_input: TextInput, cuts: Cuts, start: int = 0, block_bytes: int = BLOCK_BYTES
-) -> Iterator[Block]:
+def read_blocks(text_input: TextInput, cuts: Cuts, start: int = 0) -> Iterator[Block]:
     """Yield a text from byte `start` of its UTF-8 form (0 or the `end` of a block) on.
 
     A byte order mark is dropped and "\\r\\n" and "\\r" become "\\n", as in Python's text mode.
-    Blocks have about `block_bytes`; a text without a boundary is held until one comes.
+    Blocks have about `cuts.block_size`; a text without a boundary is held until one comes.
     Raises DataError with the byte offset where the text is not UTF-8.
     """
     with text_input.open(start) as file:
@@ -79,7 +77,7 @@ def read_blocks(
             pending, start = b"", 3
         while True:
             # Doubling keeps the work linear when a text has no boundary for a long way.
-            data = file.read(max(block_bytes, len(pending)))
+            data = file.read(max(cuts.block_size, len(pending)))
             pending += data
             try:
                 text, used = codecs.utf_8_decode(pending, "strict", not data)
@@ -102,7 +100,7 @@ def last_cut(text: str, cuts: Cuts) -> int:
     """The last place where `text`, which goes on, may be cut; 0 if there is none."""
     if cuts.nowhere:
         return 0
-    # A whole string that begins at the end of the text cannot be recognised yet.
+    # A whole string that begins at the end of the text cannot be recognized yet.
     limit = len(text) - max(map(len, cuts.whole))
     boundary = _BEFORE_SPACE if cuts.before_space else _BOUNDARY
     window = 4096

@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
+
+GPT2_SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+"""The tokens that play a part in GPT-2's tokenizer, by transformers' names."""
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""Options of an added token, as its class, the files and Hugging Face's library call them."""
 
 # Unicode's White_Space. Python's own \s and str.strip() count U+001C to U+001F as well.
 WHITESPACE = (
@@ -32,6 +39,11 @@ class AddedToken:
     normalized: bool = False
     """Look for it only in what the tokens with `normalized=False` have left."""
     special: bool = True
+
+
+def flags_of(token: Any) -> dict[str, bool]:
+    """The options of an `AddedToken`, ours or the library's."""
+    return {flag: getattr(token, flag) for flag in FLAGS}
 
 
 class AddedTokenSplitter:

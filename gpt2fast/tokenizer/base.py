@@ -1,14 +1,17 @@
-"""What every tokenizer has in common: ids to text, streaming, and finding the right class."""
+"""The interface of every tokenizer: text to ids, ids to text, streaming."""
 
 from __future__ import annotations
 
 import codecs
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from os import PathLike
 from typing import Any
 
+from .._system.doors import above
 from ..errors import TokenizerError, shown
 from .added_tokens import AddedToken, AddedTokenSplitter
 
@@ -62,9 +65,7 @@ class Tokenizer(ABC):
         Raises:
             TokenizerError: it is neither.
         """
-        from .foreign import tokenizer_of
-
-        return tokenizer_of(tokenizer)
+        return above("tokenizer.foreign").tokenizer_of(tokenizer)
 
     @staticmethod
     def from_pretrained(
@@ -89,9 +90,8 @@ class Tokenizer(ABC):
             TokenizerError: a file is missing or broken, or it describes another kind of tokenizer;
                 the message names the file, the field and what would work.
         """
-        from ..checkpoints.tokenizer import load_tokenizer
-
-        return load_tokenizer(name_or_path, revision=revision, local_files_only=local_files_only)
+        load = above("checkpoints.tokenizer").load_tokenizer
+        return load(name_or_path, revision=revision, local_files_only=local_files_only)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. A special token's text, `<|endoftext|>` say, becomes that token.
@@ -124,7 +124,7 @@ class Tokenizer(ABC):
             TokenizerError: no token has one of the ids.
         """
         tokens = self._tokens
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)  # tensors and arrays
+        ids = _listed(ids)
         try:
             joined = b"".join([tokens[id] for id in ids])
         except (KeyError, TypeError):
@@ -133,12 +133,12 @@ class Tokenizer(ABC):
 
     @property
     def start_token_id(self) -> int | None:
-        """What stands before a text where something has to: the token that begins texts, or else
-        the one that ends documents; None without either."""
+        """The token for the start of a text: the one that begins texts, or else the one that ends
+        documents; None without either."""
         return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def __contains__(self, id: int) -> bool:
-        """Whether a token has this id: a model's vocabulary may be larger, or padded."""
+        """True if a token has this id: a model's vocabulary may be larger, or padded."""
         try:
             return index(id) in self._tokens  # those of tensors, too
         except TypeError:
@@ -150,7 +150,7 @@ class Tokenizer(ABC):
 
     @property
     def cuts_at_spaces(self) -> bool:
-        """Whether the parts of a text cut before white space have the tokens of the whole."""
+        """True if a text that is cut before white space has the same tokens as the whole."""
         return True
 
     @abstractmethod
@@ -188,7 +188,7 @@ class Tokenizer(ABC):
         )
 
     def difference(self, base: Tokenizer) -> str | None:
-        """What makes this tokenizer another one than `base` with more tokens at its end.
+        """The reason why this tokenizer is not `base` with more tokens at its end.
 
         Args:
             base: whose ids are to mean the same here.
@@ -226,6 +226,13 @@ class Tokenizer(ABC):
     def _encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text (not empty) without added tokens."""
 
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        """The ids, if each has a token; TokenizerError says which has none."""
+        ids = _listed(ids)
+        for id in ids:
+            self._token_bytes(id)
+        return ids
+
     def _token_bytes(self, id: int) -> bytes:
         try:
             return self._tokens[index(id)]
@@ -255,8 +262,28 @@ class StreamDecoder:
         return self._utf8.decode(self._token_bytes(id))
 
     def flush(self) -> str:
-        """What is left at the end (U+FFFD for half a character); the decoder can be used again."""
+        """The rest of the text (U+FFFD for half a character); the decoder can be used again."""
         return self._utf8.decode(b"", final=True)
+
+
+def digest(content: object, *, sort_keys: bool = False) -> str:
+    """SHA-256 (hex) of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=sort_keys).encode()).hexdigest()
+
+
+def end_and_beginning(
+    special_tokens: Mapping[str, str | None], ids: Mapping[str, int], source: str
+) -> tuple[int | None, int | None]:
+    """The ids of the tokens that end and begin a text, of those that play a part."""
+    end = special_tokens.get("eos_token")
+    if end is not None and end not in ids:
+        raise TokenizerError(f"{source}: eos_token is {shown(end)}, which is no token")
+    begin = special_tokens.get("bos_token")
+    return None if end is None else ids[end], None if begin is None else ids.get(begin)
+
+
+def _listed(ids: Any) -> list[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)  # tensors and arrays
 
 
 def _text(token: bytes) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..errors import TokenizerError, shown
-from .added_tokens import END_OF_TEXT, WHITESPACE, AddedToken
-from .base import Tokenizer
+from ..errors import TokenizerError
+from .added_tokens import END_OF_TEXT, GPT2_SPECIAL_TOKENS, WHITESPACE, AddedToken
+from .base import Tokenizer, digest, end_and_beginning
+from .checks import MOST_IDS
 from .merges import BYTE_TO_CHAR, merge_ranks, token_bytes
+from .saving import save_bpe
 from .streams import ordinary_text, short_words
 
 # GPT-2's pattern in the form that does not backtrack, which matches the same (OpenAI's r50k_base).
@@ -65,10 +66,8 @@ class BPETokenizer(Tokenizer):
         self._merges = merges
         self._add_prefix_space = add_prefix_space
         self._special_tokens = dict(special_tokens or {})
-        eos_token = self._special_tokens.get("eos_token")
         by_content = vocab | {token.content: token.id for token in added_tokens}
-        if eos_token is not None and eos_token not in by_content:
-            raise TokenizerError(f"{source}: eos_token is {shown(eos_token)}, which is no token")
+        end, begin = end_and_beginning(self._special_tokens, by_content, source)
         tokens = {id: token for token, id in ids.items()}
         for token, id in by_content.items():
             if id not in tokens:
@@ -76,9 +75,9 @@ class BPETokenizer(Tokenizer):
         super().__init__(
             tokens=tokens,
             added_tokens=added_tokens,
-            eos_token_id=None if eos_token is None else by_content[eos_token],
+            eos_token_id=end,
             around=around,
-            bos_token_id=by_content.get(self._special_tokens.get("bos_token") or ""),
+            bos_token_id=begin,
         )
 
     @classmethod
@@ -96,10 +95,10 @@ class BPETokenizer(Tokenizer):
         from tokenizers import Tokenizer as HFTokenizer
         from tokenizers import models, pre_tokenizers, trainers
 
-        if not isinstance(vocab_size, int) or not 257 <= vocab_size <= 1 << 24:
+        if not isinstance(vocab_size, int) or not 257 <= vocab_size <= MOST_IDS:
             raise TokenizerError(
                 f"vocab_size={vocab_size!r}: needs an int from 257 (the 256 bytes and "
-                f"{END_OF_TEXT}) to {1 << 24}"
+                f"{END_OF_TEXT}) to {MOST_IDS}"
             )
         trained = HFTokenizer(models.BPE())
         trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,13 +116,11 @@ class BPETokenizer(Tokenizer):
             vocab | {END_OF_TEXT: end_of_text.id},
             [f"{left} {right}" for left, right in model["merges"]],
             [end_of_text],
-            special_tokens=dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+            special_tokens=GPT2_SPECIAL_TOKENS,
         )
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json."""
-        from .saving import save_bpe
-
         save_bpe(
             Path(directory),
             vocab=self._vocab,
@@ -155,7 +152,7 @@ class BPETokenizer(Tokenizer):
         ]
         if any(self._around):
             content.append(self._around)
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest(content)
 
     def _id_of(self, token: str) -> int | None:
         return self._vocab.get(token, super()._id_of(token))
@@ -189,7 +186,7 @@ class BPETokenizer(Tokenizer):
 
 
 def _long_whitespace(text: str) -> Iterator[tuple[int, int]]:
-    """Where runs of white space begin and end; finds all of `_LONG_RUN` characters or more."""
+    """Beginnings and ends of runs of white space; finds all of `_LONG_RUN` characters or more."""
     end = 0
     for at in range(_LONG_RUN - 1, len(text), _LONG_RUN):
         if at >= end and text[at] in WHITESPACE:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
 from ..errors import TokenizerError, shown
 from .added_tokens import END_OF_TEXT, AddedToken
-from .base import Tokenizer
+from .base import Tokenizer, digest
 from .checks import check_vocab
+from .saving import save_char
 from .streams import ordinary_text
 
 
@@ -90,14 +89,12 @@ class CharTokenizer(Tokenizer):
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write vocab.json (character to id), tokenizer.json and tokenizer_config.json."""
-        from .saving import save_char
-
         save_char(Path(directory), self._vocab)
 
     def _fingerprint_below(self, size: int) -> str:
         below = [item for item in self._vocab.items() if item[1] < size]
         content = ["char", sorted(below, key=lambda item: item[1])]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest(content)
 
     def _id_of(self, token: str) -> int | None:
         return self._vocab.get(token)

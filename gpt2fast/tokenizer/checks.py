@@ -8,14 +8,14 @@ from typing import Any
 
 from .._system import parsing
 from ..errors import TokenizerError, shown
-from .added_tokens import AddedToken
+from .added_tokens import FLAGS, AddedToken
 
 SUPPORTED = "supported is GPT-2's byte-level BPE"
 
 _MAX_BYTES = 64 << 20
 # Half again as many as 580,000 merges, each a list of two, and 260,000 tokens have.
 _MAX_VALUES = 3_000_000
-_MAX_IDS = 1 << 24
+MOST_IDS = 1 << 24
 
 
 def added_token(token: Any, id: Any, field: str) -> AddedToken:
@@ -25,16 +25,11 @@ def added_token(token: Any, id: Any, field: str) -> AddedToken:
     if not isinstance(content, str) or not content:
         raise TokenizerError(f"{field}: content is {shown(content)}, not a string with characters")
     _check_unicode([content], field)
-    if type(id) is not int or not 0 <= id < _MAX_IDS:
-        raise TokenizerError(f"{field}: id is {shown(id)}, not an int from 0 to {_MAX_IDS - 1}")
+    if type(id) is not int or not 0 <= id < MOST_IDS:
+        raise TokenizerError(f"{field}: id is {shown(id)}, not an int from 0 to {MOST_IDS - 1}")
     flags = {}
-    for name, default in (
-        ("single_word", False),
-        ("lstrip", False),
-        ("rstrip", False),
-        ("normalized", not token.get("special", False)),
-        ("special", False),
-    ):
+    for name in FLAGS:
+        default = name == "normalized" and not token.get("special", False)
         flags[name] = token.get(name, default)
         if not isinstance(flags[name], bool):
             raise TokenizerError(f"{field}: {name} is {shown(flags[name])}, not true or false")
@@ -52,12 +47,12 @@ def check_vocab(vocab: Any, field: str) -> dict[str, int]:
     if not isinstance(vocab, dict) or not vocab:
         raise TokenizerError(f"{field} is {shown(vocab)}, not an object that maps tokens to ids")
     ids = vocab.values()
-    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= _MAX_IDS:
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MOST_IDS:
         for token, id in vocab.items():
-            if type(id) is not int or not 0 <= id < _MAX_IDS:
+            if type(id) is not int or not 0 <= id < MOST_IDS:
                 raise TokenizerError(
                     f"{field}: the id of {shown(token)} is {shown(id)}, not an int from 0 to "
-                    f"{_MAX_IDS - 1}"
+                    f"{MOST_IDS - 1}"
                 )
     if len(set(ids)) != len(vocab):
         owners: dict[int, str] = {}
@@ -92,10 +87,7 @@ def get_field(
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds {shown(content)}, not a JSON object")
-    return content
+    return parsing.read_json(path, TokenizerError, _MAX_BYTES, _MAX_VALUES)
 
 
 def read_json(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from typing import Any
 from .._system.files import atomic_write
 from ..errors import TokenizerError
 from .added_tokens import AddedToken
-from .base import StreamDecoder, Tokenizer, check_text
+from .base import StreamDecoder, Tokenizer, check_text, digest
 from .huggingface import GenericStreamDecoder
 from .loading import SPECIAL_NAMES, from_content
 
@@ -91,7 +90,7 @@ def _no_tokenizer(given: Any) -> TokenizerError:
 
 
 class Decoding:
-    """What finds texts among ids asks of a tokenizer, of another package's without converting it.
+    """`decode` and `in` of any tokenizer, without converting another package's.
 
     Args:
         tokenizer: ours, or any object with `decode`, as those of transformers, tokenizers and
@@ -116,7 +115,7 @@ class Decoding:
                 return
 
     def __contains__(self, id: int) -> bool:
-        """Whether a token has this id, as far as the tokenizer says."""
+        """True if a token has this id, as far as the tokenizer says."""
         if isinstance(self._tokenizer, Tokenizer):
             return id in self._tokenizer
         return self._token_of is None or self._token_of(id) is not None
@@ -152,10 +151,7 @@ class ForeignTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """As `Tokenizer.decode`."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        for id in ids:
-            self._token_bytes(id)  # says which id is wrong
-        return self._foreign.decode(ids)
+        return self._foreign.decode(self._known(ids))
 
     def decoder(self) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
@@ -178,7 +174,7 @@ class ForeignTokenizer(Tokenizer):
         added = {token.content for token in self.added_tokens if token.id >= size}
         vocab = [item for item in sorted(self._vocab.items()) if item[0] not in added]
         content = [type(self._foreign).__name__, vocab, self.eos_token_id]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest(content)
 
     def _encode_ordinary(self, text: str) -> list[int]:
         return self.encode(text, add_special_tokens=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,15 +9,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import TokenizerError, shown
-from .added_tokens import AddedToken
-from .base import StreamDecoder, Tokenizer, check_text
+from ..errors import TokenizerError
+from .added_tokens import AddedToken, flags_of
+from .base import StreamDecoder, Tokenizer, check_text, digest, end_and_beginning
+from .checks import MOST_IDS
 from .merges import token_bytes
+from .saving import save_library
 from .steps import is_byte_level_decoder
 
-MOST_IDS = 1 << 24
-
-# What the library's decoders, and the clean-up, may still change at the end of a text.
+# Characters at the end of a text that the library's decoders and the clean-up may still change.
 _UNSURE = 16
 
 _CLEAN_UP = (
@@ -49,7 +48,7 @@ class GenericStreamDecoder(StreamDecoder):
         return piece
 
     def flush(self) -> str:
-        """What is left at the end; the decoder can be used again."""
+        """The rest of the text; the decoder can be used again."""
         rest = self._tokenizer.decode(self._ids)[self._given :] if self._ids else ""
         self._ids, self._given = [], 0
         return rest
@@ -98,25 +97,15 @@ class LibraryTokenizer(Tokenizer):
         self._special_tokens = dict(special_tokens or {})
         self._clean_up = clean_up_spaces and content["model"].get("type", "BPE") != "BPE"
         self._is_bytes = is_byte_level_decoder(content) and not self._clean_up
-        eos_token = self._special_tokens.get("eos_token")
-        if eos_token is not None and eos_token not in vocab:
-            raise TokenizerError(f"{source}: eos_token is {shown(eos_token)}, which is no token")
+        end, begin = end_and_beginning(self._special_tokens, vocab, source)
         super().__init__(
             tokens={id: token_bytes(token) for token, id in vocab.items()},
             added_tokens=[
-                AddedToken(
-                    token.content,
-                    id,
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized,
-                    special=token.special,
-                )
+                AddedToken(token.content, id, **flags_of(token))
                 for id, token in backend.get_added_tokens_decoder().items()
             ],
-            eos_token_id=None if eos_token is None else vocab[eos_token],
-            bos_token_id=vocab.get(self._special_tokens.get("bos_token") or ""),
+            eos_token_id=end,
+            bos_token_id=begin,
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -134,9 +123,7 @@ class LibraryTokenizer(Tokenizer):
         """As `Tokenizer.decode`, with the spaces that the tokenizer's own decoder puts."""
         if self._is_bytes:
             return super().decode(ids)
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        for id in ids:
-            self._token_bytes(id)  # says which id is wrong
+        ids = self._known(ids)
         with _failures("the tokens cannot be decoded"):
             text = self._backend.decode(ids, skip_special_tokens=False)
         if self._clean_up:
@@ -155,16 +142,13 @@ class LibraryTokenizer(Tokenizer):
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json."""
-        from .saving import save_library
-
         described = {**self._special_tokens, "clean_up_tokenization_spaces": self._clean_up}
         save_library(Path(directory), json.loads(self._backend.to_str()), described)
 
     def _fingerprint_below(self, size: int) -> str:
         content = json.loads(self._backend.to_str())
         content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < size]
-        described = json.dumps(["library", content, self._clean_up], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
+        return digest(["library", content, self._clean_up], sort_keys=True)
 
     def _id_of(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
@@ -204,7 +188,7 @@ def _backend(content: Mapping[str, Any], source: str) -> Any:
 
 @contextmanager
 def _failures(told: str) -> Iterator[None]:
-    """Turn what the library raises, its panics included, which are no Exceptions, into one line."""
+    """Turn errors of the library, its panics included (no Exceptions), into a TokenizerError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -216,11 +200,4 @@ def _failures(told: str) -> Iterator[None]:
 def _library_token(token: AddedToken) -> Any:
     from tokenizers import AddedToken as LibraryToken
 
-    return LibraryToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=token.special,
-    )
+    return LibraryToken(token.content, **flags_of(token))

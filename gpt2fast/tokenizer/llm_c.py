@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .._system.parsing import read_bytes
 from ..errors import TokenizerError
-from .added_tokens import END_OF_TEXT, AddedToken
+from .added_tokens import END_OF_TEXT, GPT2_SPECIAL_TOKENS, AddedToken
 from .bpe import BPETokenizer
 from .merges import BYTE_TO_CHAR
 
@@ -52,7 +52,7 @@ def load_llm_c(path: Path) -> BPETokenizer:
         {_spelled(token): id for token, id in ids.items()} | {END_OF_TEXT: end},
         merges,
         [AddedToken(END_OF_TEXT, id=end)],
-        special_tokens=dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        special_tokens=GPT2_SPECIAL_TOKENS,
         source=str(path),
     )
 
@@ -84,7 +84,7 @@ def _tokens(path: Path) -> tuple[list[bytes], int]:
 
 
 def _parts(token: bytes, ids: dict[bytes, int], limit: int) -> list[bytes]:
-    """What BPE makes of a token's bytes with the tokens whose ids are below `limit`."""
+    """The result of BPE on a token's bytes with the tokens whose ids are below `limit`."""
     halves = [
         [token[:i], token[i:]]
         for i in range(1, len(token))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingTokenizerError, TokenizerError, shown
-from .added_tokens import END_OF_TEXT, AddedToken
+from .added_tokens import END_OF_TEXT, GPT2_SPECIAL_TOKENS, AddedToken
 from .base import Tokenizer
 from .bpe import BPETokenizer
 from .char import CharTokenizer
@@ -24,26 +24,27 @@ from .huggingface import LibraryTokenizer, check_steps
 from .llm_c import NAME as LLM_C
 from .llm_c import load_llm_c
 from .merges import UnusualVocabularyError
+from .nanogpt import CHECKPOINT, load_nanogpt
 from .nanogpt import NAME as META
-from .nanogpt import load_nanogpt
-from .saving import GPT2_CLASSES, GPT2_DEFAULTS, KIND, added_token_json
+from .saving import (
+    GPT2_CLASSES,
+    KIND,
+    MERGES_TXT,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCAB_JSON,
+    added_token_json,
+)
 from .steps import Around, as_gpt2_tokenizer, gpt2_steps, template
 
+_VOCABULARIES = ((VOCAB_JSON, MERGES_TXT), ("encoder.json", "vocab.bpe"))
 FILE_NAMES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "encoder.json",
-    "vocab.bpe",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    META,
-    LLM_C,
+    *(TOKENIZER_JSON, *_VOCABULARIES[0], *_VOCABULARIES[1], META, LLM_C),
+    *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
 )
 """Every file that `load` may read."""
 
-SPECIAL_NAMES = (*GPT2_DEFAULTS, "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_NAMES = (*GPT2_SPECIAL_TOKENS, "sep_token", "pad_token", "cls_token", "mask_token")
 """transformers' names of the tokens that play a part."""
 _MAX_ADDED_TOKENS = 1 << 16
 
@@ -60,23 +61,23 @@ def load(path: Path) -> Tokenizer:
 
 
 def _load(directory: Path) -> Tokenizer:
-    config_path = directory / "tokenizer_config.json"
+    config_path = directory / TOKENIZER_CONFIG
     config = read_json_object(config_path) if config_path.exists() else {}
     if config.get(KIND) == "char":
-        return _load_char(directory / "vocab.json")
-    if (directory / "tokenizer.json").exists():
+        return _load_char(directory / VOCAB_JSON)
+    if (directory / TOKENIZER_JSON).exists():
         return _load_tokenizer_json(directory, config)
-    for vocab_name, merges_name in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+    for vocab_name, merges_name in _VOCABULARIES:
         if (directory / vocab_name).is_file() and (directory / merges_name).is_file():
             return _load_vocab_and_merges(directory, vocab_name, merges_name, config)
-    if (directory / "vocab.json").exists():
-        return _load_char(directory / "vocab.json")
+    if (directory / VOCAB_JSON).exists():
+        return _load_char(directory / VOCAB_JSON)
     if (directory / LLM_C).is_file():
         return load_llm_c(directory / LLM_C)
     if (directory / META).is_file():
         return load_nanogpt(directory / META)
     hint = ""
-    if (directory / "ckpt.pt").is_file():
+    if (directory / CHECKPOINT).is_file():
         hint = f", or {META}, which nanoGPT keeps with the data (data/shakespeare_char/{META})"
     raise MissingTokenizerError(
         f"{directory} holds no tokenizer; it needs tokenizer.json, or vocab.json with merges.txt, "
@@ -89,7 +90,7 @@ def _load_char(path: Path) -> CharTokenizer:
 
 
 def _load_tokenizer_json(directory: Path, config: dict[str, Any]) -> Tokenizer:
-    path = directory / "tokenizer.json"
+    path = directory / TOKENIZER_JSON
     content = read_json_object(path)
     get_field(content, "model", dict, path)
     config = _with_special_tokens_map(directory, config)
@@ -125,7 +126,7 @@ def _load_vocab_and_merges(
         [line for line in lines if line and not line.startswith("#version")],
         f"{merges_path}: merge",
     )
-    config_path = directory / "tokenizer_config.json"
+    config_path = directory / TOKENIZER_CONFIG
     added_path = directory / "added_tokens.json"
     described = _with_special_tokens_map(directory, config)
     if "added_tokens_decoder" in config:
@@ -270,7 +271,7 @@ def _ids_of(model: dict[str, Any]) -> dict[str, int]:
 def _asked_around(
     config: dict[str, Any], special_tokens: dict[str, Any], ids: dict[str, int], source: str
 ) -> Around | None:
-    """What `add_bos_token` and `add_eos_token` ask for; None where neither is there."""
+    """The ids that `add_bos_token` and `add_eos_token` ask for; None where neither is there."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return None
     around: Around = ([], [])
@@ -299,7 +300,7 @@ def _with_special_tokens_map(directory: Path, config: dict[str, Any]) -> dict[st
 
 
 def _special_tokens(config: dict[str, Any], source: str) -> tuple[dict[str, Any], list[Any]]:
-    """What plays which part (`eos_token` and so on), and further special tokens.
+    """Special tokens by their part (`eos_token` and so on), and further ones.
 
     Each is None, a string, or an object like an added token's, as transformers reads them.
     """
@@ -307,8 +308,8 @@ def _special_tokens(config: dict[str, Any], source: str) -> tuple[dict[str, Any]
     for name in SPECIAL_NAMES:
         if name in config:
             named[name] = config[name]
-        elif config.get("tokenizer_class") in GPT2_CLASSES and name in GPT2_DEFAULTS:
-            named[name] = END_OF_TEXT
+        elif config.get("tokenizer_class") in GPT2_CLASSES and name in GPT2_SPECIAL_TOKENS:
+            named[name] = GPT2_SPECIAL_TOKENS[name]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         extra = list(extra.values())

@@ -34,9 +34,9 @@ def token_bytes(token: str) -> bytes:
 
 
 def merge_ranks(vocab: dict[str, int], merges: Sequence[str], source: str) -> dict[bytes, int]:
-    """Which tokens BPE can produce, in the order of the merges that produce them.
+    """The tokens that BPE can produce, in the order of the merges that produce them.
 
-    BPE applies listed pairs in their order. tiktoken joins whatever two neighbours make a known
+    BPE applies listed pairs in their order. tiktoken joins whatever two neighbors make a known
     token, lowest rank first. Both give the same tokens if a token counts as known only when BPE,
     given that token's bytes alone, arrives at it, with the rank of the merge that gets there:
     what happens between two boundaries that survive does not depend on what is outside them.
@@ -99,9 +99,10 @@ def merge_ranks(vocab: dict[str, int], merges: Sequence[str], source: str) -> di
 def _boundary_survives(
     left: int, right: int, lefts: list[int], rights: list[int], made: dict[int, int]
 ) -> bool:
-    """Whether BPE on the two tokens' bytes arrives at them, not joining across them before."""
+    """True if BPE on the bytes of both arrives at the two tokens, and joins nothing across them
+    before."""
     while True:
-        # undo the last merge on either side; could the two neighbours have joined before it?
+        # undo the last merge on either side; could the two neighbors have joined before it?
         if left > right and left >= 256:
             limit = left
             left = rights[left]

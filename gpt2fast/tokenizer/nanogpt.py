@@ -15,6 +15,8 @@ from ..errors import TokenizerError, reason_of, shown
 from .char import CharTokenizer
 
 NAME = "meta.pkl"
+CHECKPOINT = "ckpt.pt"
+"""nanoGPT's name of a model, whose data has the tokenizer."""
 
 _LARGEST = 8 << 20
 _MOST_STEPS = 1_500_000  # eight a character

@@ -1,4 +1,4 @@
-"""What a tokenizer.json does before and after BPE, where that is GPT-2's own or nothing."""
+"""The steps of a tokenizer.json before and after BPE, where they are GPT-2's own or none."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LISTS = {
     "post_processor": "processors",
     "decoder": "decoders",
 }
-"""What a `Sequence` of each kind of step calls its list."""
+"""The field of a `Sequence` that lists its steps, by the kind of step."""
 
 
 class GPT2Steps(NamedTuple):
-    """What GPT-2's own steps leave open."""
+    """Options of GPT-2's own steps."""
 
     add_prefix_space: bool
     around: Around
@@ -93,7 +93,7 @@ def template(around: Around, names: Mapping[int, str]) -> dict[str, Any]:
 
 
 def is_byte_level_decoder(content: Mapping[str, Any]) -> bool:
-    """Whether the text of ids is their bytes, put together."""
+    """True if the text of ids is their bytes, put together."""
     return _is_byte_level(_flat(content.get("decoder"), "decoder"))
 
 

@@ -54,7 +54,7 @@ def short_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _long_words(text: str) -> Iterator[tuple[int, int]]:
-    """Where words of more than `PIECE` characters begin and end."""
+    """Beginnings and ends of the words of more than `PIECE` characters."""
     end = 0
     for at in range(0, len(text) - _ALIGNED + 1, _ALIGNED):
         # Nearly every block of ordinary text has a space, which is found in no time.

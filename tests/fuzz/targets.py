@@ -195,7 +195,7 @@ def encoded(data: bytes, folder: Path) -> None:
     path.write_bytes(data)
     for encoding in ("cp1252", "cp932", "gb18030", "iso2022_jp", "utf-16-le", "utf-7"):
         with suppress(Error):
-            for block in read_blocks(TextInput(path, encoding), Cuts(), block_bytes=64):
+            for block in read_blocks(TextInput(path, encoding), Cuts(block_size=64)):
                 "".join(segment.text for segment in block.segments).encode()
 
 

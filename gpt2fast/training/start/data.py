@@ -123,8 +123,10 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
             f"vocab_size is {config.vocab_size}, but the size of tokenizer {tokenizer!r} is given; "
             "set vocab_size to null, or --tokenizer bpe"
         )
-    from ...data.encoding import available_cores
-    from ...data.prepare import OtherRunError, prepare_data
+    from ...data.encoders import available_cores
+    from ...data.meta import DEFAULT_VOCAB_SIZE
+    from ...data.prepare import prepare_data
+    from ...data.working_folder import OtherRunError
 
     tell(_log, f"preparing {what} in {out}")
     prepare = functools.partial(
@@ -134,7 +136,7 @@ def _prepared(config: TrainConfig, out: Path, inputs: Any, what: str) -> Path:
         tokenizer=tokenizer,
         split=config.split,
         val_fraction=config.val_fraction,
-        vocab_size=config.vocab_size or 2048,
+        vocab_size=config.vocab_size or DEFAULT_VOCAB_SIZE,
         dataset=config.dataset,
         dataset_config=config.dataset_config,
         text_field=config.text_field,

@@ -1,6 +1,6 @@
 """Text to the bytes of token files, in this process or in several others.
 
-The other processes are plain `python -m gpt2fast.data.encoding` commands that are spoken to
+The other processes are plain `python -m gpt2fast.data.encoders` commands that are spoken to
 through pipes: unlike multiprocessing's they do not run the user's script again, and unlike forked
 ones they inherit no threads.
 """
@@ -27,7 +27,7 @@ from .text import END_OF_TEXT
 
 
 class Encoded(NamedTuple):
-    """What some parts become; each field has an entry for training and one for validation."""
+    """The tokens of some parts; each field has an entry for training and one for validation."""
 
     data: list[bytes]
     tokens: list[int]
@@ -75,7 +75,7 @@ class Encoders:
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
         self.waiting = 0
-        """How many requests may usefully be open."""
+        """The number of requests that may usefully be open."""
         if workers > 1:
             self._threads = ThreadPoolExecutor(workers)
             self.waiting = 2 * workers

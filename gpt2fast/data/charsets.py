@@ -1,4 +1,4 @@
-"""Which encoding a text is in: UTF-8, UTF-16 or UTF-32 by its mark, others when they are named.
+"""The encoding of a text: UTF-8, UTF-16 or UTF-32 by its mark, others when they are named.
 
 Nothing is guessed in silence: the 8-bit encodings of Latin script differ in single letters, and a
 wrong guess is a text with wrong letters. A text that is not UTF-8 is refused with the encoding that
@@ -67,12 +67,7 @@ def marked_encoding(beginning: bytes) -> str | None:
 
 def check_text(path: Path, data: bytes, start: int) -> None:
     """Raise DataError where bytes in UTF-8 are no text all the same: they hold NULs, or the escapes
-    of an encoding in seven bits.
-
-    Args:
-        path: the file.
-        data: bytes of it.
-        start: byte of the file at which they begin.
+    of an encoding in seven bits. `data` begins at the byte `start` of the file.
     """
     if 0 in data:
         raise _zeros(path, data, start)
@@ -141,11 +136,7 @@ def _by_parity(places: list[int]) -> str | None:
 def not_utf8(path: Path, data: bytes, error: UnicodeDecodeError, start: int) -> DataError:
     """The error for a text that is not UTF-8: where, and what it looks like.
 
-    Args:
-        path: the file.
-        data: bytes of it around the place.
-        error: of decoding `data`.
-        start: byte of the file at which `data` begins.
+    `error` came of decoding `data`, which begins at the byte `start` of the file.
     """
     if 0 in data[: error.start + PEEK]:
         return _zeros(path, data, start)
@@ -177,12 +168,7 @@ def _mostly_utf8(sample: bytes) -> bool:
 
 
 def guess(path: Path, sample: bytes) -> str:
-    """What the encoding of a text looks like, and how to have it read.
-
-    Args:
-        path: the file.
-        sample: of it, from a byte on that is not UTF-8.
-    """
+    """The likely encoding of a text, and how to have it read; `sample` begins where UTF-8 ends."""
     from charset_normalizer import from_bytes
 
     # The letters decide, not the English around them.
