@@ -308,7 +308,7 @@ def test_a_bomb_of_an_archive_is_not_unpacked(tmp_path, monkeypatch):
 
 def test_a_tuning_database_that_optuna_cannot_read(tmp_path, monkeypatch):
     pytest.importorskip("optuna")
-    from gpt2fast.tuning.storage import StudyError, open_study, require_optuna
+    from gpt2fast.tuning.database import StudyError, open_study, require_optuna
 
     require_optuna()
     monkeypatch.chdir(tmp_path)

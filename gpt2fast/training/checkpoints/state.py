@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..._system.files import read_file
 from ..._system.parsing import Unreadable, parse_json
+from ..._system.pickle_check import Objection
 from ...checkpoints.tensor_files import read_tensors, write_safetensors
 from ...checkpoints.torch_files import read_torch_file
-from ...checkpoints.unpickling import Objection
 from ...errors import ConfigError, WeightsError, shown
 from ...run_folder import OLD_STATE, STATE
 
