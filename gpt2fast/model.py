@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from .nn.layer_norm import add_and_normalize
 from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
 from .nn.plain import is_plain, why_not_plain_within
-
-if TYPE_CHECKING:
-    from .inference.packed import PackedGPT2
 
 
 class GPT2(nn.Module):
@@ -245,7 +242,7 @@ class GPT2(nn.Module):
         """
         return above("inference.engine").decode_step(self, tokens, cache, position_ids)
 
-    def for_decoding(self) -> GPT2 | PackedGPT2:
+    def for_decoding(self) -> Any:
         """The form of this model that decodes fastest here; see `inference.engine.for_decoding`."""
         return above("inference.engine").for_decoding(self)
 
@@ -253,7 +250,7 @@ class GPT2(nn.Module):
         """True if there are kernels here that read packed weights of this model."""
         return above("inference.packing").can_be_packed(self)
 
-    def pack(self, *, release: bool = False) -> PackedGPT2:
+    def pack(self, *, release: bool = False) -> Any:
         """A copy for inference whose weights, in their own dtype, lie as a step reads them.
 
         Args:
@@ -265,7 +262,7 @@ class GPT2(nn.Module):
         """
         return above("inference.packing").pack(self, release=release)
 
-    def quantize(self, scheme: str, *, release: bool = False, **options: Any) -> PackedGPT2:
+    def quantize(self, scheme: str, *, release: bool = False, **options: Any) -> Any:
         """A copy for inference with weights of 8 or 4 bits.
 
         Args:

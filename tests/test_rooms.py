@@ -27,8 +27,8 @@ def _block(heading: str) -> list[str]:
 FLOORS = [line.split() for line in _block("Floors")]
 """From the top down; rooms of one floor do not import each other."""
 
-DOORS = {tuple(line.split()[:1] + line.split()[2:3]) for line in _block("Doors")}
-"""(file, room) that may import upwards, inside functions alone."""
+DOORS = {(line.split()[0], target) for line in _block("Doors") for target in line.split()[1:]}
+"""(file, file that a method of it hands its call to)."""
 
 HEIGHTS = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -50,18 +50,12 @@ def room(module: str) -> str:
     return module.partition(".")[0] or "__init__"
 
 
-def imports(module: str) -> Iterator[tuple[str, bool]]:
-    """The modules that one imports, and whether from within a function."""
+def imports(module: str) -> Iterator[str]:
+    """The modules that one imports, wherever in its text."""
     path = MODULES[module]
     package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
     package = [part for part in package if part]
     tree = ast.parse(path.read_text())
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for node in ast.walk(function)
-    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -79,7 +73,7 @@ def imports(module: str) -> Iterator[tuple[str, bool]]:
                 continue
             while rest and rest not in MODULES:
                 rest = rest.rpartition(".")[0]
-            yield rest, id(node) in inside
+            yield rest
 
 
 def test_every_room_has_a_floor() -> None:
@@ -91,41 +85,45 @@ def test_every_room_has_a_floor() -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_down(module: str) -> None:
     here = room(module)
-    for target, in_function in imports(module):
+    for target in imports(module):
         there = room(target)
-        if there == here or HEIGHTS[there] < HEIGHTS[here]:
-            continue
-        if there == "__init__":  # the package's public names and version
-            continue
-        assert in_function and (module, there) in DOORS, f"{module} imports {target}, which is above"
+        if there not in (here, "__init__"):  # which has the public names and the version
+            assert HEIGHTS[there] < HEIGHTS[here], f"{module} imports {target}, which is above"
 
 
-def test_every_door_is_used() -> None:
-    used = {
-        (module, room(target))
-        for module in MODULES
-        for target, in_function in imports(module)
-        if in_function
+def test_the_doors_are_those_of_the_list() -> None:
+    found = set()
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Name(id="above"), args=[ast.Constant(value=target)]):
+                    found.add((module, target))
+    assert found == DOORS
+
+
+def test_nothing_else_is_imported_by_name() -> None:
+    """A name that is imported as a string would pass the list by."""
+    users = {
+        module
+        for module, path in MODULES.items()
+        if re.search(r"import_module\(", path.read_text())
     }
-    assert used >= DOORS
+    assert users == {"", "__main__", "_system.doors", "data", "ops.triton"}
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    graph = {
-        module: {target for target, _ in imports(module) if target != module} for module in MODULES
-    }
-    for module, targets in graph.items():  # doors are the exception
-        graph[module] = {target for target in targets if (module, room(target)) not in DOORS}
+    graph = {module: {other for other in imports(module) if other != module} for module in MODULES}
+    for module, others in graph.items():
         if MODULES[module].stem == "__init__":  # a package hands on names of its files
-            graph[module] = {target for target in graph[module] if room(target) != room(module)}
+            graph[module] = {other for other in others if room(other) != room(module)}
     finished: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
         assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
         if module in finished:
             return
-        for target in sorted(graph[module]):
-            visit(target, (*trail, module))
+        for other in sorted(graph[module]):
+            visit(other, (*trail, module))
         finished.add(module)
 
     for module in graph:

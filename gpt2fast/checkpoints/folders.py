@@ -10,9 +10,9 @@ from pathlib import Path
 from .._system.files import read_file
 from ..config import CONFIG_FILE
 from ..errors import WeightsError
-from ..inference.generation_config import NAME as GENERATION_CONFIG
 from ..tokenizer.nanogpt import CHECKPOINT
 from .foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, explain_adapter, explain_folder
+from .generation_config import NAME as GENERATION_CONFIG
 from .hub import resolve
 from .tensor_files import file_kind
 from .tensor_names import listed

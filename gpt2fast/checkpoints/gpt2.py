@@ -28,13 +28,13 @@ from torch import Tensor
 from .._system.parsing import read_json
 from ..config import CONFIG_FILE, PRESETS, GPT2Config
 from ..errors import ConfigError, WeightsError, shown
-from ..inference.generation_config import first_end_token, read_generation_config
 from ..inference.packed import PackedGPT2, model_shape
 from ..model import GPT2
 from ..ops.packed import MatrixFormat, PackedWeights
 from ..quantization.storage import from_tensors, is_quantized
 from . import nanogpt
 from .folders import find_weights
+from .generation_config import first_end_token, read_generation_config
 from .tensor_files import describes_itself, read_tensors
 from .tensor_names import NamedTensors, find_model, listed, same, with_shape
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from .._system.files import atomic_write_text
 from ..config import CONFIG_FILE
 from ..errors import ArgumentError, WeightsError, shown
-from ..inference.generation_config import NAME as GENERATION_CONFIG
 from ..inference.packed import PackedGPT2
 from ..inference.structure import why_not_configured
 from ..model import GPT2
@@ -24,6 +23,7 @@ from ..ops.packed import QuantizedMatrix
 from ..quantization.storage import to_tensors
 from ..tokenizer.foreign import save_tokenizer, tokenizer_of
 from .folders import WEIGHTS
+from .generation_config import NAME as GENERATION_CONFIG
 from .tensor_files import write_safetensors
 
 

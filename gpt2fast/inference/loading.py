@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from .._system.doors import above
 from ..errors import ArgumentError, MissingTokenizerError, TokenizerError, WeightsError
-from ..lora import load_adapter, merge
 from ..model import GPT2
 from ..tokenizer import Tokenizer
 from .packed import PackedGPT2
@@ -39,8 +39,9 @@ def load_pair(
     if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4:
         model = model.float()
     if adapter is not None:
-        load_adapter(model, adapter, local_files_only=local_files_only)
-        model = merge(model)
+        lora = above("lora")
+        lora.load_adapter(model, adapter, local_files_only=local_files_only)
+        model = lora.merge(model)
     if quantize is not None:
         if isinstance(model, PackedGPT2):
             raise ArgumentError(

@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import op_arguments
 from gpt2fast import GPT2, GPT2Config, Tokenizer
 from gpt2fast._system.parsing import read_json
+from gpt2fast.checkpoints.generation_config import first_end_token, read_generation_config
 from gpt2fast.checkpoints.tensor_files import read_tensors
 from gpt2fast.checkpoints.tensorflow_files import read_bundle
 from gpt2fast.cli import train as train_command
@@ -30,7 +31,6 @@ from gpt2fast.data.opening import TextInput
 from gpt2fast.data.text import Cuts, read_blocks
 from gpt2fast.data.tokens import TokenFile
 from gpt2fast.errors import Error
-from gpt2fast.inference.generation_config import first_end_token, read_generation_config
 from gpt2fast.reporting.comparison import all_settings, results
 from gpt2fast.training.checkpoints import shards
 from gpt2fast.training.checkpoints.position import Position
