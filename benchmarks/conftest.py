@@ -26,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import contest  # noqa: E402
 import machine  # noqa: E402
-from gpt2fast._system.files import atomic_write, atomic_write_text  # noqa: E402
+from gpt2fast._system.files import atomic_write_text  # noqa: E402
+from picture import CAN_DRAW, picture  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One comparison; seconds are medians, the ratio is that of neighbouring runs."""
+    """One comparison; seconds are medians, the ratio is that of neighboring runs."""
 
     name: str
     ours: float
@@ -60,7 +61,7 @@ _OPTIONS = [
 
 
 class _Refuse(argparse.Action):
-    """What an option of pytest-benchmark does where that is not there."""
+    """Refuses an option of pytest-benchmark where that is not installed."""
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
         raise pytest.UsageError(f"{self.option_strings[0]}: {_MISSING}")
@@ -84,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What compares by pytest-benchmark's clock cannot do without it; `compete` can."""
+    """Refuse tests that need pytest-benchmark where it is not installed; `compete` does not."""
     if config.pluginmanager.hasplugin("benchmark"):
         return
     for item in items:
@@ -99,7 +100,7 @@ def versus(
 ) -> Iterator[Callable[[Callable[[], Any], Callable[[], Any], int], None]]:
     """Call `versus(ours, peer, rounds)`: peer, ours, peer, ours, ...
 
-    Each round's ratio is formed from two neighbouring runs, so a machine that becomes slower
+    Each round's ratio is formed from two neighboring runs, so a machine that becomes slower
     half-way slows both sides. The table at the end gives both medians and the median ratio.
     """
 
@@ -185,7 +186,7 @@ def against_floor(
 if importlib.util.find_spec("pytest_benchmark") is None:
 
     class _Once:
-        """What `compete` needs of pytest-benchmark, where that is not installed."""
+        """The part of pytest-benchmark that `compete` needs, where that is not installed."""
 
         def __init__(self) -> None:
             self.extra_info: dict[str, Any] = {}
@@ -252,7 +253,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _keep(pairs: list[Pair], file: Path) -> None:
     where = f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = [
-        f"{where}. Milliseconds, medians; the ratio is the median of neighbouring runs, above 1 "
+        f"{where}. Milliseconds, medians; the ratio is the median of neighboring runs, above 1 "
         "where ours is faster.",
         "",
         "| benchmark | ours | peer | ratio |",
@@ -266,25 +267,16 @@ def _keep(pairs: list[Pair], file: Path) -> None:
     rows = [asdict(pair) for pair in pairs]
     atomic_write_text(file, json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
     atomic_write_text(file.with_suffix(".md"), "\n".join(lines) + "\n")
-    if importlib.util.find_spec("matplotlib") is not None:
+    if CAN_DRAW:
         _plot(pairs, file.with_suffix(".png"))
 
 
 def _plot(pairs: list[Pair], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.22 * len(pairs)))
-    colours = ["tab:red" if pair.ratio >= 1 else "tab:gray" for pair in pairs]
-    axis.barh([pair.name for pair in pairs], [pair.ratio for pair in pairs], color=colours)
-    axis.axvline(1, color="black", linestyle=":")
-    axis.invert_yaxis()
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("speed, ours over the peer's")
-    axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    with atomic_write(file) as picture:
-        figure.savefig(picture, format="png", dpi=100)
-    pyplot.close(figure)
+    colors = ["tab:red" if pair.ratio >= 1 else "tab:gray" for pair in pairs]
+    with picture(file, 9, 1 + 0.22 * len(pairs)) as (axis,):
+        axis.barh([pair.name for pair in pairs], [pair.ratio for pair in pairs], color=colors)
+        axis.axvline(1, color="black", linestyle=":")
+        axis.invert_yaxis()
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("speed, ours over the peer's")
+        axis.tick_params(labelsize=7)

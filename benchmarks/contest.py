@@ -11,7 +11,6 @@ faster.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gpt2fast._system.files import atomic_write
+from picture import CAN_DRAW, picture
 
 _ROUNDS = 15
 _SECONDS = 0.02  # that one measurement lasts, at least
@@ -29,7 +28,7 @@ _SECONDS = 0.02  # that one measurement lasts, at least
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation has to do at least."""
+    """The least work of a computation."""
 
     bytes: float
     """Read once and written once."""
@@ -46,7 +45,7 @@ class Work:
         return max(self.bytes / copy_bandwidth(), products)
 
     def amount(self) -> tuple[float, str]:
-        """What is counted a second, and its unit."""
+        """The quantity counted per second, and its unit."""
         if self.tokens:
             return self.tokens, "tok/s"
         return (self.flops / 1e12, "TFLOP/s") if self.flops else (self.bytes / 1e9, "GB/s")
@@ -69,7 +68,7 @@ class Row:
     peak_bytes: int
     """Memory that one call takes beyond its inputs."""
     graph: bool
-    """Whether it was timed in a CUDA graph."""
+    """True if it was timed in a CUDA graph."""
 
 
 def contest(
@@ -117,7 +116,7 @@ def contest(
 
 
 def sets_beyond_cache(bytes_a_set: float) -> int:
-    """How many sets of inputs together hold more than twice the second-level cache."""
+    """The number of sets of inputs that together exceed twice the second-level cache."""
     cache_bytes = torch.cuda.get_device_properties().L2_cache_size
     return max(2, min(32, -(-2 * cache_bytes // int(bytes_a_set))))
 
@@ -171,28 +170,19 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], file: Path) -> None:
     """A bar for each row: its share of the floor. Nothing without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not CAN_DRAW:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = {"ours": "tab:red", "ours (Triton)": "tab:orange"}
-    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.2 * len(rows)))
-    axis.barh(
-        [f"{row.benchmark}: {row.way}" for row in rows],
-        [row.share for row in rows],
-        color=[colours.get(row.way, "tab:gray") for row in rows],
-    )
-    axis.axvline(1, color="black", linestyle=":")
-    axis.invert_yaxis()
-    axis.set_xlabel("share of the floor")
-    axis.tick_params(labelsize=6)
-    figure.tight_layout()
-    with atomic_write(file) as picture:
-        figure.savefig(picture, format="png", dpi=100)
-    pyplot.close(figure)
+    colors = {"ours": "tab:red", "ours (Triton)": "tab:orange"}
+    with picture(file, 9, 1 + 0.2 * len(rows)) as (axis,):
+        axis.barh(
+            [f"{row.benchmark}: {row.way}" for row in rows],
+            [row.share for row in rows],
+            color=[colors.get(row.way, "tab:gray") for row in rows],
+        )
+        axis.axvline(1, color="black", linestyle=":")
+        axis.invert_yaxis()
+        axis.set_xlabel("share of the floor")
+        axis.tick_params(labelsize=6)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

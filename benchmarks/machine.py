@@ -1,4 +1,4 @@
-"""What this machine can do at most: the floor that figures are held against."""
+"""The limits of this machine: the floor that results are compared with."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_all_engines_write_the_same(engines, model_dir):
 
 @pytest.mark.parametrize("name", compare.CASES)
 def test_speed(benchmark, engines, model_dir, name):
-    """What the table of pytest-benchmark shows is a round of all of them; see extra_info."""
+    """The table of pytest-benchmark shows a round of all of them; see extra_info."""
     checkpoint, threads = Checkpoint(model_dir), torch.get_num_threads()
     rows = []
 

@@ -97,7 +97,7 @@ def random(*shape: int) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """What is measured: GPT-2's shapes, the likeliest options."""
+    """The cases to measure: GPT-2's shapes, the most common options."""
     from gpt2fast.ops.backend import OPS, Implementation
 
     def run(op: str, *arguments: Any) -> Any:

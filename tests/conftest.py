@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,23 @@ def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Every test runs the simulator's threads in an order of its own."""
     for variable, value in THREAD_ORDER.begin(request.node.nodeid, rotation.day()).items():
         monkeypatch.setenv(variable, value)
+
+
+@pytest.fixture
+def instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], Path]:
+    """Puts a pipe, a folder or a device in the place of a file, in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(kind: str, path: Path) -> Path:
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to("/dev/zero")
+        return path
+
+    return make
 
 
 @pytest.fixture(autouse=True)

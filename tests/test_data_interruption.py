@@ -17,24 +17,11 @@ from gpt2fast.data import DataModule, preparation, prepare_data
 from gpt2fast.data.preparation import Pace
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
+from interruption import Killed, interrupt_after
 from small_library import LIBRARY, ROOT, STORY, contents, library, write
 from time_limits import patience
 
 # -- interruption --------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a power cut: nothing of prepare's handles it."""
-
-
-def interrupt_after(calls: int):
-    def progress(stage: str, done: int, total: int) -> None:
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise Killed
-
-    return progress
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from gpt2fast.data.preparation import Pace
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
 from gpt2fast.tokenizer import BPETokenizer, Tokenizer
+from interruption import Killed, interrupt_after
 
 WORDS = [
     "the",
@@ -114,25 +115,14 @@ def test_records_can_be_lines_of_one_text(tmp_path, small_blocks, bpe_dir, kind)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("records", ["documents", "lines"])
 def test_interrupted_records_end_with_the_same_bytes(tmp_path, small_blocks, kind, records):
-    class Killed(BaseException):
-        pass
-
-    def after(calls):
-        def progress(stage, done, total):
-            nonlocal calls
-            calls -= 1
-            assert 0 <= done <= total
-            if calls < 0:
-                raise Killed
-
-        return progress
-
     path = save(tmp_path / f"a.{kind}", DOCUMENTS)
     arguments = {"split": "documents" if records == "documents" else "position", "records": records}
     straight = prepare_data(path, tmp_path / "straight", **arguments)
     for calls in range(1, 500, 3):
         try:
-            data = prepare_data(path, tmp_path / "out", **arguments, progress=after(calls))
+            data = prepare_data(
+                path, tmp_path / "out", **arguments, progress=interrupt_after(calls)
+            )
             break
         except Killed:
             pass

@@ -31,8 +31,12 @@ def model(tokenizer: Tokenizer) -> GPT2:
     config = GPT2Config(
         n_layer=2, n_head=2, n_embd=32, n_positions=CONTEXT, vocab_size=tokenizer.vocab_size
     )
-    model = GPT2(config).eval()
-    with torch.no_grad():  # predictions far from uniform
+    return far_from_uniform(GPT2(config).eval())
+
+
+def far_from_uniform(model: GPT2) -> GPT2:
+    """The model with larger weights, so that its predictions differ."""
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5)

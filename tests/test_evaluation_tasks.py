@@ -33,6 +33,7 @@ from gpt2fast.evaluation.results import as_object, as_table
 from gpt2fast.evaluation.sources import load
 from gpt2fast.evaluation.wikitext import WikiText2, WikiText2Joined
 from gpt2fast.tokenizer import CharTokenizer
+from test_evaluation import far_from_uniform
 
 CBT = """\
 1 `` It 's a fine day , '' said the fox -LRB- who was sly -RRB- .
@@ -59,12 +60,7 @@ def model(tokenizer: Tokenizer) -> GPT2:
     config = GPT2Config(
         n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=tokenizer.vocab_size
     )
-    model = GPT2(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model
+    return far_from_uniform(GPT2(config).eval())
 
 
 def write(path: Path, text: str) -> Path:

@@ -105,23 +105,6 @@ def test_what_is_within_the_limits_is_what_the_parsers_read():
     assert parse_json('{"a": 1, "a": 2}', unique=False) == {"a": 2}
 
 
-@pytest.fixture
-def instead(tmp_path, monkeypatch):
-    """Puts something that is no file in the place of one."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(kind: str, path: Path) -> Path:
-        if kind == "pipe":
-            os.mkfifo(path)
-        elif kind == "folder":
-            path.mkdir()
-        else:
-            path.symlink_to("/dev/zero")
-        return path
-
-    return make
-
-
 NO_FILES = pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 
 

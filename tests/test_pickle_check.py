@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import io
-import os
 import pickle
 import resource
 import time
@@ -209,14 +208,8 @@ def test_a_file_of_another_byte_order_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
-    path = tmp_path / "x.pt"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to("/dev/zero")
+def test_what_is_no_file_is_not_waited_for(instead, tmp_path, kind):
+    path = instead(kind, tmp_path / "x.pt")
     with pytest.raises(WeightsError, match=f"a {kind}, not a file"):
         read_tensors(path)
 

@@ -34,7 +34,8 @@ _HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # machine.py, which the other benchmarks use as well
 
 import machine  # noqa: E402
-from gpt2fast._system.files import atomic_write, atomic_write_text  # noqa: E402
+from gpt2fast._system.files import atomic_write_text  # noqa: E402
+from picture import CAN_DRAW, picture  # noqa: E402
 
 OURS = "gpt2fast"
 
@@ -47,7 +48,7 @@ class Case:
     prompt: int
     new: int
     kind: str
-    """Which of the two speeds counts: "prefill" or "decode"."""
+    """The speed that counts: "prefill" or "decode"."""
 
 
 CASES = {
@@ -94,7 +95,7 @@ _MODULES = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "llama_cpp": ("gguf",),
 }
-"""What the environment that runs this must have, to serve for a peer without one of its own."""
+"""Modules that this environment needs to run a peer that has none of its own."""
 
 _CALM = 0.15
 """Cores that something else may use in a round that counts."""
@@ -322,7 +323,7 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
         f"{results['machine']}, {results['threads']} threads, model {results['model']}. Tokens per "
-        "second, medians; in brackets our speed over theirs, the median of neighbouring runs. A "
+        "second, medians; in brackets our speed over theirs, the median of neighboring runs. A "
         "star marks cases without a round in which nothing else is known to have run.",
         "",
         "| weights | case | gpt2fast | share of the floor | memory GB/s | others |",
@@ -356,32 +357,23 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], file: Path) -> bool:
     """Bars of every case, one picture; False where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not CAN_DRAW:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = {key: summary(row) for key, row in results["rows"].items()}
     columns = 4
     height = -(-len(rows) // columns)
-    figure, axes = pyplot.subplots(height, columns, figsize=(16, 3 * height), squeeze=False)
-    for axis in axes.flat[len(rows) :]:
-        axis.axis("off")
-    for axis, (key, found) in zip(axes.flat, rows.items(), strict=False):
-        labels = list(found["speeds"])
-        colours = ["tab:red" if label.startswith(OURS) else "tab:gray" for label in labels]
-        axis.barh(labels, list(found["speeds"].values()), color=colours)
-        axis.invert_yaxis()
-        if "floor" in found:
-            axis.axvline(found["floor"], color="black", linestyle=":", label="floor")
-        axis.set_title(f"{key}, tokens/s", fontsize=10)
-        axis.tick_params(labelsize=8)
-    figure.tight_layout()
-    with atomic_write(file) as picture:
-        figure.savefig(picture, format="png", dpi=100)
-    pyplot.close(figure)
+    with picture(file, 16, 3 * height, height, columns) as axes:
+        for axis in axes[len(rows) :]:
+            axis.axis("off")
+        for axis, (key, found) in zip(axes, rows.items(), strict=False):
+            labels = list(found["speeds"])
+            colors = ["tab:red" if label.startswith(OURS) else "tab:gray" for label in labels]
+            axis.barh(labels, list(found["speeds"].values()), color=colors)
+            axis.invert_yaxis()
+            if "floor" in found:
+                axis.axvline(found["floor"], color="black", linestyle=":", label="floor")
+            axis.set_title(f"{key}, tokens/s", fontsize=10)
+            axis.tick_params(labelsize=8)
     return True
 
 

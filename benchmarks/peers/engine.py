@@ -1,4 +1,4 @@
-"""What a peer's module offers: how it stores a model, and an engine that decodes greedily.
+"""The interface of a peer's module: storing a model, and an engine that decodes greedily.
 
 A module of a peer has
 

@@ -1,7 +1,7 @@
 """ONNX Runtime: https://onnxruntime.ai
 
 The graph is the one that its generation library would run: fused attention which writes into a
-cache that the caller owns, fused normalisation and GELU, logits for the last position only. An
+cache that the caller owns, fused normalization and GELU, logits for the last position only. An
 export by tracing (optimum) copies the cache at every step.
 """
 
@@ -160,7 +160,7 @@ class _Graph:
         )
 
     def _add_norm(self, stream: str, branch: str, bias: str, norm: str) -> tuple[str, str]:
-        """The residual stream with the branch added, and its normalisation."""
+        """The residual stream with the branch added, and its normalization."""
         number = len(self._nodes)
         normed, summed = f"normed.{number}", f"summed.{number}"
         self._node(

@@ -33,7 +33,7 @@ _SHIM = Path(__file__).resolve().parent / "llama_cpp_shim.cpp"
 
 
 class SetupError(Exception):
-    """What went wrong, and what to do."""
+    """A failure to set a peer up, and the way out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
