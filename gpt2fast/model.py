@@ -251,7 +251,7 @@ class GPT2(nn.Module):
         return above("inference.packing").can_be_packed(self)
 
     def pack(self, *, release: bool = False) -> Any:
-        """A copy for inference whose weights, in their own dtype, lie as a step reads them.
+        """A `PackedGPT2`: a copy for inference whose weights lie as a step reads them.
 
         Args:
             release: free this model's parameters on the way, so that there is never more than one
@@ -263,7 +263,7 @@ class GPT2(nn.Module):
         return above("inference.packing").pack(self, release=release)
 
     def quantize(self, scheme: str, *, release: bool = False, **options: Any) -> Any:
-        """A copy for inference with weights of 8 or 4 bits.
+        """A `PackedGPT2`: a copy for inference with weights of 8 or 4 bits.
 
         Args:
             scheme: "int8" or "int4".
