@@ -156,7 +156,13 @@ def _wrong_device(tensor: Tensor) -> str | None:
     return f"the native kernels run on the CPU, and a tensor is on {tensor.device}"
 
 
-native = Kernels("native kernels", DTYPES, lambda: unavailable(), _wrong_device)
+native = Kernels(
+    "native kernels",
+    DTYPES,
+    lambda: unavailable(),
+    _wrong_device,
+    no_int8="the native kernels that use int8 caches are those of packed models",
+)
 """Of `torch.ops.gpt2fast_native`."""
 
 

@@ -79,6 +79,8 @@ class Kernels:
     """Why there are none here, or None."""
     wrong_device: Callable[[Tensor], str | None] = lambda tensor: None
     """Why they do not run where a tensor is, or None."""
+    no_int8: str | None = None
+    """Why those that do not say otherwise take no int8 caches."""
 
     def __call__(
         self,
@@ -118,7 +120,7 @@ class Kernels:
             found = tensor.dtype
             if found not in dtypes and (found == torch.int8 or tensor.is_floating_point()):
                 if found == torch.int8:
-                    return f"the {self.name} of this op have no 8-bit caches"
+                    return self.no_int8 or f"the {self.name} have no 8-bit caches"
                 names = [str(each).removeprefix("torch.") for each in dtypes]
                 return f"the {self.name} take {', '.join(names)}, not {found}"
             if required.one_dtype and found is not dtype:
