@@ -38,20 +38,21 @@ class _Block:
     rows: list[int]
     """Of the rows that run, those of texts that have not ended."""
     chosen: Tensor
-    """(rows that ran, steps), on the host: there once `done` has happened."""
+    """(rows that run, steps), copied to the host by the time of `done`."""
     done: torch.cuda.Event | None
 
 
 class AsyncDecoder:
-    """Tokens of every row, chosen in blocks before anybody looks at them.
+    """The next tokens of every row, from blocks of steps that run ahead of the host.
 
-    A block is under way while the one before it is looked at. Rows that have ended run on, unseen,
-    until those that are left fit a graph for half as many. `close` gives the graph back.
+    While the host handles the tokens of one block, the next block runs. Rows whose text has ended
+    run on, and their tokens are ignored, until the other rows fit a graph for half as many. `close`
+    gives the graph back.
 
     Args:
-        model: whose steps they are.
-        cache: what its rows have read, which is copied; `max_length` is at least what will have
-            been read in the end.
+        model: the GPT2 that decodes.
+        cache: keys and values of the rows so far, which are copied; its `max_length` has room for
+            all tokens to come.
         longest: entries in its longest row.
         tokens: (B,) the newest token of each row, not in the cache yet.
         random: where random numbers come from, if tokens are drawn.

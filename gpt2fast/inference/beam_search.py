@@ -21,7 +21,7 @@ from .engine import DecodeState
 from .stopping import StopCriteria
 
 _NEVER = -1.0e9
-"""Score of what must not be chosen; finite, as in transformers, so that ties fall the same way."""
+"""Score that rules a candidate out; finite, as in transformers, so that ties fall the same way."""
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ class _Search:
         self.finished_lengths = torch.zeros(prompts, beams, dtype=torch.int64, device=device)
         self.finished_scores = torch.full_like(self.running_scores, _NEVER)
         self.is_finished = torch.zeros(prompts, beams, dtype=torch.bool, device=device)
-        # Set by each step: whether a running beam may still get better than a finished one.
+        # Set by each step: true where a running beam may still get better than a finished one.
         self.improvable = torch.ones(prompts, dtype=torch.bool, device=device)
 
     def extend(self, scores: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class _Search:
         return row + origin.gather(1, chosen)
 
     def ended(self) -> list[bool]:
-        """For each prompt whether its search is over."""
+        """For each prompt, True if its search is over."""
         if self.length == self.options.max_new_tokens:
             return [True] * len(self.improvable)
         over = ~self.improvable
@@ -170,7 +170,7 @@ class _Search:
     def _finish(self, candidates: Tensor, scores: Tensor, ends: Tensor) -> None:
         """Keep the best of the finished beams and of the candidates that end now."""
         beams = self.options.num_beams
-        # Candidates past the first `num_beams` are there to run on; ending, they do not count.
+        # Candidates past the first `num_beams` only serve to run on: if they end, they are dropped.
         ends = ends.clone()
         ends[:, beams:] = False
         scores = scores / (self.length**self.options.length_penalty)
@@ -185,7 +185,7 @@ class _Search:
         self.is_finished = torch.cat([self.is_finished, ends], dim=1).gather(1, chosen)
 
     def _look_ahead(self) -> None:
-        """Note whose running beams can still beat the worst finished one."""
+        """Note for which prompts a running beam can still beat the worst finished one."""
         options = self.options
         length = self.length
         if options.early_stopping == "never" and options.length_penalty > 0:

@@ -77,7 +77,7 @@ class Continuation:
         self._stops = request.criteria.strings
         self._tokenizer, self._decoder = tokenizer, tokenizer.decoder()
         self._held = ""
-        """Text that may turn out to begin a stop string."""
+        """Text held back, since it may be the beginning of a stop string."""
 
     def push(self, token: int, reason: str | None) -> str:
         """Add a token; returns the text that is certain now."""
@@ -125,7 +125,7 @@ class Continuation:
 
 
 class TextStream(Iterator[str]):
-    """The pieces of a continuation as they come; also what has come so far."""
+    """The pieces of a continuation as they come, and all of it so far."""
 
     def __init__(
         self,

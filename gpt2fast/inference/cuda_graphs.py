@@ -22,7 +22,7 @@ from ..nn.kv_cache import KVCache
 from .structure import decode_weights, run_step, step_constants
 
 _capturing = threading.Lock()
-"""One capture at a time: beginning one waits for the device, which another one forbids."""
+"""Held while capturing: to begin a capture waits for the device, which is an error in another."""
 
 
 class CapturedStep:
@@ -200,5 +200,5 @@ def _entries(cache: KVCache) -> list[Tensor]:
 
 
 def _weights(model: GPT2) -> list[Tensor]:
-    # Not the parameters themselves, which another storage may be put under.
+    # Not the parameters themselves, whose storage may be replaced (`parameter.data = ...`).
     return [weight.detach() for weight in decode_weights(model)]

@@ -30,7 +30,7 @@ class Step:
     reasons: list[str | None]
     """Where the token is the continuation's last one, why: "eos", "stop" or "length"."""
     scores: Scores | None
-    """Of each token, if they are asked for."""
+    """Of each token, if `alternatives` was given."""
 
 
 @dataclass
@@ -78,8 +78,8 @@ def decode(
 ) -> Iterator[Step]:
     """Continue every prompt `options.num_return_sequences` times, greedily or by sampling.
 
-    What a continuation holds depends on its own prompt and its draw alone; rows that have ended
-    leave the batch.
+    A continuation depends on its own prompt and its draw alone; rows that have ended leave the
+    batch.
 
     Args:
         limits: most new tokens for each prompt, at least one.
@@ -146,7 +146,7 @@ class _Chooser:
         options: how tokens are chosen.
         random: the numbers to draw with; None takes the likeliest tokens.
         vocab_size: take only tokens below this id; None allows all.
-        scoring: whether `logits` is looked at after each step.
+        scoring: whether the caller reads `logits` after each step.
     """
 
     def __init__(

@@ -104,8 +104,8 @@ class Generator:
 
         Args:
             name_or_path: bundled model, model on the hub, directory or file; see
-                `weights.from_pretrained`, which takes device, revision, local_files_only and
-                preset too.
+                `checkpoints.gpt2.from_pretrained`, which takes device, revision,
+                local_files_only and preset too.
             dtype: of the weights; None means as stored, but float32 on a CPU where a half type
                 is stored, since many CPUs only emulate those.
             tokenizer: where the tokenizer is, if not with the model; or a tokenizer.
@@ -209,14 +209,14 @@ class Generator:
         draws: Draws | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
-        """As `each`, but every continuation on its own: many of one prompt need not be awaited.
+        """As `each`, but one continuation at a time, without waiting for all of the same prompt.
 
-        With the `draws` of an earlier call, a prompt that came there goes on with further samples.
+        With the `draws` of an earlier call, a prompt that it had gets further samples.
         """
         return self._continue(prompts, self._request(**options), timing, draws)
 
     def check(self, prompt: str, name: str = "the prompt", **options: Any) -> None:
-        """Raise what a call with this prompt would, before anything is computed.
+        """Raise the error that a call with this prompt would raise, and compute nothing.
 
         Args:
             prompt: the text.

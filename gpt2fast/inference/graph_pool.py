@@ -23,7 +23,7 @@ other devices, where nothing is captured, only the number of graphs is limited."
 SHORTEST = 128
 """Entries of the shortest cache."""
 MOST_ROWS = 64
-"""From here on, batches are rounded up to multiples of it."""
+"""Batches of more rows than this are rounded up to a multiple of it."""
 
 _pools: WeakKeyDictionary[nn.Module, Pool] = WeakKeyDictionary()
 _lock = threading.Lock()
@@ -42,8 +42,8 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        # Re-entrant: a generator that nobody holds any more gives its graph back whenever Python
-        # finds it, maybe in the thread that is in here.
+        # Re-entrant: an abandoned generator gives its graph back when Python collects it, which
+        # may happen in the thread that holds the lock.
         self._lock = threading.RLock()
         self._idle: list[CapturedStep] = []
         self._keys: WeakKeyDictionary[CapturedStep, tuple[Hashable, Hashable]]
@@ -105,7 +105,7 @@ class Pool:
 
 
 def pool_of(model: GPT2) -> Pool:
-    """The model's graphs; they go with it."""
+    """The model's graphs, which are freed with it."""
     with _lock:
         return _pools.setdefault(model, Pool())
 

@@ -15,19 +15,19 @@ from torch import Tensor
 
 @dataclass
 class Scores:
-    """Of tokens that follow each other."""
+    """Log-probabilities of consecutive tokens."""
 
     logprobs: list[float] = field(default_factory=list)
-    """Log-probability in nats of each."""
+    """Of each token, in nats."""
     top: list[dict[int, float]] = field(default_factory=list)
-    """The likeliest token ids in each one's place with theirs, the likeliest first."""
+    """For each token the likeliest ids in its place, with theirs, likeliest first."""
 
     def of(self, place: int) -> Scores:
-        """Those of one token."""
+        """The scores of one token."""
         return Scores(self.logprobs[place : place + 1], self.top[place : place + 1])
 
     def add(self, other: Scores) -> None:
-        """Append those of the tokens that follow."""
+        """Append the scores of the tokens that follow."""
         self.logprobs += other.logprobs
         self.top += other.top
 

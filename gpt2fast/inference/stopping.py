@@ -11,7 +11,7 @@ from ..tokenizer.foreign import Decoding
 
 
 class StopCriteria:
-    """When a continuation has ended by what was generated, not counting its length.
+    """Ends of a continuation that its tokens say, whatever its length.
 
     Args:
         eos: ids that end a text.

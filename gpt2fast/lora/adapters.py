@@ -163,7 +163,7 @@ def check_options(alpha: float, dropout: float) -> None:
 
 
 def _chosen(names: list[str], targets: str | Sequence[str]) -> list[str]:
-    """Those of `names` that a target means, in their order."""
+    """The `names` that match a target, in their order."""
     patterns = targets.split(",") if isinstance(targets, str) else targets
     chosen: set[str] = set()
     for pattern in (pattern.strip() for pattern in patterns):

@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
         seen = torch.arange(k.shape[1], device=q.device) <= last[..., None]
         if mask is not None:
             seen = seen & mask.bool()[:, None, None]
-        # Finite: a row that sees nothing is no number otherwise, and spreads.
+        # Finite: the softmax of a row that sees nothing would be NaN, and spread.
         scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
         weights = self.attn_dropout(scores.softmax(-1).to(v.dtype))
         return torch.einsum("bhts,bshd->bthd", weights, v)
@@ -146,7 +146,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def _as_constants(k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
-    """Keys and values as a cache stores them, which remembers if they had gradients."""
+    """Keys and values without gradients, as a cache stores them; it remembers if there were any."""
     if is_transformed() or not torch.is_grad_enabled() or not (k.requires_grad or v.requires_grad):
         return k, v
     if cache.constants is not None:

@@ -14,7 +14,7 @@ from .kv_cache import KVCache
 
 
 class Placed(NamedTuple):
-    """New tokens (B, T) among those that were there before."""
+    """Where new tokens (B, T) stand: in the text, and in the batch."""
 
     mask: Tensor | None
     """(B, T) bool, false at padding; None where there is none."""
@@ -58,7 +58,7 @@ def run_with_cache(
     cache: KVCache,
     is_watched: bool,
 ) -> Tensor:
-    """(B, T, width) hidden states of new tokens that see a cache, and go into it.
+    """(B, T, width) hidden states of new tokens, which see a cache and are added to it.
 
     Rows of a cache have no holes, so that the real tokens are brought to the front, and the hidden
     states back.
@@ -69,7 +69,7 @@ def run_with_cache(
         input_ids: (B, T) int64.
         placed: of them.
         cache: with B rows.
-        is_watched: whether hooks see the tokens in the blocks, where they have to stand as given.
+        is_watched: whether hooks are on the blocks; they see the tokens in the order given.
     """
     mask, positions, counts = placed
     front = None if mask is None else mask.argsort(dim=1, descending=True, stable=True)
@@ -121,7 +121,7 @@ def check_held(embedding: nn.Module) -> None:
 
 
 def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Token ids (B, T) and their mask."""
+    """Refuse token ids (B, T), or a mask, of a wrong shape, dtype or value."""
     if input_ids.dim() != 2 or not input_ids.numel():
         raise GenerationError(
             f"input_ids must be (batch, time) with at least one token, not {tuple(input_ids.shape)}"
@@ -135,7 +135,7 @@ def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor |
 
 
 def check_tokens(config: GPT2Config, tokens: Tensor) -> None:
-    """Token ids of any shape lie in the vocabulary."""
+    """Refuse token ids, of any shape, that are not in the vocabulary."""
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise GenerationError(f"token ids have dtype {tokens.dtype}; they are integers")
     if _is_readable(tokens) and tokens.numel():
@@ -148,7 +148,7 @@ def check_tokens(config: GPT2Config, tokens: Tensor) -> None:
 
 
 def check_positions(config: GPT2Config, positions: Tensor) -> None:
-    """Positions (..., T): not more than the model has, and in their range."""
+    """Refuse positions (..., T) that the model does not have, or more of them than it has."""
     limit = config.n_positions
     if positions.shape[-1] > limit:
         raise GenerationError(
@@ -166,7 +166,7 @@ def check_positions(config: GPT2Config, positions: Tensor) -> None:
 
 
 def check_wanted(config: GPT2Config, name: str, wanted: Tensor, input_ids: Tensor) -> None:
-    """Labels or targets: `name` says which."""
+    """Refuse labels or targets, called `name`, of a wrong shape or value."""
     if wanted.shape != input_ids.shape:
         raise ArgumentError(
             f"{name} {tuple(wanted.shape)} must have the shape of input_ids "
@@ -184,7 +184,7 @@ def check_wanted(config: GPT2Config, name: str, wanted: Tensor, input_ids: Tenso
 
 
 def check_cache(config: GPT2Config, cache: KVCache, rows: int) -> None:
-    """A cache fits the model and has `rows` rows."""
+    """Refuse a cache of another model's shape, or with other than `rows` rows."""
     shape = (config.n_layer, rows, cache.max_length, config.n_head, config.head_dim)
     if cache.k.shape != shape:
         raise GenerationError(
@@ -194,7 +194,7 @@ def check_cache(config: GPT2Config, cache: KVCache, rows: int) -> None:
 
 
 def check_stream(x: Tensor, width: int) -> None:
-    """A block's input: (batch, time, width)."""
+    """Refuse a block's input that is not (batch, time, width)."""
     if x.dim() != 3 or x.shape[-1] != width:
         way_out = "; x[None] makes a batch of one sequence" if x.shape[1:] == (width,) else ""
         raise ArgumentError(

@@ -99,7 +99,7 @@ class KVCache:
         """(B,) position that each row's next token has unless the caller says otherwise."""
         self.constants = Constants()
         """Tells whether gradients end here, so that a backward pass is an error."""
-        # At least the longest row; known without asking the device.
+        # An upper bound of the longest row, kept here so that the device need not be asked.
         self._longest = 0
 
     @classmethod

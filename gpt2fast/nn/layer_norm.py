@@ -100,7 +100,7 @@ class ResidualLayerNorm(LayerNorm):
 
 
 def add_and_normalize(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`LayerNorm.add` in one pass, or by calling `norm` with the sum where that can be told."""
+    """`norm.add` in one pass; where `norm` is hooked or replaced, a call of it with the sum."""
     if is_plain(norm, LayerNorm, ResidualLayerNorm):
         return norm.add(x, residual)  # type: ignore[operator]
     stream = x if residual is None else (residual + x).to(residual.dtype)

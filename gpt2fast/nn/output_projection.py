@@ -45,8 +45,8 @@ class OutputProjection(nn.Linear):
 
 @readable
 class TiedOutputProjection(nn.Module):
-    """The output projection of a model whose weight is that of another module: it has none itself,
-    so that the weight is there once, in `parameters()` and in `state_dict()`.
+    """An output projection that uses the token embedding's weight and has none of its own, so that
+    `parameters()` and `state_dict()` hold the weight once.
 
     Args:
         model: whose `projection` (vocab, width) it multiplies with. It is not kept alive.
@@ -124,4 +124,4 @@ def tie_untied(model: nn.Module) -> None:
 
 
 def _no_model() -> None:
-    """In place of a reference to a model."""
+    """Stands for the reference to a model in a copy that has none yet."""

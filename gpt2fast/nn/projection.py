@@ -52,7 +52,7 @@ class Projection(nn.Module):
         return ops.projection(x, self.weight, self.bias)
 
     def merged_weight(self) -> Tensor:
-        """(in, out): the weight that alone gives what the module does; a subclass may add to it."""
+        """(in, out): a weight with which a plain projection computes the same."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -86,7 +86,7 @@ def merge(model: _Model) -> _Model:
 
 
 def _adding(model: nn.Module) -> dict[str, Projection]:
-    """The projections that are more than their weight and bias, by name."""
+    """Projections of subclasses that add something to their weight, by name."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -19,16 +19,16 @@ from ..model import GPT2
 
 SEQUENCES = 16
 LENGTH = 256
-"""Of the text that a model writes for itself: sequences, and tokens in each."""
+"""Size of the text that a model writes for itself: sequences, and tokens in each."""
 
 MOST_TOKENS = 1 << 16
-"""A layer's activations for all of them are held at once."""
+"""Limit, since a layer's activations for all tokens are held at once."""
 
 
 def calibration_tokens(
     model: GPT2, given: Tensor | Sequence[int] | None, seed: int
 ) -> tuple[Tensor, str]:
-    """(B, T) int64 token ids on the CPU, and what they are in words.
+    """(B, T) int64 token ids on the CPU, and a description of them.
 
     Args:
         model: in evaluation mode.

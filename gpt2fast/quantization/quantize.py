@@ -141,7 +141,7 @@ def _calibrate_all(model: GPT2, tokens: Tensor, rounding: _Rounding) -> None:
     if model.config.tie_word_embeddings:
         embedding = rounding.add("wte.weight", model.wte.weight.t(), final)
     else:
-        # Only looked up: every error of a row counts the same.
+        # Rows are only looked up, so that every error of a row counts the same.
         embedding = rounding.add("wte.weight", model.wte.weight.t(), torch.eye(len(final)))
         rounding.add("lm_head.weight", model.lm_head.weight.t(), final)
     wpe = model.wpe.weight[: tokens.shape[1]].cpu().float()

@@ -22,7 +22,7 @@ _COLUMNS = 4096
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int) -> QuantizedMatrix:
-    """Every weight at the integer that is nearest, each group's largest at the end of the range.
+    """Round each weight to the nearest integer; the largest of a group is at the end of the range.
 
     Args:
         weight: (K, N), any floating-point dtype.
