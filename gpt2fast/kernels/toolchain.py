@@ -65,10 +65,9 @@ class Part:
     """Seconds of one processor that it takes to compile, roughly."""
 
 
-CPU = Part("native", ("common", "binding/common", "binding/cpu", "cpu"), 55)
-CUDA = Part(
-    "cuda", ("common", "binding/common", "binding/cuda", "launch", "kernels", "device"), 240
-)
+_SHARED = ("common", "binding/common")
+CPU = Part("native", (*_SHARED, "binding/cpu", "cpu"), 55)
+CUDA = Part("cuda", (*_SHARED, "binding/cuda", "launch", "kernels", "device"), 240)
 SIMULATED = Part("simulated", CUDA.folders, 60)
 """The CUDA part on a CPU, for tests: its kernels run in the simulator, its ops take CPU tensors."""
 
