@@ -344,8 +344,8 @@ void pack_entries(Entries<T> x, int64_t begin, int64_t end, int size, uint32_t* 
 }
 
 template <typename T>
-Entries<T> head_of(const Heads& x, int64_t row, int64_t head) {
-    return {static_cast<const T*>(x.data) + row * x.batch + head * x.head, x.time};
+Entries<T> head_of(const Heads<const void>& x, int64_t row, int64_t head) {
+    return {x.as<const T>().at(row, 0, head), x.entry_stride};
 }
 
 inline Weighting weighting_of(const Attention& args, int64_t row, int64_t head) {

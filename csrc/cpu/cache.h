@@ -25,15 +25,15 @@ void append_entries(const AppendToCache& args, int64_t begin, int64_t end) {
         const int64_t row = item / args.time, t = item % args.time;
         if (args.counts != nullptr && t >= args.counts[row]) continue;
         const int64_t entry = args.lengths[row] + t;
-        const From* from =
-            static_cast<const From*>(args.from.data) + row * args.from.batch + t * args.from.time;
-        To* to = static_cast<To*>(args.cache) + row * args.row_stride + entry * args.entry_stride;
-        if (args.from.head == args.head_dim && args.head_stride == args.head_dim) {
+        const From* from = args.from.as<const From>().at(row, t, 0);
+        To* to = args.cache.as<To>().at(row, entry, 0);
+        if (args.from.head_stride == args.head_dim && args.cache.head_stride == args.head_dim) {
             convert(from, args.heads * args.head_dim, to);
             continue;
         }
         for (int64_t head = 0; head < args.heads; ++head) {
-            convert(from + head * args.from.head, args.head_dim, to + head * args.head_stride);
+            convert(from + head * args.from.head_stride, args.head_dim,
+                    to + head * args.cache.head_stride);
         }
     }
 }

@@ -35,8 +35,7 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
         const int queries = int(std::min(attention_queries, args.time - start));
         // Padding may lie past the end of the cache.
         const int inside = int(std::min<int64_t>(queries, args.entries - first));
-        const Q* q = static_cast<const Q*>(args.q.data) + row * args.q.batch + start * args.q.time +
-                     head * args.q.head;
+        const Q* q = args.q.as<const Q>().at(row, start, head);
         Q* out = static_cast<Q*>(args.out) +
                  ((row * args.time + start) * args.heads + head) * args.head_dim;
         const int64_t out_stride = args.heads * args.head_dim;
@@ -44,12 +43,8 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
             for (int d = 0; d < dim; ++d) gpt2fast::assign(out[i * out_stride + d], 0.0f);
         }
         if (inside <= 0) continue;
-        const Entries<T> k = {
-            static_cast<const T*>(args.k.data) + row * args.k.batch + head * args.k.head,
-            args.k.time};
-        const Entries<T> v = {
-            static_cast<const T*>(args.v.data) + row * args.v.batch + head * args.v.head,
-            args.v.time};
+        const Entries<T> k = head_of<T>(args.k, row, head);
+        const Entries<T> v = head_of<T>(args.v, row, head);
         if (inside == 1) {
             for (int d = 0; d < dim; ++d) query[d] = to_float(q[d]);
             attend_heads<T>(query, 1, first + 1, {k.data, k.stride, nullptr, 0},
@@ -62,12 +57,12 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
                     wide_v[t * dim + d] = to_float(v.data[t * v.stride + d]);
                 }
             }
-            attend_block<float>(q, args.q.time, inside, first, Entries<float>{wide_k, dim},
+            attend_block<float>(q, args.q.entry_stride, inside, first, Entries<float>{wide_k, dim},
                                 Entries<float>{wide_v, dim}, dim, args.scale, block_scratch, out,
                                 out_stride, nullptr);
         } else {
-            attend_block<T>(q, args.q.time, inside, first, k, v, dim, args.scale, block_scratch,
-                            out, out_stride, nullptr);
+            attend_block<T>(q, args.q.entry_stride, inside, first, k, v, dim, args.scale,
+                            block_scratch, out, out_stride, nullptr);
         }
     }
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../common/sampling.h"
+#include "../common/shapes.h"
 #include "step.h"
 #include "types.h"
 
@@ -117,16 +118,10 @@ struct LayerNormBackward {
     DType grad_dtype, summed_dtype, weight_dtype;
 };
 
-// A (batch, time, heads, head size) tensor whose last dimension is contiguous; strides in elements.
-struct Heads {
-    const void* data;
-    int64_t batch, time, head;
-};
-
 // causal_attention. One item is a block of `attention_queries` queries of one head; heads of a
 // batch row follow each other, the blocks of a head too.
 struct Attention {
-    Heads q, k, v;
+    Heads<const void> q, k, v;
     void* out;               // (batch, time, heads, head size)
     float* lse;              // (batch, heads, time)
     const uint8_t* visible;  // (batch, time), or null: every position
@@ -142,7 +137,7 @@ constexpr int64_t attention_queries = 32;
 // One item is a head.
 struct AttentionBackward {
     Attention forward;  // out is read
-    Heads grad, out;
+    Heads<const void> grad, out;
     void *grad_q, *grad_k, *grad_v;  // (batch, time, heads, head size)
 };
 
@@ -203,9 +198,9 @@ struct EmbeddingBackward {
 // attention_with_cache. One item is a block of `attention_queries` queries of one head; heads
 // follow each other within a block, the blocks of a batch row too.
 struct CachedAttention {
-    Heads q, k, v;           // of k and v: (rows, entries, heads, head size)
-    const int64_t* lengths;  // (batch): entries before the queries' own
-    void* out;               // (batch, time, heads, head size)
+    Heads<const void> q, k, v;  // of k and v: (rows, entries, heads, head size)
+    const int64_t* lengths;     // (batch): entries before the queries' own
+    void* out;                  // (batch, time, heads, head size)
     int64_t batch, time, heads, head_dim, entries;
     float scale;
     DType dtype, cache_dtype;
@@ -213,11 +208,10 @@ struct CachedAttention {
 
 // New entries of one cache go behind each row's end. One item is an entry: row * time + t.
 struct AppendToCache {
-    Heads from;
-    void* cache;
-    int64_t row_stride, entry_stride, head_stride;  // elements
-    const int64_t* lengths;                         // (batch)
-    const int64_t* counts;                          // (batch), or null: all are stored
+    Heads<const void> from;
+    Heads<void> cache;
+    const int64_t* lengths;  // (batch)
+    const int64_t* counts;   // (batch), or null: all are stored
     int64_t time, heads, head_dim;
     DType dtype, cache_dtype;
 };

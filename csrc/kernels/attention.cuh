@@ -1,6 +1,7 @@
 // Arguments that all kernels of causal attention share, and which tile a block takes.
 #pragma once
 
+#include "../common/shapes.h"
 #include "philox.cuh"
 
 namespace gpt2fast::kernels {
@@ -31,17 +32,12 @@ struct BlockPlace {
         : batch(blockIdx.z), head(blockIdx.x), tile(blockIdx.y), row(batch * shape.heads + head) {}
 };
 
-// A (batch, time, heads, head_dim) tensor; strides in elements, that of the last dimension is 1.
+// The rows of the block's head from position `first` on.
 template <typename T>
-struct Heads {
-    T* data;
-    int64_t batch_stride, time_stride, head_stride;
-
-    // From position `first` of the block's head.
-    __device__ __forceinline__ T* rows(const BlockPlace& block, int first) const {
-        return data + block.batch * batch_stride + block.head * head_stride + first * time_stride;
-    }
-};
+__device__ __forceinline__ T* rows_of(const Heads<T>& heads, const BlockPlace& block, int first) {
+    return heads.data + block.batch * heads.row_stride + block.head * heads.head_stride +
+           first * heads.entry_stride;
+}
 
 // The backward pass reads two floats of every query: the log-sum in powers of two, and delta, the
 // sum of the products of result and gradient. Past the end they are infinity and 0, which makes

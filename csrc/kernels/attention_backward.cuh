@@ -76,15 +76,15 @@ __global__ void __launch_bounds__(attention_statistics_threads)
     constexpr int lanes = 8;  // of a row
     constexpr int rows_at_once = attention_statistics_threads / lanes;
     const int lane = threadIdx.x % lanes;
-    const T* grads = grad.rows(block, first);
-    const T* outs = out.rows(block, first);
+    const T* grads = rows_of(grad, block, first);
+    const T* outs = rows_of(out, block, first);
     for (int row = threadIdx.x / lanes; row < statistics_rows; row += rows_at_once) {
         const int t = first + row;
         float delta = 0.0f;
         if (t < shape.time) {
             for (int d = lane * Width; d < shape.head_dim; d += lanes * Width) {
-                const auto g = load_vector<Width>(grads + row * grad.time_stride + d);
-                const auto o = load_vector<Width>(outs + row * out.time_stride + d);
+                const auto g = load_vector<Width>(grads + row * grad.entry_stride + d);
+                const auto o = load_vector<Width>(outs + row * out.entry_stride + d);
 #pragma unroll
                 for (int i = 0; i < Width; ++i) {
                     delta = fmaf(to_float(g.v[i]), to_float(o.v[i]), delta);
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads)
     const int across = warp % Tiles::warps_across, down = warp / Tiles::warps_across;
     const float* source = args.sums + int64_t(block.row * padded + first_query) * D +
                           warp * (Queries * D / Tiles::warps) + lane;
-    T* target = args.grad_q.rows(block, first_query);
+    T* target = rows_of(args.grad_q, block, first_query);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads)
                     Vector<T, 2> pair;
                     pair.v[0] = from_float<T>(source[i * 32] * shape.scale);
                     pair.v[1] = from_float<T>(source[(i + 1) * 32] * shape.scale);
-                    store_vector(target + row * args.grad_q.time_stride + column, pair);
+                    store_vector(target + row * args.grad_q.entry_stride + column, pair);
                 }
             }
         }

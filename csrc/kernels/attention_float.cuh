@@ -71,12 +71,12 @@ __device__ __forceinline__ Place place_of_thread() {
 template <int Rows, int D>
 __device__ __forceinline__ void copy_floats(float* tile, const Heads<const float>& heads, int first,
                                             const BlockPlace& block, const AttentionShape& shape) {
-    const float* source = heads.rows(block, first);
+    const float* source = rows_of(heads, block, first);
     for (int i = threadIdx.x; i < Rows * D; i += float_threads) {
         const int row = i / D, column = i % D;
         const bool valid = row < shape.time - first && column < shape.head_dim;
         cp_async<4>(shared_address(tile + row * (D + 4) + column),
-                    source + row * heads.time_stride + column, valid);
+                    source + row * heads.entry_stride + column, valid);
     }
 }
 
@@ -157,7 +157,7 @@ template <int D, int R>
 __device__ __forceinline__ void store_sums(const float (&sums)[R][D / 8], const Heads<float>& heads,
                                            int first, const BlockPlace& block,
                                            const AttentionShape& shape, Place place) {
-    float* target = heads.rows(block, first);
+    float* target = rows_of(heads, block, first);
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         const int row = place.row + 8 * i;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void store_sums(const float (&sums)[R][D / 8], const 
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) {
             const int column = j / 4 * 32 + 4 * place.column + j % 4;
-            if (column < shape.head_dim) target[row * heads.time_stride + column] = sums[i][j];
+            if (column < shape.head_dim) target[row * heads.entry_stride + column] = sums[i][j];
         }
     }
 }

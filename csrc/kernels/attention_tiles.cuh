@@ -65,7 +65,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const Heads<T>& heads, 
     static_assert(Rows % down == 0, "a pass of all threads copies whole rows of the tile");
     static_assert(down % 8 == 0, "a thread's rows are permuted alike");
     const int row = threadIdx.x / across, chunk = threadIdx.x % across;
-    const T* from = heads.rows(block, first) + row * heads.time_stride + chunk * 8;
+    const T* from = rows_of(heads, block, first) + row * heads.entry_stride + chunk * 8;
     const uint32_t to = tile + Layout::offset(row, chunk);
 #pragma unroll
     for (int r = 0; r < Rows; r += down) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const Heads<T>& heads, 
         for (int c = 0; c < Layout::chunks; c += across) {
             const bool valid = row + r < shape.time - first && (chunk + c) * 8 < shape.head_dim;
             cp_async<16>(to + uint32_t(r * Layout::row_bytes + c * 16),
-                         from + r * heads.time_stride + c * 8, valid);
+                         from + r * heads.entry_stride + c * 8, valid);
         }
     }
 }
@@ -130,7 +130,7 @@ __device__ __forceinline__ void store_rows(unsigned char* tile,
     __syncwarp();
     constexpr int across = lanes_across<Columns>, down = 32 / across;
     const int row = lane / across, chunk = lane % across;
-    T* to = heads.rows(block, first) + row * heads.time_stride + chunk * 8;
+    T* to = rows_of(heads, block, first) + row * heads.entry_stride + chunk * 8;
 #pragma unroll
     for (int r = 0; r < 16 * M; r += down) {
 #pragma unroll
@@ -138,7 +138,7 @@ __device__ __forceinline__ void store_rows(unsigned char* tile,
             if (row + r < shape.time - first && (chunk + c) * 8 < shape.head_dim) {
                 const uint4 values =
                     *reinterpret_cast<const uint4*>(tile + Layout::offset(row + r, chunk + c));
-                *reinterpret_cast<uint4*>(to + r * heads.time_stride + c * 8) = values;
+                *reinterpret_cast<uint4*>(to + r * heads.entry_stride + c * 8) = values;
             }
         }
     }

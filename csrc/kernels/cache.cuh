@@ -16,28 +16,10 @@
 // Rows and entries outside of the cache end a kernel, as an assertion would.
 #pragma once
 
+#include "../common/shapes.h"
 #include "rows.cuh"
 
 namespace gpt2fast::kernels {
-
-// (rows, entries, heads, head size), the last dimension contiguous; strides in elements.
-template <typename T>
-struct Heads {
-    T* data;
-    int64_t row_stride, entry_stride, head_stride;
-
-    __device__ __forceinline__ T* at(int64_t row, int64_t entry, int64_t head) const {
-        return data + row * row_stride + entry * entry_stride + head * head_stride;
-    }
-};
-
-// The n-th of an integer vector.
-struct Integers {
-    const int64_t* data;
-    int64_t stride;
-
-    __device__ __forceinline__ int64_t operator[](int64_t i) const { return data[i * stride]; }
-};
 
 template <typename From, typename To>
 struct NewEntries {

@@ -52,11 +52,6 @@ void with_dropout(const AttentionShape& shape, Function function) {
     return function(std::true_type{});
 }
 
-template <typename T>
-Heads<T> heads_of(const AttentionHeads& heads) {
-    return {static_cast<T*>(heads.data), heads.batch_stride, heads.time_stride, heads.head_stride};
-}
-
 template <typename T, int D>
 void forward(const AttentionForward& args, cudaStream_t stream) {
     const Attention& given = args.attention;
@@ -65,19 +60,19 @@ void forward(const AttentionForward& args, cudaStream_t stream) {
         constexpr int rows_per_thread = 4;
         using Tiles = FloatTiles<D, rows_per_thread>;
         const AttentionFloatForward all{shape,
-                                        heads_of<const T>(given.q),
-                                        heads_of<const T>(given.k),
-                                        heads_of<const T>(given.v),
-                                        heads_of<T>(args.out),
+                                        given.q.as<const T>(),
+                                        given.k.as<const T>(),
+                                        given.v.as<const T>(),
+                                        args.out.as<T>(),
                                         args.lse};
         device::launch(&attention_float_forward<D, rows_per_thread>, grid_of(given, Tiles::rows),
                        dim3(float_threads), Tiles::forward_bytes, stream, all);
     } else {
         const kernels::AttentionForward<T> all{shape,
-                                               heads_of<const T>(given.q),
-                                               heads_of<const T>(given.k),
-                                               heads_of<const T>(given.v),
-                                               heads_of<T>(args.out),
+                                               given.q.as<const T>(),
+                                               given.k.as<const T>(),
+                                               given.v.as<const T>(),
+                                               args.out.as<T>(),
                                                args.lse};
         with_dropout(shape, [&](auto drops) {
             using Tiles = ForwardTiles<D, drops.value>;
@@ -138,31 +133,30 @@ void backward(const AttentionBackward& args, cudaStream_t stream) {
     const AttentionShape shape = shape_of(given);
     constexpr int width = std::is_same_v<T, float> ? 1 : 8;
     device::launch(&attention_statistics<T, width>, grid_of(given, statistics_rows),
-                   dim3(attention_statistics_threads), 0, stream, shape,
-                   heads_of<const T>(args.grad), heads_of<const T>(args.out), args.lse,
-                   args.workspace);
+                   dim3(attention_statistics_threads), 0, stream, shape, args.grad.as<const T>(),
+                   args.out.as<const T>(), args.lse, args.workspace);
     using All = std::conditional_t<std::is_same_v<T, float>, AttentionFloatBackward,
                                    kernels::AttentionBackward<T>>;
     All all{};
     all.shape = shape;
-    all.q = heads_of<const T>(given.q);
-    all.k = heads_of<const T>(given.k);
-    all.v = heads_of<const T>(given.v);
-    all.grad = heads_of<const T>(args.grad);
-    all.grad_q = heads_of<T>(args.grad_q);
-    all.grad_k = heads_of<T>(args.grad_k);
-    all.grad_v = heads_of<T>(args.grad_v);
+    all.q = given.q.as<const T>();
+    all.k = given.k.as<const T>();
+    all.v = given.v.as<const T>();
+    all.grad = args.grad.as<const T>();
+    all.grad_q = args.grad_q.as<T>();
+    all.grad_k = args.grad_k.as<T>();
+    all.grad_v = args.grad_v.as<T>();
     all.statistics = args.workspace;
     backward<D>(args, all, stream);
 }
 
-bool is_aligned(const Attention& args, const AttentionHeads& heads) {
+bool is_aligned(const Attention& args, const Heads<void>& heads) {
     if (args.dtype == DType::float32) return true;
-    return reinterpret_cast<uintptr_t>(heads.data) % 16 == 0 && heads.batch_stride % 8 == 0 &&
-           heads.time_stride % 8 == 0 && heads.head_stride % 8 == 0;
+    return reinterpret_cast<uintptr_t>(heads.data) % 16 == 0 && heads.row_stride % 8 == 0 &&
+           heads.entry_stride % 8 == 0 && heads.head_stride % 8 == 0;
 }
 
-void check_aligned(const Attention& args, const AttentionHeads& heads) {
+void check_aligned(const Attention& args, const Heads<void>& heads) {
     if (!is_aligned(args, heads)) {
         throw std::invalid_argument("attention needs addresses of multiples of 16 bytes");
     }
@@ -184,7 +178,7 @@ const char* attention_refuses(const Attention& args) {
             INT32_MAX / statistics_rows) {
         return "attention takes 65535 rows, 2097120 positions and 2^31 of all heads at most";
     }
-    for (const AttentionHeads* heads : {&args.q, &args.k, &args.v}) {
+    for (const Heads<void>* heads : {&args.q, &args.k, &args.v}) {
         if (!is_aligned(args, *heads)) {
             return "attention needs addresses of multiples of 16 bytes";
         }
@@ -210,7 +204,7 @@ void attention_forward(const AttentionForward& args, void* stream) {
 
 void attention_backward(const AttentionBackward& args, void* stream) {
     check(args.attention);
-    for (const AttentionHeads* heads :
+    for (const Heads<void>* heads :
          {&args.grad, &args.out, &args.grad_q, &args.grad_k, &args.grad_v}) {
         check_aligned(args.attention, *heads);
     }

@@ -5,14 +5,9 @@
 
 namespace gpt2fast::launch {
 
-// A (batch, time, heads, head_dim) tensor; strides in elements, that of the last dimension is 1.
-struct AttentionHeads {
-    void* data;  // only read where it is an argument of the op
-    int64_t batch_stride, time_stride, head_stride;
-};
-
+// Heads are only read where they are arguments of the op.
 struct Attention {
-    AttentionHeads q, k, v;
+    Heads<void> q, k, v;
     int64_t batch, time, heads, head_dim;
     double scale;
     const uint8_t* visible;  // (batch, time), contiguous; null if all keys are visible
@@ -23,16 +18,16 @@ struct Attention {
 
 struct AttentionForward {
     Attention attention;
-    AttentionHeads out;
+    Heads<void> out;
     float* lse;  // (batch, heads, time)
 };
 
 // `workspace` holds attention_backward_floats(...) floats.
 struct AttentionBackward {
     Attention attention;
-    AttentionHeads grad, out;
+    Heads<void> grad, out;
     const float* lse;
-    AttentionHeads grad_q, grad_k, grad_v;
+    Heads<void> grad_q, grad_k, grad_v;
     float* workspace;
     bool deterministic;  // without atomics, whose order is the blocks'
 };

@@ -20,13 +20,6 @@ bool is_aligned(const View& heads, int64_t head_dim, int64_t bytes) {
            is_vector_aligned(heads.data, head_dim, heads.head_stride, bytes);
 }
 
-template <typename T, typename View>
-Heads<T> typed(const View& heads) {
-    return {static_cast<T*>(heads.data), heads.row_stride, heads.entry_stride, heads.head_stride};
-}
-
-Integers integers(const IntegersOf& of) { return {of.data, of.stride}; }
-
 unsigned counted(int64_t pieces) {
     if (pieces > INT32_MAX) throw std::invalid_argument("a cache of more than 2^31 pieces");
     return unsigned(pieces);
@@ -37,11 +30,11 @@ template <typename From, typename To>
 NewEntries<From, To> new_entries(const AppendToCache& args) {
     NewEntries<From, To> entries{};
     for (int i = 0; i < 2; ++i) {
-        entries.from[i] = typed<const From>(args.from[i]);
-        entries.cache[i] = typed<To>(args.cache[i]);
+        entries.from[i] = args.from[i].as<const From>();
+        entries.cache[i] = args.cache[i].as<To>();
     }
-    entries.lengths = integers(args.lengths);
-    entries.counts = integers(args.counts);
+    entries.lengths = args.lengths;
+    entries.counts = args.counts;
     entries.time = int(args.time);
     entries.heads = int(args.heads);
     entries.head_dim = int(args.head_dim);
@@ -61,7 +54,7 @@ void launch_append(const AppendToCache& args, cudaStream_t stream) {
 template <typename From, int Vector, int Lanes>
 void launch_int8_append(const AppendToCache& args, cudaStream_t stream) {
     NewInt8Entries<From> given{new_entries<From, int8_t>(args), {}};
-    for (int i = 0; i < 2; ++i) given.scales[i] = typed<float>(args.scales[i]);
+    for (int i = 0; i < 2; ++i) given.scales[i] = args.scales[i].as<float>();
     given.entries.pieces = counted(args.batch * args.time * args.heads);
     device::launch(&append_to_int8_cache<From, Vector, Lanes>,
                    dim3(unsigned(ceil_div(given.entries.pieces, append_threads / Lanes)), 2),
@@ -69,7 +62,7 @@ void launch_int8_append(const AppendToCache& args, cudaStream_t stream) {
 }
 
 // True if int8 entries can be written append_vector elements at a time.
-bool is_written_by_vectors(const HeadsOf& cache) {
+bool is_written_by_vectors(const Heads<void>& cache) {
     return (reinterpret_cast<uintptr_t>(cache.data) | uint64_t(cache.row_stride) |
             uint64_t(cache.entry_stride) | uint64_t(cache.head_stride)) %
                append_vector ==
@@ -85,12 +78,12 @@ void launch_reorder(const ReorderCache& args, cudaStream_t stream) {
     const int64_t size = args.element_size;
     Reordered<T> reordered{};
     for (int i = 0; i < 2; ++i) {
-        const HeadsOf& cache = args.cache[i];
+        const Heads<void>& cache = args.cache[i];
         constexpr int64_t word = sizeof(T);
         reordered.cache[i] = {static_cast<T*>(cache.data), cache.row_stride * size / word,
                               cache.entry_stride * size / word, cache.head_stride * size / word};
     }
-    reordered.rows = integers(args.rows);
+    reordered.rows = args.rows;
     reordered.count = int(args.count);
     reordered.heads = int(args.heads);
     reordered.words = int(args.head_dim * size / int64_t(sizeof(T)));
@@ -106,7 +99,7 @@ void launch_reorder(const ReorderCache& args, cudaStream_t stream) {
 
 // True if all rows of both caches can be moved `bytes` at a time.
 bool moves_by(const ReorderCache& args, int64_t bytes) {
-    for (const HeadsOf& cache : args.cache) {
+    for (const Heads<void>& cache : args.cache) {
         const uint64_t address = reinterpret_cast<uintptr_t>(cache.data);
         const int64_t strides[] = {cache.row_stride, cache.entry_stride, cache.head_stride,
                                    args.head_dim};
@@ -171,7 +164,7 @@ void release_rows(const ReleaseRows& args, void* stream) {
     constexpr int threads = 128;
     device::launch(&kernels::release_rows<threads>, dim3(unsigned(ceil_div(args.count, threads))),
                    dim3(threads), 0, stream_of(stream), args.lengths, args.stride, args.count,
-                   integers(args.rows), args.released);
+                   args.rows, args.released);
 }
 
 }  // namespace gpt2fast::launch

@@ -5,35 +5,19 @@
 
 namespace gpt2fast::launch {
 
-// (rows, entries, heads, head_dim), the last dimension contiguous; strides in elements.
-struct HeadsOf {
-    void* data;
-    int64_t row_stride, entry_stride, head_stride;
-};
-
-struct ConstHeadsOf {
-    const void* data;
-    int64_t row_stride, entry_stride, head_stride;
-};
-
-struct IntegersOf {
-    const int64_t* data;
-    int64_t stride;
-};
-
 struct AppendToCache {
-    ConstHeadsOf from[2];  // keys and values
-    HeadsOf cache[2];
-    IntegersOf lengths;
-    IntegersOf counts;  // or null
+    Heads<const void> from[2];  // keys and values
+    Heads<void> cache[2];
+    Integers lengths;
+    Integers counts;  // or null
     int64_t batch, time, heads, head_dim, entries;
     DType dtype, cache_dtype;
-    HeadsOf scales[2];  // of int8 caches: (batch, entries, heads) float32
+    Heads<void> scales[2];  // of int8 caches: (batch, entries, heads) float32
 };
 
 struct ReorderCache {
-    HeadsOf cache[2];
-    IntegersOf rows;
+    Heads<void> cache[2];
+    Integers rows;
     int64_t count;  // of rows that are replaced: at most reorder_rows
     int64_t batch, entries, heads, head_dim;
     int64_t element_size;
@@ -42,7 +26,7 @@ struct ReorderCache {
 struct ReleaseRows {
     int64_t* lengths;
     int64_t stride, count;
-    IntegersOf rows;
+    Integers rows;
     int64_t released;
 };
 

@@ -25,12 +25,6 @@ int64_t splits(const CachedAttention& args) {
     return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, ceil_div(args.entries, 64)));
 }
 
-template <typename T>
-Heads<const T> typed(const ConstHeadsOf& heads) {
-    return {static_cast<const T*>(heads.data), heads.row_stride, heads.entry_stride,
-            heads.head_stride};
-}
-
 template <typename C, int Width, int Lanes, int Vectors, int Queries>
 void launch_tiles(const CachedAttention& args, cudaStream_t stream) {
     CachedAttentionArgs<C> given{};
@@ -40,11 +34,11 @@ void launch_tiles(const CachedAttention& args, cudaStream_t stream) {
     given.q_row_stride = args.q.row_stride;
     given.q_time_stride = args.q.entry_stride;
     given.q_head_stride = args.q.head_stride;
-    given.k = typed<C>(args.k);
-    given.v = typed<C>(args.v);
-    given.k_scales = typed<float>(args.k_scales);
-    given.v_scales = typed<float>(args.v_scales);
-    given.lengths = {args.lengths.data, args.lengths.stride};
+    given.k = args.k.as<const C>();
+    given.v = args.v.as<const C>();
+    given.k_scales = args.k_scales.as<const float>();
+    given.v_scales = args.v_scales.as<const float>();
+    given.lengths = args.lengths;
     given.partials = args.partials;
     given.tickets = args.tickets;
     given.time = int(args.time);
@@ -64,7 +58,7 @@ template <typename C, int Queries>
 void launch_lanes(const CachedAttention& args, cudaStream_t stream) {
     // 16 bytes, but of int8 only where one query leaves registers for as many sums.
     constexpr int width = sizeof(C) > 1 || Queries == 1 ? 16 / int(sizeof(C)) : 8;
-    const auto aligned = [&](const ConstHeadsOf& heads) {
+    const auto aligned = [&](const Heads<const void>& heads) {
         return is_vector_aligned(heads.data, args.head_dim, heads.row_stride, sizeof(C)) &&
                is_vector_aligned(heads.data, args.head_dim, heads.entry_stride, sizeof(C)) &&
                is_vector_aligned(heads.data, args.head_dim, heads.head_stride, sizeof(C));

@@ -6,16 +6,16 @@
 namespace gpt2fast::launch {
 
 struct CachedAttention {
-    ConstHeadsOf q;  // (batch, time, heads, head_dim)
-    void* out;       // as q, contiguous
-    ConstHeadsOf k, v;
-    IntegersOf lengths;
+    Heads<const void> q;  // (batch, time, heads, head_dim)
+    void* out;            // as q, contiguous
+    Heads<const void> k, v;
+    Integers lengths;
     float* partials;    // cached_attention_partials floats
     unsigned* tickets;  // cached_attention_tickets of them, zero before and after
     int64_t batch, time, heads, head_dim, entries;
     float scale;
     DType dtype, cache_dtype;
-    ConstHeadsOf k_scales, v_scales;  // of int8 caches: (batch, entries, heads) float32
+    Heads<const void> k_scales, v_scales;  // of int8 caches: (batch, entries, heads) float32
 };
 
 // Heads of more elements are refused.

@@ -143,7 +143,7 @@ void launch_matmul(const DecodeStep& args, const DecodeLayer& layer, const Matmu
         given.cache_head_stride[i] = layer.cache[i].head_stride;
     }
     if (!is_int8(args)) given.cache_dtype = args.cache_dtype;
-    given.lengths = {args.lengths.data, args.lengths.stride};
+    given.lengths = args.lengths;
     given.first_row = int(first);
     given.head_dim = int(args.head_dim);
     given.entries = int(args.entries);
@@ -226,8 +226,7 @@ void launch_step(const DecodeStep& args, void* stream) {
     float* const inner = args.work + work.inner;
     const int64_t width = args.width;
     device::launch(&decode_embedding<T>, dim3(unsigned(args.batch)), dim3(decode_threads), 0,
-                   stream_of(stream), Integers{args.tokens.data, args.tokens.stride},
-                   Integers{args.positions.data, args.positions.stride},
+                   stream_of(stream), args.tokens, args.positions,
                    Table<T>{static_cast<const T*>(args.wte.data), args.wte.stride, args.wte_rows},
                    Table<T>{static_cast<const T*>(args.wpe.data), args.wpe.stride, args.wpe_rows},
                    x, int(width));
@@ -245,13 +244,10 @@ void launch_step(const DecodeStep& args, void* stream) {
                 3 * width, is_int8(args) ? MatmulResult::stored : MatmulResult::split, q,
                 q_stride(args)});
         if (is_int8(args)) append_to_cache(new_entries_of(args, layer, q), stream);
-        const auto heads = [](const HeadsOf& cache) -> ConstHeadsOf {
-            return {cache.data, cache.row_stride, cache.entry_stride, cache.head_stride};
-        };
-        attention.k = heads(layer.cache[0]);
-        attention.v = heads(layer.cache[1]);
-        attention.k_scales = heads(layer.scales[0]);
-        attention.v_scales = heads(layer.scales[1]);
+        attention.k = layer.cache[0].as<const void>();
+        attention.v = layer.cache[1].as<const void>();
+        attention.k_scales = layer.scales[0].as<const void>();
+        attention.v_scales = layer.scales[1].as<const void>();
         attention.scale = layer.scale;
         cached_attention(attention, stream);
         matmul({attended, width, nullptr, nullptr, layer.out_weight, layer.out_bias, width,

@@ -24,9 +24,9 @@ struct DecodeLayer {
     const void* fc_bias;
     MatrixOf proj_weight;
     const void* proj_bias;
-    HeadsOf cache[2];   // keys and values of (batch, entries, heads, head_dim)
-    HeadsOf scales[2];  // of int8 caches: (batch, entries, heads) float32
-    float scale;        // of the attention scores
+    Heads<void> cache[2];   // keys and values of (batch, entries, heads, head_dim)
+    Heads<void> scales[2];  // of int8 caches: (batch, entries, heads) float32
+    float scale;            // of the attention scores
 };
 
 struct DecodeStep {
@@ -37,7 +37,7 @@ struct DecodeStep {
     const void* ln_f_weight;
     const void* ln_f_bias;
     MatrixOf projection;  // (vocab, width)
-    IntegersOf tokens, positions, lengths;
+    Integers tokens, positions, lengths;
     void* logits;  // (batch, vocab)
     int64_t batch, width, inner, heads, head_dim, entries, vocab;
     float eps;

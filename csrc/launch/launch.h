@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "../common/dtype.h"
-#include "../common/rounding.h"
+#include "../common/shapes.h"
 
 namespace gpt2fast::launch {
 

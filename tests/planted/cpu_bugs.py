@@ -45,14 +45,14 @@ BUGS = (
         "values read with the stride of the keys",
         "csrc/cpu/attention.h",
         "pack_entries<format>(«head_of<T>(args.v, row, head)», packed",
-        "(Entries<T>{head_of<T>(args.v, row, head).data, args.k.time})",
+        "(Entries<T>{head_of<T>(args.v, row, head).data, args.k.entry_stride})",
         (ATTENTION,),
     ),
     Bug(
         "values read with the stride of the keys, backward",
         "csrc/cpu/attention_backward.h",
         "const Entries<T> v = «head_of<T>(forward.v, row, head)»;",
-        "(Entries<T>{head_of<T>(forward.v, row, head).data, forward.k.time})",
+        "(Entries<T>{head_of<T>(forward.v, row, head).data, forward.k.entry_stride})",
         (ATTENTION,),
     ),
     Bug(
@@ -100,8 +100,9 @@ BUGS = (
     Bug(
         "cache: values of a batch's rows begin where its keys do",
         "csrc/cpu/cached_attention.h",
-        "static_cast<const T*>(args.v.data) + row * «args.v.batch» + head * args.v.head,",
-        "args.k.batch",
+        "const Entries<T> v = «head_of<T>(args.v, row, head)»;",
+        "(Entries<T>{args.v.as<const T>().data + row * args.k.row_stride + "
+        "head * args.v.head_stride, args.v.entry_stride})",
         (CACHED,),
     ),
     Bug(

@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "../../common/dtype.h"
-#include "../../common/rounding.h"
+#include "../../common/shapes.h"
 
 namespace gpt2fast::binding {
 
@@ -141,6 +141,16 @@ inline void check_heads(std::initializer_list<std::pair<const Tensor*, const cha
         check_same_type(*x, name, *q, first);
         check_device(*x, name, *q, first);
     }
+}
+
+inline Heads<void> mutable_heads_of(const Tensor& x, const char* name) {
+    check_rows(x, name, {-1, -1, -1, -1});
+    return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline Heads<const void> heads_of(const Tensor& x, const char* name) {
+    check_rows(x, name, {-1, -1, -1, -1});
+    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // (batch, time): which positions can be seen.

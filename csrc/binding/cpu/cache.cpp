@@ -43,10 +43,7 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
                        "k and v must be alike, and so must the caches; of their sizes "
                        "only the second may differ");
         args.from = heads_of(*from, "k and v");
-        args.cache = cache->mutable_data_ptr();
-        args.row_stride = cache->stride(0);
-        args.entry_stride = cache->stride(1);
-        args.head_stride = cache->stride(2);
+        args.cache = mutable_heads_of(*cache, "the caches");
         spread(kernels().append_to_cache, args, batch * args.time, args.heads * args.head_dim);
     }
 }

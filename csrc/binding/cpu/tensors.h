@@ -80,12 +80,6 @@ inline int threads() {
     return std::min(int(torch::stable::get_num_threads()), available);
 }
 
-// A (batch, time, heads, head size) tensor, the last dimension contiguous.
-inline Heads heads_of(const Tensor& x, const char* name) {
-    check_rows(x, name, {-1, -1, -1, -1});
-    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 // int64 values of a vector, checked to lie in [low, high]; `copy` holds them where they are
 // strided.
 inline const int64_t* checked(const Tensor& x, const char* name, int64_t size, int64_t low,

@@ -6,7 +6,7 @@
 namespace gpt2fast::binding {
 namespace {
 
-launch::AttentionHeads heads_of(const Tensor& x) {
+Heads<void> heads_of(const Tensor& x) {
     return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 

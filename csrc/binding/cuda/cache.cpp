@@ -11,8 +11,8 @@ void append_to_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
     for (const Tensor* each : {&k, &v, &v_cache}) {
         check_device(*each, "keys and values", k_cache, "the cache");
     }
-    check_heads(k, "k");
-    check_heads(k_cache, "k_cache");
+    check_rows(k, "k", {-1, -1, -1, -1});
+    check_rows(k_cache, "k_cache", {-1, -1, -1, -1});
     GPT2FAST_CHECK(same_sizes(k, v) && same_sizes(k_cache, v_cache) && same_sizes(k, k_cache, 2) &&
                        k.size(0) == k_cache.size(0) && k.scalar_type() == v.scalar_type() &&
                        k_cache.scalar_type() == v_cache.scalar_type(),

@@ -9,7 +9,7 @@ namespace {
 Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, double scale,
                             std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
     const OnDeviceOf on(q);
-    check_heads(q, "q");
+    check_rows(q, "q", {-1, -1, -1, -1});
     check_device(k_cache, "k_cache", q, "q");
     check_device(v_cache, "v_cache", q, "q");
     GPT2FAST_CHECK(same_sizes(k_cache, v_cache) && same_sizes(q, k_cache, 2) &&

@@ -7,24 +7,9 @@
 
 namespace gpt2fast::binding {
 
-inline void check_heads(const Tensor& x, const char* name) {
-    check_rows(x, name, {-1, -1, -1, -1});
-}
-
-// Of a (rows, entries, heads, head size) tensor.
-inline launch::ConstHeadsOf heads_of(const Tensor& x, const char* name) {
-    check_heads(x, name);
-    return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-inline launch::HeadsOf mutable_heads_of(const Tensor& x, const char* name) {
-    check_heads(x, name);
-    return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 // The factors of an int8 cache, (rows, entries, heads) as the cache; nothing of another cache.
-inline launch::HeadsOf scales_of(const std::optional<Tensor>& x, const Tensor& cache,
-                                 const char* name) {
+inline Heads<void> scales_of(const std::optional<Tensor>& x, const Tensor& cache,
+                             const char* name) {
     const bool wanted = cache.scalar_type() == ScalarType::Char;
     GPT2FAST_CHECK(x.has_value() == wanted, name,
                    wanted ? " are missing: the cache is int8" : " belong to int8 caches only");
@@ -41,15 +26,13 @@ inline launch::HeadsOf scales_of(const std::optional<Tensor>& x, const Tensor& c
     return {x->mutable_data_ptr(), x->stride(first), x->stride(first + 1), x->stride(first + 2)};
 }
 
-inline launch::ConstHeadsOf const_scales_of(const std::optional<Tensor>& x, const Tensor& cache,
-                                            const char* name) {
-    const launch::HeadsOf scales = scales_of(x, cache, name);
-    return {scales.data, scales.row_stride, scales.entry_stride, scales.head_stride};
+inline Heads<const void> const_scales_of(const std::optional<Tensor>& x, const Tensor& cache,
+                                         const char* name) {
+    return scales_of(x, cache, name).as<const void>();
 }
 
 // Of an int64 vector of `count` elements, or of any number if that is negative, where `like` is.
-inline launch::IntegersOf integers_of(const Tensor& x, const char* name, int64_t count,
-                                      const Tensor& like) {
+inline Integers integers_of(const Tensor& x, const char* name, int64_t count, const Tensor& like) {
     check_sizes(x, name, {count});
     check_integers(x, name);
     check_device(x, name, like, "the others");

@@ -13,13 +13,13 @@ launch::MatrixOf matrix_of(const Tensor& x, int64_t rows, int64_t columns) {
     return {x.const_data_ptr(), x.stride(0)};
 }
 
-launch::HeadsOf layer_of(const Tensor& cache, size_t layer) {
+Heads<void> layer_of(const Tensor& cache, size_t layer) {
     auto* data = static_cast<uint8_t*>(cache.mutable_data_ptr());
     const int64_t bytes = int64_t(layer) * cache.stride(0) * int64_t(cache.element_size());
     return {data + bytes, cache.stride(1), cache.stride(2), cache.stride(3)};
 }
 
-launch::HeadsOf layer_of(const std::optional<Tensor>& scales, launch::HeadsOf all, size_t layer) {
+Heads<void> layer_of(const std::optional<Tensor>& scales, Heads<void> all, size_t layer) {
     if (scales.has_value()) {
         all.data = static_cast<float*>(all.data) + int64_t(layer) * scales->stride(0);
     }
@@ -52,8 +52,8 @@ Tensor decode_step(std::vector<Tensor> weights, Tensor k_cache, Tensor v_cache, 
             k_cache.size(0) == int64_t(scales.size()) && k_cache.size(1) == tokens.numel() &&
             k_cache.size(3) * k_cache.size(4) == wte.size(1),
         "caches must be (layers, rows, entries, heads, head size)");
-    const launch::HeadsOf factors[] = {scales_of(k_scales, k_cache, "k_scales"),
-                                       scales_of(v_scales, v_cache, "v_scales")};
+    const Heads<void> factors[] = {scales_of(k_scales, k_cache, "k_scales"),
+                                   scales_of(v_scales, v_cache, "v_scales")};
     launch::DecodeStep args{};
     std::vector<launch::DecodeLayer> layers(scales.size());
     for (size_t i = 0; i < layers.size(); ++i) {

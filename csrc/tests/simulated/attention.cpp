@@ -93,8 +93,8 @@ public:
     launch::Attention arguments() {
         const int64_t width = shape_.heads * shape_.head_dim;
         const auto part = [&](int64_t i) {
-            return launch::AttentionHeads{packed_.data() + i * width, 3 * width * shape_.time,
-                                          3 * width, shape_.head_dim};
+            return Heads<void>{packed_.data() + i * width, 3 * width * shape_.time, 3 * width,
+                               shape_.head_dim};
         };
         return {part(0),
                 part(1),
@@ -111,7 +111,7 @@ public:
     }
 
 private:
-    launch::AttentionHeads view(Buffer<T>& x) {
+    Heads<void> view(Buffer<T>& x) {
         const int64_t width = shape_.heads * shape_.head_dim;
         return {x.data(), width * shape_.time, width, shape_.head_dim};
     }

@@ -33,10 +33,10 @@ public:
         return part(
             part_index)[row * row_stride() + entry * entry_stride() + head * shape_.head_dim + d];
     }
-    launch::HeadsOf heads(int64_t i) {
+    Heads<void> heads(int64_t i) {
         return {part(i), row_stride(), entry_stride(), shape_.head_dim};
     }
-    launch::ConstHeadsOf const_heads(int64_t i) {
+    Heads<const void> const_heads(int64_t i) {
         return {part(i), row_stride(), entry_stride(), shape_.head_dim};
     }
     // Entry `entry` of a row becomes random: as int8, of any size below 128.
