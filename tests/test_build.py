@@ -356,10 +356,10 @@ def test_a_library_of_another_version_is_named(monkeypatch):
     found = native.loaded().library
     named = library.Library(found.path, "named by GPT2FAST_LIBRARY")
     native.load_library(named, "gpt2fast_native", compilation.CPU)
-    schemas = native._schemas(compilation.CPU)
-    assert len(schemas) > 20
-    changed = [text.replace("Tensor wpe", "Tensor wpe, Tensor more") for text in schemas]
-    monkeypatch.setattr(native, "_schemas", lambda part: changed)
+    ops = native._ops(compilation.CPU)
+    assert len(ops) > 20
+    changed = {**ops, "embedding": [*ops["embedding"], "more"]}
+    monkeypatch.setattr(native, "_ops", lambda part: changed)
     with pytest.raises(BackendError, match="another form of the op .*embedding.*this version"):
         native.load_library(named, "gpt2fast_native", compilation.CPU)
 

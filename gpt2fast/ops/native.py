@@ -115,28 +115,41 @@ def load_library(library: Library, namespace: str, part: Part) -> None:
         _kept_open.append(descriptor)
         ctypes.CDLL(f"/proc/self/fd/{descriptor}")
     ops = getattr(torch.ops, namespace)
-    for text in _schemas(part) if library.origin != BUILT else ():
-        schema = torch._C.parse_schema(f"{namespace}::{text}")
-        found = getattr(ops, schema.name.partition("::")[2], None)
-        if found is None or found.default._schema != schema:
+    for name, arguments in _ops(part).items() if library.origin != BUILT else ():
+        found = getattr(ops, name, None)
+        if found is None or _arguments(found.default._schema) != arguments:
             lacks = "lacks the op" if found is None else "has another form of the op"
             raise BackendError(
-                f"{library.path} ({library.origin}) {lacks} {schema.name}: it is not a library of "
-                "this version of gpt2fast; build it again, or leave it out"
+                f"{library.path} ({library.origin}) {lacks} {namespace}::{name}: it is not a "
+                "library of this version of gpt2fast; build it again, or leave it out"
             )
 
 
-def _schemas(part: Part) -> list[str]:
-    """The schemas in the sources, or none where there are no sources."""
+def _arguments(schema: Any) -> list[str]:
+    """Names of an op's arguments, with a "!" behind those that it writes."""
+    return [
+        argument.name + "!" * bool(argument.alias_info and argument.alias_info.is_write)
+        for argument in schema.arguments
+    ]
+
+
+def _ops(part: Part) -> dict[str, list[str]]:
+    """The ops that the sources register, and their arguments; none where there are no sources."""
     try:
         files = source_files(source_folder(), part)
     except BackendError:
-        return []
-    text = "".join(path.read_text(encoding="utf-8") for path in files if "binding" in path.parts)
-    return [
-        "".join(re.findall(r'"([^"]*)"', literals))
-        for literals in re.findall(r'm\.def\(\s*("[^;]*"(?=[,)]))', text)
-    ]
+        return {}
+    bindings = {"binding", "common"}
+    text = "".join(path.read_text(encoding="utf-8") for path in files if bindings & {*path.parts})
+    options = re.findall(r"OPTION\(\w+, (\w+), ", text)
+    found = {}
+    for name, literals, samples in re.findall(
+        r'^GPT2FAST_OP\w*\(\s*(\w+),\s*((?:"[^"]*"\s*)+)(GPT2FAST_SAMPLING_NAMES)?\);', text, re.M
+    ):
+        names = "".join(re.findall(r'"([^"]*)"', literals)).split(", ")
+        given = [argument.partition("=")[0] for argument in names if argument]
+        found[name] = given + (options if samples else [])
+    return found
 
 
 def _load(library: Library) -> Loaded:
