@@ -126,8 +126,16 @@ inline void dropout_factors(const Weighting& weighting, int64_t first, int64_t k
     }
     uint32_t low = uint32_t(weighting.seed), high = uint32_t(weighting.seed >> 32);
     for (int round = 0; round < philox_rounds; ++round) {
-        for (int i = 0; i < n; ++i) philox_round(c0[i], c1[i], c2[i], c3[i], low, high);
-        philox_next_key(low, high);
+        for (int i = 0; i < n; ++i) {
+            const uint64_t x = uint64_t(philox_multiplier_0) * c0[i];
+            const uint64_t y = uint64_t(philox_multiplier_2) * c2[i];
+            c0[i] = uint32_t(y >> 32) ^ c1[i] ^ low;
+            c2[i] = uint32_t(x >> 32) ^ c3[i] ^ high;
+            c1[i] = uint32_t(y);
+            c3[i] = uint32_t(x);
+        }
+        low += philox_key_step_low;
+        high += philox_key_step_high;
     }
     const float kept = 1.0f / (1.0f - weighting.dropout);
     const uint32_t* words[] = {c0, c1, c2, c3};

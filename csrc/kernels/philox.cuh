@@ -20,8 +20,14 @@ __device__ __forceinline__ RandomWords philox(uint64_t key, uint32_t c0, uint32_
     uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
 #pragma unroll
     for (int round = 0; round < philox_rounds; ++round) {
-        philox_round(c0, c1, c2, c3, low, high);
-        philox_next_key(low, high);
+        const uint64_t x = uint64_t(philox_multiplier_0) * c0;
+        const uint64_t y = uint64_t(philox_multiplier_2) * c2;
+        c0 = uint32_t(y >> 32) ^ c1 ^ low;
+        c1 = uint32_t(y);
+        c2 = uint32_t(x >> 32) ^ c3 ^ high;
+        c3 = uint32_t(x);
+        low += philox_key_step_low;
+        high += philox_key_step_high;
     }
     return {{c0, c1, c2, c3}};
 }
