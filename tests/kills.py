@@ -468,7 +468,7 @@ def random_stop(
 
 def prepare(folder: Path) -> dict[str, dict[str, object]]:
     """Text, and the settings of every recipe."""
-    from test_training import write_text
+    from small_runs import write_text
 
     text = write_text(folder / "story.txt")
     settings = {}

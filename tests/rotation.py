@@ -30,7 +30,7 @@ PARTS = {
     "test_cache.py::test_appending_to_views": 2,
     "test_triton_decode.py::test_a_step_matches_the_reference": 2,
     "test_triton_compiles.py::test_every_kernel_compiles": 2,
-    "test_training.py::test_flag_changes_the_outcome": 2,
+    "test_training_settings.py::test_flag_changes_the_outcome": 2,
     "test_distributed.py::test_a_run_goes_on_with_another_number_of_processes": 3,
     "test_distributed.py::test_two_processes_train_as_one": 3,
     "test_quantization.py::test_the_bundled_model_passes_the_gate": 2,

@@ -14,7 +14,7 @@ import torch
 from gpt2fast.model import GPT2
 from gpt2fast.training import TrainConfig, train
 from gpt2fast.training.logs.log import read_rows
-from test_training import flags, write_text
+from small_runs import flags, write_text
 from time_limits import patience, wait_until
 
 SETTINGS = {

@@ -23,7 +23,7 @@ from gpt2fast.training import Interrupted, stopping, train
 from gpt2fast.training.checkpoints import save
 from kills import RECIPES, Stop, Trial, outcome
 from run_hooks import before_updates, changed_losses
-from test_training import TINY, changed, config, prepared, rows, text  # noqa: F401
+from small_runs import TINY, changed, config, prepared, rows, text  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from gpt2fast.training.logs.log import read_rows
 from gpt2fast.training.machine import memory
 from gpt2fast.training.machine.precision import LossScale
 from run_hooks import after_updates
-from test_training import TINY, write_text
+from small_runs import TINY, write_text
 
 changed = dataclasses.replace
 

@@ -20,7 +20,7 @@ from gpt2fast.cli import tune as command
 from gpt2fast.errors import ConfigError
 from gpt2fast.training import Interrupted, TrainConfig, TrainingError, TrainResult
 from gpt2fast.tuning.space import parse_space, read_space, spaces
-from test_training import write_text
+from small_runs import write_text
 from time_limits import patience
 
 BASE = TrainConfig(data="x.txt")
