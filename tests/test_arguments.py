@@ -96,15 +96,21 @@ def test_help_fits_a_terminal(name, monkeypatch, capsys):
 
 
 def test_commands_in_a_text_are_what_the_user_would_type(monkeypatch):
-    text = (
-        "  gpt2fast train --data a\nuse `gpt2fast tune`; cat a | gpt2fast prepare -\ngpt2fast 0.1"
-    )
-    assert as_called(text) == text.replace("gpt2fast t", "python -m gpt2fast.t").replace(
-        "gpt2fast p", "python -m gpt2fast.p"
-    )
+    short = "  gpt2fast train --data a\nuse `gpt2fast tune`; cat | gpt2fast prepare -\ngpt2fast 0.1"
+    module = short.replace("gpt2fast t", "python -m gpt2fast.t")
+    module = module.replace("gpt2fast p", "python -m gpt2fast.p")
+    assert as_called(short) == as_called(module) == module
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/gpt2fast", "train"])
-    assert as_called(text) == text
+    assert as_called(short) == as_called(module) == short
+
+
+def test_errors_of_the_library_name_commands_as_the_user_calls_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/gpt2fast", "train"])
+    assert main(["train", "--data", "nowhere.txt", "--out", "never"]) == 1
+    assert main(["train", "--out", "never"]) == 2
+    assert "python -m" not in capsys.readouterr().err
 
 
 def test_similar_names_are_proposed():

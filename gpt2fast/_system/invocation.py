@@ -21,9 +21,13 @@ def command_line(command: str = "") -> str:
 
 
 def as_called(text: str) -> str:
-    """A text in which `gpt2fast COMMAND` where a command may begin is what the user would type."""
-    return re.sub(r"(^ *|`|\| )gpt2fast ([a-z]+)\b", _as_called, text, flags=re.MULTILINE)
+    """A text in which commands are what the user would type.
+
+    They are `gpt2fast COMMAND` where a command may begin, and `python -m gpt2fast.COMMAND`.
+    """
+    command = r"(?:(^ *|`|\| )gpt2fast |\bpython -m gpt2fast\.)([a-z]+)\b"
+    return re.sub(command, _as_called, text, flags=re.MULTILINE)
 
 
 def _as_called(found: re.Match[str]) -> str:
-    return found[1] + command_line(found[2])
+    return (found[1] or "") + command_line(found[2])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from .._system.invocation import as_called
 from .._system.output import complain, drop_output, shown
 from ..errors import UTF8_LOCALE, Error, is_out_of_memory, why_not_written
 from ..errors import shown as shown_value
@@ -67,7 +68,7 @@ def command(
 
 def fail(error: object, code: int = 1) -> int:
     """Report a failure in one line; returns the exit code."""
-    complain("error: " + " ".join(str(error).split()))
+    complain("error: " + as_called(" ".join(str(error).split())))
     return code
 
 

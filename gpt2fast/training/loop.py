@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .._system.invocation import command_line
 from ..data import DataModule
 from ..model import GPT2
 from ..ops.backend import backend
@@ -375,7 +376,7 @@ class _TrainingLoop:
         raise Interrupted(
             signum,
             f"stopped at step {step}; checkpoint in {directory}. Continue with:\n"
-            f"  python -m gpt2fast.train --resume {shlex.quote(str(self.out))}",
+            f"  {command_line('train')} --resume {shlex.quote(str(self.out))}",
         )
 
     def _finish(self, ended: str) -> TrainResult:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..._system.invocation import command_line
 from ...data import DataMeta
 from ...run_folder import BEST, CHECKPOINTS
 from ..checkpoints.position import TrainResult
@@ -89,4 +90,4 @@ def conclusion(ended: str, result: TrainResult, seconds: float, tokenizer: bool)
             f"{result.best_step}: {Path(result.out) / CHECKPOINTS / BEST}"
         )
     named = "" if tokenizer else " --tokenizer NAME"
-    yield (f"try it:\n  python -m gpt2fast.generate --model {shlex.quote(str(result.out))}{named}")
+    yield f"try it:\n  {command_line('generate')} --model {shlex.quote(str(result.out))}{named}"
