@@ -90,11 +90,7 @@ def unpickle(
 ) -> Any:
     """The value of the pickle at the stream's position; the stream stands behind it afterwards.
 
-    Args:
-        stream: of bytes.
-        known: what the pickle may name.
-        persistent: what gives the objects that the pickle refers to by their ids.
-        most_steps: how long it may be.
+    The pickle may name what is `known`; `persistent` gives the objects that it refers to by ids.
 
     Raises:
         Objection: it is not one of those that are read.

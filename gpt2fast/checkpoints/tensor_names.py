@@ -76,10 +76,6 @@ def names_blocks(names: Iterable[str]) -> bool:
 def find_model(stored: Mapping[str, Tensor], source: str) -> NamedTensors:
     """The one GPT-2 among stored tensors, projections as (in, out).
 
-    Args:
-        stored: tensors by the names in the file.
-        source: the file, for messages.
-
     Raises:
         WeightsError: there is no GPT-2, or there are two that differ; two tensors mean the same
             parameter and differ; the output projection has a bias; or what was left out may be an

@@ -60,12 +60,7 @@ def tokenizer_of(tokenizer: Any) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Any, directory: str | PathLike[str]) -> None:
-    """Write a tokenizer's files: those of its own package, where that has such.
-
-    Args:
-        tokenizer: ours, or one that `tokenizer_of` takes.
-        directory: made if need be; each file appears whole or not at all.
-    """
+    """Write a tokenizer's files, those of its own package where that has such, each atomically."""
     if isinstance(tokenizer, Tokenizer) or not hasattr(tokenizer, "save_pretrained"):
         tokenizer_of(tokenizer).save_pretrained(directory)
         return

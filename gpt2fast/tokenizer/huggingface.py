@@ -28,11 +28,7 @@ _CLEAN_UP = (
 
 
 class GenericStreamDecoder(StreamDecoder):
-    """Decodes all that has come so far, for tokenizers whose tokens are not bytes.
-
-    Args:
-        tokenizer: whose ids they are.
-    """
+    """Decodes all that has come so far, for tokenizers whose tokens are not bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
