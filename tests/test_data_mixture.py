@@ -22,6 +22,7 @@ from gpt2fast.errors import ConfigError, DataError, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.start.data import located, prepared_data
+from small_library import Killed, contents, interrupt_after
 
 ROOT = Path(__file__).parents[1]
 _draw = random.Random(5)
@@ -33,10 +34,6 @@ def prose(words: str, count: int) -> str:
 
 SEA = "".join(prose("sea ship wave sail storm anchor whale", 30) for _ in range(60))
 LAND = "".join(prose("hill FOREST road STONE field", 30) for _ in range(25))
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -91,29 +88,17 @@ def test_a_mixture_on_the_command_line(tmp_path, corpora, capsys):
 
 
 def test_an_interrupted_mixture_ends_with_the_same_bytes(tmp_path, corpora, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def after(calls):
-        def progress(stage, done, total):
-            nonlocal calls
-            calls -= 1
-            if calls < 0:
-                raise Killed
-
-        return progress
-
     monkeypatch.setattr(preparation, "PACE", Pace(block_size=900, seconds_between_saves=-1.0))
     straight = prepare_data(corpora, tmp_path / "straight")
     for calls in range(2, 300, 5):
         try:
-            data = prepare_data(corpora, tmp_path / "out", progress=after(calls))
+            data = prepare_data(corpora, tmp_path / "out", progress=interrupt_after(calls))
             break
         except Killed:
             pass
     assert data.resumed and contents(data.directory) == contents(straight.directory)
     with pytest.raises(Killed):
-        prepare_data(corpora, tmp_path / "again", progress=after(20))
+        prepare_data(corpora, tmp_path / "again", progress=interrupt_after(20))
     other = {name: 1.0 for name in corpora}
     with pytest.raises(DataError, match="interrupted run with other settings .weights"):
         prepare_data(other, tmp_path / "again")

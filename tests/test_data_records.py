@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import random
-import subprocess
 import sys
 from array import array
 from pathlib import Path
@@ -20,6 +19,7 @@ from gpt2fast.data.preparation import Pace
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
 from gpt2fast.tokenizer import BPETokenizer, Tokenizer
+from small_library import Killed, contents, interrupt_after, memory_growth
 
 WORDS = [
     "the",
@@ -68,10 +68,6 @@ def text_of(directory: Path) -> str:
     return tokenizer.decode(tokens)
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(preparation, "PACE", Pace(block_size=700, seconds_between_saves=-1.0))
@@ -114,25 +110,14 @@ def test_records_can_be_lines_of_one_text(tmp_path, small_blocks, bpe_dir, kind)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("records", ["documents", "lines"])
 def test_interrupted_records_end_with_the_same_bytes(tmp_path, small_blocks, kind, records):
-    class Killed(BaseException):
-        pass
-
-    def after(calls):
-        def progress(stage, done, total):
-            nonlocal calls
-            calls -= 1
-            assert 0 <= done <= total
-            if calls < 0:
-                raise Killed
-
-        return progress
-
     path = save(tmp_path / f"a.{kind}", DOCUMENTS)
     arguments = {"split": "documents" if records == "documents" else "position", "records": records}
     straight = prepare_data(path, tmp_path / "straight", **arguments)
     for calls in range(1, 500, 3):
         try:
-            data = prepare_data(path, tmp_path / "out", **arguments, progress=after(calls))
+            data = prepare_data(
+                path, tmp_path / "out", **arguments, progress=interrupt_after(calls)
+            )
             break
         except Killed:
             pass
@@ -249,26 +234,10 @@ def test_a_folder_without_text_files_stands_for_its_records(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("records", ["documents", "lines"])
 def test_memory_does_not_grow_with_the_records(tmp_path, kind, records):
-    pytest.importorskip("resource")
-    script = """
-import resource, sys
-from gpt2fast.data import prepare_data
-for path in sys.argv[3:]:
-    prepare_data(path, sys.argv[1], records=sys.argv[2], overwrite=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
     draw = random.Random(1).random
     texts = [" ".join(str(draw()) for _ in range(60)) for _ in range(30_000)]  # 36 MB
     files = [save(tmp_path / f"s.{kind}", texts[:4000]), save(tmp_path / f"l.{kind}", texts)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "out", records, *files],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second = map(int, done.stdout.split())
-    assert second - first < 15_000  # kilobytes
+    assert memory_growth(tmp_path / "out", *files, records=records) < 15_000
 
 
 # -- data sets -----------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ def test_imports_go_down(module: str) -> None:
             continue
         if there == "__init__":  # the package's public names and version
             continue
-        assert in_function and (module, there) in DOORS, f"{module} imports {target}, which is above"
+        assert in_function and (module, there) in DOORS, (
+            f"{module} imports {target}, which is above"
+        )
 
 
 def test_every_door_is_used() -> None:
