@@ -25,11 +25,28 @@ STORY = (
 BOOKS = [f"Book {n}\n\n" + STORY * (n + 2) for n in range(12)]
 LIBRARY = f"\n{END_OF_TEXT}\n".join(BOOKS)
 
-PIECE_LIST = (
-    ["a", "the", " ", "  ", "\n", "\n\n", "\r\n", "\r", "\t", ".", ",", "!", "'s", "'ll", "'", "12"]
-    + [*"éüя的。😀\u0301\u00a0\u2028\u001c½<", "<|", "|>"]
-    + [END_OF_TEXT, f"\n{END_OF_TEXT}\n", f"{END_OF_TEXT}\n", "\x01", "\ufeff", "_", "<x y>", ";"]
-)
+PIECE_LIST = [
+    *(
+        "a",
+        "the",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\r",
+        "\t",
+        ".",
+        ",",
+        "!",
+        "'s",
+        "'ll",
+        "'",
+        "12",
+    ),
+    *(*"éüя的。😀\u0301\u00a0\u2028\u001c½<", "<|", "|>"),
+    *(END_OF_TEXT, f"\n{END_OF_TEXT}\n", f"{END_OF_TEXT}\n", "\x01", "\ufeff", "_", "<x y>", ";"),
+]
 PIECES = st.sampled_from(PIECE_LIST)
 
 

@@ -251,7 +251,7 @@ def test_flags_replace_the_data_set_of_a_recipe():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--data", "a", "b"], "--data has 2 values without weights; write a=0.5 b=0.5"),
         (["--data", "a=1", "b"], "b has no weight"),
@@ -289,9 +289,10 @@ def test_a_run_goes_on_with_an_interrupted_preparation(tmp_path, corpora, monkey
     plan = tmp_path / "run" / "data" / ".unfinished" / "plan.json"
 
     def interrupt() -> int:
-        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        with monkeypatch.context() as patched:
             patched.setattr(encoders.Encoders, "submit", out_of_memory)
-            prepared_data(config, resuming=False)
+            with pytest.raises(MemoryError):
+                prepared_data(config, resuming=False)
         return plan.stat().st_mtime_ns
 
     def out_of_memory(*_):
