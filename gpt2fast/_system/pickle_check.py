@@ -13,9 +13,7 @@ message, `==` or the garbage collector can follow.
 
     nanoGPT's meta.pkl          no name at all          tokenizer/nanogpt.py
     torch.save's files          tensors, and records    checkpoints/torch_files.py
-    an optimizer's index        torch's descriptions    training/checkpoints/shards.py
-
-Only the last becomes objects of its classes, after it was read as records (`unpickle_objects`).
+    an optimizer's index        torch's classes, after they were read as records    …/shards.py
 """
 
 from __future__ import annotations
