@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,11 +25,28 @@ STORY = (
 BOOKS = [f"Book {n}\n\n" + STORY * (n + 2) for n in range(12)]
 LIBRARY = f"\n{END_OF_TEXT}\n".join(BOOKS)
 
-PIECE_LIST = (
-    ["a", "the", " ", "  ", "\n", "\n\n", "\r\n", "\r", "\t", ".", ",", "!", "'s", "'ll", "'", "12"]
-    + [*"éüя的。😀\u0301\u00a0\u2028\u001c½<", "<|", "|>"]
-    + [END_OF_TEXT, f"\n{END_OF_TEXT}\n", f"{END_OF_TEXT}\n", "\x01", "\ufeff", "_", "<x y>", ";"]
-)
+PIECE_LIST = [
+    *(
+        "a",
+        "the",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\r",
+        "\t",
+        ".",
+        ",",
+        "!",
+        "'s",
+        "'ll",
+        "'",
+        "12",
+    ),
+    *(*"éüя的。😀\u0301\u00a0\u2028\u001c½<", "<|", "|>"),
+    *(END_OF_TEXT, f"\n{END_OF_TEXT}\n", f"{END_OF_TEXT}\n", "\x01", "\ufeff", "_", "<x y>", ";"),
+]
 PIECES = st.sampled_from(PIECE_LIST)
 
 
@@ -43,13 +63,51 @@ def tokens_of(directory: Path, split: str) -> list[int]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def plain(text: str) -> str:
     """A text as it is to be encoded: Python's newlines, no newline after a separator line."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(r"(?m)^<\|endoftext\|>\n", END_OF_TEXT, text)
+
+
+class Killed(BaseException):
+    """Stands for a power cut: nothing of prepare's handles it."""
+
+
+def interrupt_after(calls: int) -> Callable[[str, int, int], None]:
+    """A `progress` that allows so many calls."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal calls
+        calls -= 1
+        assert 0 <= done <= total
+        if calls < 0:
+            raise Killed
+
+    return progress
+
+
+def memory_growth(out: Path, small: Path, large: Path, **arguments: object) -> int:
+    """Kilobytes by which preparing `large` raises the memory that `small` took."""
+    pytest.importorskip("resource")
+    script = f"""
+import resource, sys
+from gpt2fast.data import prepare_data
+for path in sys.argv[2:]:
+    prepare_data(path, sys.argv[1], overwrite=True, **{arguments!r})
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, out, small, large],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = map(int, done.stdout.split())
+    return second - first
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_bad_data_is_caught_before_the_first_step(prepared, name):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"block_size": 0}, "block_size is 0"),
         ({"block_size": 10**6}, "a block_size of 1000000 needs"),

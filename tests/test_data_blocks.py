@@ -118,7 +118,7 @@ def test_blocks_match_the_real_gpt2_tokenizer(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, any_character",
+    ("text", "any_character"),
     [
         (STORY * 1000, False),
         ("天地玄黄，宇宙洪荒。" * 9000, False),

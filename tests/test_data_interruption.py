@@ -17,8 +17,17 @@ from gpt2fast.data import DataModule, preparation, prepare_data
 from gpt2fast.data.preparation import Pace
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
-from interruption import Killed, interrupt_after
-from small_library import LIBRARY, ROOT, STORY, contents, library, write
+from small_library import (
+    LIBRARY,
+    ROOT,
+    STORY,
+    Killed,
+    contents,
+    interrupt_after,
+    library,
+    memory_growth,
+    write,
+)
 from time_limits import patience
 
 # -- interruption --------------------------------------------------------------------------------
@@ -193,22 +202,6 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(library, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    pytest.importorskip("resource")
-    script = """
-import resource, sys
-from gpt2fast.data import prepare_data
-for path in sys.argv[2:]:
-    prepare_data(path, sys.argv[1], overwrite=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
     small = write(tmp_path / "small.txt", STORY * 20_000)  # 3 MB
     large = write(tmp_path / "large.txt", STORY * 120_000)
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "out", small, large],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second = map(int, done.stdout.split())
-    assert second - first < 10_000  # kilobytes
+    assert memory_growth(tmp_path / "out", small, large) < 10_000

@@ -22,7 +22,7 @@ from gpt2fast.errors import ConfigError, DataError, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.start.data import located, prepared_data
-from interruption import Killed, interrupt_after
+from small_library import Killed, contents, interrupt_after
 
 ROOT = Path(__file__).parents[1]
 _draw = random.Random(5)
@@ -34,10 +34,6 @@ def prose(words: str, count: int) -> str:
 
 SEA = "".join(prose("sea ship wave sail storm anchor whale", 30) for _ in range(60))
 LAND = "".join(prose("hill FOREST road STONE field", 30) for _ in range(25))
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -255,7 +251,7 @@ def test_flags_replace_the_data_set_of_a_recipe():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--data", "a", "b"], "--data has 2 values without weights; write a=0.5 b=0.5"),
         (["--data", "a=1", "b"], "b has no weight"),
@@ -293,9 +289,10 @@ def test_a_run_goes_on_with_an_interrupted_preparation(tmp_path, corpora, monkey
     plan = tmp_path / "run" / "data" / ".unfinished" / "plan.json"
 
     def interrupt() -> int:
-        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        with monkeypatch.context() as patched:
             patched.setattr(encoders.Encoders, "submit", out_of_memory)
-            prepared_data(config, resuming=False)
+            with pytest.raises(MemoryError):
+                prepared_data(config, resuming=False)
         return plan.stat().st_mtime_ns
 
     def out_of_memory(*_):

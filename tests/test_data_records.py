@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import random
-import subprocess
 import sys
 from array import array
 from pathlib import Path
@@ -20,7 +19,7 @@ from gpt2fast.data.preparation import Pace
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
 from gpt2fast.tokenizer import BPETokenizer, Tokenizer
-from interruption import Killed, interrupt_after
+from small_library import Killed, contents, interrupt_after, memory_growth
 
 WORDS = [
     "the",
@@ -67,10 +66,6 @@ def text_of(directory: Path) -> str:
     for split in ("train", "val"):
         tokens.frombytes((directory / f"{split}.bin").read_bytes())
     return tokenizer.decode(tokens)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture
@@ -239,26 +234,10 @@ def test_a_folder_without_text_files_stands_for_its_records(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("records", ["documents", "lines"])
 def test_memory_does_not_grow_with_the_records(tmp_path, kind, records):
-    pytest.importorskip("resource")
-    script = """
-import resource, sys
-from gpt2fast.data import prepare_data
-for path in sys.argv[3:]:
-    prepare_data(path, sys.argv[1], records=sys.argv[2], overwrite=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
     draw = random.Random(1).random
     texts = [" ".join(str(draw()) for _ in range(60)) for _ in range(30_000)]  # 36 MB
     files = [save(tmp_path / f"s.{kind}", texts[:4000]), save(tmp_path / f"l.{kind}", texts)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "out", records, *files],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second = map(int, done.stdout.split())
-    assert second - first < 15_000  # kilobytes
+    assert memory_growth(tmp_path / "out", *files, records=records) < 15_000
 
 
 # -- data sets -----------------------------------------------------------------------------------
@@ -333,8 +312,8 @@ def test_a_data_set_without_train_says_so(library, tmp_path):
     library.DatasetDict({"test": table, "extra": table}).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="has no split called train, only test, extra"):
         prepare_data((), tmp_path / "out", dataset=str(tmp_path / "saved"))
+    library.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(tmp_path / "one")
     with pytest.raises(DataError, match="there is no 'body', only text"):
-        library.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(tmp_path / "one")
         prepare_data((), tmp_path / "out", dataset=str(tmp_path / "one"), text_field="body")
 
 
@@ -351,7 +330,7 @@ def test_a_data_set_out_of_reach_explains_itself(library, tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("missing, use", [("datasets", "--dataset"), ("pyarrow", "parquet")])
+@pytest.mark.parametrize(("missing", "use"), [("datasets", "--dataset"), ("pyarrow", "parquet")])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, missing, use):
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
@@ -364,7 +343,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, missing, use)
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["a.txt", "--dataset", "x"], "both a.txt and --dataset x were given"),
         (["a.txt", "--dataset-config", "x"], "--dataset-config chooses a part of a --dataset"),

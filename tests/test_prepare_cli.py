@@ -23,8 +23,8 @@ from small_library import LIBRARY, ROOT, contents, library, shared_book
 def run(capsys, *arguments) -> tuple[int, str, str]:
     try:
         code = command.main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
+    except SystemExit as end:
+        code = int(end.code or 0)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -96,7 +96,7 @@ def test_standard_input_is_read(library, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, code, message",
+    ("arguments", "code", "message"),
     [
         ([], 2, "INPUT"),
         (["book.txt", "--no-such-flag"], 2, "--no-such-flag"),

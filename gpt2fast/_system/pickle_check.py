@@ -13,9 +13,7 @@ message, `==` or the garbage collector can follow.
 
     nanoGPT's meta.pkl          no name at all          tokenizer/nanogpt.py
     torch.save's files          tensors, and records    checkpoints/torch_files.py
-    an optimizer's index        torch's descriptions    training/checkpoints/shards.py
-
-Only the last becomes objects of its classes, after it was read as records (`unpickle_objects`).
+    an optimizer's index        torch's classes, after they were read as records    …/shards.py
 """
 
 from __future__ import annotations
@@ -90,11 +88,7 @@ def unpickle(
 ) -> Any:
     """The value of the pickle at the stream's position; the stream stands behind it afterwards.
 
-    Args:
-        stream: of bytes.
-        known: what the pickle may name.
-        persistent: what gives the objects that the pickle refers to by their ids.
-        most_steps: how long it may be.
+    The pickle may name what is `known`; `persistent` gives the objects that it refers to by ids.
 
     Raises:
         Objection: it is not one of those that are read.

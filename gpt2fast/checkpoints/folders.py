@@ -39,9 +39,6 @@ def find_weights(
 ) -> Path:
     """The file that holds the weights, or the index of the files that do; downloaded if need be.
 
-    Args:
-        name_or_path, revision, local_files_only: as of `from_pretrained`.
-
     Raises:
         WeightsError: nothing found, or in a format that is not read.
     """

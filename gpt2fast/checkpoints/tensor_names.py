@@ -76,10 +76,6 @@ def names_blocks(names: Iterable[str]) -> bool:
 def find_model(stored: Mapping[str, Tensor], source: str) -> NamedTensors:
     """The one GPT-2 among stored tensors, projections as (in, out).
 
-    Args:
-        stored: tensors by the names in the file.
-        source: the file, for messages.
-
     Raises:
         WeightsError: there is no GPT-2, or there are two that differ; two tensors mean the same
             parameter and differ; the output projection has a bias; or what was left out may be an
@@ -125,7 +121,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     # Tied weights in a pickle are one memory; that need not be read to be equal.
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() or torch.equal(a, b)
+    return (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
 
 
 def listed(names: list[str]) -> str:

@@ -26,10 +26,7 @@ def load_tokenizer(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Tokenizer:
-    """The tokenizer of a directory, of a bundled model or of a model on the hub.
-
-    Arguments and errors are those of `Tokenizer.from_pretrained`.
-    """
+    """The tokenizer of a folder or of a model's name; see `Tokenizer.from_pretrained`."""
     path = resolve(
         str(name_or_path),
         revision=revision,

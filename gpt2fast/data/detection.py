@@ -33,15 +33,12 @@ def file_source(
     name: str | None = None,
     notify: Callable[[str], None] = warnings.warn,
 ) -> Source:
-    """The source that a file is.
+    """The source that a file is: text, or the `field` of its records.
 
     Args:
-        path: the file.
-        field: of its records, that holds the text.
         lines: its records are the lines of one text.
         encoding: as `known_encoding` gives it.
-        name: what it is called; None means the file's own name. A file with another name than
-            its own has no suffix that tells what it is.
+        name: another one than the file's own, which then does not tell its kind.
         notify: told where the name does not say how the file is read.
 
     Raises:

@@ -39,10 +39,7 @@ _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZ
 class TextInput:
     """A file of text, compressed or not, as a stream of bytes in UTF-8.
 
-    Args:
-        path: the file.
-        encoding: of the text, as `known_encoding` gives it; None means UTF-8, or what a byte order
-            mark says.
+    Its encoding is what `known_encoding` gives; None means UTF-8, or what a byte order mark says.
     """
 
     def __init__(self, path: Path, encoding: str | None = None) -> None:

@@ -55,7 +55,6 @@ class Preparation:
     """One preparation, or the rest of one, in its working folder."""
 
     work: Path
-    """The folder."""
     asked: list[Source | None]
     """The sources to read, in order; None is standard input."""
     corpus_of: list[int]

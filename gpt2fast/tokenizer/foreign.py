@@ -60,12 +60,7 @@ def tokenizer_of(tokenizer: Any) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Any, directory: str | PathLike[str]) -> None:
-    """Write a tokenizer's files: those of its own package, where that has such.
-
-    Args:
-        tokenizer: ours, or one that `tokenizer_of` takes.
-        directory: made if need be; each file appears whole or not at all.
-    """
+    """Write a tokenizer's files, those of its own package where that has such, each atomically."""
     if isinstance(tokenizer, Tokenizer) or not hasattr(tokenizer, "save_pretrained"):
         tokenizer_of(tokenizer).save_pretrained(directory)
         return
@@ -92,12 +87,7 @@ def _no_tokenizer(given: Any) -> TokenizerError:
 class Decoding:
     """`decode` and `in` of any tokenizer, without converting another package's.
 
-    Args:
-        tokenizer: ours, or any object with `decode`, as those of transformers, tokenizers and
-            tiktoken have.
-
-    Raises:
-        TokenizerError: it has none.
+    Objects of transformers, tokenizers and tiktoken will do; without `decode`, TokenizerError.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -126,12 +116,7 @@ class Decoding:
 
 
 class ForeignTokenizer(Tokenizer):
-    """A tokenizer of transformers' that is written in Python, or does more than its backend.
-
-    Args:
-        tokenizer: has `encode(text, add_special_tokens=…)`, `decode(ids)`, `get_vocab()` and
-            `save_pretrained`, as transformers' tokenizers have.
-    """
+    """A tokenizer of transformers' that is written in Python, or does more than its backend."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._foreign = tokenizer

@@ -28,11 +28,7 @@ _CLEAN_UP = (
 
 
 class GenericStreamDecoder(StreamDecoder):
-    """Decodes all that has come so far, for tokenizers whose tokens are not bytes.
-
-    Args:
-        tokenizer: whose ids they are.
-    """
+    """Decodes all that has come so far, for tokenizers whose tokens are not bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -194,7 +190,7 @@ def _failures(told: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise TokenizerError(f"{told}: {str(error):.200}") from None
+        raise TokenizerError(f"{told}: {error!s:.200}") from None
 
 
 def _library_token(token: AddedToken) -> Any:

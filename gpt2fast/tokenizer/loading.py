@@ -154,17 +154,10 @@ def _load_vocab_and_merges(
 
 
 def from_content(content: dict[str, Any], config: dict[str, Any], source: str) -> Tokenizer:
-    """The tokenizer that the content of a tokenizer.json and a tokenizer_config.json describe.
+    """The tokenizer that the `content` of a tokenizer.json (it may be changed) and the `config` of
+    a tokenizer_config.json, its special_tokens_map.json included, describe.
 
     GPT-2's byte-level BPE runs on tiktoken, and everything else as `tokenizers` runs it.
-
-    Args:
-        content: of tokenizer.json; it may be changed.
-        config: of tokenizer_config.json, special_tokens_map.json included.
-        source: where they come from, for error messages.
-
-    Raises:
-        TokenizerError: they contradict each other, or describe no tokenizer.
     """
     model = get_field(content, "model", dict, source)
     added = []
