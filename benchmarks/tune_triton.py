@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "attention_with_cache",
             {"element_size": 2, "head_dim": 64, "queries": queries},
-            lambda q=q: attention.with_cache(q, cache, cache, lengths, 0.125),
+            partial(attention.with_cache, q, cache, cache, lengths, 0.125),
             grid(BLOCK_M=heights, BLOCK_N=[32, 64, 128], num_warps=[2, 4, 8], num_stages=[2, 3]),
         )
     vectors = [random(768), random(768)]
@@ -133,13 +134,23 @@ def cases() -> Iterator[Case]:
     weights = [random(50257, 768), random(1024, 768), *layer, *vectors]
     weights.append(weights[0])
     for batch, heights in ((1, [1]), (16, [16])):
-        caches = [random(1, batch, 1024, 12, 64) for _ in "kv"]
-        indices = [torch.full((batch,), 500, device="cuda") for _ in range(3)]
+        k, v = (random(1, batch, 1024, 12, 64) for _ in "kv")
+        entry = torch.full((batch,), 500, device="cuda")
         yield Case(
             "decode_matmul",
             {"element_size": 2, "batch": batch, "outputs": 4096},
-            lambda caches=caches, indices=indices: decode.decode_step(
-                weights, *caches, *indices, 12, [0.125], "gelu_new", 1e-5
+            partial(
+                decode.decode_step,
+                weights,
+                k,
+                v,
+                entry,
+                entry,
+                entry,
+                12,
+                [0.125],
+                "gelu_new",
+                1e-5,
             ),
             grid(
                 BLOCK_B=heights,

@@ -114,12 +114,14 @@ TEXTS = st.lists(PIECES, max_size=60).map("".join)
 
 
 def encode_in_blocks(path: Path, tokenizer: Tokenizer, block_bytes: int) -> list[int]:
+    end = tokenizer.eos_token_id
+    assert end is not None
     ids = []
     for segments, _ in read_blocks(
         TextInput(path), preparing._cuts(tokenizer), block_bytes=block_bytes
     ):
         for text, separator, _ in segments:
-            ids += tokenizer.encode(text) + [tokenizer.eos_token_id] * separator
+            ids += tokenizer.encode(text) + [end] * separator
     return ids
 
 
@@ -967,8 +969,9 @@ def test_nanogpts_characters_come_with_its_data(tmp_path):
 def run(capsys, *arguments) -> tuple[int, str, str]:
     try:
         code = command.main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        code = stop.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

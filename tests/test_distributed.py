@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from gpt2fast.training import TrainConfig, train
 from gpt2fast.training.logs.log import read_rows
 from test_training import flags, write_text
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "n_layer": 2,
     "n_head": 2,
     "n_embd": 16,

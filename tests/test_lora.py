@@ -118,6 +118,7 @@ def test_gradients_of_adapters_equal_those_of_a_dense_computation(targets):
         gradients = []
         for name, projection in adapted(model).items():
             of_weight = merged.get_parameter(f"{name}.weight").grad  # (in, out)
+            assert of_weight is not None
             a, b = (f.detach().to(dtype) for f in (projection.lora_A, projection.lora_B))
             gradients += [2 * (of_weight @ b).t(), 2 * of_weight.t() @ a.t()]
         return gradients

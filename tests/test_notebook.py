@@ -103,7 +103,7 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     written = capsys.readouterr().out
     curve, maps = pictures
-    assert [len(line.get_xdata()) for line in curve[0].get_lines()] == [20, 5, 2]
+    assert [len(line.get_path().vertices) for line in curve[0].get_lines()] == [20, 5, 2]
     assert len(maps) == 4
     rows = space["probabilities"].sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ def logits_of(kind, rows, vocab):
 
 
 KINDS = ["normal", "flat", "peaked", "equal", "banned", "outliers"]
-DRAWS = [
+DRAWS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7},
     {"top_k": 1},

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ from gpt2fast.training.logs.log import RunLog
 from gpt2fast.training.optimizer import Optimizers
 from gpt2fast.training.schedule import learning_rate
 
-TINY = {
+TINY: dict[str, Any] = {
     "n_layer": 1,
     "n_head": 2,
     "n_embd": 16,
