@@ -88,7 +88,7 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     monkeypatch.chdir(folder)
-    pictures = []
+    pictures: list[Any] = []
     monkeypatch.setattr(plt, "show", lambda: pictures.append(plt.gcf().get_axes()))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -103,7 +103,7 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     written = capsys.readouterr().out
     curve, maps = pictures
-    assert [len(line.get_path().vertices) for line in curve[0].get_lines()] == [20, 5, 2]
+    assert [len(line.get_xdata()) for line in curve[0].get_lines()] == [20, 5, 2]
     assert len(maps) == 4
     rows = space["probabilities"].sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
