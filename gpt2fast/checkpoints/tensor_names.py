@@ -116,7 +116,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     # Tied weights in a pickle are one memory; that need not be read to be equal.
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() or torch.equal(a, b)
+    return (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
 
 
 def listed(names: list[str]) -> str:

@@ -592,7 +592,7 @@ def _document(text: str) -> list[Segment]:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     *ended, rest = text.split(END_OF_TEXT)
     segments = [Segment(part, True, False) for part in ended]
-    if rest and not rest.isspace() or not segments:
+    if (rest and not rest.isspace()) or not segments:
         segments.append(Segment(rest, True, False))
     segments[-1] = segments[-1]._replace(ends_document=True)
     return segments

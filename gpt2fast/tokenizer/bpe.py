@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class BPETokenizer(Tokenizer):
 
         ids = merge_ranks(vocab, merges, source)
         merged_ids = list(ids.values())[256:]
-        if all(a < b for a, b in zip(merged_ids, merged_ids[1:], strict=False)):
+        if all(a < b for a, b in itertools.pairwise(merged_ids)):
             ranks, self._rank_to_id = ids, None  # the usual case: ids are in merge order
         else:
             ranks = {token: rank for rank, token in enumerate(ids)}

@@ -210,7 +210,7 @@ def _failures(told: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise TokenizerError(f"{told}: {str(error):.200}") from None
+        raise TokenizerError(f"{told}: {error!s:.200}") from None
 
 
 def _library_token(token: AddedToken) -> Any:

@@ -9,6 +9,7 @@ https://github.com/karpathy/llm.c (write_tokenizer in train_gpt2.py)
 
 from __future__ import annotations
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _parts(token: bytes, ids: dict[bytes, int], limit: int) -> list[bytes]:
         return halves[0]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ids.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        joined = [ids.get(a + b, limit) for a, b in itertools.pairwise(parts)]
         lowest = min(joined)
         if lowest >= limit:
             break
