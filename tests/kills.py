@@ -375,7 +375,7 @@ class Forks:
 
 def flags(settings: dict[str, object]) -> list[str]:
     names = {name.replace("_", "-"): value for name, value in settings.items() if value is not None}
-    return [f"--{name}={str(value)}" for name, value in names.items()]
+    return [f"--{name}={value!s}" for name, value in names.items()]
 
 
 class Broken(AssertionError):

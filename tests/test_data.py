@@ -39,26 +39,46 @@ STORY = (
 BOOKS = [f"Book {n}\n\n" + STORY * (n + 2) for n in range(12)]
 LIBRARY = f"\n{END_OF_TEXT}\n".join(BOOKS)
 
-PIECE_LIST = (
-    ["a", "the", " ", "  ", "\n", "\n\n", "\r\n", "\r", "\t", ".", ",", "!", "'s", "'ll", "'", "12"]
-    + [
-        "é",
-        "ü",
-        "я",
-        "的",
-        "。",
-        "😀",
-        "\u0301",
-        "\u00a0",
-        "\u2028",
-        "\u001c",
-        "½",
-        "<",
-        "<|",
-        "|>",
-    ]
-    + [END_OF_TEXT, f"\n{END_OF_TEXT}\n", f"{END_OF_TEXT}\n", "\x01", "\ufeff", "_", "<x y>", ";"]
-)
+PIECE_LIST = [
+    "a",
+    "the",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\r",
+    "\t",
+    ".",
+    ",",
+    "!",
+    "'s",
+    "'ll",
+    "'",
+    "12",
+    "é",
+    "ü",
+    "я",
+    "的",
+    "。",
+    "😀",
+    "́",
+    "\xa0",
+    "\u2028",
+    "\x1c",
+    "½",
+    "<",
+    "<|",
+    "|>",
+    END_OF_TEXT,
+    f"\n{END_OF_TEXT}\n",
+    f"{END_OF_TEXT}\n",
+    "\x01",
+    "\ufeff",
+    "_",
+    "<x y>",
+    ";",
+]
 PIECES = st.sampled_from(PIECE_LIST)
 
 
@@ -204,7 +224,7 @@ def test_blocks_match_the_real_gpt2_tokenizer(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, any_character",
+    ("text", "any_character"),
     [
         (STORY * 1000, False),
         ("天地玄黄，宇宙洪荒。" * 9000, False),
@@ -885,7 +905,7 @@ def test_bad_data_is_caught_before_the_first_step(prepared, name):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"block_size": 0}, "block_size is 0"),
         ({"block_size": 10**6}, "a block_size of 1000000 needs"),
@@ -1043,7 +1063,7 @@ def test_standard_input_is_read(library, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, code, message",
+    ("arguments", "code", "message"),
     [
         ([], 2, "INPUT"),
         (["book.txt", "--no-such-flag"], 2, "--no-such-flag"),

@@ -273,7 +273,7 @@ def test_flags_replace_the_data_set_of_a_recipe():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--data", "a", "b"], "--data has 2 values without weights; write a=0.5 b=0.5"),
         (["--data", "a=1", "b"], "b has no weight"),

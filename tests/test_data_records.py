@@ -344,8 +344,8 @@ def test_a_data_set_without_train_says_so(library, tmp_path):
     library.DatasetDict({"test": table, "extra": table}).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="has no split called train, only test, extra"):
         prepare_data((), tmp_path / "out", dataset=str(tmp_path / "saved"))
+    library.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(tmp_path / "one")
     with pytest.raises(DataError, match="there is no 'body', only text"):
-        library.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(tmp_path / "one")
         prepare_data((), tmp_path / "out", dataset=str(tmp_path / "one"), text_field="body")
 
 
@@ -362,7 +362,7 @@ def test_a_data_set_out_of_reach_explains_itself(library, tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("missing, use", [("datasets", "--dataset"), ("pyarrow", "parquet")])
+@pytest.mark.parametrize(("missing", "use"), [("datasets", "--dataset"), ("pyarrow", "parquet")])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, missing, use):
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
@@ -375,7 +375,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, missing, use)
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["a.txt", "--dataset", "x"], "both a.txt and --dataset x were given"),
         (["a.txt", "--dataset-config", "x"], "--dataset-config chooses a part of a --dataset"),

@@ -144,7 +144,7 @@ def test_a_file_without_magic_is_taken_for_raw(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    ("name", "message"),
     [
         ("x_train_*.bin", r"does not exist|no file fits that name"),
         ("fineweb_val_*.bin", r"does not tell where the validation tokens are"),

@@ -75,8 +75,8 @@ def run(model_dir, capsys, monkeypatch):
         place = [] if model is None else ["--model", str(model)]
         try:
             code = main([*place, *(str(argument) for argument in arguments)])
-        except SystemExit as exit:
-            code = exit.code
+        except SystemExit as stop:
+            code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -98,7 +98,7 @@ DEFAULTS = {"seed": 3, "max_new_tokens": 30}
 
 
 @pytest.mark.parametrize(
-    "flags, options",
+    ("flags", "options"),
     [
         ("--temperature 1.7", {"temperature": 1.7}),
         ("--temperature 0", {"do_sample": False}),
@@ -328,7 +328,7 @@ def test_device_and_backend_are_obeyed(run):
 
 
 @pytest.mark.parametrize(
-    "flags, parts",
+    ("flags", "parts"),
     [
         ("--temperature nan", ["temperature", "nan", "at least 0"]),
         ("--temperature -1", ["temperature", "-1"]),
@@ -474,7 +474,7 @@ def test_a_line_of_json_keeps_its_id_and_has_its_own_options(run, generator, tmp
 
 
 @pytest.mark.parametrize(
-    "options, part",
+    ("options", "part"),
     [
         ({"max_tokens": 3}, "'max_tokens'"),
         ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),
@@ -721,7 +721,7 @@ def test_as_a_library_nothing_is_printed(model_dir):
 
 
 @pytest.mark.parametrize(
-    "flags, again",
+    ("flags", "again"),
     [
         ([], []),
         (["--dtype", "bfloat16"], ["--dtype", "bfloat16"]),
@@ -825,7 +825,7 @@ def answer(generator, text, seed=2, **options):
 
 
 def test_a_conversation_is_one_growing_text(run, generator):
-    code, out, err = converse(run, "The cat", "The dog", "")
+    code, out, _err = converse(run, "The cat", "The dog", "")
     first = answer(generator, "The cat")
     second = answer(generator, f"The cat{first}\nThe dog", seed=3)
     third = answer(generator, f"The cat{first}\nThe dog{second}", seed=4)
@@ -937,7 +937,7 @@ def test_generating_imports_no_heavy_module(model_dir):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
 @pytest.mark.parametrize(
-    "redirection, flags, code, out, err",
+    ("redirection", "flags", "code", "out", "err"),
     [
         (">&-", [], 1, b"", b"error: standard output is closed"),
         (">/dev/full", [], 1, b"", b"error: reading or writing failed: [Errno 28]"),

@@ -416,7 +416,7 @@ def test_whole_numbers_too_large_for_an_op_mean_no_limit():
 
 
 @pytest.mark.parametrize(
-    "name, value, limit",
+    ("name", "value", "limit"),
     [
         ("max_new_tokens", -1, "at least 0"),
         ("max_new_tokens", 2.5, "whole number"),

@@ -91,9 +91,16 @@ def test_ids_and_text_equal_those_of_transformers(pair, name):
 
 TEXT = st.lists(
     st.sampled_from(
-        "a b S 1 9 ! ' ''s 'll 't é e\u0301 Ж 二 🤗 \u200d \u0301 \u00a0 \u2003 \x00 \x1c <| |> "
-        f"{END_OF_TEXT} the times wasn".split(" ")
-        + [" ", " ", "  ", "\n", "\t", "\r\n"]
+        [
+            *"a b S 1 9 ! ' ''s 'll 't é é Ж 二 🤗 \u200d ́ \xa0 \u2003 \x00 \x1c <| |> "
+            f"{END_OF_TEXT} the times wasn".split(" "),
+            " ",
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "\r\n",
+        ]
     )
     | st.text(max_size=4),
     max_size=30,
