@@ -61,7 +61,9 @@ LONG = (
     "test_signal_saves", "test_a_closed_terminal", "test_the_advice_for", "the_reference_builds",
     "test_running_ahead", "test_memory_does_not_grow", "bundled_model_passes",
     "four_real_sizes", "of_real_size", "on_a_long_sequence", "never_holds_all_logits",
-    "large_vocabulary",
+    "large_vocabulary", "on_a_terminal", "a_terminal_conversation", "test_notes_come_before",
+    "that_has_enough", "test_interrupting", "imports_no_heavy", "as_a_library_nothing",
+    "test_closed_descriptors", "test_package.py", "test_rotation.py",
 )  # fmt: skip
 FAST_PARTS = 8
 """Into how many parts test-fast cuts tests of several cases."""
