@@ -66,7 +66,9 @@ class Part:
 
 
 CPU = Part("native", ("common", "binding/common", "binding/cpu", "cpu"), 55)
-CUDA = Part("cuda", ("common", "binding/common", "binding/cuda", "launch", "kernels", "device"), 240)
+CUDA = Part(
+    "cuda", ("common", "binding/common", "binding/cuda", "launch", "kernels", "device"), 240
+)
 SIMULATED = Part("simulated", CUDA.folders, 60)
 """The CUDA part on a CPU, for tests: its kernels run in the simulator, its ops take CPU tensors."""
 
