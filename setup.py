@@ -16,8 +16,8 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpt2fast.errors import BackendError  # noqa: E402
-from gpt2fast.kernels.library import file_name, is_switched_off  # noqa: E402
+from gpt2fast.errors import BackendError
+from gpt2fast.kernels.library import file_name, is_switched_off
 from gpt2fast.kernels.toolchain import (
     CPU,
     CUDA,

@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import contest  # noqa: E402
-import machine  # noqa: E402
-from gpt2fast._system.files import atomic_write_text  # noqa: E402
-from picture import CAN_DRAW, picture  # noqa: E402
+import contest
+import machine
+from gpt2fast._system.files import atomic_write_text
+from picture import CAN_DRAW, picture
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def versus(
     benchmark: Any, request: pytest.FixtureRequest
-) -> Iterator[Callable[[Callable[[], Any], Callable[[], Any], int], None]]:
+) -> Callable[[Callable[[], Any], Callable[[], Any], int], None]:
     """Call `versus(ours, peer, rounds)`: peer, ours, peer, ours, ...
 
     Each round's ratio is formed from two neighboring runs, so a machine that becomes slower
@@ -129,7 +129,7 @@ def versus(
             )
         )
 
-    yield run
+    return run
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def record_pair(
 @pytest.fixture
 def against_floor(
     benchmark: Any, request: pytest.FixtureRequest
-) -> Iterator[Callable[[Callable[[], Any], int], None]]:
+) -> Callable[[Callable[[], Any], int], None]:
     """Call `against_floor(step, step_bytes)`: memory's speed, some steps, memory's speed, ...
 
     The table at the end shows the floor as the peer: the ratio is the share of it.
@@ -180,7 +180,7 @@ def against_floor(
             Pair(request.node.name, statistics.median(ours), statistics.median(floors), share)
         )
 
-    yield run
+    return run
 
 
 if importlib.util.find_spec("pytest_benchmark") is None:
@@ -200,7 +200,7 @@ if importlib.util.find_spec("pytest_benchmark") is None:
 
 
 @pytest.fixture
-def compete(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+def compete(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Call `compete(ways, inputs, work)`: `contest.contest` under the test's name.
 
     What was found is written at once where `--gpu-table` says: a run that is cut off leaves what it
@@ -220,7 +220,7 @@ def compete(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable
         if file:
             _keep_gpu(request.config.stash[_ROWS], file)
 
-    yield run
+    return run
 
 
 def _keep_gpu(rows: list[contest.Row], file: Path) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -71,9 +72,9 @@ def measure() -> dict[str, float]:
         model.zero_grad(set_to_none=True)
 
     return {
-        "residual_layer_norm (1, 64)": least(lambda: ops.residual_layer_norm(*norm), 100, 100),
+        "residual_layer_norm (1, 64)": least(partial(ops.residual_layer_norm, *norm), 100, 100),
         "with backward": least(differentiate(ops.residual_layer_norm, norm), 50, 60),
-        "causal_attention (1, 8, 2, 32)": least(lambda: ops.causal_attention(*heads), 100, 100),
+        "causal_attention (1, 8, 2, 32)": least(partial(ops.causal_attention, *heads), 100, 100),
         "with backward ": least(differentiate(ops.causal_attention, heads), 50, 60),
         "training step, 2 layers of 64": least(step, 1, 100),
     }

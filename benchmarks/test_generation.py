@@ -20,7 +20,7 @@ def models(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("batch,prompt,new", [(1, 128, 64), (8, 128, 16), (1, 768, 1)])
+@pytest.mark.parametrize(("batch", "prompt", "new"), [(1, 128, 64), (8, 128, 16), (1, 768, 1)])
 def test_greedy_generation_against_transformers(versus, models, batch, prompt, new):
     ours, theirs = models
     ids = torch.randint(50257, (batch, prompt))

@@ -27,7 +27,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-TIMES = pytest.mark.parametrize("batch,time", [(8, 256), (2, 1024)])
+TIMES = pytest.mark.parametrize(("batch", "time"), [(8, 256), (2, 1024)])
 
 
 def timed(function: Callable[..., Any], inputs: tuple[Tensor, ...], way: str) -> Callable:

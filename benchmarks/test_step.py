@@ -26,7 +26,7 @@ def packed(request):
     return model.quantize(request.param, method="nearest", release=True)
 
 
-@pytest.mark.parametrize("rows,entries", [(1, 128), (1, 896), (8, 128), (32, 128)])
+@pytest.mark.parametrize(("rows", "entries"), [(1, 128), (1, 896), (8, 128), (32, 128)])
 def test_decoding_step_against_the_floor(against_floor, packed, rows, entries):
     cache = packed.new_cache(rows, entries + 1)
     numbers = torch.arange(rows + 1)

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "attention_with_cache",
             {"element_size": 2, "head_dim": 64, "queries": queries},
-            lambda q=q: run("attention_with_cache", q, cache, cache, lengths, 0.125),
+            partial(run, "attention_with_cache", q, cache, cache, lengths, 0.125),
             grid(BLOCK_M=heights, BLOCK_N=[32, 64, 128], num_warps=[2, 4, 8], num_stages=[2, 3]),
         )
     vectors = [random(768), random(768)]
@@ -143,9 +144,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "decode_matmul",
             {"element_size": 2, "batch": batch, "outputs": 4096},
-            lambda caches=caches, indices=indices: run(
-                "decode_step", weights, *caches, *indices, 12, [0.125], "gelu_new", 1e-5
-            ),
+            partial(run, "decode_step", weights, *caches, *indices, 12, [0.125], "gelu_new", 1e-5),
             grid(
                 BLOCK_B=heights,
                 BLOCK_K=[64, 128, 256],

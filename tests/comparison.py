@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def _no_simulator() -> str | None:
 
 needs_simulator = pytest.mark.skipif(_no_simulator() is not None, reason=str(_no_simulator()))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-BACKENDS = [
+BACKENDS: list[Any] = [
     pytest.param("native", marks=needs_native),
     "torch",
     "reference",
@@ -152,8 +153,8 @@ def _run(
     layout: Callable[[Tensor], Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    outputs = function(*(layout(leaf) for leaf in leaves))
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    result = function(*(layout(leaf) for leaf in leaves))
+    outputs = [result] if isinstance(result, Tensor) else list(result)
     generator = seeded(1)
     directions = [
         torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs

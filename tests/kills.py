@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no threads but the one that forks
 
 # Imported here so that no fork has to.
@@ -129,6 +131,7 @@ def optimizer_digest(folder: Path) -> dict[str, str]:
     tensors = {
         name: torch.full(tuple(m.size), torch.nan, dtype=m.properties.dtype)
         for name, m in index.items()
+        if isinstance(m, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process is one process
@@ -207,7 +210,7 @@ def watch_changes(folder: Path, change: Callable[[str, str], None]) -> None:
         sys.audit("tests.fsync", descriptor)
         fsync(descriptor)
 
-    os.fsync = audited_fsync
+    os.fsync = audited_fsync  # type: ignore[assignment]
     sys.addaudithook(hook)
 
 
@@ -374,7 +377,7 @@ class Forks:
 
 def flags(settings: dict[str, object]) -> list[str]:
     names = {name.replace("_", "-"): value for name, value in settings.items() if value is not None}
-    return [f"--{name}={str(value)}" for name, value in names.items()]
+    return [f"--{name}={value!s}" for name, value in names.items()]
 
 
 class Broken(AssertionError):

@@ -53,13 +53,18 @@ BACKEND_PARTS = {
 LONG = (
     "test_distributed.py", "test_kills.py", "test_triton_compiles.py", "test_readme.py",
     "test_build.py", "test_native_training.py", "test_bundled_model.py", "test_cuda_build.py",
-    "test_tuning.py", "test_streams.py", "test_fork.py", "test_fuzz.py", "simulator/",
+    "test_tuning.py", "test_streams.py", "test_fork.py", "test_fuzz.py", "test_report.py",
+    "test_benchmarks.py", "test_gpu_check.py", "test_triton_", "simulator/", "triton]", "-triton-",
     "passes_opcheck", "pass_opcheck",
-    "test_killed", "test_flag_changes", "test_a_reader_that_goes", "bundled_model_passes",
-    "four_real_sizes", "on_a_long_sequence", "never_holds_all_logits", "large_vocabulary",
-    "test_report.py", "test_benchmarks.py", "test_triton_", "triton]", "-triton-",
+    "test_killed", "test_a_killed", "test_flag_changes", "test_a_reader_that_goes",
+    "test_signal_saves", "test_a_closed_terminal", "test_the_advice_for", "the_reference_builds",
+    "test_running_ahead", "test_memory_does_not_grow", "bundled_model_passes",
+    "four_real_sizes", "of_real_size", "on_a_long_sequence", "never_holds_all_logits",
+    "large_vocabulary", "on_a_terminal", "a_terminal_conversation", "test_notes_come_before",
+    "that_has_enough", "test_interrupting", "imports_no_heavy", "as_a_library_nothing",
+    "test_closed_descriptors", "test_package.py", "test_rotation.py",
 )  # fmt: skip
-FAST_PARTS = 6
+FAST_PARTS = 8
 """Into how many parts test-fast cuts tests of several cases."""
 
 

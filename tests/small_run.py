@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from gpt2fast.ops.backend import record_calls
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def gradients(function: Callable[..., Tensor], *leaves: Tensor) -> None:
+def gradients(function: Callable[..., Any], *leaves: Tensor) -> None:
     leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
     out = function(*leaves)
     torch.autograd.grad(out, leaves, torch.randn_like(out))
@@ -29,12 +30,10 @@ def attention(dtype: torch.dtype) -> None:
     for time, size in [(1, 64), (65, 64), (100, 40), (33, 128)]:
         qkv = torch.randn(2, time, 3, 2, size).to(dtype)
         mask = torch.rand(2, time) > 0.2
-        seed = torch.tensor([7])
+        options: dict[str, Any] = {"mask": mask, "dropout_p": 0.1, "seed": torch.tensor([7])}
         gradients(lambda qkv: ops.causal_attention(*qkv.unbind(2)), qkv)
         gradients(
-            lambda qkv, mask=mask, seed=seed: ops.causal_attention(
-                *qkv.unbind(2), mask=mask, dropout_p=0.1, seed=seed
-            ),
+            lambda qkv, options=options: ops.causal_attention(*qkv.unbind(2), **options),
             qkv,
         )
 
@@ -88,8 +87,9 @@ def cache(dtype: torch.dtype) -> None:
 def generation(dtype: torch.dtype) -> None:
     config = GPT2Config(n_layer=2, n_head=2, n_embd=128, vocab_size=211, n_positions=64)
     model = GPT2(config).to(dtype).eval()
-    for options in [{}, {"do_sample": True, "seed": 1, "top_k": 9, "top_p": 0.9}]:
-        model.generate(torch.randint(211, (3, 5)), max_new_tokens=24, **options)
+    drawn: dict[str, Any] = {"do_sample": True, "seed": 1, "top_k": 9, "top_p": 0.9}
+    for chosen in ({}, drawn):
+        model.generate(torch.randint(211, (3, 5)), max_new_tokens=24, **chosen)
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpt2fast.data import prepare_data
 from gpt2fast.training import TrainConfig, train
 
-TINY = {
+TINY: dict[str, Any] = {
     "n_layer": 1,
     "n_head": 2,
     "n_embd": 16,

@@ -18,7 +18,9 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ TOUCH = Runs(os.system, "touch canary")
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """A good checkpoint and the working directory; code and connections would be noticed."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -170,7 +172,7 @@ def test_no_weights_file_reaches_torchs_or_pythons_unpickler(folder, monkeypatch
                 GPT2.from_pretrained(folder)
 
 
-def replace_entry(path: Path, ending: str, content: bytes, **how: int) -> None:
+def replace_entry(path: Path, ending: str, content: bytes, **how: Any) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", **how) as archive:

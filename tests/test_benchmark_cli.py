@@ -124,7 +124,7 @@ def test_wrong_arguments_cost_one_line_and_exit_code_2(run, flags, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags,word",
+    ("flags", "word"),
     [(["--prompt-tokens", "64"], "n_positions=64"), (["--model", "/nowhere"], "/nowhere")],
 )
 def test_what_does_not_fit_costs_one_line_and_exit_code_1(run, flags, word):

@@ -31,8 +31,8 @@ from small_library import (
 TEXTS = st.lists(PIECES, max_size=60).map("".join)
 
 
-def encode_in_blocks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[int]:
-    ids = []
+def encode_in_blocks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[int | None]:
+    ids: list[int | None] = []
     for segments, _ in read_blocks(
         TextInput(path), cuts_for(tokenizer)._replace(block_size=block_size)
     ):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from gpt2fast.training.logs.log import read_rows
 from small_runs import flags, write_text
 from time_limits import patience, wait_until
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "n_layer": 2,
     "n_head": 2,
     "n_embd": 16,

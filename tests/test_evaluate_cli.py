@@ -24,8 +24,17 @@ def test_a_table_and_json(text: Path, tmp_path: Path, capsys) -> None:
     lambada.write_text('{"text": "a king"}\n{"text": "a king had a daughter"}\n')
     assert (
         main(
-            ["--task", "perplexity", "lambada", "--data", f"perplexity={text}"]
-            + ["--data", f"lambada={lambada}", "--json", str(tmp_path / "scores.json")]
+            [
+                "--task",
+                "perplexity",
+                "lambada",
+                "--data",
+                f"perplexity={text}",
+                "--data",
+                f"lambada={lambada}",
+                "--json",
+                str(tmp_path / "scores.json"),
+            ]
         )
         == 0
     )
@@ -47,7 +56,7 @@ def test_json_alone_on_standard_output(text: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["--task", "lamdaba"], "choose from perplexity"),
         (["--task", "lambada", "lambada"], "named twice"),
@@ -70,7 +79,7 @@ def test_usage_mistakes_cost_a_line(arguments: list[str], words: str, capsys) ->
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["--task", "perplexity"], "give the file with --data"),
         (["--task", "perplexity", "--data", "nowhere.txt"], "is no file"),

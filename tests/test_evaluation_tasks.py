@@ -136,7 +136,7 @@ def test_a_smaller_stride_reads_more_before_each_token(model, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    ("settings", "words"),
     [
         ({"context": 33}, "at most 32"),
         ({"context": 8, "stride": 9}, "stride is 9"),
@@ -293,7 +293,7 @@ def test_enwik8_is_its_last_five_megabytes(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "task, name, content, words",
+    ("task", "name", "content", "words"),
     [
         ("lambada", "a.jsonl", "{broken", "line 1: it is not valid JSON"),
         ("lambada", "a.jsonl", '["text"]', "not a JSON object"),

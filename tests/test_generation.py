@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -327,7 +328,7 @@ def counting():
 
 
 @pytest.mark.parametrize(
-    "eos, lengths", [(5, [3, 1]), ([5, 4], [2, 1]), (None, [12, 12]), ([], [12, 12])], ids=str
+    ("eos", "lengths"), [(5, [3, 1]), ([5, 4], [2, 1]), (None, [12, 12]), ([], [12, 12])], ids=str
 )
 def test_rows_end_at_their_end_token_and_are_padded(counting, eos, lengths):
     prompts = torch.tensor([[1, 2], [9, 4]]) if eos != [5, 4] else torch.tensor([[1, 2], [9, 3]])
@@ -390,7 +391,7 @@ def test_the_whole_of_n_positions_can_be_used(model):
 
 
 @pytest.mark.parametrize(
-    "input_ids, mask, complaint",
+    ("input_ids", "mask", "complaint"),
     [
         (torch.zeros(0, 3).long(), None, "at least one token"),
         (torch.zeros(3).long(), None, "(batch, time)"),
@@ -497,7 +498,7 @@ def spelling_generator(text, tokenizer, **options):
     tokens = tokenizer.encode(text)
     assert len(set(tokens)) == len(tokens)
     successors = [0] * tokenizer.vocab_size
-    for token, following in zip(tokens, tokens[1:], strict=False):
+    for token, following in itertools.pairwise(tokens):
         successors[token] = following
     return Generator(successor_model(successors), tokenizer, **options)
 
@@ -686,7 +687,7 @@ def test_a_stream_never_gives_half_a_character(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "stop, pieces, reason",
+    ("stop", "pieces", "reason"),
     [
         (["def"], ["b", "c"], "stop"),
         ("def", ["b", "c"], "stop"),

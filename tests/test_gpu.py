@@ -70,7 +70,8 @@ def test_a_training_step_can_be_captured(name):
     targets = torch.randint(211, (130,), device="cuda")
 
     def step() -> tuple[Tensor, ...]:
-        attended = ops.causal_attention(*qkv.unbind(2), dropout_p=0.1, seed=seed)
+        q, k, v = qkv.unbind(2)
+        attended = ops.causal_attention(q, k, v, dropout_p=0.1, seed=seed)
         loss = ops.linear_cross_entropy(attended.reshape(130, 128), weight, targets)
         return torch.autograd.grad(loss, (qkv, weight))
 

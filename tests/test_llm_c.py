@@ -155,7 +155,7 @@ def tokenizer_file(folder: Path, tokenizer: BPETokenizer, version: int = 2) -> P
     tokenizer.save_pretrained(folder / "saved")
     vocab = json.loads((folder / "saved" / "vocab.json").read_text())
     tokens = [
-        END_OF_TEXT.encode() if token == END_OF_TEXT else b"".join(map(bytes_of.get, token))
+        END_OF_TEXT.encode() if token == END_OF_TEXT else b"".join(map(bytes_of.__getitem__, token))
         for token in sorted(vocab, key=vocab.get)
     ]
     header = [20240328, version, len(tokens), end if version == 2 else 0]

@@ -307,7 +307,8 @@ def test_a_missing_package_is_one_line(config, monkeypatch, package, way_out):
 
 class StandInRun:
     def __init__(self, **settings: Any) -> None:
-        self.settings, self.logged, self.finished = settings, [], False
+        self.settings, self.finished = settings, False
+        self.logged: list[Any] = []
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.logged.append((step, values))

@@ -117,6 +117,7 @@ def test_gradients_of_adapters_equal_those_of_a_dense_computation(targets):
         gradients = []
         for name, projection in adapted(model).items():
             of_weight = merged.get_parameter(f"{name}.weight").grad  # (in, out)
+            assert of_weight is not None
             a, b = (f.detach().to(dtype) for f in (projection.lora_A, projection.lora_B))
             gradients += [2 * (of_weight @ b).t(), 2 * of_weight.t() @ a.t()]
         return gradients
@@ -372,7 +373,7 @@ A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    "damage, words",
+    ("damage", "words"),
     [
         (lambda f: described(f, r=4), "the rank r is 4"),
         (lambda f: described(f, r=10**12), "the rank r is 1000000000000"),
@@ -431,7 +432,7 @@ def test_adapters_of_another_model_say_whose_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    ("options", "words"),
     [
         ({"targets": "c_atn"}, "'c_atn' matches no projection of the model; there is c_attn"),
         ({"targets": "h.7.*"}, "'h.7.*' matches no"),
@@ -497,7 +498,7 @@ def test_the_command_line_takes_adapters(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "patterns, expected",
+    ("patterns", "expected"),
     [
         ("wte", ["wte.weight"]),
         ("ln_f.bias", ["ln_f.bias"]),
@@ -524,7 +525,7 @@ def test_a_block_is_frozen_whole_and_alone():
 
 
 @pytest.mark.parametrize(
-    "patterns, words",
+    ("patterns", "words"),
     [
         ("wtee", "'wtee' matches no parameter of the model; there is wte"),
         ("h.7.*", "'h.7.*' matches no"),
@@ -563,7 +564,7 @@ def test_frozen_parameters_stay_while_the_rest_learns():
 
 
 @pytest.mark.parametrize(
-    "fields, words",
+    ("fields", "words"),
     [
         ({"lora_rank": 8}, "--init-from"),
         ({"lora_rank": 0, "init_from": "x"}, "lora_rank is 0"),

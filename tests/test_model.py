@@ -304,7 +304,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize(
-    "values,named",
+    ("values", "named"),
     [
         ({"n_layer": "12"}, "n_layer='12'"),
         ({"n_layer": True}, "n_layer=True"),

@@ -68,7 +68,7 @@ def hessian_vector_product(model: torch.nn.Module) -> list[torch.Tensor]:
     gradients = torch.autograd.grad(
         model(TOKENS, labels=TOKENS).loss, parameters, create_graph=True
     )
-    total = sum((g * v).sum() for g, v in zip(gradients, along, strict=True))
+    total = torch.stack([(g * v).sum() for g, v in zip(gradients, along, strict=True)]).sum()
     return list(torch.autograd.grad(total, parameters))
 
 

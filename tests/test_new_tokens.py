@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ OLD = BPE.vocab_size
 
 def words() -> LibraryTokenizer:
     vocab = {word: id for id, word in enumerate(["<unk>", "the", "fox", "jumps", "it"])}
-    content = {
+    content: dict[str, Any] = {
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
         "added_tokens": [],
         "normalizer": None,

@@ -88,7 +88,7 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     monkeypatch.chdir(folder)
-    pictures = []
+    pictures: list[Any] = []
     monkeypatch.setattr(plt, "show", lambda: pictures.append(plt.gcf().get_axes()))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

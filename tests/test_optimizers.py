@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from gpt2fast.training.config import field_help
 from gpt2fast.training.optimizers import OPTIMIZERS, AdamW, ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
 
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 31, "n_positions": 12}
+SHAPE: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "vocab_size": 31,
+    "n_positions": 12,
+}
 
 
 def model(seed: int = 0) -> GPT2:
@@ -111,7 +118,7 @@ def test_adamw_is_an_optimizer_of_torch():
 
 
 def rate(step: int, schedule: str, **changes: float) -> float:
-    values = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, "steps": 110, **changes}
+    values: dict[str, Any] = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, "steps": 110, **changes}
     return learning_rate(step, schedule=schedule, **values)
 
 

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ def logits_of(kind, rows, vocab):
 
 
 KINDS = ["normal", "flat", "peaked", "equal", "banned", "outliers"]
-DRAWS = [
+DRAWS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7},
     {"top_k": 1},
@@ -419,7 +420,7 @@ def test_whole_numbers_too_large_for_an_op_mean_no_limit():
 
 
 @pytest.mark.parametrize(
-    "name, value, limit",
+    ("name", "value", "limit"),
     [
         ("max_new_tokens", -1, "at least 0"),
         ("max_new_tokens", 2.5, "whole number"),

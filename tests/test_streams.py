@@ -103,7 +103,7 @@ def test_text_of_any_name_is_prepared_and_scored(place, tmp_path, environment):
 
 
 @pytest.mark.parametrize(
-    "environment, name, way",
+    ("environment", "name", "way"),
     [
         (UTF8, LATIN, "rename it"),
         (ASCII, LATIN, "rename it"),
@@ -150,7 +150,7 @@ def test_a_run_in_a_folder_of_any_name_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, arguments, redirection, code, part",
+    ("module", "arguments", "redirection", "code", "part"),
     [
         ("prepare", ["-"], "<&-", 1, "there is no text"),
         ("prepare", ["-"], "<&- >&- 2>&-", 1, ""),
@@ -172,7 +172,7 @@ def test_a_run_in_a_folder_of_any_name_goes_on(tmp_path):
 def test_streams_that_are_closed_full_or_left(place, module, arguments, redirection, code, part):
     if "|" in redirection:
         redirection += "; exit ${PIPESTATUS[0]}"
-    found, out, err = run(place, UTF8, module, *arguments, redirection=redirection)
+    found, _out, err = run(place, UTF8, module, *arguments, redirection=redirection)
     assert found == code, err
     assert part in err
 

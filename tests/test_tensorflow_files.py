@@ -135,7 +135,7 @@ def bundle(
     shards: int = 1,
     compressed: bool = False,
     changes: Mapping[str, object] | None = None,
-    header: Mapping[str, object] | None = None,
+    header: dict[str, object] | None = None,
 ) -> Path:
     """Write a checkpoint; `changes` are made to every entry."""
     parts = [b""] * shards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def random_texts(count: int, seed: int) -> list[str]:
 
 
 def byte_bpe(
-    vocab_size: int = 320, alphabet: bool = True, add_prefix_space: bool = False, **options: object
+    vocab_size: int = 320, alphabet: bool = True, add_prefix_space: bool = False, **options: Any
 ) -> tokenizers.Tokenizer:
     """A byte-level BPE as the tutorials train it."""
     trained = tokenizers.Tokenizer(models.BPE(**options))
@@ -103,7 +104,7 @@ def template(single: str) -> processors.TemplateProcessing:
     )
 
 
-def byte_level(**options: object) -> pre_tokenizers.ByteLevel:
+def byte_level(**options: Any) -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
 
 

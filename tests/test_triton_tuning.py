@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,9 +14,10 @@ from gpt2fast.ops.triton import tuning
 
 
 @pytest.fixture(scope="module")
-def tuner() -> ModuleType:
+def tuner() -> Iterator[ModuleType]:
     path = Path(__file__).parents[1] / "benchmarks" / "tune_triton.py"
     spec = importlib.util.spec_from_file_location("tune_triton", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # A dataclass looks its module up.
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -181,7 +182,7 @@ def arguments(optuna, text, tmp_path) -> list[str]:
     return [*names, *TINY]
 
 
-def of(arguments: list[str], **changes: object) -> object:
+def of(arguments: list[str], **changes: Any) -> Any:
     return dataclasses.replace(command.settings_of(arguments), **changes)
 
 
@@ -200,6 +201,7 @@ class FakeTrain:
         (out / "log.csv").write_text("")
         if len(self.calls) - 1 in self.failures:
             raise self.failures[len(self.calls) - 1]
+        assert config.max_steps is not None
         loss = 1 + abs(config.lr - 1e-2)
         for step in range(0, config.max_steps + 1, config.eval_interval):
             on_validation(step, loss + 1 / (1 + step))

@@ -139,10 +139,10 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
     call("embedding", tokens, tokens, wte, wpe)
     call("embedding_backward", x, tokens, tokens, vocab_size, entries)
     call("linear_cross_entropy", rows, wte, tokens.view(-1), -100, True, True)
-    narrow, wide = [wpe], [torch.zeros(wpe.shape)]
-    for moments, masters in ((narrow, []), (wide, wide)):
-        options = (1, 1e-3, 0.9, 0.95, 1e-8, 0.1)
-        call("fused_adamw", narrow, narrow, moments, moments, masters, *options)
+    params, averages = [wpe], [torch.zeros(wpe.shape)]
+    for moments, masters in ((params, []), (averages, averages)):
+        settings = (1, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+        call("fused_adamw", params, params, moments, moments, masters, *settings)
 
     logits, history = some(batch, vocab_size), integers(batch, 32)
     call("sample", logits, history, torch.zeros(batch), 0.8, 40, 0.9, 0.05, 1.2, 3)

@@ -28,9 +28,9 @@ class Checkpoint:
         self.config: dict[str, Any] = json.loads(config.read_text())
         if not self.config.get("tie_word_embeddings", True):
             raise PeerError(f"{config}: the converters know tied word embeddings only")
-        with open(weights, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            self._header = json.loads(file.read(size))
+        with open(weights, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            self._header = json.loads(stream.read(size))
         self._data = np.memmap(weights, np.uint8, "r", offset=8 + size)
 
     @property

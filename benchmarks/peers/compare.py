@@ -148,6 +148,7 @@ class Engine:
         before = _busy_seconds(self._process.pid)
         command = json.dumps({"op": "generate", "prompts": prompts, "new": new})
         try:
+            assert self._process.stdin is not None
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
@@ -162,7 +163,8 @@ class Engine:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -171,6 +173,7 @@ class Engine:
         self._errors.close()
 
     def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()

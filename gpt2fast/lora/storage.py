@@ -202,7 +202,7 @@ def _options(values: Mapping[str, Any], file: Path) -> tuple[int, float, float]:
         # PEFT's other scale, alpha / sqrt(r) (Kalajdzievski, 2023), as one that is divided by r.
         alpha = float(alpha) * (math.sqrt(rank) if values.get("use_rslora") else 1.0)
     except (ArgumentError, OverflowError) as error:
-        raise WeightsError(f"{file}: {str(error):.200}") from error
+        raise WeightsError(f"{file}: {error!s:.200}") from error
     return rank, alpha, float(dropout)
 
 

@@ -267,7 +267,7 @@ class PackedWeights:
         """The stored weight: a float32 vector, or a matrix (in, out) in its format."""
         if name not in self._sizes:
             return self._floats(name).clone()
-        inputs, outputs = self._sizes[name]
+        inputs, _ = self._sizes[name]
         form = self.formats[name]
         parts = [
             _unpack(panels, form, inputs, end - begin) for panels, begin, end in self._chunks(name)

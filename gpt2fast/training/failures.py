@@ -86,7 +86,7 @@ def _first_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        def hook(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
             for tensor in outputs if isinstance(outputs, tuple) else (outputs,):
                 if isinstance(tensor, Tensor) and not found and not _finite(tensor):
                     found.append(name)

@@ -42,7 +42,7 @@ def frozen_names(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     for pattern in (pattern.strip() for pattern in split):
         meant = {n for n in named if any(fnmatchcase(s, pattern) for s in _beginnings(n))}
         if not meant:
-            raise ArgumentError(_nothing(pattern, named, model))
+            raise ArgumentError(_nothing(pattern, named))
         frozen |= meant
     if frozen == set(named):
         raise ArgumentError(
@@ -56,7 +56,7 @@ def _beginnings(name: str) -> list[str]:
     return list(accumulate(name.split("."), "{}.{}".format))
 
 
-def _nothing(pattern: str, names: dict[str, nn.Parameter], model: nn.Module) -> str:
+def _nothing(pattern: str, names: dict[str, nn.Parameter]) -> str:
     tied = "wte.weight" in names and "lm_head.weight" not in names
     if tied and pattern.startswith("lm_head"):
         return (

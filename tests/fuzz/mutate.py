@@ -13,7 +13,8 @@ from targets import joined, sections
 
 NUMBERS = (0, -1, 1, 2, 127, 128, 255, 256, 65535, 1 << 31, (1 << 31) - 1, -(1 << 31), 1 << 32,
            1 << 53, (1 << 63) - 1, 1 << 63, 1 << 64, 10**40, 10**308, 10**400)  # fmt: skip
-VALUES = (None, True, False, 0.0, -0.0, 1.5, 1e308, 5e-324, float("inf"), float("nan"), "", "a",
+VALUES: tuple[object, ...] = (
+          None, True, False, 0.0, -0.0, 1.5, 1e308, 5e-324, float("inf"), float("nan"), "", "a",
           "\0", "../x", "/etc/passwd", "\ud800", "é\u2028", "\x1b[31m", "x" * 5000, [], {}, [[]],
           {"": 0}, [None], {"type": "BPE"})  # fmt: skip
 WORDS = (b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b'"', b",", b":",
@@ -171,8 +172,8 @@ def _bytes(data: bytes, chance: random.Random, others: list[bytes]) -> bytes:
         found = list(re.finditer(rb"-?[0-9]+", data))
         if found:
             match = chance.choice(found)
-            number = str(chance.choice(NUMBERS)).encode()
-            return data[: match.start()] + number + data[match.end() :]
+            digits = str(chance.choice(NUMBERS)).encode()
+            return data[: match.start()] + digits + data[match.end() :]
     if what == 7:
         return data[:at]
     lines = data.split(b"\n")

@@ -223,7 +223,7 @@ def test_autocast_sets_the_dtype():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, strided])
 @pytest.mark.parametrize(
-    "heads, width, old, new",
+    ("heads", "width", "old", "new"),
     [(2, 32, [0, 5, 11], 4), (3, 64, [0, 40, 130], 1), (1, 33, [7, 0], 70), (2, 6, [64, 3], 33)],
     ids=str,
 )

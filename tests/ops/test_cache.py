@@ -95,7 +95,7 @@ def test_overflow_names_the_limit_and_is_found_before_writing():
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("heads, width", [(3, 64), (2, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize(("heads", "width"), [(3, 64), (2, 5), (1, 1)], ids=str)
 def test_appending_to_views(name, stored, given, heads, width):
     packed = torch.randn(4, 7, 3, heads, width).to(given)
     _, k, v = packed.unbind(2)

@@ -35,7 +35,7 @@ def compare(name, q, caches, lengths, dtype, stored):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("time", [1, 2, 5, 17])
 @pytest.mark.parametrize(
-    "entries, lengths", [(33, [0, 7, 16]), (150, [64, 127, 133]), (1023, [1006, 300])], ids=str
+    ("entries", "lengths"), [(33, [0, 7, 16]), (150, [64, 127, 133]), (1023, [1006, 300])], ids=str
 )
 def test_ragged_rows(name, dtype, time, entries, lengths):
     q = random(len(lengths), time, 2, 64)

@@ -34,7 +34,7 @@ def targets_for(rows, vocab):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows,width,vocab", [(1, 8, 7), (51, 24, 33), (1023, 8, 101)])
+@pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 8, 7), (51, 24, 33), (1023, 8, 101)])
 def test_matches_torch_at_odd_shapes(name, dtype, rows, width, vocab):
     targets = targets_for(rows, vocab)
     inputs = [random(rows, width), random(vocab, width) / 4]

@@ -159,7 +159,7 @@ def test_strided_and_unaligned_views_are_right(name, layout, fake):
 
 
 @ON_CUDA
-@pytest.mark.parametrize("shape, inner", [((3, 17, 9), 40), ((3, 17, 16), 36)], ids=str)
+@pytest.mark.parametrize(("shape", "inner"), [((3, 17, 9), 40), ((3, 17, 16), 36)], ids=str)
 def test_rows_of_no_multiple_of_16_bytes_are_left_to_torch(name, shape, inner, fake):
     compare(ops.gelu_mlp, torch_mlp, mlp_inputs(*shape, inner=inner), torch.bfloat16, name)
     ran(fake, [])
@@ -235,7 +235,7 @@ def test_an_algorithm_is_found_for_the_alignment_of_each_operand(name, less_alig
 
 @SIMULATOR
 @pytest.mark.parametrize(
-    "refused, expected",
+    ("refused", "expected"),
     [
         (GELU_AUX_BIAS, [DGELU_BGRAD, BGRADA]),
         (BIAS, [GELU_AUX_BIAS, DGELU_BGRAD, BGRADA]),
@@ -315,7 +315,7 @@ def test_the_backward_pass_can_be_repeated(name, fake):
 
 
 @pytest.mark.parametrize(
-    "variable, capabilities, expected",
+    ("variable", "capabilities", "expected"),
     [
         (None, [(9, 0)], True),
         (None, [(8, 0)], False),

@@ -93,7 +93,7 @@ def test_steps_equal_the_reference(name, dtype, batch):
 @pytest.mark.parametrize("name", CUDA_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "width, lengths, entries",
+    ("width", "lengths", "entries"),
     [(51, [5, 39, 0], 40), (240, [0], 1), (240, [700, 31], 1023), (51, [0, 64], 65)],
     ids=str,
 )

@@ -53,7 +53,7 @@ def results(op: str, given: dict[str, Any]) -> list[torch.Tensor]:
     outputs = [] if out is None else [out] if isinstance(out, torch.Tensor) else list(out)
     found = [each.detach() for each in outputs]
     if leaves:
-        total = sum(each.float().square().sum() for each in outputs)
+        total = torch.stack([each.float().square().sum() for each in outputs]).sum()
         found += torch.autograd.grad(total, list(leaves.values()))
     for value in given.values():
         for tensor in value if isinstance(value, list) else [value]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -278,7 +279,7 @@ def test_a_learned_number_is_refused_and_the_way_out_has_its_gradient():
     assert_allclose(ours, torch.autograd.grad(theirs, number)[0])
 
 
-def _float_arguments(given: dict[str, object]) -> list[str]:
+def _float_arguments(given: dict[str, Any]) -> list[str]:
     """Those that may require a gradient, by name."""
     return [
         name

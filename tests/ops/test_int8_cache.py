@@ -31,7 +31,7 @@ def in_8_bits(x):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(
-    "given, heads, width",
+    ("given", "heads", "width"),
     [
         (torch.float32, 3, 64),
         (torch.bfloat16, 3, 64),
@@ -260,7 +260,7 @@ class Model:
 
 @pytest.mark.parametrize("name", [*CUDA_BACKENDS, *TRITON_BACKENDS])
 @pytest.mark.parametrize(
-    "dtype, width, heads, lengths",
+    ("dtype", "width", "heads", "lengths"),
     [
         (torch.float32, 48, 3, [4]),
         (torch.bfloat16, 64, 1, [12, 0, 31]),

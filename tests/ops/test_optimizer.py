@@ -82,8 +82,8 @@ def test_bad_arguments_are_named():
         ops.fused_adamw(one, [], one, one, step=1, **SETTINGS)
     with pytest.raises(ValueError, match="2 masters do not fit 1 params"):
         ops.fused_adamw(one, one, one, one, masters=one * 2, step=1, **SETTINGS)
+    half = [torch.ones(2).bfloat16()]
     with pytest.raises(ValueError, match="float32, not torch.bfloat16"):
-        half = [torch.ones(2).bfloat16()]
         ops.fused_adamw(half, half, half, half, masters=one, step=1, **SETTINGS)
     with pytest.raises(ValueError, match=r"shape \(2,\) on cpu has .* shape \(5,\)"):
         ops.fused_adamw(one, one, [torch.ones(5)], one, step=1, **SETTINGS)

@@ -266,8 +266,8 @@ def check_caches(name: str, draw: Draw) -> None:
                 return
     assert torch.equal(caches[0], plain[0]) and torch.equal(caches[1], plain[1])
     with backend("reference"):
-        stored = (cache.double() for cache in plain)
-        exact = ops.attention_with_cache(q.double(), *stored, lengths[order], scale)
+        k_cache, v_cache = (cache.double() for cache in plain)
+        exact = ops.attention_with_cache(q.double(), k_cache, v_cache, lengths[order], scale)
     assert_close(found[:1], found[1:], [exact], times=2.0, least=step_of(dtype))
 
 

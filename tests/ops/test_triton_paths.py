@@ -146,7 +146,7 @@ def test_cross_entropy_of_no_rows():
 
 
 @pytest.mark.parametrize(
-    "tokens,dtype",
+    ("tokens", "dtype"),
     [
         ([7] * 900, torch.float32),
         ([0, 3] * 450, torch.float32),

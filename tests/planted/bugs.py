@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def planted(text: str, bugs: Sequence[Bug], replacement: Callable[[Bug, str], st
         replacement: what stands where a bug's right expression, its second argument, stood.
     """
     spans = sorted(((*bug.span(text), bug) for bug in bugs), key=lambda each: each[:2])
-    for (_, end, one), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, one), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"{one.name!r} and {other.name!r} replace the same characters")
     for begin, end, bug in reversed(spans):

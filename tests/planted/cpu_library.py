@@ -88,7 +88,7 @@ def build(keep: Path) -> Path:
     # Optimised less: it compiles in half the time.
     flags = {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -O1".strip()}
     with (
-        mock.patch.object(compilation, "source_folder", lambda: sources),
+        mock.patch.object(compilation, "source_folder", return_value=sources),
         mock.patch.dict(os.environ, flags),
     ):
         compile_library(library, find_toolchain(CPU), CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import sys
@@ -85,7 +86,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     values = [value for value in values if math.isfinite(value)]
     width = min(width, len(values))
     bounds = [round(i * len(values) / width) for i in range(width + 1)] if width else []
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
