@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -43,8 +44,8 @@ def measure() -> dict[str, float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    norm = [torch.randn(1, 64), torch.randn(1, 64), torch.randn(64), torch.randn(64)]
-    heads = [torch.randn(1, 8, 2, 32) for _ in "qkv"]
+    norm: list[Any] = [torch.randn(1, 64), torch.randn(1, 64), torch.randn(64), torch.randn(64)]
+    heads: list[Any] = [torch.randn(1, 8, 2, 32) for _ in "qkv"]
     model = GPT2(GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=2))
     params = list(model.parameters())
     moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
