@@ -300,7 +300,8 @@ void write_queries(const float* sums, const float* inverse, int queries, int hea
 
 // Attention of `queries` <= 32 consecutive queries of one head; query i sees entries 0 ..
 // first + i. `out` receives a row of head_dim for each, `lse` (may be null) the logarithm of the
-// sum of the exponentials of its scores.
+// sum of the exponentials of its scores. Keys are read in whole words: one of an odd number of
+// bfloat16 is followed by a finite one.
 template <typename T, typename Q, typename O>
 void attend_block(const Q* q, int64_t q_stride, int queries, int64_t first, Entries<T> k,
                   Entries<T> v, int head_dim, float scale, float* scratch, O* out,
@@ -329,8 +330,8 @@ void attend_block(const Q* q, int64_t q_stride, int queries, int64_t first, Entr
         }
     };
     alignas(64) float inverse[panel_columns], logarithms[panel_columns];
-    attend_panel<format>(panel, head_dim / u, queries, first, keys, values, head_dim, scale, {},
-                         scores, sums, inverse, logarithms);
+    attend_panel<format>(panel, (head_dim + u - 1) / u, queries, first, keys, values, head_dim,
+                         scale, {}, scores, sums, inverse, logarithms);
     write_queries(sums, inverse, queries, head_dim, out, out_stride);
     if (lse != nullptr) std::memcpy(lse, logarithms, size_t(queries) * sizeof(float));
 }

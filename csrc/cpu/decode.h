@@ -161,7 +161,8 @@ private:
         return (most + 15) / 16 * 16;
     }
 
-    // Bytes for the entries of an int8 cache, widened for blocks of tokens.
+    // Bytes for the entries of an int8 cache, widened for blocks of tokens; as bfloat16, with one
+    // element more, they take no more than as floats.
     static int64_t wide_size(const StepArgs& args) {
         if (args.cache_dtype != DType::int8 || args.tokens == args.sequences) return 0;
         int64_t entries = 0;
@@ -438,7 +439,7 @@ private:
                 widen(heads_of<T>(args_.k_cache, layer, sequence, head), entries_of(sequence),
                       wide<Wide>(sequence, head));
                 widen(heads_of<T>(args_.v_cache, layer, sequence, head), entries_of(sequence),
-                      wide<Wide>(sequence, head) + entries_of(sequence) * dim);
+                      wide<Wide>(sequence, head) + entries_of(sequence) * wide_dim<Wide>());
             }
         });
         worker_.for_each(blocks * heads, [&](int64_t item) {
@@ -462,8 +463,8 @@ private:
             }
             Entries<Wide> keys, values;
             if constexpr (widens) {
-                keys = {wide<Wide>(sequence, head), dim};
-                values = {keys.data + entries_of(sequence) * dim, dim};
+                keys = {wide<Wide>(sequence, head), wide_dim<Wide>()};
+                values = {keys.data + entries_of(sequence) * keys.stride, keys.stride};
             } else {
                 keys = {k.data, k.stride};
                 values = {v.data, v.stride};
@@ -473,10 +474,18 @@ private:
         });
     }
 
+    // Elements from one widened entry to the next: whole words.
+    template <typename T>
+    int64_t wide_dim() const {
+        constexpr int u = inputs_per_word(format_of<T>);
+        return (model_.head_dim + u - 1) / u * u;
+    }
+
     template <typename T>
     void widen(CachedHeads<int8_t> x, int64_t entries, T* to) {
         const int dim = int(model_.head_dim);
-        for (int64_t t = 0; t < entries; ++t, to += dim) {
+        for (int64_t t = 0; t < entries; ++t, to += wide_dim<T>()) {
+            if (wide_dim<T>() > dim) to[dim] = T{};
             const Vec factor(x.scales[t * x.scale_stride]);
             const int8_t* entry = x.data + t * x.stride;
             int d = 0;
@@ -493,7 +502,7 @@ private:
         int64_t before = 0;
         for (int64_t i = 0; i < sequence; ++i) before += entries_of(i);
         return static_cast<T*>(static_cast<void*>(wide_)) +
-               2 * (before * width_ + head * entries_of(sequence) * model_.head_dim);
+               2 * (before * model_.heads + head * entries_of(sequence)) * wide_dim<T>();
     }
 
     int64_t tokens_of(int64_t sequence) const {
