@@ -136,7 +136,7 @@ class CausalSelfAttention(nn.Module):
         if mask is not None:
             seen = seen & mask.bool()[:, None, None]
         # Finite: the softmax of a row that sees nothing would be NaN, and spread.
-        scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         weights = self.attn_dropout(scores.softmax(-1).to(v.dtype))
         return torch.einsum("bhts,bshd->bthd", weights, v)
 
