@@ -151,7 +151,9 @@ def _chunked(
     if call.weight_grad and not len(hidden):
         grad_weight.zero_()
     step = _chunk_rows(hidden, weight)
-    logits = hidden.new_empty((step, -(-len(weight) // alignment) * alignment))[:, : len(weight)]
+    logits = hidden.new_empty((step, -(-len(weight) // alignment) * alignment))
+    logits[:, len(weight) :] = 0  # torch's products of odd sizes may read beyond, times 0 (AMX)
+    logits = logits[:, : len(weight)]
     # Several chunks add up in at least float32.
     total = grad_weight
     if len(hidden) > step and dtype != weight.dtype:
