@@ -81,7 +81,7 @@ def _number(
     number = float(value) if is_number else math.nan  # type: ignore[arg-type]
     if not low <= number <= high or math.isinf(number) or (above and number == low):
         if high < math.inf:
-            limit = f"from {low} to {high}"
+            limit = f"above {low} and at most {high}" if above else f"from {low} to {high}"
         else:
             limit = f"above {low}" if above else f"of at least {low}"
         raise GenerationError(
@@ -110,6 +110,9 @@ class SamplingOptions:
     """Draw from the fewest likeliest tokens that have this much probability together."""
     min_p: float | None = _processor(None, 0.0, high=1)
     """Leave out tokens less likely than this times the likeliest one."""
+    typical_p: float | None = _processor(None, 1.0, high=1, above=True)
+    """Draw from the fewest tokens of about the expected surprise that have this much probability
+    together (locally typical sampling)."""
     repetition_penalty: float | None = _processor(None, 1.0, above=True, reads_history=True)
     """Above 1 makes tokens that occurred already less likely, below 1 likelier."""
     no_repeat_ngram_size: int | None = _processor(None, 0, reads_history=True)

@@ -34,6 +34,7 @@ def arguments() -> dict[str, dict[str, object]]:
         "top_k": 3,
         "top_p": 0.9,
         "min_p": 0.1,
+        "typical_p": 0.9,
         "repetition_penalty": 1.1,
         "no_repeat_ngram_size": 2,
     }

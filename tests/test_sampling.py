@@ -23,7 +23,13 @@ from tolerance import assert_equal
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 OFF = dict(
-    temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, no_repeat_ngram_size=0
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    typical_p=1.0,
+    repetition_penalty=1.0,
+    no_repeat_ngram_size=0,
 )
 
 
@@ -49,6 +55,7 @@ def reference_processors(**options):
         "top_k": theirs.TopKLogitsWarper,
         "top_p": theirs.TopPLogitsWarper,
         "min_p": theirs.MinPLogitsWarper,
+        "typical_p": theirs.TypicalLogitsWarper,
     }
     return theirs.LogitsProcessorList(
         [make(options[name]) for name, make in classes.items() if name in options]
@@ -72,8 +79,12 @@ ONE_BY_ONE = [
     {"top_p": 0.95},
     {"min_p": 0.05},
     {"min_p": 1.0},
+    {"typical_p": 0.05},
+    {"typical_p": 0.5},
+    {"typical_p": 0.95},
 ]
 CHAINED = [
+    {"temperature": 1.3, "top_k": 30, "top_p": 0.97, "min_p": 0.01, "typical_p": 0.7},
     {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
     {"repetition_penalty": 1.2, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
     {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "temperature": 1.4, "top_p": 0.9},
@@ -92,7 +103,7 @@ def test_processors_equal_transformers(options, banned):
 
 def test_processors_equal_transformers_on_ties():
     scores = torch.randint(4, (8, 40), generator=seeded(1)).float()
-    for options in ({"top_k": 5}, {"min_p": 0.6}):
+    for options in ({"top_k": 5}, {"min_p": 0.6}, {"typical_p": 0.3}):
         expected = reference_processors(**options)(None, scores.clone())
         assert_equal(processors.process(scores, scores.long(), **options), expected)
     # Which of equal scores top-p keeps, transformers leaves to an unstable sort: as many of them.
@@ -202,7 +213,7 @@ def test_low_precision_logits_are_processed_in_float32(dtype):
 
 
 def test_sample_is_a_proper_torch_op():
-    arguments = (random_scores(), random_history(), torch.rand(6), 0.8, 20, 0.9, 0.05, 1.2, 2)
+    arguments = (random_scores(), random_history(), torch.rand(6), 0.8, 20, 0.9, 0.05, 0.9, 1.2, 2)
     torch.library.opcheck(torch.ops.gpt2fast.sample.default, arguments)
 
 
@@ -238,6 +249,10 @@ DRAWS: list[dict[str, Any]] = [
     {"top_p": 0.0},
     {"min_p": 0.1},
     {"min_p": 1.0},
+    {"typical_p": 0.2},
+    {"typical_p": 0.9, "temperature": 1.2},
+    {"top_p": 0.9, "min_p": 0.05, "typical_p": 0.6},
+    {"top_k": 40, "typical_p": 0.8},
     {"top_k": 50, "top_p": 0.9},
     {"top_k": 400, "top_p": 0.97, "min_p": 0.02},
     {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
@@ -319,7 +334,14 @@ def test_a_row_without_probabilities_gives_token_zero(name):
     logits[3, 299] = math.nan
     history, uniform = torch.zeros(6, 0).long(), torch.full((6,), 0.5)
     with backend(name):
-        for options in ({}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0.5}):
+        for options in (
+            {},
+            {"top_k": 3},
+            {"top_p": 0.8},
+            {"min_p": 0.1},
+            {"typical_p": 0.5},
+            {"temperature": 0.5},
+        ):
             chosen = ops.sample(logits, history, uniform, **options)
             assert chosen[:4].tolist() == [0, 0, 0, 0]
             assert (chosen[4:] > 0).all()
@@ -434,6 +456,8 @@ def test_whole_numbers_too_large_for_an_op_mean_no_limit():
         ("top_p", 1.01, "from 0 to 1"),
         ("top_p", math.nan, "from 0 to 1"),
         ("min_p", -0.5, "from 0 to 1"),
+        ("typical_p", 0.0, "above 0 and at most 1"),
+        ("typical_p", 1.5, "above 0 and at most 1"),
         ("repetition_penalty", 0.0, "above 0"),
         ("no_repeat_ngram_size", -2, "at least 0"),
         ("num_beams", 0, "at least 1"),
@@ -484,10 +508,16 @@ def test_an_unknown_processor_is_refused():
 
 def test_none_and_neutral_values_switch_processors_off():
     neutral = SamplingOptions(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
     )
     off = SamplingOptions(
         do_sample=True, temperature=None, top_k=None, top_p=None, min_p=None,
-        repetition_penalty=None, no_repeat_ngram_size=None,
+        typical_p=None, repetition_penalty=None, no_repeat_ngram_size=None,
     )  # fmt: skip
     assert neutral.processors() == off.processors() == OFF

@@ -16,6 +16,7 @@ namespace gpt2fast {
     OPTION(int64_t, top_k, 0)               \
     OPTION(double, top_p, 1.0)              \
     OPTION(double, min_p, 0.0)              \
+    OPTION(double, typical_p, 1.0)          \
     OPTION(double, repetition_penalty, 1.0) \
     OPTION(int64_t, no_repeat_ngram_size, 0)
 

@@ -90,6 +90,7 @@ private:
             kept.after = kept.before = kth_largest(args_.top_k);
         }
         if (args_.top_p < 1.0) kept = nucleus(kept, float(1.0 - args_.top_p));
+        if (args_.typical_p < 1.0) ban_untypical(kept);
         return draw(kept, args_.uniform[row_ * args_.uniform_stride]);
     }
 
@@ -407,6 +408,69 @@ private:
             [=](double total) { return [=](double mass) { return float(mass / total) > rest; }; });
         return {std::nextafter(edge.score, std::numeric_limits<float>::infinity()), edge.score,
                 edge.token};
+    }
+
+    // Bans all but the scores nearest to the expected one that have typical_p of what is kept.
+    void ban_untypical(const Kept& kept) {
+        float weights[score_group];
+        const auto for_kept = [&](auto visit) {  // score below the largest, weight
+            for (int64_t group = 0; group < groups_; ++group) {
+                if (maxima_[group] < kept.after) continue;
+                weigh(group, kept, weights);
+                float* scores = scores_ + group * score_group;
+                for (int64_t i = 0; i < score_group; ++i) {
+                    if (weights[i] > 0.0f) visit(scores[i], weights[i]);
+                }
+            }
+        };
+        double total = 0.0, moment = 0.0;
+        for_kept([&](float& score, float weight) {
+            total += weight;
+            moment += double(weight) * double(score - largest_);
+        });
+        const float expected = largest_ + float(moment / total);
+
+        // The order of the distances' bits is theirs. Halving their range finds the farthest.
+        float* masses = reinterpret_cast<float*>(ids_);
+        uint32_t* distances = reinterpret_cast<uint32_t*>(found_);
+        const auto distance_of = [&](float score) {
+            const float distance = std::fabs(score - expected);
+            uint32_t bits;
+            std::memcpy(&bits, &distance, sizeof bits);
+            return bits;
+        };
+        int64_t begin = 0, end = 0;
+        uint32_t nearest = ~uint32_t(0), farthest = 0;
+        for_kept([&](float& score, float weight) {
+            distances[end] = distance_of(score);
+            nearest = std::min(nearest, distances[end]);
+            farthest = std::max(farthest, distances[end]);
+            masses[end++] = weight;
+        });
+        const double wanted = args_.typical_p * total;
+        double nearer = 0.0;
+        while (nearest < farthest) {
+            const uint32_t middle = nearest + (farthest - nearest) / 2;
+            int64_t split = begin;
+            double mass = nearer;
+            for (int64_t i = begin; i < end; ++i) {
+                if (distances[i] > middle) continue;
+                mass += masses[i];
+                std::swap(distances[i], distances[split]);
+                std::swap(masses[i], masses[split++]);
+            }
+            if (mass >= wanted) {
+                farthest = middle;
+                end = split;
+            } else {
+                nearest = middle + 1;
+                nearer = mass;
+                begin = split;
+            }
+        }
+        for_kept([&](float& score, float) {
+            if (distance_of(score) > farthest) score = -std::numeric_limits<float>::infinity();
+        });
     }
 
     // The weights of a group's scores, zero where they are not kept.

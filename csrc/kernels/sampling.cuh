@@ -154,6 +154,8 @@ struct DrawnRows {
     bool top_p;  // on
     float rest;  // 1 - p
     float min_p;
+    bool typical_p;   // on
+    float untypical;  // 1 - p
 };
 
 constexpr int draw_threads = 512;
@@ -224,6 +226,20 @@ __device__ __forceinline__ Mass total_of_ranges(DrawShared& shared) {
     return total;
 }
 
+// The sum over the block, in the same order every time.
+__device__ __forceinline__ double block_sum(double value, DrawShared& shared) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        value += __shfl_xor_sync(all_lanes, value, distance);
+    }
+    __syncthreads();  // what was summed before is read
+    if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = 0.0;
+    for (int warp = 0; warp < draw_warps; ++warp) value += shared.sums[warp];
+    return value;
+}
+
 // Finds the first range up to which the mass, on top of `before`, exceeds; adds to `before` what
 // lies below it. `shared.warps` is as total_of_ranges has left it.
 template <typename Exceeds>
@@ -262,10 +278,14 @@ struct Edge {
     Mass mass;    // of those that equal it
 };
 
-// The edge among the finite scores of at least `low`; exceeds_of(total) gives the limit. Leaves the
+struct ScoreItself {
+    __device__ __forceinline__ float operator()(float score) const { return score; }
+};
+
+// The edge among the finite keys of at least `low`; exceeds_of(total) gives the limit. Leaves the
 // total in `total`; found is false, and there is no edge, where not even that exceeds.
-template <typename MassOf, typename ExceedsOf>
-__device__ bool find_edge(const float* scores, int vocab, unsigned low, float highest,
+template <typename KeyOf, typename MassOf, typename ExceedsOf>
+__device__ bool find_edge(const float* scores, int vocab, unsigned low, float highest, KeyOf key_of,
                           MassOf mass_of, ExceedsOf exceeds_of, DrawShared& shared, Edge& edge,
                           Mass& total) {
     const auto sum_ranges = [&](auto range_in) {
@@ -273,14 +293,14 @@ __device__ bool find_edge(const float* scores, int vocab, unsigned low, float hi
         __syncthreads();
         for (int i = threadIdx.x; i < vocab; i += draw_threads) {
             const float score = scores[i];
-            const int range = range_in(score);
+            const int range = range_in(key_of(score));
             if (range >= 0) atomicAdd(&shared.ranges[range], mass_of(score));
         }
         __syncthreads();
         return total_of_ranges(shared);
     };
-    total = sum_ranges([&](float score) {
-        return score == -INFINITY || order_of(score) < low ? -1 : range_of(score, highest);
+    total = sum_ranges([&](float key) {
+        return key == -INFINITY || order_of(key) < low ? -1 : range_of(key, highest);
     });
     const auto exceeds = exceeds_of(total);
     if (exceeds(0) || !exceeds(total)) return false;
@@ -309,8 +329,8 @@ __device__ bool find_edge(const float* scores, int vocab, unsigned low, float hi
         constexpr int bits = 11;
         static_assert(1 << bits == draw_ranges, "a range for each value of so many bits");
         const int shift = max(0, 32 - __clz(int(last - first)) - bits);
-        sum_ranges([&](float score) {
-            const unsigned order = order_of(score);
+        sum_ranges([&](float key) {
+            const unsigned order = order_of(key);
             return order < first || order > last ? -1 : int((order - first) >> shift);
         });
         const int range = find_range(shared, edge.before, edge.mass, exceeds);
@@ -348,7 +368,7 @@ static __global__ void __launch_bounds__(draw_threads) draw_tokens(const DrawnRo
     if (args.top_k > 0) {
         const Mass k = Mass(args.top_k);
         if (find_edge(
-                scores, vocab, edge_order, highest, CountOfScores{},
+                scores, vocab, edge_order, highest, ScoreItself{}, CountOfScores{},
                 [&](Mass all) { return MoreThanOthers{k, all}; }, shared, edge, total)) {
             edge_order = edge.order;
         }
@@ -356,7 +376,7 @@ static __global__ void __launch_bounds__(draw_threads) draw_tokens(const DrawnRo
     if (args.top_p) {
         const WeightOfScores weight_of{highest};
         find_edge(
-            scores, vocab, edge_order, highest, weight_of,
+            scores, vocab, edge_order, highest, ScoreItself{}, weight_of,
             [&](Mass all) { return MoreThanShare{args.rest, all}; }, shared, edge, total);
         edge_order = edge.order;
         const Mass weight = weight_of(score_of(edge.order));
@@ -372,10 +392,49 @@ static __global__ void __launch_bounds__(draw_threads) draw_tokens(const DrawnRo
         }
     }
 
+    // Typical are the scores of at most this distance from the expected one.
+    float expected = 0.0f, farthest = INFINITY;
     const auto weight_of = [&](float score) {
         const float weight = expf(score - highest);
-        return weight < args.min_p ? 0.0f : weight;
+        return weight < args.min_p || fabsf(score - expected) > farthest ? 0.0f : weight;
     };
+    if (args.typical_p) {
+        double sum = 0.0, moment = 0.0;
+        int ties = 0;
+        for (int i = threadIdx.x; i < vocab; i += draw_threads) {
+            const unsigned order = order_of(scores[i]);
+            if (order > edge_order) {
+                const double weight = double(weight_of(scores[i]));
+                sum += weight;
+                moment += weight * double(scores[i] - highest);
+            } else if (order == edge_order) {
+                ++ties;
+            }
+        }
+        sum = block_sum(sum, shared);
+        moment = block_sum(moment, shared);
+        ties = int(block_sum(double(ties), shared));
+        const float tied = score_of(edge_order);
+        const double tie_weights = double(weight_of(tied)) * double(ties - dropped);
+        if (tie_weights > 0.0) {
+            sum += tie_weights;
+            moment += tie_weights * double(tied - highest);
+        }
+        expected = highest + float(moment / sum);
+        find_edge(
+            scores, vocab, order_of(-largest_float), 0.0f,
+            [&](float score) {
+                const bool kept = order_of(score) >= edge_order && weight_of(score) > 0.0f;
+                return kept ? -fabsf(score - expected) : -INFINITY;
+            },
+            [&](float score) {
+                const Mass weight = WeightOfScores{highest}(score);
+                const bool tie = order_of(score) == edge_order;
+                return tie ? weight * Mass(ties - dropped) / Mass(ties) : weight;
+            },
+            [&](Mass all) { return MoreThanShare{args.untypical, all}; }, shared, edge, total);
+        farthest = -score_of(edge.order);
+    }
     const int stretch = (vocab + draw_threads - 1) / draw_threads * 32;
     const int begin = min(warp * stretch, vocab), end = min(begin + stretch, vocab);
     double sum = 0.0;

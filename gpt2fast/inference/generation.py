@@ -44,6 +44,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    typical_p: float | None = None,
     repetition_penalty: float | None = None,
     no_repeat_ngram_size: int | None = None,
     num_beams: int = 1,
@@ -73,8 +74,8 @@ def generate(
             text: the `bos_token_id` of generation_config.json, or else of the configuration. An
             empty row, of no columns or all masked, is continued from there as well.
         attention_mask: (B, T), 1 where a token is real; padding on either side, or holes.
-        max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-            no_repeat_ngram_size, num_beams, length_penalty, early_stopping,
+        max_new_tokens, do_sample, temperature, top_k, top_p, min_p, typical_p,
+            repetition_penalty, no_repeat_ngram_size, num_beams, length_penalty, early_stopping,
             num_return_sequences, seed: see `SamplingOptions`.
         eos_token_id: id or ids that end a continuation; None switches this off.
         pad_token_id: what follows a continuation that ended early; the end token if not given.
@@ -98,6 +99,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        typical_p=typical_p,
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         num_beams=num_beams,

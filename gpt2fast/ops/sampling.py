@@ -1,12 +1,14 @@
 """Choosing the next token from logits: processors in transformers' order, then a draw.
 
     scores = penalties(logits, history) -> temperature -> top-k -> top-p -> min-p
+             -> typical-p
     token  = the first whose cumulative probability exceeds uniform * total, in vocabulary order
 
 The draw inverts the cumulative distribution, so a token depends on its own row and its own uniform
 number alone: not on the batch around it, the device's generator, or the order of the calls.
 Temperature: Ackley et al., 1985; top-k: Fan et al., 2018; repetition penalty: Keskar et al., 2019;
-top-p: Holtzman et al., 2020; min-p: Nguyen et al., 2024; n-gram blocking: Paulus et al., 2018.
+top-p: Holtzman et al., 2020; min-p: Nguyen et al., 2024;
+typical-p: Meister et al., 2022, equation 10; n-gram blocking: Paulus et al., 2018.
 """
 
 from __future__ import annotations
@@ -83,6 +85,22 @@ def keep_min_p(scores: Tensor, p: float) -> Tensor:
     return scores.masked_fill(probabilities < limit, -math.inf)
 
 
+def keep_typical_p(scores: Tensor, p: float) -> Tensor:
+    """Keep the fewest tokens of a total probability of `p` whose surprise is near its expectation.
+
+    A token's surprise is -log(probability), and its expectation the entropy. How far they are apart
+    is how far a score is from the expected score.
+    """
+    probabilities = scores.softmax(-1)
+    parts = (probabilities * scores).masked_fill(probabilities == 0, 0.0)  # not 0 * -inf
+    expected = parts.sum(-1, keepdim=True)
+    distances = (scores - expected).abs()
+    ascending, order = distances.sort(-1)
+    nearer = (probabilities.gather(-1, order).cumsum(-1) < p).sum(-1, keepdim=True)
+    farthest = ascending.gather(-1, nearer.clamp(max=scores.shape[-1] - 1))
+    return scores.masked_fill(distances > farthest, -math.inf)
+
+
 def process(
     scores: Tensor,
     history: Tensor,
@@ -91,6 +109,7 @@ def process(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    typical_p: float = 1.0,
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
 ) -> Tensor:
@@ -117,6 +136,8 @@ def process(
         scores = keep_top_p(scores, top_p)
     if min_p > 0.0:
         scores = keep_min_p(scores, min_p)
+    if typical_p < 1.0:
+        scores = keep_typical_p(scores, typical_p)
     return scores
 
 

@@ -31,6 +31,7 @@ DEFAULTS = {"seed": 3, "max_new_tokens": 30}
         ("--top-p 0.3", {"top_p": 0.3}),
         ("--top-p none", {"top_p": None}),
         ("--min-p 0.3", {"min_p": 0.3}),
+        ("--typical-p 0.3", {"typical_p": 0.3}),
         ("--repetition-penalty 2.5", {"repetition_penalty": 2.5}),
         ("--no-repeat-ngram-size 1", {"no_repeat_ngram_size": 1}),
         ("--seed 4", {"seed": 4}),

@@ -282,6 +282,7 @@ def check_token(name: str, draw: Draw) -> None:
         "top_k": draw.one_of([0, 1, 5, 10**9, -1]),
         "top_p": draw.one_of([1.0, 0.9, 0.0, 1.5, math.nan]),
         "min_p": draw.one_of([0.0, 0.1, 1.0, -1.0]),
+        "typical_p": draw.one_of([1.0, 0.9, 0.2, 0.0, 1.5]),
         "repetition_penalty": draw.one_of([1.0, 1.3, 0.5, 0.0, math.nan]),
         "no_repeat_ngram_size": draw.one_of([0, 1, 2, 50, -2]),
     }

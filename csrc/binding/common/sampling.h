@@ -26,6 +26,7 @@ inline void check_options(const SamplingOptions& given) {
     GPT2FAST_CHECK(
         given.top_p >= 0.0 && given.top_p <= 1.0 && given.min_p >= 0.0 && given.min_p <= 1.0,
         "top_p and min_p must be in [0, 1]");
+    GPT2FAST_CHECK(given.typical_p > 0.0 && given.typical_p <= 1.0, "typical_p must be in (0, 1]");
     GPT2FAST_CHECK(given.top_k >= 0 && given.no_repeat_ngram_size >= 0,
                    "top_k and no_repeat_ngram_size must be 0 at least");
 }

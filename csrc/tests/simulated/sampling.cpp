@@ -64,6 +64,30 @@ void keep_top_p(Scores& scores, double p) {
     }
 }
 
+// The weights of what is kept, none where the distance from the expected score is beyond the limit.
+void keep_typical_p(const Scores& scores, Scores& weights, double p) {
+    const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+    double expected = 0;
+    for (size_t i = 0; i < scores.size(); ++i) {
+        if (weights[i] > 0) expected += weights[i] / total * scores[i];
+    }
+    std::vector<size_t> order(scores.size());
+    std::iota(order.begin(), order.end(), size_t(0));
+    const auto distance = [&](size_t i) { return std::abs(scores[i] - expected); };
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return distance(a) < distance(b); });
+    double mass = 0, farthest = 0;
+    for (const size_t i : order) {
+        if (weights[i] == 0) continue;
+        mass += weights[i];
+        farthest = distance(i);
+        if (mass / total >= p) break;
+    }
+    for (size_t i = 0; i < scores.size(); ++i) {
+        if (distance(i) > farthest) weights[i] = 0;
+    }
+}
+
 // The token, and how far the random number is from where another would be drawn.
 struct Drawn {
     int64_t token;
@@ -79,6 +103,7 @@ Drawn draw(Scores scores, const History& history, const SamplingOptions& choice,
     for (double& weight : weights) {
         if (weight < choice.min_p) weight = 0;
     }
+    if (choice.typical_p < 1) keep_typical_p(scores, weights, choice.typical_p);
     const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
     double mass = 0;
     for (size_t token = 0; token < weights.size(); ++token) {
@@ -172,9 +197,15 @@ CASE("sample top_p") {
     check_draws(2, 90, 3.0f, 0.0f, {1.0, 0, 0.0});
 }
 
+CASE("sample typical_p") {
+    check_draws(2, 700, 3.0f, 0.0f, {1.0, 0, 1.0, 0.0, 0.9});
+    check_draws(2, 300, 3.0f, 0.0f, {0.8, 40, 1.0, 0.0, 0.2});
+    check_draws(2, 90, 0.0f, 1.0f, {1.0, 0, 0.33, 0.0, 0.5});
+}
+
 CASE("sample with everything") {
-    check_draws(2, 700, 3.0f, 0.0f, {1.4, 80, 0.93, 0.02, 1.3, 2});
-    check_draws(2, 300, 3.0f, 1.0f, {0.6, 40, 0.95, 0.1, 0.8, 1});
+    check_draws(2, 700, 3.0f, 0.0f, {1.4, 80, 0.93, 0.02, 0.8, 1.3, 2});
+    check_draws(2, 300, 3.0f, 1.0f, {0.6, 40, 0.95, 0.1, 1.0, 0.8, 1});
 }
 
 CASE("sample the highest score") {
@@ -187,7 +218,7 @@ CASE("sample the highest score") {
     logits.set(2, 70, INFINITY);
     for (int64_t i = 0; i < vocab; ++i) logits.set(3, i, i == 4 ? 2.0f : i == 9 ? 1.5f : -1.0f);
     const Buffer<int64_t> none(0);
-    const SamplingOptions penalties{1.0, 0, 1.0, 0.0, 1.5, 0};
+    const SamplingOptions penalties{1.0, 0, 1.0, 0.0, 1.0, 1.5, 0};
     const Buffer<int64_t> history = integers({-1, -1, 4, 2, 4, 4, 2});
     Buffer<int64_t> repeated(rows * length);
     for (int64_t i = 0; i < repeated.size(); ++i) repeated[i] = history[i % length];
@@ -197,8 +228,9 @@ CASE("sample the highest score") {
     // The newest token has just been repeated: a third one would be the same pair again.
     const Buffer<int64_t> pair = integers({1, 2, 3, 9, 8, 4, 4});
     for (int64_t i = 0; i < repeated.size(); ++i) repeated[i] = pair[i % length];
-    expect_equal(sample(logits, rows, vocab, repeated, length, nullptr, {1.0, 0, 1.0, 0.0, 1.0, 2}),
-                 {30, 0, 2048, 9}, "without repeated pairs");
+    expect_equal(
+        sample(logits, rows, vocab, repeated, length, nullptr, {1.0, 0, 1.0, 0.0, 1.0, 1.0, 2}),
+        {30, 0, 2048, 9}, "without repeated pairs");
 }
 
 CASE("sample from every dtype") {

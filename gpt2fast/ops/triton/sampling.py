@@ -144,12 +144,13 @@ def _search(
 @triton.jit
 def draw_kernel(
     scores, uniform, chosen, stride_b, stride_v, uniform_stride, vocab_size,
-    temperature, top_k, top_p, min_p, BLOCK: tl.constexpr,
+    temperature, top_k, top_p, min_p, typical_p, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token a row, in four steps; a step's result is a bound on what stays.
+    """One token a row, in five steps; a step's result is a bound on what stays.
 
     A token stays if its place in the order of scores is past `lowest`, or at it and its id is at
-    least `first_kept`, and its weight exp(score - highest) is at least min_p.
+    least `first_kept`, its weight exp(score - highest) is at least min_p, and the score is at most
+    `farthest` from the expected one.
     """
     b = tl.program_id(0).to(tl.int64)
     scores += b * stride_b
@@ -212,35 +213,70 @@ def draw_kernel(
             last = tl.max(tl.where((at == 1) & (rank <= left_out), tokens + 1, 0), 0)
             first_kept = tl.maximum(first_kept, last)
             passed += tl.sum(at, 0)
+    expected = tl.zeros((), tl.float32)
+    farthest = tl.full((), float("inf"), tl.float32)
+    if typical_p < 1.0:
+        sum = tl.zeros((), tl.float64)
+        moment = tl.zeros((), tl.float64)
+        for first in range(0, vocab_size, BLOCK):
+            tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
+            weights = _kept_weights(
+                tokens, values, highest, lowest, first_kept, min_p, expected, farthest
+            )
+            sum += tl.sum(weights, 0)
+            moment += tl.sum(tl.where(weights > 0, weights * (values - highest), 0.0), 0)
+        expected = highest + (moment / sum).to(tl.float32)
+        # The lowest distance up to which the mass reaches typical_p, by bisection of its bits.
+        low = tl.zeros((), tl.int32)
+        high = tl.full((), 0x7F800000, tl.int32)
+        while low < high:
+            middle = low + (high - low) // 2
+            limit = middle.to(tl.float32, bitcast=True)
+            mass = tl.zeros((), tl.float64)
+            for first in range(0, vocab_size, BLOCK):
+                tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
+                weights = _kept_weights(
+                    tokens, values, highest, lowest, first_kept, min_p, expected, limit
+                )
+                mass += tl.sum(weights, 0)
+            reaches = mass >= sum * typical_p
+            high = tl.where(reaches, middle, high)
+            low = tl.where(reaches, low, middle + 1)
+        farthest = low.to(tl.float32, bitcast=True)
     total = tl.zeros((), tl.float64)
     for first in range(0, vocab_size, BLOCK):
         tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
-        weights = _kept_weights(tokens, values, highest, lowest, first_kept, min_p)
+        weights = _kept_weights(
+            tokens, values, highest, lowest, first_kept, min_p, expected, farthest
+        )
         total += tl.sum(weights, 0)
     target = tl.load(uniform + b * uniform_stride).to(tl.float64) * total
     before = tl.zeros((), tl.float64)
     token = tl.full((), -1, tl.int32)
     for first in range(0, vocab_size, BLOCK):
         tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
-        weights = _kept_weights(tokens, values, highest, lowest, first_kept, min_p)
-        sum = tl.sum(weights, 0)
-        if (token < 0) & (before + sum > target):
+        weights = _kept_weights(
+            tokens, values, highest, lowest, first_kept, min_p, expected, farthest
+        )
+        mass = tl.sum(weights, 0)
+        if (token < 0) & (before + mass > target):
             cumulative = before + tl.cumsum(weights, 0)
             reached = (cumulative > target) & (weights > 0)
             found = tl.min(tl.where(reached, tokens, 0x7FFFFFFF), 0)
             # The two sums may round differently at the block's end.
             last = tl.max(tl.where(weights > 0, tokens, -1), 0)
             token = tl.minimum(found, last)
-        before += sum
+        before += mass
     tl.store(chosen + b, token.to(tl.int64))
 
 
 @triton.jit
-def _kept_weights(tokens, values, highest, lowest, first_kept, min_p):
+def _kept_weights(tokens, values, highest, lowest, first_kept, min_p, expected, farthest):
     order = _order(values)
     weights = tl.exp(values - highest)
     kept = (order > lowest) | ((order == lowest) & (tokens >= first_kept))
-    return tl.where(kept & (weights >= min_p), weights, 0.0)
+    typical = tl.abs(values - expected) <= farthest
+    return tl.where(kept & typical & (weights >= min_p), weights, 0.0)
 
 
 def sample(call: Arguments) -> Tensor:
@@ -262,6 +298,7 @@ def sample(call: Arguments) -> Tensor:
     else:
         draw_kernel[(rows,)](
             scores, uniform, chosen, *scores.stride(), uniform.stride(0), vocab_size,
-            call.temperature, min(call.top_k, vocab_size), call.top_p, call.min_p, **launch,
+            call.temperature, min(call.top_k, vocab_size), call.top_p, call.min_p,
+            call.typical_p, **launch,
         )  # fmt: skip
     return chosen
