@@ -27,6 +27,7 @@ from .nn.layer_norm import add_and_normalize
 from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
 from .nn.plain import is_plain, why_not_plain_within
+from .nn.vocabulary import resize_token_embeddings
 
 
 class GPT2(nn.Module):
@@ -278,9 +279,8 @@ class GPT2(nn.Module):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Embedding:
-        """Another number of tokens, in place; see `vocabulary.resize_token_embeddings`."""
-        resize = above("vocabulary").resize_token_embeddings
-        return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        """Another number of tokens, in place; see `nn.vocabulary.resize_token_embeddings`."""
+        return resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Any:

@@ -42,8 +42,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml  # noqa: F401
 
+from gpt2fast.checkpoints.run_folder import BEST, OPTIMIZER
 from gpt2fast.cli import train as command
-from gpt2fast.run_folder import BEST, OPTIMIZER
 from gpt2fast.training.checkpoints.folder import newest_checkpoint
 from gpt2fast.training.checkpoints.state import load_state
 from gpt2fast.training.logs.log import read_json_lines, read_rows

@@ -27,11 +27,11 @@ import torch
 
 from gpt2fast import GPT2, Error, GPT2Config, Tokenizer
 from gpt2fast._system.pickle_check import Objection
+from gpt2fast.checkpoints.run_folder import OLD_STATE
 from gpt2fast.checkpoints.tensor_files import read_tensors
 from gpt2fast.checkpoints.torch_files import _Storage, _Tensors
 from gpt2fast.data.tokens import MAGIC, TokenFile
 from gpt2fast.errors import DataError, TokenizerError, WeightsError
-from gpt2fast.run_folder import OLD_STATE
 from gpt2fast.tokenizer import CharTokenizer
 from gpt2fast.training.checkpoints.position import Position
 from gpt2fast.training.checkpoints.state import load_state

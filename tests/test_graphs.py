@@ -17,7 +17,7 @@ from gpt2fast.inference import cuda_graphs as graphs
 from gpt2fast.inference import decoding, engine, graph_pool
 from gpt2fast.inference.stopping import StopCriteria
 from gpt2fast.ops.backend import record_calls
-from gpt2fast.sampling_options import SamplingOptions
+from gpt2fast.sampling import SamplingOptions
 from time_limits import patience
 
 PROMPTS = torch.tensor([[0, 0, 7, 3], [5, 1, 2, 9], [0, 4, 4, 8]])

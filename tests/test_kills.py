@@ -18,8 +18,8 @@ if sys.platform != "linux":
 
 import kills
 from gpt2fast._system.files import remove_unfinished
+from gpt2fast.checkpoints.run_folder import STATE
 from gpt2fast.cli import train as command
-from gpt2fast.run_folder import STATE
 from gpt2fast.training import Interrupted, loop, stopping, train
 from gpt2fast.training.checkpoints import save
 from kills import RECIPES, Stop, Trial, outcome

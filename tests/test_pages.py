@@ -18,7 +18,7 @@ import torch
 
 import gpt2fast
 from documentation import ROOT, Fence, fences, in_a_shell, run
-from gpt2fast.sampling_options import PROCESSORS
+from gpt2fast.sampling import PROCESSORS
 
 BEGIN_WITH_A_MINUTE = (
     "data",

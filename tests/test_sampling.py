@@ -17,7 +17,7 @@ from gpt2fast.errors import GenerationError
 from gpt2fast.inference.sampling import Draw, uniforms
 from gpt2fast.ops import sampling as processors
 from gpt2fast.ops.native import unavailable
-from gpt2fast.sampling_options import PROCESSORS, SamplingOptions
+from gpt2fast.sampling import PROCESSORS, SamplingOptions
 from tolerance import assert_equal
 
 needs_native = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt2fast.checkpoints.run_folder import OLD_STATE, OPTIMIZER, STATE
 from gpt2fast.cli import train as command
 from gpt2fast.data import prepare_data
 from gpt2fast.errors import ConfigError, Error, WeightsError
 from gpt2fast.model import GPT2
-from gpt2fast.run_folder import OLD_STATE, OPTIMIZER, STATE
 from gpt2fast.tokenizer import Tokenizer
 from gpt2fast.training import Interrupted, TrainConfig, train
 from gpt2fast.training.checkpoints.folder import clean_up, find_checkpoint, step_checkpoints

@@ -11,7 +11,7 @@ import gpt2fast
 from gpt2fast import GPT2
 from gpt2fast.inference.decoding import Timing, decode
 from gpt2fast.inference.stopping import StopCriteria
-from gpt2fast.sampling_options import SamplingOptions
+from gpt2fast.sampling import SamplingOptions
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 

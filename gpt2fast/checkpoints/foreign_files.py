@@ -9,10 +9,9 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from .. import run_folder
 from .._system.parsing import read_json
 from ..errors import Error, shown
-from . import llm_c
+from . import llm_c, run_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

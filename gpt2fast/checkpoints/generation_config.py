@@ -15,7 +15,7 @@ from typing import Any
 
 from .._system.parsing import read_json
 from ..errors import ConfigError, shown
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 
 NAME = "generation_config.json"
 

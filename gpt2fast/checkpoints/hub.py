@@ -11,9 +11,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import run_folder
 from ..config import CONFIG_FILE
 from ..errors import WeightsError, reason_of
+from . import run_folder
 
 BUNDLED = "adventures"
 """The model that comes with the package, in gpt2fast/assets/adventures/."""

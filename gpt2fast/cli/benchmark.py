@@ -27,7 +27,7 @@ from ..inference.packed import PackedGPT2
 from ..inference.stopping import StopCriteria
 from ..model import GPT2
 from ..ops import native
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 from .arguments import CommandParser, count
 from .command import command, memory_advice
 

@@ -11,7 +11,7 @@ from .._system.files import atomic_write_text
 from .._system.output import complain, held
 from ..errors import Error
 from ..inference.generator import Generator
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 from .arguments import optional
 from .sampling_flags import OF_A_TEXT
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._system.output import complain
-from ..sampling_options import DEFAULTS
+from ..sampling import DEFAULTS
 from .arguments import CommandParser, optional, text_argument
 from .command import UsageError, command, fail, memory_advice, output_is_closed
 from .model_flags import add_model_flags, load_generator

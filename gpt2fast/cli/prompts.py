@@ -10,7 +10,7 @@ from typing import Any
 
 from .._system.parsing import Unreadable, parse_json
 from ..errors import GenerationError, shown
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 from .sampling_flags import OF_A_TEXT
 
 OPTIONS = (*OF_A_TEXT, "stop")

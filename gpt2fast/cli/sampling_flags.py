@@ -10,7 +10,7 @@ from typing import Any
 from .._system.docstrings import field_docstrings
 from .._system.output import note
 from ..errors import GenerationError
-from ..sampling_options import DEFAULTS, PROCESSORS, SamplingOptions
+from ..sampling import DEFAULTS, PROCESSORS, SamplingOptions
 from .arguments import optional
 from .command import UsageError
 

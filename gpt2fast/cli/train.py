@@ -22,8 +22,8 @@ from .._system.files import atomic_write_text
 from .._system.invocation import as_called, command_line
 from .._system.output import complain
 from .._system.parsing import read_yaml
+from ..checkpoints.run_folder import SETTINGS
 from ..errors import ArgumentError, ConfigError, Error, did_you_mean
-from ..run_folder import SETTINGS
 from .arguments import ParagraphFormatter, hyphenated, text_argument
 from .command import command
 

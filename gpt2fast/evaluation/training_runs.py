@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import run_folder
+from ..checkpoints import run_folder
 from ..data.meta import read_meta
 from ..data.tokens import Tokens, open_tokens, token_files
 from ..errors import DataError, Error

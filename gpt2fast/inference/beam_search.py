@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..model import GPT2
 from ..ops.sampling import process
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 from .decoding import Timing, check_numbers, evaluating
 from .engine import DecodeState
 from .stopping import StopCriteria

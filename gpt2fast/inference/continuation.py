@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 from ..tokenizer import Tokenizer
 from .decoding import Step
 from .scores import Scores

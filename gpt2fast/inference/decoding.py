@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GenerationError
 from ..model import GPT2
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 from .async_decoder import AsyncDecoder
 from .engine import DecodeState, choose
 from .sampling import Draw, Draws, RowRandom

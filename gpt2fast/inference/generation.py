@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import GenerationError, shown
 from ..model import GPT2
-from ..sampling_options import SamplingOptions
+from ..sampling import SamplingOptions
 from ..tokenizer import Tokenizer
 from .beam_search import beam_search
 from .decoding import decode

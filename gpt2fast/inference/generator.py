@@ -13,7 +13,7 @@ import torch
 
 from ..errors import GenerationError
 from ..model import GPT2
-from ..sampling_options import DEFAULTS
+from ..sampling import DEFAULTS
 from ..tokenizer import Tokenizer
 from .beam_search import beam_search
 from .continuation import Continuation, Generation, Request, TextStream

@@ -26,10 +26,10 @@ from .._system.files import atomic_write_text
 from .._system.parsing import read_json
 from ..checkpoints.foreign_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..checkpoints.hub import resolve
+from ..checkpoints.run_folder import ADAPTER
 from ..checkpoints.tensor_files import read_tensors, write_safetensors
 from ..errors import ArgumentError, WeightsError
 from ..model import GPT2
-from ..run_folder import ADAPTER
 from .adapters import (
     LoRAProjection,
     adapted,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import BLOCK_PARAMETERS, block_shapes
 from ..errors import ArgumentError
-from ..sampling_options import SCHEMA, processor_arguments
+from ..sampling import SCHEMA, processor_arguments
 from .activations import ACTIVATIONS
 from .attention import attention_with_cache
 from .backend import Arguments, Implementation, Op

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..sampling_options import PROCESSORS, SCHEMA, processor_arguments
+from ..sampling import PROCESSORS, SCHEMA, processor_arguments
 from .backend import Arguments, Op
 from .cuda import by_device, cuda, kernels
 from .native import native

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .._system.files import atomic_write_text, remove_unfinished
 from .._system.lock import only_process
+from ..checkpoints.run_folder import CHECKPOINTS, JSON_LOG, LOG, MODEL, SAMPLES, SETTINGS
 from ..errors import ConfigError
-from ..run_folder import CHECKPOINTS, JSON_LOG, LOG, MODEL, SAMPLES, SETTINGS
 from .checkpoints.folder import newest_checkpoint
 from .config import TrainConfig
 from .start.data import located

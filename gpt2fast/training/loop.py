@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from .._system.invocation import command_line
+from ..checkpoints.run_folder import BEST, CHECKPOINTS, DATA
 from ..data import DataModule
 from ..model import GPT2
 from ..ops.backend import backend
-from ..run_folder import BEST, CHECKPOINTS, DATA
 from .checkpoints.folder import (
     clean_up,
     drop_old,

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .. import run_folder
 from .._system.files import atomic_write_text
 from .._system.lock import only_process
 from .._system.output import tell, warn
 from .._system.parsing import read_yaml
 from .._system.tables import setting
+from ..checkpoints import run_folder
 from ..data import DataModule
 from ..errors import ConfigError, Error
 from ..training import Interrupted, TrainConfig, TrainResult, train

@@ -24,9 +24,9 @@ from targets import CONFIG, joined, op_arguments
 import test_llm_c
 import test_tensorflow_files
 from gpt2fast import GPT2
+from gpt2fast.checkpoints.run_folder import OLD_STATE, STATE
 from gpt2fast.data.tokens import MAGIC
 from gpt2fast.lora import add_adapters, save_adapter
-from gpt2fast.run_folder import OLD_STATE, STATE
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer
 from gpt2fast.training.checkpoints.position import Position
 from gpt2fast.training.checkpoints.shards import save_tensors

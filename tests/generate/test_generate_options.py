@@ -14,7 +14,7 @@ from gpt2fast.checkpoints import hub
 from gpt2fast.cli import sampling_flags
 from gpt2fast.inference.generator import Generator
 from gpt2fast.ops.backend import requested_backend
-from gpt2fast.sampling_options import PROCESSORS
+from gpt2fast.sampling import PROCESSORS
 from gpt2fast.tokenizer import BPETokenizer
 
 DEFAULTS = {"seed": 3, "max_new_tokens": 30}

@@ -6,8 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+from ...checkpoints.run_folder import BEST, CHECKPOINTS, STEP
 from ...errors import ConfigError, Error
-from ...run_folder import BEST, CHECKPOINTS, STEP
 from .state import load_state, state_file
 
 _STEP_NAME = re.compile(rf"{STEP}(\d{{8,}})")

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ...checkpoints.run_folder import CHECKPOINTS, OPTIMIZER
 from ...data import DataMeta
 from ...errors import ConfigError, Error
-from ...run_folder import CHECKPOINTS, OPTIMIZER
 from ..config import LENGTHS, TrainConfig
 from ..start.data import source_of
 from ..step import TrainStep

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..._system.files import sync_directory
+from ...checkpoints.run_folder import ADAPTER, OPTIMIZER, STATE
 from ...data.meta import DataMeta
 from ...errors import WeightsError
 from ...lora import is_adapted, merge, save_adapter
 from ...model import GPT2
-from ...run_folder import ADAPTER, OPTIMIZER, STATE
 from ...tokenizer import Tokenizer
 from ..start.adapters import adapter_state
 from ..start.data import located

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..._system.files import read_file
 from ..._system.parsing import Unreadable, parse_json
 from ..._system.pickle_check import Objection
+from ...checkpoints.run_folder import OLD_STATE, STATE
 from ...checkpoints.tensor_files import read_tensors, write_safetensors
 from ...checkpoints.torch_files import read_torch_file
 from ...errors import ConfigError, WeightsError, shown
-from ...run_folder import OLD_STATE, STATE
 
 FORMAT = 2
 _LARGEST = 64 << 20  # random states and counters: some kilobytes a process

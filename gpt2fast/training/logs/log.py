@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..._system.files import atomic_write, read_file
 from ..._system.parsing import Unreadable, parse_json
+from ...checkpoints.run_folder import JSON_LOG, LOG, SAMPLES, TENSORBOARD
 from ...errors import ConfigError, DataError
-from ...run_folder import JSON_LOG, LOG, SAMPLES, TENSORBOARD
 from .columns import COLUMNS, OLD_NAMES
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..._system.parsing import read_yaml
+from ...checkpoints.run_folder import JSON_LOG, LOG, MODEL, SETTINGS
 from ...errors import DataError
-from ...run_folder import JSON_LOG, LOG, MODEL, SETTINGS
 from .log import read_json_lines, read_rows
 
 _LARGEST = 1e300

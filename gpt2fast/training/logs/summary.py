@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..._system.invocation import command_line
+from ...checkpoints.run_folder import BEST, CHECKPOINTS
 from ...data import DataMeta
-from ...run_folder import BEST, CHECKPOINTS
 from ..checkpoints.position import TrainResult
 from ..failures import how_to_save_memory
 from ..machine import memory

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..._system.files import atomic_write_text
+from ...checkpoints.run_folder import WANDB_ID
 from ...errors import ConfigError
-from ...run_folder import WANDB_ID
 from ..config import TrainConfig
 from .columns import SCALARS
 from .histogram import parameter_histograms

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._system.output import tell, warn
+from ...checkpoints.run_folder import DATA, is_run
 from ...errors import ConfigError, DataError, Error, MissingTokenizerError, why_not_written
-from ...run_folder import DATA, is_run
 from ..config import DATA_SETTINGS, TrainConfig
 
 if TYPE_CHECKING:

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, shown
-from .model import GPT2
-from .nn.changes import weights_moved
-from .nn.inputs import check_held
-from .nn.output_projection import TiedOutputProjection
+from ..errors import ArgumentError, shown
+from .changes import weights_moved
+from .embedding import Embedding
+from .inputs import check_held
+from .output_projection import TiedOutputProjection
 
 
 def resize_token_embeddings(
-    model: GPT2,
+    model: Any,
     new_num_tokens: int | None = None,
     pad_to_multiple_of: int | None = None,
     mean_resizing: bool = True,
-) -> nn.Embedding:
+) -> Embedding:
     """Give a model as many tokens as these, in place, by new last rows or without the last ones.
 
     `wte` and `lm_head` keep their rows, dtype, device and `requires_grad`; a tied projection stays
@@ -70,7 +70,7 @@ def resize_token_embeddings(
     return model.wte
 
 
-def _tables(model: GPT2) -> list[nn.Module]:
+def _tables(model: Any) -> list[nn.Module]:
     """`wte`, and `lm_head` where it has a table of its own."""
     check_held(model.wte)
     head = model._modules.get("lm_head")
