@@ -104,7 +104,7 @@ def test_long_decoding_keeps_to_the_uncached_logits_and_to_its_memory(name):
                     assert (logits[row] - uncached).abs().max() < 1e-4
             server.choose(logits, OPTIONS[step % len(OPTIONS)])
             if step % 97 == 96:
-                server.forward_open_residual()
+                server.branch()
             if step == warm:
                 before = resident_bytes()
     # A step's logits alone are 120 kB.
