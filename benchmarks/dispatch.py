@@ -4,7 +4,7 @@
     python benchmarks/dispatch.py --against CHECKOUT   and of another one, processes in turns
 
 Figures are CPU time of the calling thread, the least of many rounds, since other programs slow a
-round and never quicken it; the ratio is the median of those of neighbouring processes.
+round and never quicken it; the ratio is the median of those of neighboring processes.
 """
 
 from __future__ import annotations

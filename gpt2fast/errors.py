@@ -32,7 +32,7 @@ def shown(value: object, longest: int = 80) -> str:
         longest: characters; what is longer is cut.
     """
     if isinstance(value, (str, bytes)):
-        value = value[: longest + 1]  # not a gigabyte of escapes that are cut afterwards
+        value = value[: longest + 1]  # not a gigabyte of escapes that are cut afterward
     elif type(value) is int and value.bit_length() > 4 * longest:
         return f"an integer of {value.bit_length()} bits"  # whose digits Python may not write
     try:

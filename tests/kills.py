@@ -179,7 +179,7 @@ class Stop:
 
 def watch_changes(folder: Path, change: Callable[[str, str], None]) -> None:
     """Call `change` before everything that this process opens for writing, makes, renames, removes
-    or synchronises below `folder`, with what and where. Cannot be undone: for forks."""
+    or synchronizes below `folder`, with what and where. Cannot be undone: for forks."""
     inside = os.path.realpath(folder)
 
     def place(path: Any, directory: Any = None) -> str | None:

@@ -17,7 +17,7 @@ import zlib
 import pytest
 
 # Tests with many combinations, and into how many parts they are cut. What is one test in each of
-# several backends and dtypes is cut, too: neighbouring combinations find most of each other's bugs.
+# several backends and dtypes is cut, too: neighboring combinations find most of each other's bugs.
 PARTS = {
     "test_embedding.py::test_matches_torch": 3,
     "test_cross_entropy.py::test_matches_torch_at_odd_shapes": 3,

@@ -44,7 +44,7 @@ EXTRAS = {
     'pip install "gpt2fast[logs]"': ("matplotlib", "tensorboard"),
     'pip install "gpt2fast[tune]"': ("matplotlib", "optuna"),
 }
-"""Commands that install, which are not run, and what is there afterwards."""
+"""Commands that install, which are not run, and what is there afterward."""
 
 SHORTER = {"max_steps=50": "max_steps=2, batch_size=2, block_size=16, eval_batches=1"}
 """Text of snippets, and what stands in for it."""

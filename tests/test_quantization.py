@@ -1,4 +1,4 @@
-"""Quantised weights: how good they are, and that files of them are read back or refused."""
+"""Quantized weights: how good they are, and that files of them are read back or refused."""
 
 from __future__ import annotations
 

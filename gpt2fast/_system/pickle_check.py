@@ -86,7 +86,7 @@ def unpickle(
     persistent: Callable[[Any], Any] | None = None,
     most_steps: int = MOST_STEPS,
 ) -> Any:
-    """The value of the pickle at the stream's position; the stream stands behind it afterwards.
+    """The value of the pickle at the stream's position; the stream stands behind it afterward.
 
     The pickle may name what is `known`; `persistent` gives the objects that it refers to by ids.
 

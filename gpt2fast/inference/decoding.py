@@ -205,7 +205,7 @@ class _Chooser:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off; every module's mode is restored afterwards."""
+    """Switch dropout off; every module's mode is restored afterward."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

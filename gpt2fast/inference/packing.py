@@ -135,7 +135,7 @@ def pack_weights(
         model: on the CPU; adapters are merged.
         quantized: matrices that take the place of the model's.
         release: free each parameter of `model` as soon as it is packed; the model can only be
-            thrown away afterwards.
+            thrown away afterward.
     """
     matrices = quantized.matrices if quantized is not None else {}
     shape = model_shape(model.config)

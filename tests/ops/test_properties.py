@@ -79,7 +79,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 def swapped(x: Tensor) -> Tensor:
-    """Two neighbouring dimensions the other way round in memory, as of heads before time."""
+    """Two neighboring dimensions the other way round in memory, as of heads before time."""
     if x.dim() < 3:
         return turned(x)
     return x.transpose(-2, -3).contiguous().transpose(-2, -3)

@@ -85,7 +85,7 @@ def build(keep: Path) -> Path:
     sources = keep / "csrc"
     shutil.rmtree(sources, ignore_errors=True)
     _write_sources(sources, isa)
-    # Optimised less: it compiles in half the time.
+    # Optimized less: it compiles in half the time.
     flags = {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -O1".strip()}
     with (
         mock.patch.object(compilation, "source_folder", return_value=sources),

@@ -159,13 +159,13 @@ def forward_kernel(
             sums, highest, total, block, k, k_stride_t, v, v_stride_t, mask, seed, rows, first,
             time, head, scale, threshold, kept_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
         )  # fmt: skip
-    normaliser = (highest + tl.log2(total)) * LN_2
-    normaliser = tl.where(total == 0.0, float("inf"), normaliser)
+    normalizer = (highest + tl.log2(total)) * LN_2
+    normalizer = tl.where(total == 0.0, float("inf"), normalizer)
     sums = tl.where(total[:, None] == 0.0, 0.0, sums / total[:, None])
     stride = heads * HEAD_DIM
     base = out + b.to(tl.int64) * time * stride + h * HEAD_DIM
     _store(base, stride, begin, time, sums, HEAD_DIM, BLOCK_M, BLOCK_D)
-    tl.store(lse + head.to(tl.int64) * time + rows, normaliser, mask=rows < time)
+    tl.store(lse + head.to(tl.int64) * time + rows, normalizer, mask=rows < time)
 
 
 @triton.jit
@@ -198,8 +198,8 @@ def _add_queries(
     rows = first + tl.arange(0, BLOCK_M)
     queries = _load(q, q_stride, first, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     # Infinity makes the weights of rows past the end vanish.
-    normaliser = tl.load(lse + rows, mask=rows < time, other=float("inf")) * LOG2_E
-    weights = tl.exp2(dot(k, tl.trans(queries)) * scale - normaliser[None, :])
+    normalizer = tl.load(lse + rows, mask=rows < time, other=float("inf")) * LOG2_E
+    weights = tl.exp2(dot(k, tl.trans(queries)) * scale - normalizer[None, :])
     if DIAGONAL:
         weights = tl.where(rows[None, :] >= keys[:, None], weights, 0.0)
     if visible is not None:
@@ -265,7 +265,7 @@ def keys_kernel(
 
 @triton.jit
 def _add_grad_keys(
-    sums, q, grad, normaliser, inner, k, k_stride, v, v_stride, mask, seed, rows, first, time,
+    sums, q, grad, normalizer, inner, k, k_stride, v, v_stride, mask, seed, rows, first, time,
     head, scale, threshold, kept_scale,
     HEAD_DIM, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DIAGONAL: tl.constexpr,
@@ -273,7 +273,7 @@ def _add_grad_keys(
     """What BLOCK_N keys add to the gradients of BLOCK_M queries."""
     keys = first + tl.arange(0, BLOCK_N)
     block = _load(k, k_stride, first, time, HEAD_DIM, BLOCK_N, BLOCK_D)
-    weights = tl.exp2(dot(q, tl.trans(block)) * scale - normaliser[:, None])
+    weights = tl.exp2(dot(q, tl.trans(block)) * scale - normalizer[:, None])
     if DIAGONAL:
         weights = tl.where(rows[:, None] >= keys[None, :], weights, 0.0)
     if mask is not None:
@@ -305,7 +305,7 @@ def queries_kernel(
     queries = _load(q, q_stride_t, begin, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     given = _load(grad, grad_stride_t, begin, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     at = head.to(tl.int64) * time + rows
-    normaliser = tl.load(lse + at, mask=rows < time, other=float("inf")) * LOG2_E
+    normalizer = tl.load(lse + at, mask=rows < time, other=float("inf")) * LOG2_E
     inner = tl.load(delta + at, mask=rows < time, other=0.0)
     k = _head(k, k_stride_b, k_stride_h, b, h)
     v = _head(v, v_stride_b, v_stride_h, b, h)
@@ -315,13 +315,13 @@ def queries_kernel(
     whole = begin // BLOCK_N * BLOCK_N
     for first in range(0, whole, BLOCK_N):
         sums = _add_grad_keys(
-            sums, queries, given, normaliser, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
+            sums, queries, given, normalizer, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
             first, time, head, scale * LOG2_E, threshold, kept_scale,
             HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
     for first in range(whole, tl.minimum(begin + BLOCK_M, time), BLOCK_N):
         sums = _add_grad_keys(
-            sums, queries, given, normaliser, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
+            sums, queries, given, normalizer, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
             first, time, head, scale * LOG2_E, threshold, kept_scale,
             HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
         )  # fmt: skip

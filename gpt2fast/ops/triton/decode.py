@@ -10,7 +10,7 @@
 
 Floor: every weight is read once, 2 bytes a weight in bfloat16, and so is the used part of the
 caches. Each program reads its columns of a matrix for all rows of the batch up to BLOCK_B; it
-normalises x itself, a few kB that all programs find in the L2, which costs less than one more
+normalizes x itself, a few kB that all programs find in the L2, which costs less than one more
 launch. x stays in float32 between the layers. One row is multiplied without tensor cores: a block
 of products is summed over the inputs once, at the end.
 
@@ -64,8 +64,8 @@ def _statistics(x, row, batch, width, eps, BLOCK_B: tl.constexpr, BLOCK_K: tl.co
         k = first + tl.arange(0, BLOCK_K)
         inside = (row < batch)[:, None] & (k < width)[None, :]
         values = tl.load(x + row[:, None] * width + k[None, :], mask=inside, other=0.0)
-        centred = tl.where(inside, values - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, 1)
+        centered = tl.where(inside, values - mean[:, None], 0.0)
+        squares += tl.sum(centered * centered, 1)
     return mean, tl.rsqrt(squares / width + eps)
 
 
@@ -75,7 +75,7 @@ def _product(
     weight_stride_k, weight_stride_n,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_B, BLOCK_N): rows of x, normalised where a norm is given, times columns of weight."""
+    """(BLOCK_B, BLOCK_N): rows of x, normalized where a norm is given, times columns of weight."""
     if norm_weight is not None:
         mean, rstd = _statistics(x, row, batch, inputs, eps, BLOCK_B, BLOCK_K)
     if BLOCK_B == 1:

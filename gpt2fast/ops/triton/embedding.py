@@ -3,7 +3,7 @@
 Forward, bytes of an element in bfloat16: 4 read (two table rows), 2 written. Memory is the floor.
 
 Backward: tokens are sorted on the device, stably, so that the gradients of one token become
-neighbours. A program takes BLOCK_ENTRIES neighbours and adds those with equal keys, all at once, as
+neighbors. A program takes BLOCK_ENTRIES neighbors and adds those with equal keys, all at once, as
 a product with a matrix of zeros and ones. A run of equal keys that lies within a program's entries
 is finished. Of one that crosses an end, a sum in float32 goes to the next launch, which does the
 same with these sums; there are two for each program at most. So a token that fills the whole batch

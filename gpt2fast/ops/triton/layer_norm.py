@@ -1,4 +1,4 @@
-"""Residual add and layer normalisation in Triton, forward and backward.
+"""Residual add and layer normalization in Triton, forward and backward.
 
 Bytes of an element in bfloat16: forward 4 read (x, residual) and 4 written (normed, summed);
 backward 6 read (two gradients, the sum) and 2 written. Some ten operations an element: memory is
@@ -7,7 +7,7 @@ the floor. Not yet run on a GPU.
 A program holds whole rows in registers, from the one read to the one write. Rows wider than
 `_WIDEST` are read again instead, a block at a time.
 
-Backward: each program takes a group of neighbouring rows, adds up what they give to the gradients
+Backward: each program takes a group of neighboring rows, adds up what they give to the gradients
 of weight and bias, and leaves one row of partial sums; `sum_partials` adds those in a fixed order.
 No atomics: equal calls give equal bits.
 """

@@ -1,6 +1,6 @@
 """Sums over the rows of a matrix in a fixed order, without atomics.
 
-Rows are cut into groups of neighbours, a program leaves one row of float32 sums for each, and a
+Rows are cut into groups of neighbors, a program leaves one row of float32 sums for each, and a
 second launch adds these. The cut depends on the shape alone: equal calls give equal bits.
 
 Bytes: every element is read once; partial sums are a small share. Not yet run on a GPU.

@@ -43,7 +43,7 @@ def penalize_kernel(
     vocab_size, length, penalty, size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's logits in float32, those of repeated tokens penalised, of repeated n-grams banned."""
+    """A row's logits in float32, those of repeated tokens penalized, of repeated n-grams banned."""
     b = tl.program_id(0).to(tl.int64)
     logits += b * logits_stride_b
     history += b * history_stride_b
@@ -135,7 +135,7 @@ def _search(
             scores, stride, vocab_size, temperature, highest, lowest, middle, BLOCK
         )
         up = mass <= target if WEIGHED else count >= target
-        # To scores of the row: between two neighbours there is nothing to search.
+        # To scores of the row: between two neighbors there is nothing to search.
         low = tl.where(up, above, low)
         high = tl.where(up, high, below)
     return low
