@@ -297,7 +297,7 @@ BLOCK_MATRICES = tuple(name for name, shape in block_shapes(1, 1).items() if len
 
 
 def plain_activation(name: str) -> str:
-    """Which of `ACTIVATIONS` one of `ACTIVATION_NAMES` means."""
+    """The one of `ACTIVATIONS` that this one of `ACTIVATION_NAMES` stands for."""
     return _SAME_ACTIVATION.get(name, name)
 
 

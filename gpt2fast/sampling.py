@@ -95,7 +95,7 @@ def _number(
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How continuations are chosen. Names and meaning are transformers'; `None` switches off.
+    """Options for choosing the next tokens. Names and meaning are transformers'; None is off.
 
     Raises:
         GenerationError: a value out of its range, or options that contradict each other.

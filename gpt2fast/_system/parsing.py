@@ -36,7 +36,7 @@ _NUMBER_LIKE = re.compile(r"[-+.]?[0-9][-+._:,0-9a-fA-FoxXbB]*")
 
 
 class Unreadable(ValueError):
-    """Why a text is not read: it is not in its format, or beyond the limits."""
+    """A text that is not in its format, or beyond the limits; says which."""
 
 
 def parse_json(text: str, *, most_values: int = MOST_VALUES, unique: bool = True) -> Any:

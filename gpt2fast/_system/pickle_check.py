@@ -40,7 +40,7 @@ a value to stand for it. For a class without functions of its own, `Record`."""
 
 
 class Objection(ValueError):
-    """Why a file is not read, by the policy, a limit or its format; follows the file's name."""
+    """A reason not to read a file: policy, a limit or its format; follows the file's name."""
 
 
 class Record:

@@ -134,7 +134,7 @@ class JsonLines(RecordFile):
             raise DataError(f"{self.path}, line {number}: {error}") from None
 
     def _line_number(self, begin: int) -> int:
-        """Of the line that begins at this byte."""
+        """The number of the line that begins at this byte."""
         number = 1
         with self.input().open() as file:
             while begin and (piece := file.read(min(begin, 1 << 20))):

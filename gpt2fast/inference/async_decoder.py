@@ -36,7 +36,7 @@ class _Block:
     """Tokens of some steps that have run or are running."""
 
     rows: list[int]
-    """Of the rows that run, those of texts that have not ended."""
+    """Rows of `chosen` whose text has not ended."""
     chosen: Tensor
     """(rows that run, steps), copied to the host by the time of `done`."""
     done: torch.cuda.Event | None

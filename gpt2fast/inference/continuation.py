@@ -25,7 +25,7 @@ class Generation:
     prompt_tokens: int
     """Number of tokens of the prompt; an empty one has the token that it begins with."""
     finish_reason: str
-    """Why it ended: "eos" (end token), "stop" (stop string) or "length" (no more was allowed)."""
+    """Reason for the end: "eos" (end token), "stop" (stop string) or "length" (max_new_tokens)."""
     seed: int | None
     """Seed of the draws; None where there were none."""
     logprobs: list[float] | None = None
@@ -39,7 +39,7 @@ class Generation:
     """Log-probability of each of them after those before it, None for the first; with
     `max_new_tokens=0, logprobs=True` alone."""
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
-    """As `top_logprobs`, in the places of the prompt's tokens."""
+    """The same as `top_logprobs`, for the prompt's tokens."""
 
     @property
     def new_tokens(self) -> int:
@@ -52,12 +52,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Request:
-    """How texts are to be continued."""
+    """Settings of the continuations that are asked for."""
 
     options: SamplingOptions
     criteria: StopCriteria
     alternatives: int | None
-    """How many likely tokens to name beside each; None where nothing is scored."""
+    """Number of likely alternatives to return with each token; None: nothing is scored."""
 
     @property
     def scores_prompt(self) -> bool:
@@ -154,17 +154,17 @@ class TextStream(Iterator[str]):
 
     @property
     def logprobs(self) -> list[float] | None:
-        """As in `Generation`, so far."""
+        """Same as in `Generation`, so far."""
         return self._continuation.scored(None).get("logprobs")
 
     @property
     def top_logprobs(self) -> list[dict[int, float]] | None:
-        """As in `Generation`, so far."""
+        """Same as in `Generation`, so far."""
         return self._continuation.scored(None).get("top_logprobs")
 
     @property
     def finish_reason(self) -> str | None:
-        """As in `Generation`; None until the stream has ended."""
+        """Same as in `Generation`; None until the stream has ended."""
         return self._continuation.reason
 
     def __next__(self) -> str:

@@ -25,23 +25,23 @@ class Step:
     """One more token for each continuation that still runs."""
 
     rows: list[int]
-    """Which continuation each token belongs to: prompt * num_return_sequences + sample."""
+    """Each token's continuation: prompt * num_return_sequences + sample."""
     tokens: list[int]
     reasons: list[str | None]
-    """Where the token is the continuation's last one, why: "eos", "stop" or "length"."""
+    """"eos", "stop" or "length" where the token is its continuation's last one, else None."""
     scores: Scores | None
-    """Of each token, if `alternatives` was given."""
+    """Log-probabilities of each token, if `alternatives` was given."""
 
 
 @dataclass
 class Timing:
-    """Where the time of generations went; seconds are wall time."""
+    """Time and work of generations, by phase; seconds are wall time."""
 
     first_token_seconds: float | None = None
     """From the start of the first generation to its first token."""
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
-    """Until the first token of every row is there."""
+    """Time until the first token of every row is there."""
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     decode_bytes: int = 0

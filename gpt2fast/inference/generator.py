@@ -49,13 +49,13 @@ class Generator:
             print(piece, end="", flush=True)
 
     Args:
-        model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
+        model, tokenizer: a pair; a tokenizer of transformers or tokenizers will do.
         window: what happens to a text longer than the model's `n_positions`: "error", the default
             here, refuses it in advance, as `GPT2.generate` does; "slide", the default of
             `python -m gpt2fast.generate`, goes on with the newest half of its tokens; "stop" ends
             it there.
-        notify: told once, when a text has slid; and when the tokenizer has a much smaller
-            vocabulary than the model.
+        notify: called with a message when a text slides for the first time, and when the tokenizer
+            has a much smaller vocabulary than the model.
 
     Raises:
         GenerationError: no such window, or a tokenizer with ids that the model does not have.
@@ -162,8 +162,8 @@ class Generator:
             logprobs: give the tokens' log-probabilities too, under the model itself: log_softmax of
                 its logits, before temperature, top-k and penalties. With `max_new_tokens=0`, those
                 of the prompt's tokens, each after the ones before it (`prompt_logprobs`).
-            top_logprobs: name so many of the likeliest tokens in the place of each as well.
-            timing: filled in with where the time went.
+            top_logprobs: also return this many of the likeliest tokens in the place of each.
+            timing: filled in with the time of each phase.
             options: see `SamplingOptions`; `DEFAULTS` holds for what is not given.
 
         Returns:
@@ -209,9 +209,9 @@ class Generator:
         draws: Draws | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
-        """As `each`, but one continuation at a time, without waiting for all of the same prompt.
+        """Same as `each`, but one continuation at a time, before all of a prompt are done.
 
-        With the `draws` of an earlier call, a prompt that it had gets further samples.
+        With the `draws` of an earlier call, a prompt seen then gets further samples.
         """
         return self._continue(prompts, self._request(**options), timing, draws)
 
@@ -317,7 +317,7 @@ class Generator:
         return Request(chosen, StopCriteria(ends, stop, self.tokenizer), alternatives)
 
     def _alternatives(self, logprobs: bool, top_logprobs: int) -> int | None:
-        """How many likely tokens to name beside each; None where nothing is scored."""
+        """Number of likely alternatives to return with each token; None: nothing is scored."""
         if type(logprobs) is not bool:
             raise GenerationError(
                 f"logprobs is {logprobs!r:.80}; it must be True or False (top_logprobs says how "

@@ -100,7 +100,7 @@ class Pool:
             self._idle, self.weights = [], None
 
     def __len__(self) -> int:
-        """How many wait."""
+        """The number of graphs that wait for a call."""
         return len(self._idle)
 
 
@@ -122,7 +122,7 @@ def _forget_graphs(model: nn.Module) -> None:
 
 
 def addresses(model: GPT2) -> Hashable:
-    """Where a step of `model` reads its weights."""
+    """Addresses and layouts of the weights that a step of `model` reads."""
     return tuple(
         (weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
         for weight in decode_weights(model)

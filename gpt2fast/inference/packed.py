@@ -62,7 +62,7 @@ class PackedGPT2(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.weights.arena.device
 
     @property

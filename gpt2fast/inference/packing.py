@@ -26,17 +26,17 @@ from .structure import why_not_read
 
 @dataclass
 class _Copy:
-    """Packed weights of a model, and how to tell whether they are still the model's."""
+    """Packed weights of a model, and the state of its parameters that they were made from."""
 
     state: list[tuple[int, int]]
-    """Where each parameter lies, and torch's count of its changes."""
+    """Each parameter's address, and torch's count of its changes."""
     digest: int
-    """Of the parameters' bytes."""
+    """Hash of the parameters' bytes."""
     packed: PackedGPT2
 
 
 _copies: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
-"""Made on the way, by model."""
+"""Copies that generation made by itself, by model."""
 
 
 def can_be_packed(model: GPT2) -> bool:

@@ -15,14 +15,14 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Draw:
-    """Where the random numbers of a continuation come from."""
+    """The source of the random numbers of one continuation."""
 
     seed: int
     sample: int
-    """Its number among the samples that this seed gives of its prompt."""
+    """Index among the samples of its prompt that use this seed."""
 
     def after(self, samples: int) -> Draw:
-        """The one of the sample so many later."""
+        """The draw of the sample that comes `samples` later."""
         return Draw(self.seed, self.sample + samples)
 
 

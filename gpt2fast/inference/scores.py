@@ -18,7 +18,7 @@ class Scores:
     """Log-probabilities of consecutive tokens."""
 
     logprobs: list[float] = field(default_factory=list)
-    """Of each token, in nats."""
+    """Log-probability of each token, in nats."""
     top: list[dict[int, float]] = field(default_factory=list)
     """For each token the likeliest ids in its place, with theirs, likeliest first."""
 

@@ -1,4 +1,4 @@
-"""When a continuation has ended: end tokens, stop strings, stop sequences."""
+"""Ends of continuations: end tokens, stop strings, stop sequences."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StopCriteria:
         self._reach = max((len(text.encode()) for text in self.strings), default=0) + 4
 
     def reason(self, tokens: Sequence[int]) -> str | None:
-        """Why a continuation ends with the last of `tokens`: "eos", "stop", or None if it doesn't.
+        """The reason to end a continuation at the last of `tokens`: "eos", "stop" or None.
 
         Ask after each token: only what ends with the last one is found.
         """

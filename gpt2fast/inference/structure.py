@@ -23,7 +23,7 @@ from ..nn.plain import is_unwatched, why_not_plain_within
 from ..nn.projection import merged
 
 _layer_weights = attrgetter(*BLOCK_PARAMETERS)
-"""Of a block: its weights in the order of `ops.decode_step`."""
+"""A block's weights in the order of `ops.decode_step`."""
 
 
 def why_not_configured(model: GPT2) -> str | None:
@@ -76,7 +76,7 @@ def _why_not_this_block(model: GPT2, layer: int, block: nn.Module) -> str | None
 
 
 def why_not_read(model: GPT2) -> str | None:
-    """Why decoding has to call the modules, where it would read their weights; or None."""
+    """A reason for decoding to call the modules instead of reading their weights, or None."""
     if not is_unwatched(model, GPT2):
         return "a hook or another forward is on the model"
     return why_not_plain_within(model) or why_not_configured(model)

@@ -17,7 +17,7 @@ from ..ops.backend import statistics_dtype
 from .plain import readable
 
 _CHUNK_BYTES = 1 << 27
-"""Of logits held at once where the fused loss does not serve."""
+"""Most bytes of logits to hold at once where the fused loss cannot run."""
 
 REDUCTIONS = ("mean", "sum", "none")
 

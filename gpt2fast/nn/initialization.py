@@ -1,4 +1,4 @@
-"""How modules are made: where, in which type, and with which first weights."""
+"""Creation of modules: device, dtype and initial weights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .kv_cache import KVCache
 
 
 class Placed(NamedTuple):
-    """Where new tokens (B, T) stand: in the text, and in the batch."""
+    """Positions and padding of new tokens (B, T)."""
 
     mask: Tensor | None
     """(B, T) bool, false at padding; None where there is none."""

@@ -59,7 +59,7 @@ def is_unwatched(module: nn.Module, base: type[nn.Module]) -> bool:
 
 
 def why_not_plain_within(model: nn.Module) -> str | None:
-    """Why some module of `model` has to be called, in words; None if all of them are plain."""
+    """A reason to call some module of `model`, in words; None if all of them are plain."""
     for name, module in model.named_modules():
         kind = type(module)
         if module is model or kind is nn.ModuleList or _is_untouched(module):

@@ -1,4 +1,4 @@
-"""How many tokens a model knows: rows of its embedding, and of its output projection."""
+"""Size of the vocabulary: rows of the embedding and of the output projection."""
 
 from __future__ import annotations
 

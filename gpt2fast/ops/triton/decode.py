@@ -139,7 +139,7 @@ def add_kernel(
     x, given, weight, bias, weight_stride_k, weight_stride_n, batch, inputs, outputs,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x += given weight + bias; no other program touches these columns of x."""
+    """x += given @ weight + bias; no other program touches these columns of x."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     found = _product(
@@ -158,7 +158,7 @@ def project_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = activation(layer_norm(x) weight + bias)"""
+    """out = activation(layer_norm(x) @ weight + bias)"""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     found = _product(
@@ -184,7 +184,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "tanh":
         square = x * x
         series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
-        far = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0  # cancels near 0
+        far = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0  # loses digits near 0
         return tl.where(square < 0.01, x * series, far)
     else:
         tl.static_assert(ACTIVATION == "none")

@@ -107,8 +107,8 @@ def wide_layer_norm_forward(
     """A row a program, in blocks of BLOCK_COLUMNS.
 
     Statistics of the blocks are joined by Chan et al. (1979), so that large offsets do not cancel.
-    The second pass adds again what it could read from `summed`: threads do not see each other's
-    writes without a barrier.
+    The second pass adds x and residual again: without a barrier, threads would not see each
+    other's writes to `summed`.
     """
     row = tl.program_id(0).to(tl.int64)
     average = 0.0
@@ -299,7 +299,7 @@ def wide_parameter_gradients(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """What `layer_norm_backward` leaves in `partials`, from `group` rows and a block of columns."""
+    """Partial sums for the gradients of weight and bias: `group` rows, a block of columns."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     inside = column < columns
