@@ -34,10 +34,10 @@ from .teacher_forcing import score_sequences
 
 WINDOWS = ("error", "slide", "stop")
 _MOST_PADDING = 127
-"""Rows by which a vocabulary is rounded up, to a multiple of 128 at most."""
+"""Most rows that pad a vocabulary: it is rounded up to a multiple of 128 at most."""
 
 _BATCH_ROWS = 32
-"""Continuations computed at once; more would take memory and save little time."""
+"""Continuations in a batch; more would take memory and save little time."""
 
 
 class Generator:
@@ -192,7 +192,7 @@ class Generator:
     def each(
         self, prompts: str | Sequence[str], *, timing: Timing | None = None, **options: Any
     ) -> Iterator[list[Generation]]:
-        """Continue many texts; gives the continuations of each as soon as its batch is done.
+        """Continue many texts; yields the continuations of each as soon as its batch is done.
 
         Arguments and errors are those of a call; all prompts are checked before the first result.
         """
@@ -220,13 +220,13 @@ class Generator:
 
         Args:
             prompt: the text.
-            name: what errors call it.
+            name: its name in errors.
             options: of the call.
         """
         self._encode(prompt, self._request(**options), name)
 
     def stream(self, prompt: str, *, timing: Timing | None = None, **options: Any) -> TextStream:
-        """Continue one text; gives the continuation piece by piece, as it comes.
+        """Continue one text; yields the continuation piece by piece.
 
         Joined, the pieces are the `text` that a call with the same options and seed returns.
         Arguments and errors are those of a call.
@@ -341,7 +341,7 @@ class Generator:
             raise GenerationError(f"{name} is {text!r:.80}; it must be a text (str)")
         tokens = self.tokenizer.encode(text)
         if not tokens:
-            # As in transformers; what models without this token have learned follows the end token.
+            # As in transformers: a text without a token to begin with follows the end token.
             first = beginning(self.model)
             first = self.tokenizer.start_token_id if first is None else first
             if first is None:

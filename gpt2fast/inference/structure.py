@@ -1,7 +1,8 @@
-"""Reading a GPT-2's weights past its modules, and the reasons not to.
+"""Reading a GPT-2's weights without calling its modules, and reasons not to.
 
 Decoding, packing and saving read weights and configuration, and call no module. Where modules do
-something else (hooks, other classes, other constants), decoding calls them and the others refuse.
+more than these say (hooks, other classes, other constants), decoding calls the modules, and packing
+and saving refuse.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def decode_weights(model: GPT2) -> list[Tensor]:
     """The weights as `ops.decode_step` takes them, adapters merged.
 
     Raises:
-        ArgumentError: weights alone do not say what the model computes; see `why_not_read`.
+        ArgumentError: the weights do not tell all that the model computes; see `why_not_read`.
     """
     if reason := why_not_read(model):
         raise ArgumentError(f"weights cannot be read past the modules: {reason}")
@@ -97,7 +98,7 @@ def decode_weights(model: GPT2) -> list[Tensor]:
 
 
 def step_constants(model: GPT2) -> dict[str, Any]:
-    """The other arguments of `ops.decode_step` that a model brings."""
+    """The other arguments of `ops.decode_step` that depend on the model."""
     return {
         "n_head": model.config.n_head,
         "attention_scales": [block.attn.scale for block in model.blocks],
@@ -118,7 +119,7 @@ def run_step(
     Args:
         weights, constants: `decode_weights` and `step_constants` of a model.
         tokens, positions: (B,) int64.
-        cache: with B rows; it is left to the caller to count the new entries.
+        cache: with B rows; the caller counts the new entries.
     """
     return ops.decode_step(
         weights,
