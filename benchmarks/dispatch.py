@@ -1,4 +1,4 @@
-"""What a call of an op costs where its kernel has next to nothing to compute.
+"""Overhead of a call of an op, measured where its kernel has next to nothing to compute.
 
     python benchmarks/dispatch.py                      microseconds, of this checkout
     python benchmarks/dispatch.py --against CHECKOUT   and of another one, processes in turns

@@ -79,7 +79,7 @@ def day() -> int:
 
 
 def takes_all(config: pytest.Config) -> bool:
-    """Whether every combination was asked for."""
+    """True if every combination was asked for."""
     return (
         _is_set("GPT2FAST_TEST_ALL")
         or config.option.markexpr not in ("", "not slow")
@@ -88,7 +88,7 @@ def takes_all(config: pytest.Config) -> bool:
 
 
 def runs_today(name: str, today: int, fast: bool = False) -> bool:
-    """Whether a test is in the part of that day.
+    """True if a test is in the part of that day.
 
     Args:
         name: its node id.
@@ -121,7 +121,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def header(config: pytest.Config) -> str:
-    """What a run's header says of it."""
+    """The line about it in a run's header."""
     if takes_all(config) and not _is_set("GPT2FAST_TEST_FAST"):
         return "combinations: all"
     return f"combinations: the part of GPT2FAST_TEST_DAY={day()} (GPT2FAST_TEST_ALL=1 runs all)"

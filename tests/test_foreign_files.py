@@ -1,4 +1,4 @@
-"""What is no GPT-2 of ours is named, with a way on that exists."""
+"""Files that are no GPT-2 are named in the error, with a way on that exists."""
 
 from __future__ import annotations
 

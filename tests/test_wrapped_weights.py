@@ -24,7 +24,7 @@ from small_checkpoints import TINY, assert_same_parameters, random_model, tokens
 
 @pytest.fixture
 def left_out(caplog):
-    """What loading says that it left out; at most one message."""
+    """The tensors that loading left out, by its log; at most one message."""
     caplog.set_level(logging.WARNING, logger="gpt2fast")
 
     def said() -> str:

@@ -31,7 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def examples(name: str) -> Callable[[Callable], Callable]:
-    """How a property is tested on a backend: of the slow interpreter a part will do."""
+    """Settings for testing a property on a backend: fewer examples in the slow interpreter."""
     return lambda test: _examples(test, max(1, EXAMPLES // (3 if name == "triton" else 1)))
 
 

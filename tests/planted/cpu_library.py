@@ -23,7 +23,7 @@ from gpt2fast.ops.native import loaded, unavailable
 
 
 def instruction_set() -> str:
-    """What this machine's kernels run on."""
+    """The instruction set of this machine's kernels."""
     found = loaded()
     if found is None:
         sys.exit(f"no kernels to plant bugs in: {unavailable()}")
