@@ -66,7 +66,7 @@ class GPT2(nn.Module):
         )
         for block in self.blocks:
             block.attn.c_attn.std = block.mlp.c_fc.std = std
-            # What is added to the residual stream (Radford et al., 2019, section 2.3).
+            # Projections into the residual stream (Radford et al., 2019, section 2.3).
             block.attn.c_proj.std = block.mlp.c_proj.std = std / (2 * config.n_layer) ** 0.5
         self.ln_f = LayerNorm(config.n_embd, eps, **factory)
         self.lm_head: OutputProjection | TiedOutputProjection

@@ -243,7 +243,7 @@ def processor_arguments(options: Mapping[str, float]) -> list[float]:
 
 
 def __getattr__(name: str) -> Any:
-    # Of the random numbers, which need torch: a command line answers --help without it.
+    # Names that need torch are imported on demand: a command line answers --help without it.
     if name in __all__:
         return getattr(above("inference.sampling"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

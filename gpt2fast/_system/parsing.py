@@ -215,8 +215,8 @@ class _YamlLimits:
 
     def __init__(self) -> None:
         self.count = 0
-        # Of the mappings and lists around: anchor, values before it, depth within it, its names
-        # (None for a list), and whether a name comes next.
+        # For each mapping or list that is still open: its anchor, number of values before it,
+        # depth within it, names so far (None for a list), and True if a name comes next.
         self.open: list[_Open] = []
         self.sizes: dict[str, tuple[int, int]] = {}  # anchor -> values, depth
 

@@ -244,7 +244,7 @@ def _items_of_array(file: TextIO, path: Path) -> Iterator[Any]:
     text, expected, number = "", "[", 0
     why = "there is no array"
     while True:
-        # As much again as could not be decoded, which keeps the work linear.
+        # Read as much again as is not decoded yet, which keeps the work linear.
         piece = file.read(max(READ_BYTES, len(text)))
         text += piece
         place = 0

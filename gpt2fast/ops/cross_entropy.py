@@ -29,8 +29,8 @@ from .requirements import check_floating, check_indices, check_integers
 from .support import Tensors
 from .triton import triton
 
-# Of logits held at once. Every chunk reads the weight and adds to its gradient, so fewer rows cost
-# more (docs/performance.md).
+# Most bytes of logits to hold at once. Every chunk reads the weight and adds to its gradient, so
+# fewer rows cost more (docs/performance.md).
 _CHUNK_BYTES = 1 << 27
 
 

@@ -44,7 +44,7 @@ def _by_default() -> bool:
     return _suits_the_gpus()
 
 
-# What `torch.compiler.assume_constant_result` sets; that would import the compiler, 1 s, to set it.
+# Set by `torch.compiler.assume_constant_result`, which would import the compiler, 1 s, to do so.
 _by_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
