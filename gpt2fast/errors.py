@@ -46,7 +46,7 @@ def reason_of(error: BaseException, longest: int = 300) -> str:
     """One line that says why something failed: the system's words, the exception's, or its type.
 
     Args:
-        error: what was raised.
+        error: the exception.
         longest: characters of the exception's own words.
     """
     if isinstance(error, OSError) and error.strerror:

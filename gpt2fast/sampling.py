@@ -1,4 +1,4 @@
-"""The options of choosing tokens: names, ranges and neutral values, each once.
+"""The sampling options: names, ranges and neutral values, each defined once.
 
 Everything else follows from the fields of `SamplingOptions`: arguments of the ops that choose
 tokens (`SCHEMA`, `processor_arguments`), flags of the command line, /set in a conversation, files
@@ -34,9 +34,9 @@ class Processor:
     high: float = math.inf
     """The largest value; the smallest is 0."""
     above: bool = False
-    """0 itself is out of range."""
+    """True if 0 itself is out of range."""
     reads_history: bool = False
-    """Scores depend on the tokens before; greedy decoding and beam search apply it, too."""
+    """It depends on earlier tokens; greedy decoding and beam search apply it, too."""
 
     @property
     def kind(self) -> type[float]:
@@ -186,12 +186,12 @@ class SamplingOptions:
 
     @property
     def samples(self) -> bool:
-        """Tokens are drawn at random."""
+        """True if tokens are drawn at random."""
         return self.do_sample and self.temperature != 0
 
     @property
     def reads_history(self) -> bool:
-        """Scores depend on the tokens before, and not on the model's output alone."""
+        """True if scores depend on earlier tokens, and not on the model's output alone."""
         return any(
             value != PROCESSORS[name].neutral for name, value in self.history_processors().items()
         )

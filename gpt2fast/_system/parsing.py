@@ -44,7 +44,7 @@ def parse_json(text: str, *, most_values: int = MOST_VALUES, unique: bool = True
 
     Args:
         text: of JSON; numbers that JSON lacks (NaN, Infinity) are read, as Python writes them.
-        most_values: how many values it may have.
+        most_values: most values that it may have.
         unique: refuse a name that is there twice in one object. Otherwise the last one counts.
 
     Raises:

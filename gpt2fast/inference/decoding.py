@@ -143,7 +143,7 @@ class _Chooser:
     Args:
         state: decoding state that has read the prompts.
         logits: (rows, vocab) of the first tokens.
-        options: how tokens are chosen.
+        options: sampling options.
         random: the numbers to draw with; None takes the likeliest tokens.
         vocab_size: allow only token ids below this; None allows all.
         scoring: the caller reads `logits` after each step.

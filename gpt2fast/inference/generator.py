@@ -50,7 +50,7 @@ class Generator:
 
     Args:
         model, tokenizer: a pair; a tokenizer of transformers or tokenizers will do.
-        window: what happens to a text longer than the model's `n_positions`: "error", the default
+        window: treatment of a text longer than the model's `n_positions`: "error", the default
             here, refuses it in advance, as `GPT2.generate` does; "slide", the default of
             `python -m gpt2fast.generate`, goes on with the newest half of its tokens; "stop" ends
             it there.

@@ -80,7 +80,7 @@ def file_name(part: Part) -> str:
 
 
 def find_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Library:
-    """The library that belongs to these sources, built now if need be.
+    """The library of these sources, built now if necessary.
 
     Args:
         part: of csrc.
@@ -125,7 +125,7 @@ def build_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Librar
     try:
         name = f"{stem}-{sources}-{_compiler_key(find_compiler())}.so"
     except BackendError:
-        # Without a compiler, whichever one built these sources.
+        # Without a compiler, take a build of these sources by any compiler.
         name = f"{stem}-{sources}-*.so"
     for folder in _cache_folders():
         if _why_not_ours(folder):

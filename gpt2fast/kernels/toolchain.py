@@ -100,7 +100,7 @@ def find_toolchain(part: Part = CPU, architectures: Sequence[str] = ()) -> Toolc
     """The compilers and torch's headers; raises `BackendError` saying which is missing.
 
     Args:
-        part: what is to be compiled.
+        part: the part of csrc to compile.
         architectures: of the GPUs to compile for; GPT2FAST_CUDA_ARCHS comes first, and with
             neither it is `ARCHITECTURES`.
     """

@@ -97,7 +97,7 @@ def quantize_weights(
 
 
 class _Rounding:
-    """The matrices quantized so far, and how to quantize the next one."""
+    """The matrices quantized so far, and the settings for the next ones."""
 
     def __init__(
         self,

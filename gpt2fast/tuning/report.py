@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FEWEST_TRIALS = 10
-"""Completed trials from which importances say anything."""
+"""Completed trials that meaningful importances need."""
 
 _BLUE, _GRAY, _ORANGE = "#3b7dd8", "#9a9aa4", "#e07b39"
 

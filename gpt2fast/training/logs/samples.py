@@ -45,7 +45,7 @@ def sample_text(model: GPT2, tokenizer: Tokenizer, prompt: str, tokens: int, see
 
     Args:
         tokens: most tokens to write.
-        seed: what the draws depend on, together with the weights.
+        seed: seed of the draws.
     """
     devices = [model.device] if model.device.type == "cuda" else []
     with keeping_no_copy(model), torch.random.fork_rng(devices):
