@@ -35,7 +35,7 @@ class Work:
     flops: float = 0.0
     """In matrix products; a multiplication and an addition are two."""
     dtype: torch.dtype = torch.bfloat16
-    """Of the products' operands."""
+    """Dtype of the products' operands."""
     tokens: float = 0.0
     """Generated, where it is these that count."""
 
@@ -62,7 +62,7 @@ class Row:
     ratio: float
     """Its time over that of the first way, ours, in the same rounds: above 1, ours is faster."""
     share: float
-    """Of the floor: 1 is as fast as the machine allows."""
+    """Share of the floor: 1 is as fast as the machine allows."""
     rate: float
     unit: str
     peak_bytes: int

@@ -1,10 +1,10 @@
-"""What a call of an op costs where its kernel has next to nothing to compute.
+"""Overhead of a call of an op, measured where its kernel has next to nothing to compute.
 
     python benchmarks/dispatch.py                      microseconds, of this checkout
     python benchmarks/dispatch.py --against CHECKOUT   and of another one, processes in turns
 
 Figures are CPU time of the calling thread, the least of many rounds, since other programs slow a
-round and never quicken it; the ratio is the median of those of neighbouring processes.
+round and never quicken it; the ratio is the median of those of neighboring processes.
 """
 
 from __future__ import annotations

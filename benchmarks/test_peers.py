@@ -32,7 +32,7 @@ _ROUNDS = 3
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """Where the model is; llama.cpp's files hold its tokenizer."""
+    """Folder of the model, with its tokenizer, which llama.cpp's files hold as well."""
     data = Path(os.environ.get("GPT2FAST_DATA", _PEERS.parents[2] / "shared" / "data"))
     if not (data / "gpt2").is_dir():
         pytest.skip(f"no vocabulary of GPT-2: {data / 'gpt2'} is not a folder (set GPT2FAST_DATA)")

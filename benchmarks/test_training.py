@@ -82,7 +82,7 @@ def _missing(name: str) -> str | None:
 
 
 def _operations(shape: Shape) -> float:
-    """Of the products of a step: forward, and twice as many backward; attention left out."""
+    """FLOPs of the products of a step: forward, and twice as many backward; without attention."""
     weights = 12 * shape.layers * shape.width**2 + shape.vocab * shape.width
     return 6.0 * weights * shape.batch * shape.time
 

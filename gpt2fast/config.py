@@ -14,7 +14,7 @@ CONFIG_FILE = "config.json"
 """The file of a model's folder that holds its configuration."""
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
-"""The activations that there are, by the names that ops give them."""
+"""The supported activations, by the names that ops give them."""
 
 _SAME_ACTIVATION = {
     "gelu_fast": "gelu_new",
@@ -26,7 +26,7 @@ _SAME_ACTIVATION = {
 }
 
 ACTIVATION_NAMES = (*ACTIVATIONS, *_SAME_ACTIVATION)
-"""All names that a configuration may give them, which are transformers'."""
+"""All names that a configuration may give activations, which are transformers'."""
 
 _OTHER_NAMES = {
     "hidden_size": "n_embd",
@@ -34,7 +34,7 @@ _OTHER_NAMES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-"""Names that all of transformers' models share, and GPT-2's own for the same sizes."""
+"""Names that transformers' models have in common, and GPT-2's own for the same sizes."""
 
 # Far above any GPT-2, far below what overflows an index: a corrupted size fails here, by name.
 _LARGEST = {"n_layer": 1 << 12}
@@ -293,11 +293,11 @@ BLOCK_PARAMETERS = tuple(block_shapes(1, 1))
 """The names of a block's parameters."""
 
 BLOCK_MATRICES = tuple(name for name, shape in block_shapes(1, 1).items() if len(shape) == 2)
-"""Those of its projections' weights."""
+"""The names of the weights of a block's projections."""
 
 
 def plain_activation(name: str) -> str:
-    """Which of `ACTIVATIONS` one of `ACTIVATION_NAMES` means."""
+    """The one of `ACTIVATIONS` that this one of `ACTIVATION_NAMES` stands for."""
     return _SAME_ACTIVATION.get(name, name)
 
 

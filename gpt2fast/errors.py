@@ -32,7 +32,7 @@ def shown(value: object, longest: int = 80) -> str:
         longest: characters; what is longer is cut.
     """
     if isinstance(value, (str, bytes)):
-        value = value[: longest + 1]  # not a gigabyte of escapes that are cut afterwards
+        value = value[: longest + 1]  # not a gigabyte of escapes that are cut afterward
     elif type(value) is int and value.bit_length() > 4 * longest:
         return f"an integer of {value.bit_length()} bits"  # whose digits Python may not write
     try:
@@ -43,10 +43,10 @@ def shown(value: object, longest: int = 80) -> str:
 
 
 def reason_of(error: BaseException, longest: int = 300) -> str:
-    """Why something failed, in one line: in the system's words, the exception's, or by its type.
+    """One line that says why something failed: the system's words, the exception's, or its type.
 
     Args:
-        error: what was raised.
+        error: the exception.
         longest: characters of the exception's own words.
     """
     if isinstance(error, OSError) and error.strerror:
@@ -71,7 +71,7 @@ UTF8_LOCALE = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
 
 
 def why_not_written(name: object) -> str | None:
-    """Why the name of a file cannot be written down in a text, and what to do; None if it can.
+    """A reason not to write the name of a file in a text, and a remedy; None where there is none.
 
     Python decodes bytes that are not in the locale's encoding as lone surrogates.
     """

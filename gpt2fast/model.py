@@ -33,7 +33,7 @@ from .nn.vocabulary import resize_token_embeddings
 class GPT2(nn.Module):
     """GPT-2 with a language-model head.
 
-    Its modules have the names of transformers' `GPT2LMHeadModel` and see what they see there:
+    Its modules have the names of transformers' `GPT2LMHeadModel` and see the same tensors:
     hooks, parametrizations, and modules or a `forward` put in their place act in every pass and in
     every step of decoding. Weights are read without calling modules only where nothing can tell.
 
@@ -66,7 +66,7 @@ class GPT2(nn.Module):
         )
         for block in self.blocks:
             block.attn.c_attn.std = block.mlp.c_fc.std = std
-            # What is added to the residual stream (Radford et al., 2019, section 2.3).
+            # Projections into the residual stream (Radford et al., 2019, section 2.3).
             block.attn.c_proj.std = block.mlp.c_proj.std = std / (2 * config.n_layer) ** 0.5
         self.ln_f = LayerNorm(config.n_embd, eps, **factory)
         self.lm_head: OutputProjection | TiedOutputProjection
@@ -93,7 +93,7 @@ class GPT2(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
@@ -106,7 +106,7 @@ class GPT2(nn.Module):
         """(vocab, width) output projection: the token embedding where they are tied.
 
         Raises:
-            ArgumentError: a module in the embedding's place holds not one such table.
+            ArgumentError: the module in the embedding's place does not hold exactly one such table.
         """
         if self.config.tie_word_embeddings:
             return table_of(self.wte, (self.config.vocab_size, self.config.n_embd))
@@ -114,7 +114,7 @@ class GPT2(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a step for one token reads: all but tables to look up rows in."""
+        """Bytes of weights that a step for one token reads: all but tables used by row."""
         tables = [self.wpe] if self.config.tie_word_embeddings else [self.wpe, self.wte]
         looked_up = sum(p.nbytes for table in tables for p in table.parameters())
         return sum(p.nbytes for p in self.parameters()) - looked_up
@@ -208,12 +208,12 @@ class GPT2(nn.Module):
         return self.lm_head(hidden)
 
     def _reads_projection(self) -> bool:
-        """True where logits are a product with `projection`, and no module has to be called."""
+        """True if logits are a product with `projection`, and no module has to be called."""
         plain = is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
         return plain and getattr(self.lm_head, "model", self) is self
 
     def _apply(self, fn: Any, recurse: bool = True) -> GPT2:
-        super()._apply(fn, recurse)  # what .to(), .cuda(), .half() and the like do
+        super()._apply(fn, recurse)  # called by .to(), .cuda(), .half() and the like
         weights_moved(self)
         return self
 
@@ -224,7 +224,7 @@ class GPT2(nn.Module):
     def new_cache(
         self, batch_size: int, max_length: int | None = None, dtype: torch.dtype | None = None
     ) -> KVCache:
-        """An empty cache; arguments as of `KVCache.of`, without a dtype in the model's."""
+        """An empty cache; arguments as of `KVCache.of`; the dtype is the model's by default."""
         return KVCache.of(self.config, batch_size, max_length, dtype or self.dtype, self.device)
 
     def generate(
@@ -237,7 +237,7 @@ class GPT2(nn.Module):
     def decode_step(
         self, tokens: Tensor, cache: KVCache, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Append one token to each row of a cache; gives the logits (B, vocab) of the next.
+        """Append one token to each row of a cache; returns the logits (B, vocab) of the next.
 
         Arguments as of `inference.engine.decode_step`.
         """
@@ -252,7 +252,7 @@ class GPT2(nn.Module):
         return above("inference.packing").can_be_packed(self)
 
     def pack(self, *, release: bool = False) -> Any:
-        """A `PackedGPT2`: a copy for inference whose weights lie as a step reads them.
+        """A `PackedGPT2`: a copy for inference, its weights in the order of a step's reads.
 
         Args:
             release: free this model's parameters on the way, so that there is never more than one
@@ -279,7 +279,7 @@ class GPT2(nn.Module):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Embedding:
-        """Another number of tokens, in place; see `nn.vocabulary.resize_token_embeddings`."""
+        """Change the number of tokens, in place; see `nn.vocabulary.resize_token_embeddings`."""
         return resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The options of choosing tokens: names, ranges and neutral values, each once.
+"""The sampling options: names, ranges and neutral values, each defined once.
 
 Everything else follows from the fields of `SamplingOptions`: arguments of the ops that choose
 tokens (`SCHEMA`, `processor_arguments`), flags of the command line, /set in a conversation, files
@@ -34,9 +34,9 @@ class Processor:
     high: float = math.inf
     """The largest value; the smallest is 0."""
     above: bool = False
-    """0 itself is out of range."""
+    """True if 0 itself is out of range."""
     reads_history: bool = False
-    """Scores depend on the tokens before; greedy decoding and beam search apply it, too."""
+    """It depends on earlier tokens; greedy decoding and beam search apply it, too."""
 
     @property
     def kind(self) -> type[float]:
@@ -95,7 +95,7 @@ def _number(
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How continuations are chosen. Names and meaning are transformers'; `None` switches off.
+    """Options for choosing the next tokens. Names and meaning are transformers'; None is off.
 
     Raises:
         GenerationError: a value out of its range, or options that contradict each other.
@@ -186,12 +186,12 @@ class SamplingOptions:
 
     @property
     def samples(self) -> bool:
-        """Tokens are drawn at random."""
+        """True if tokens are drawn at random."""
         return self.do_sample and self.temperature != 0
 
     @property
     def reads_history(self) -> bool:
-        """Scores depend on the tokens before, and not on the model's output alone."""
+        """True if scores depend on earlier tokens, and not on the model's output alone."""
         return any(
             value != PROCESSORS[name].neutral for name, value in self.history_processors().items()
         )
@@ -243,7 +243,7 @@ def processor_arguments(options: Mapping[str, float]) -> list[float]:
 
 
 def __getattr__(name: str) -> Any:
-    # Of the random numbers, which need torch: a command line answers --help without it.
+    # Names that need torch are imported on demand: a command line answers --help without it.
     if name in __all__:
         return getattr(above("inference.sampling"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

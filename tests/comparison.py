@@ -57,7 +57,7 @@ TRITON_BACKENDS = [
 CUDA_BACKENDS = [
     each for each in BACKENDS if getattr(each, "values", ()) in (("simulator",), ("cuda",))
 ]
-"""Where the CUDA kernels run."""
+"""Backends that run the CUDA kernels."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -34,7 +34,7 @@ class FakeCompiler:
 
     @property
     def links(self) -> int:
-        """How many libraries it has made."""
+        """Number of libraries that it has made."""
         return sum(" -shared " in call for call in self.calls)
 
     def behave(self, how: str) -> None:

@@ -143,7 +143,7 @@ def optimizer_digest(folder: Path) -> dict[str, str]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Which parts of two outcomes differ, and how."""
+    """Differences between the parts of two outcomes, in words."""
     return [
         f"{name}: {ours.get(name)!s:.300} instead of {theirs.get(name)!s:.300}"
         for name in sorted({*ours, *theirs})
@@ -156,7 +156,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Stop:
-    """How a run is stopped: `kind` of stop, and when.
+    """A way to stop a run: `kind` of stop, and its time.
 
     kind: KILL, TERM, INT (signals); refused (one change is answered with "no space left"), small
         (no file may grow longer than `size` bytes), full (the disk has `size` bytes left).
@@ -179,7 +179,7 @@ class Stop:
 
 def watch_changes(folder: Path, change: Callable[[str, str], None]) -> None:
     """Call `change` before everything that this process opens for writing, makes, renames, removes
-    or synchronises below `folder`, with what and where. Cannot be undone: for forks."""
+    or synchronizes below `folder`, with what and where. Cannot be undone: for forks."""
     inside = os.path.realpath(folder)
 
     def place(path: Any, directory: Any = None) -> str | None:
@@ -267,7 +267,7 @@ def small_disk(folder: Path, megabytes: int = 8) -> Iterator[Path]:
 
 @dataclass
 class Ended:
-    """How one process ended, and what it said on standard error."""
+    """Exit of one process, with its standard error."""
 
     code: int
     """Exit code; minus the signal that ended it."""
@@ -385,7 +385,7 @@ class Broken(AssertionError):
 
 
 def resumption(settings: dict[str, object]) -> list[str]:
-    """What a user types next: --resume, or all anew where no checkpoint had been made."""
+    """Arguments that a user gives next: --resume, or all anew if there is no checkpoint."""
     out = Path(str(settings["out"]))
     if newest_checkpoint(out / "checkpoints") is not None:
         return [f"--resume={out}"]
@@ -520,7 +520,7 @@ class Trial:
         return self._straight[key]
 
     def count(self, recipe: str) -> int:
-        """How many changes the straight run makes."""
+        """Number of changes that the uninterrupted run makes."""
         out = self.folder / f"counted-{recipe}"
         count = len(changes(self.forks, self.settings(recipe, out)))
         shutil.rmtree(out)

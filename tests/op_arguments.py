@@ -16,7 +16,7 @@ SHAPE = ModelShape(2, 32, 64, 40, 16, "gelu_new", 1e-5, (0.25, 0.25), True)
 
 
 def arguments() -> dict[str, dict[str, object]]:
-    """Of every public op, arguments that it takes, fresh ones in each call."""
+    """Valid arguments for every public op, made anew in each call."""
     x, w, b = torch.randn(3, 8), torch.randn(8, 8), torch.randn(8)
     heads = torch.randn(2, 3, 2, 8)
     cache = torch.zeros(2, 6, 2, 8)

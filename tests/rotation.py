@@ -17,7 +17,7 @@ import zlib
 import pytest
 
 # Tests with many combinations, and into how many parts they are cut. What is one test in each of
-# several backends and dtypes is cut, too: neighbouring combinations find most of each other's bugs.
+# several backends and dtypes is cut, too: neighboring combinations find most of each other's bugs.
 PARTS = {
     "test_embedding.py::test_matches_torch": 3,
     "test_cross_entropy.py::test_matches_torch_at_odd_shapes": 3,
@@ -79,7 +79,7 @@ def day() -> int:
 
 
 def takes_all(config: pytest.Config) -> bool:
-    """Whether every combination was asked for."""
+    """True if every combination was asked for."""
     return (
         _is_set("GPT2FAST_TEST_ALL")
         or config.option.markexpr not in ("", "not slow")
@@ -88,7 +88,7 @@ def takes_all(config: pytest.Config) -> bool:
 
 
 def runs_today(name: str, today: int, fast: bool = False) -> bool:
-    """Whether a test is in the part of that day.
+    """True if a test is in the part of that day.
 
     Args:
         name: its node id.
@@ -121,7 +121,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def header(config: pytest.Config) -> str:
-    """What a run's header says of it."""
+    """The line about it in a run's header."""
     if takes_all(config) and not _is_set("GPT2FAST_TEST_FAST"):
         return "combinations: all"
     return f"combinations: the part of GPT2FAST_TEST_DAY={day()} (GPT2FAST_TEST_ALL=1 runs all)"

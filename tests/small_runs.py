@@ -84,7 +84,7 @@ CLOCK_AND_MACHINE = ("tokens_per_second", "elapsed_seconds", "mfu", "memory_gib"
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """What a run did, without what the clock says."""
+    """Results of a run, without those that depend on the clock."""
     log = [{k: v for k, v in row.items() if k not in CLOCK_AND_MACHINE} for row in rows(out)]
     return {
         "weights": digest(out / "model.safetensors"),

@@ -116,7 +116,7 @@ def test_errors_of_the_library_name_commands_as_the_user_calls_them(monkeypatch,
 def test_similar_names_are_proposed():
     known = ["--max-steps", "--max-hours"]
     assert did_you_mean("--max-step", known) == "; did you mean --max-steps?"
-    assert did_you_mean("--colour", known) == ""
+    assert did_you_mean("--color", known) == ""
 
 
 def test_an_unknown_option_is_one_line_with_a_proposal(capsys):

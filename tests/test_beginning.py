@@ -1,4 +1,4 @@
-"""What an empty prompt begins with: transformers' `bos_token_id`, where there is one."""
+"""The token that an empty prompt begins with: transformers' `bos_token_id`, if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pytest says of benchmarks where what they are measured with is not installed."""
+"""pytest's messages where the packages that benchmarks compare with are not installed."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def test_without_a_writable_home_a_temporary_folder_serves(compiler, tmp_path, m
 
 @pytest.fixture
 def temporary(compiler, tmp_path, monkeypatch) -> Path:
-    """Where the cache in the shared temporary folder is, with a library in it."""
+    """Path of the cache in the shared temporary folder, with a library in it."""
     monkeypatch.delenv("GPT2FAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nobody/writes/here")
     monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))

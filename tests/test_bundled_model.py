@@ -1,4 +1,4 @@
-"""What the card of the bundled model says, held against the files."""
+"""The bundled model's card, compared with its files."""
 
 from __future__ import annotations
 

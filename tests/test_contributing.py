@@ -23,7 +23,7 @@ MARKERS = {
     "A dtype": r"DType::bfloat16|ScalarType::BFloat16|torch\.bfloat16",
     "A command": r"\bgpt2fast\.doctor\b|\bcli\.doctor\b",
 }
-"""What the source files name that a change of a kind touches: an existing one of that kind."""
+"""By kind of change, the name of an existing example, which all source files it touches contain."""
 
 EXCEPT = {
     "An op": {

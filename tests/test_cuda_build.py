@@ -129,7 +129,7 @@ def test_nvcc_and_the_simulator_read_the_same_kernels():
 
 
 def files_read(part: Part) -> set[Path]:
-    """What the compiler of a part opens for the launchers."""
+    """Files that the compiler of a part opens for the launchers."""
     folder, toolchain = source_folder(), find_toolchain(part)
     read = set()
     for unit in sorted((folder / "launch").glob("*.cu")):

@@ -397,7 +397,7 @@ def test_text_that_begins_like_another_kind_is_text(tmp_path, text):
 
 
 def test_records_are_found_by_what_is_in_a_file(tmp_path, records):
-    """Where no name says it: standard input, a zip archive's file, unknown suffixes."""
+    """Inputs whose name does not tell: standard input, a zip archive's file, unknown suffixes."""
     bpe = {"tokenizer": "bpe", "vocab_size": 300}
     for kind in ("csv", "tsv", "array", "jsonl"):
         path = save(kind, tmp_path / f"the {kind}.data", DOCUMENTS)

@@ -148,7 +148,7 @@ def test_random_windows_cover_the_text_evenly(tmp_path):
     found = torch.bincount(starts // 100, minlength=10).double()
     # chi-squared with 9 degrees of freedom: 27.9 is passed once in a thousand
     assert found.numel() == 10 and ((found - 4000) ** 2 / 4000).sum() < 27.9
-    # neighbours in time are not neighbours in the text
+    # neighbors in time are not neighbors in the text
     pairs = torch.corrcoef(torch.stack([starts[:-1], starts[1:]]).double())
     assert abs(pairs[0, 1]) < 4 / 40_000**0.5
 

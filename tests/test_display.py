@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a panel on a terminal, lines when piped."""
+"""The display of a run: a panel on a terminal, lines when piped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def panel_lines(panel: Any, width: int) -> list[str]:
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """What time.perf_counter says to the display."""
+    """The time that the display reads from time.perf_counter."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""What `evaluate` says of a training run: the part it held out, and text that it has seen.
+"""`evaluate` on training runs: the part held out, and warnings of text seen in training.
 
 The right losses are sums over the token files, written out here.
 """

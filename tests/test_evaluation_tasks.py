@@ -1,4 +1,4 @@
-"""What the tasks read, and what they make of it."""
+"""The tasks' readers and scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no GPT-2 of ours is named, with a way on that exists."""
+"""Files that are no GPT-2 are named in the error, with a way on that exists."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_an_old_configuration_of_another_architecture_is_not_taken_for_a_gpt2(tm
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", None, 3])
-def test_weights_that_others_quantised_are_told_before_their_names_are(tmp_path, method):
+def test_weights_that_others_quantized_are_told_before_their_names_are(tmp_path, method):
     random_model().save_pretrained(tmp_path)
     write_config(tmp_path, quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(Error, match=r"config\.json: the weights are quantized .*dequantize"):

@@ -32,7 +32,7 @@ def say(folder, **values):
 
 
 def both(folder, **options):
-    """What ours and transformers' generate give for the prompt."""
+    """Results of our and transformers' generate for the prompt."""
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     options = {"max_new_tokens": 12, "do_sample": False, **options}
     expected = theirs.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **options)
@@ -131,7 +131,7 @@ def test_old_settings_in_config_json_are_named_where_transformers_takes_them(fol
 
 @pytest.mark.parametrize("content", [{}, {"eos_token_id": None}, {"pad_token_id": 0}, {"eos": 1}])
 def test_without_an_end_token_in_it_config_json_has_none_either(folder, content):
-    """As in transformers, which is asked here."""
+    """transformers, which is asked here, agrees."""
     values = json.loads((folder / "config.json").read_text())
     ids = torch.tensor([[1, 2, 3]])
     (folder / "generation_config.json").unlink(missing_ok=True)

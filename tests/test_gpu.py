@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, devices, and that nothing waits for the host."""
+"""Tests that need a GPU: streams, graphs, devices, and that nothing waits for the host."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def model() -> GPT2:
 
 
 class Graph:
-    """As a CUDA graph: reads and writes what it was captured with, wherever that lies by then."""
+    """Stand-in for a CUDA graph: reads and writes at the addresses of its capture."""
 
     def __init__(self, steps: graphs.CapturedStep):
         self.steps, self.weights = steps, list(steps._weights)
@@ -60,7 +60,7 @@ class Graph:
 
 @dataclass
 class Seen:
-    """What happened."""
+    """Record of captures and replays."""
 
     captured: list[int] = field(default_factory=list)
     """Rows of each graph that was captured."""

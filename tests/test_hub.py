@@ -96,7 +96,7 @@ def test_the_bundled_model_loads():
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download needs."""
+    """The part of the hub's protocol that a download needs."""
 
     files: dict[str, bytes] = {}
     requested: list[str] = []

@@ -25,7 +25,7 @@ CONFIG = replace(TINY, eos_token_id=None, dropout=None)
 
 
 def model_file(path: Path, model: GPT2, *, rows: int = 128, **header: int) -> Path:
-    """As write_model of llm.c's train_gpt2.py: layers of a kind after each other, (out, in)."""
+    """Write a model like write_model of llm.c's train_gpt2.py: by kind of tensor, (out, in)."""
     config, state = model.config, model.state_dict()
     fields = {
         "magic": 20240326,
@@ -149,7 +149,7 @@ def test_the_command_lines_take_a_model_file(tmp_path, capsys):
 
 
 def tokenizer_file(folder: Path, tokenizer: BPETokenizer, version: int = 2) -> Path:
-    """As write_tokenizer of llm.c's train_gpt2.py."""
+    """Write a tokenizer like write_tokenizer of llm.c's train_gpt2.py."""
     end = tokenizer.eos_token_id
     bytes_of = {character: bytes([byte]) for byte, character in BYTE_TO_CHAR.items()}
     tokenizer.save_pretrained(folder / "saved")

@@ -1,4 +1,4 @@
-"""What a run writes down: rows, TensorBoard, samples of text, MFU."""
+"""Logs of a run: rows, TensorBoard, samples of text, MFU."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_a_log_that_fails_to_open_leaves_none_open(config, tmp_path, monkeypatch
 
 
 def events(folder: Path) -> Any:
-    """What TensorBoard itself reads from a folder."""
+    """Events that TensorBoard itself reads from a folder."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
     found.Reload()
@@ -447,7 +447,7 @@ def test_training_is_bit_for_bit_the_same_with_every_log_on(tmp_path):
 
 
 def packed_models() -> int:
-    """How many there are in this process."""
+    """Number of packed models in this process."""
     gc.collect()
     return sum(type(thing) is PackedGPT2 for thing in gc.get_objects())
 

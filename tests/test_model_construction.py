@@ -1,4 +1,4 @@
-"""How models come to be: from other configurations, without storage, under other names."""
+"""Construction of models: from other configurations, without storage, under other names."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_model_without_storage_gives_shapes(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_is_initialized_after_it_was_given_storage(tied):
-    """As FSDP and the like do: each module that has `reset_parameters` is told to."""
+    """FSDP and the like call `reset_parameters` of each module that has one."""
     config = replace(CONFIG, dropout=None, tie_word_embeddings=tied)
     with torch.device("meta"):
         model = GPT2(config)

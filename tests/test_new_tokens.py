@@ -264,7 +264,7 @@ def test_a_padded_vocabulary_has_room(base, capsys):
 
 
 def test_a_tokenizer_that_grew_beside_the_checkpoint(base):
-    """As `tokenizer.add_special_tokens` without `model.resize_token_embeddings` leaves it."""
+    """After `tokenizer.add_special_tokens` without `model.resize_token_embeddings`."""
     BPE.with_tokens(NEW).save_pretrained(base.init_from)
     train(changed(base, add_tokens=None, max_steps=1))
     assert GPT2.from_pretrained(base.out).config.vocab_size == OLD + 2

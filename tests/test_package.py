@@ -1,4 +1,4 @@
-"""What is installed, and what importing it costs."""
+"""Contents of the installed package, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_importing_gpt2fast_loads_nothing_that_only_some_calls_need():
 
 
 def run_here(code: str) -> str:
-    """What a new interpreter prints that runs `code` and finds this tree."""
+    """Output of a new interpreter that runs `code` and finds this tree."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -159,7 +159,7 @@ def test_the_source_distribution_holds_what_a_build_needs(tree: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def metadata(wheel: Path) -> Message:
-    """What the wheel says about itself."""
+    """The wheel's metadata."""
     with zipfile.ZipFile(wheel) as archive:
         (path,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         return HeaderParser().parsestr(archive.read(path).decode("utf-8"))
@@ -206,7 +206,7 @@ def test_the_constraints_hold_everything_that_is_installed(metadata: Message):
 
 
 def _applies(requirement: str) -> bool:
-    """Whether a requirement without extras is one for this Python on this platform."""
+    """True if a requirement without extras is for this Python on this platform."""
     marker = Requirement(requirement).marker
     return marker is None or marker.evaluate({"extra": ""})
 

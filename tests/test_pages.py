@@ -44,7 +44,7 @@ EXTRAS = {
     'pip install "gpt2fast[logs]"': ("matplotlib", "tensorboard"),
     'pip install "gpt2fast[tune]"': ("matplotlib", "optuna"),
 }
-"""Commands that install, which are not run, and what is there afterwards."""
+"""Commands that install, which are not run, and what is there afterward."""
 
 SHORTER = {"max_steps=50": "max_steps=2, batch_size=2, block_size=16, eval_batches=1"}
 """Text of snippets, and what stands in for it."""
@@ -52,10 +52,10 @@ SHORTER = {"max_steps=50": "max_steps=2, batch_size=2, block_size=16, eval_batch
 BEFORE = {
     "data": "gpt2fast prepare book.txt --tokenizer char --out data/book",
 }
-"""What a page's snippets of Python find done."""
+"""Commands to run before a page's snippets of Python."""
 
 SECONDS = 60.0
-"""Of one core, for everything in a first block but installing."""
+"""Time on one core for everything in a first block but installing."""
 
 PAGES = {name: fences(ROOT / "docs" / f"{name}.md") for name in BEGIN_WITH_A_MINUTE}
 SNIPPETS = [
@@ -137,7 +137,7 @@ def test_no_exception_outlives_its_text():
 
 
 def _skip_without(installation: str) -> None:
-    """What the command would install is here, and is an extra of this project."""
+    """Skip unless the packages of the command are here; they must be an extra of this project."""
     extra = re.search(r"\[(\w+)\]", installation)
     assert extra is not None
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

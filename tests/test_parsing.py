@@ -66,7 +66,7 @@ JSON = {
 
 
 def told(kind: type[Exception], read, *arguments: object) -> str:
-    """What `read` says; it takes little time and memory to do so."""
+    """The message of the error of `read`, which takes little time and memory."""
     tracemalloc.start()
     start = time.process_time()
     try:

@@ -1,4 +1,4 @@
-"""Quantised weights: how good they are, and that files of them are read back or refused."""
+"""Quantized weights: how good they are, and that files of them are read back or refused."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_feedback_and_searched_scales_each_lower_the_error_of_the_outputs(group)
 
 
 def test_padding_changes_nothing():
-    """What is rounded in a group that K does not fill is what zeros after it would give."""
+    """An incomplete group is rounded as if it were filled up with zeros."""
     weight = torch.randn(70, 9)
     padded = torch.cat([weight, torch.zeros(26, 9)])
     for bits, group in ((8, 64), (4, 32)):
@@ -317,7 +317,7 @@ def test_a_model_without_weights_or_with_broken_ones_is_told(model):
 
 
 GATE = {"int8": 0.003, "int4": 0.02}
-"""How much higher than in float32 the perplexity on held-out text may be."""
+"""Largest rise of the perplexity on held-out text over float32."""
 
 
 def perplexity(

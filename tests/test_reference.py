@@ -1,4 +1,4 @@
-"""What is public is documented, and the API reference builds."""
+"""Public names are documented, and the API reference builds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FACTORY = {"device", "dtype"}
 """Keywords that every module takes, as torch's do."""
 
 ELSEWHERE = re.compile(r"\b[Aa]s (`|for|of|in)|[Aa]rguments|\bsee\b")
-"""How a docstring says that another one lists the arguments."""
+"""Words by which a docstring refers to another one for the arguments."""
 
 SHAPE = re.compile(r"\([^()]*,[^()]*\)")
 """(B, T, vocab), (N,)."""

@@ -147,11 +147,11 @@ def test_the_page_is_readable_in_light_and_dark(two, tmp_path):
     page = page_of(two, tmp_path)
     source = (tmp_path / "page.html").read_text()
     assert "color-scheme: light dark" in source and "currentColor" in source
-    # What matplotlib draws is in the page's own colour, or in those of the runs.
+    # What matplotlib draws is in the page's own color, or in those of the runs.
     drawn = {
-        colour
+        color
         for _, attributes in page.elements
-        for colour in re.findall(r"#[0-9a-f]{6}\b", attributes.get("style") or "")
+        for color in re.findall(r"#[0-9a-f]{6}\b", attributes.get("style") or "")
     }
     assert drawn == {"#3b7dd8", "#e07b39"}
 
@@ -186,8 +186,8 @@ def test_a_picture_is_written(two, tmp_path):
 
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.format == "PNG" and picture.width == 1320
-        colours = {c for _, c in picture.convert("RGB").getcolors(1 << 24)}
-    assert {(0x3B, 0x7D, 0xD8), (0xE0, 0x7B, 0x39)} <= colours  # both runs were drawn
+        colors = {c for _, c in picture.convert("RGB").getcolors(1 << 24)}
+    assert {(0x3B, 0x7D, 0xD8), (0xE0, 0x7B, 0x39)} <= colors  # both runs were drawn
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_row_with_every_token_banned_gives_token_zero():
         assert chosen.tolist() == [0, 0]
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_its_neighbors():
     scores, history = random_scores(), random_history()
     uniform = torch.rand(6, generator=seeded(5))
     options = CHAINED[1]

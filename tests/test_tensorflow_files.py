@@ -300,7 +300,7 @@ def test_a_damaged_index_is_one_error(tmp_path, compressed):
 
 
 def test_damage_behind_the_checksums_is_one_error(tmp_path):
-    """As above, where each block has the checksum of what it holds."""
+    """The same damage, with checksums of the damaged blocks."""
     generator = random.Random(1)
     entries = {b"": b"\x08\x01\x1a\x02\x08\x01", b"a": b"\x08\x01\x12\x02\x12\x00\x28\x04"}
     (tmp_path / "x.data-00000-of-00001").write_bytes(b"\0" * 4)

@@ -390,7 +390,7 @@ def test_training_sees_no_long_word_and_all_of_the_text(runs):
 
 
 def nanogpt_meta(path: Path, text: str, protocol: int = 4, **changes: object) -> dict[str, int]:
-    """As nanoGPT's data/shakespeare_char/prepare.py writes it."""
+    """Write meta.pkl like nanoGPT's data/shakespeare_char/prepare.py."""
     characters = sorted(set(text))
     ids = {character: id for id, character in enumerate(characters)}
     meta = {"vocab_size": len(ids), "itos": dict(enumerate(characters)), "stoi": ids}

@@ -1,4 +1,4 @@
-"""When a run ends, what it says when its numbers break, and what it takes."""
+"""Ends of runs, errors for numbers that are not finite, and memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(tmp_path) -> TrainConfig:
 
 @pytest.fixture
 def told(caplog):
-    """What the library logs."""
+    """Messages that the library logs."""
     with caplog.at_level(logging.INFO, "gpt2fast"):
         yield caplog
 

@@ -175,7 +175,7 @@ def optuna():
 
 @pytest.fixture
 def arguments(optuna, text, tmp_path) -> list[str]:
-    """Of a study of the learning rate in tmp_path/study."""
+    """Arguments of a study of the learning rate in tmp_path/study."""
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump(LR))
     names = ["--space", str(space), "--data", str(text), "--out", str(tmp_path / "study")]

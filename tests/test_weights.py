@@ -181,7 +181,7 @@ def test_an_impossible_dtype_is_refused(tmp_path, dtype):
         GPT2.from_pretrained(tmp_path, dtype=dtype)
 
 
-def test_quantised_weights_are_refused(tmp_path):
+def test_quantized_weights_are_refused(tmp_path):
     state = random_model().state_dict()
     state["h.0.mlp.c_fc.weight"] = torch.ones(24, 96, dtype=torch.int8)
     torch.save(state, tmp_path / "weights.pt")

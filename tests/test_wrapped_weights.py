@@ -24,7 +24,7 @@ from small_checkpoints import TINY, assert_same_parameters, random_model, tokens
 
 @pytest.fixture
 def left_out(caplog):
-    """What loading says that it left out; at most one message."""
+    """The tensors that loading left out, by its log; at most one message."""
     caplog.set_level(logging.WARNING, logger="gpt2fast")
 
     def said() -> str:
@@ -53,7 +53,7 @@ def transformers_config(**changes):
     return transformers.GPT2Config(**{**TINY.to_dict(), "pad_token_id": 0, **changes})
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,7 +79,7 @@ def test_the_body_of_every_class_of_transformers_loads(tmp_path, head, saved, le
     config = transformers_config(num_labels=1 if "Double" in head else 5)
     if head == "GPT2ForQuestionAnswering":
         config.num_labels = 2
-    theirs = randomise(getattr(transformers, head)(config))
+    theirs = randomize(getattr(transformers, head)(config))
     if saved == "save_pretrained":
         theirs.save_pretrained(tmp_path)
         model = GPT2.from_pretrained(tmp_path)
@@ -167,7 +167,7 @@ class Trained(nn.Module):
 def test_what_torch_wraps_around_a_model(tmp_path):
     from transformers import GPT2LMHeadModel
 
-    theirs = randomise(GPT2LMHeadModel(transformers_config()))
+    theirs = randomize(GPT2LMHeadModel(transformers_config()))
     plain = load_state(tmp_path, theirs.state_dict())
     for wrapped in (
         nn.DataParallel(theirs),
@@ -237,7 +237,7 @@ def test_adapters_that_are_not_merged_are_refused_and_merged_ones_load(tmp_path)
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2LMHeadModel
 
-    theirs = randomise(GPT2LMHeadModel(transformers_config()))
+    theirs = randomize(GPT2LMHeadModel(transformers_config()))
     adapted = get_peft_model(
         theirs, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     )
@@ -309,7 +309,7 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     config = EncoderDecoderConfig.from_encoder_decoder_configs(
         transformers_config(), transformers_config()
     )
-    theirs = randomise(EncoderDecoderModel(config))
+    theirs = randomize(EncoderDecoderModel(config))
     with pytest.raises(WeightsError, match=r"2 GPT-2s that differ: 'encoder\..* 'decoder\."):
         load_state(tmp_path, theirs.state_dict())
     with pytest.raises(WeightsError, match="cross-attention"):

@@ -27,7 +27,7 @@ def settings_of(name: str, today: int) -> dict[str, str]:
 
 
 class ThreadOrder:
-    """What holds for the test that runs now, and whether it used the simulator at all."""
+    """Order of threads in the current test, and a flag that it used the simulator."""
 
     def __init__(self) -> None:
         self.simulated = False
@@ -40,7 +40,7 @@ class ThreadOrder:
         return settings_of(name, today)
 
     def explanation(self) -> str:
-        """How to run the test once more under the same order; empty if nothing was simulated."""
+        """Settings that repeat the test under the same order; empty if nothing was simulated."""
         if not self.simulated:
             return ""
         chosen = [f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name)]

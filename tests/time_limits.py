@@ -1,4 +1,4 @@
-"""How long a test may take, and wait for other processes: one rule, by the speed of the machine.
+"""Limits of time for tests and their waits for other processes, by the speed of the machine.
 
 GPT2FAST_TEST_PATIENCE=3    three times as long as this machine seems to need
 """
@@ -34,7 +34,7 @@ def _work() -> float:
 
 
 class Clock:
-    """How much slower than a quiet core this machine is now, measured once a minute."""
+    """Measures once a minute by which factor this machine is slower than a quiet core."""
 
     def __init__(self) -> None:
         self._measured = -60.0

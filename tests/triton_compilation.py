@@ -36,7 +36,7 @@ from gpt2fast.ops.triton import tuning
 
 
 class Driver:
-    """Of one GPU that compiles kernels and runs none."""
+    """Driver of a GPU that compiles kernels and runs none."""
 
     def __init__(self, arch: int):
         self._arch = arch
@@ -52,7 +52,7 @@ class Driver:
 
 
 def resources(ptx: str, arch: int) -> dict[str, int]:
-    """What ptxas needs for a kernel: registers a thread, and bytes that it spills."""
+    """Resources that ptxas needs for a kernel: registers a thread, and bytes that it spills."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()

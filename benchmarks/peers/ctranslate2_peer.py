@@ -15,7 +15,7 @@ WEIGHTS = ("float32", "int8")  # bfloat16 is stored, but computed in float32 on 
 
 def convert(checkpoint: Checkpoint, weights: str, target: Path) -> None:
     """Write CTranslate2's directory. Its vocabulary is the token ids as text."""
-    # Quantisation works in place, hence the copies of matrices.
+    # Quantization works in place, hence the copies of matrices.
     spec = TransformerDecoderModelSpec.from_config(
         checkpoint.layers,
         checkpoint.heads,

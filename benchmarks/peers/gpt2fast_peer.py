@@ -23,9 +23,9 @@ class Engine:
 
     def __init__(self, target: Path, weights: str, threads: int):
         torch.set_num_threads(threads)
-        quantised = weights.startswith("int")
-        model = GPT2.from_pretrained(target, dtype="float32" if quantised else weights).eval()
-        if quantised:
+        quantized = weights.startswith("int")
+        model = GPT2.from_pretrained(target, dtype="float32" if quantized else weights).eval()
+        if quantized:
             # Speed does not depend on how well the weights are rounded: take the quick way.
             model = model.quantize(weights, method="nearest", release=True)
         self._model = model

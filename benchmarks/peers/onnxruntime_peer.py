@@ -18,7 +18,7 @@ from engine import Prompts, Run
 from onnx import TensorProto, helper, numpy_helper
 
 WEIGHTS = ("float32", "int8", "int8-blocks", "int4")
-"""int8: one scale a column, activations quantised as a whole (`quantize_dynamic`), the fastest for
+"""int8: one scale a column, activations quantized as a whole (`quantize_dynamic`), the fastest for
 prompts and batches. int8-blocks and int4: a scale for every so many weights."""
 
 _CONTRIB = "com.microsoft"

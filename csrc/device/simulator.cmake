@@ -18,7 +18,7 @@ if(GPT2FAST_SANITIZE)
     target_link_options(simulator INTERFACE -fsanitize=${GPT2FAST_SANITIZE})
 endif()
 
-# Little optimisation, since tests are compiled more often than they run; none with the checks of
+# Little optimization, since tests are compiled more often than they run; none with the checks of
 # every address, which then take a tenth of the time to compile (the attention kernels: 14 s).
 if(GPT2FAST_SANITIZE MATCHES "address|undefined")
     target_compile_options(simulator INTERFACE -O0)

@@ -408,7 +408,7 @@ EXPORTED cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDe
         return invalid("a pointer that is less aligned than the algorithm was told");
     }
     const float factor = *static_cast<const float*>(alpha);
-    if (*static_cast<const float*>(beta) != 0.0f) return invalid("a beta that is not modelled");
+    if (*static_cast<const float*>(beta) != 0.0f) return invalid("a beta that is not modeled");
 
     const auto& described = ours<Operation>(operation);
     void* const bias = described.get<void*>(CUBLASLT_MATMUL_DESC_BIAS_POINTER, nullptr);

@@ -1,4 +1,4 @@
-"""How the user called this command line, for usage lines and for messages that name a command."""
+"""The words that started this command line, for usage lines and messages that name a command."""
 
 from __future__ import annotations
 

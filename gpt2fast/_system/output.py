@@ -140,7 +140,7 @@ class StatusLine:
     ten seconds, or nothing.
 
     Args:
-        elsewhere: whether to write where there is no terminal, too.
+        elsewhere: write where there is no terminal, too.
     """
 
     def __init__(self, elsewhere: bool = False) -> None:

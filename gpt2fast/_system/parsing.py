@@ -36,7 +36,7 @@ _NUMBER_LIKE = re.compile(r"[-+.]?[0-9][-+._:,0-9a-fA-FoxXbB]*")
 
 
 class Unreadable(ValueError):
-    """Why a text is not read: it is not in its format, or beyond the limits."""
+    """A text that is not in its format, or beyond the limits; says which."""
 
 
 def parse_json(text: str, *, most_values: int = MOST_VALUES, unique: bool = True) -> Any:
@@ -44,7 +44,7 @@ def parse_json(text: str, *, most_values: int = MOST_VALUES, unique: bool = True
 
     Args:
         text: of JSON; numbers that JSON lacks (NaN, Infinity) are read, as Python writes them.
-        most_values: how many values it may have.
+        most_values: most values that it may have.
         unique: refuse a name that is there twice in one object. Otherwise the last one counts.
 
     Raises:
@@ -215,8 +215,8 @@ class _YamlLimits:
 
     def __init__(self) -> None:
         self.count = 0
-        # Of the mappings and lists around: anchor, values before it, depth within it, its names
-        # (None for a list), and whether a name comes next.
+        # For each mapping or list that is still open: its anchor, number of values before it,
+        # depth within it, names so far (None for a list), and True if a name comes next.
         self.open: list[_Open] = []
         self.sizes: dict[str, tuple[int, int]] = {}  # anchor -> values, depth
 

@@ -40,7 +40,7 @@ a value to stand for it. For a class without functions of its own, `Record`."""
 
 
 class Objection(ValueError):
-    """Why a file is not read, by the policy, a limit or its format; follows the file's name."""
+    """A reason not to read a file: policy, a limit or its format; follows the file's name."""
 
 
 class Record:
@@ -86,7 +86,7 @@ def unpickle(
     persistent: Callable[[Any], Any] | None = None,
     most_steps: int = MOST_STEPS,
 ) -> Any:
-    """The value of the pickle at the stream's position; the stream stands behind it afterwards.
+    """The value of the pickle at the stream's position; the stream stands behind it afterward.
 
     The pickle may name what is `known`; `persistent` gives the objects that it refers to by ids.
 

@@ -32,7 +32,7 @@ def table_lines(
     Args:
         titles: of the columns.
         rows: their cells.
-        left: how many columns, from the first, are aligned on the left; the others on the right.
+        left: number of columns, from the first, to align on the left; the others on the right.
         rule: draw a line below the titles.
     """
     from rich.box import Box

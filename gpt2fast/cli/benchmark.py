@@ -1,4 +1,4 @@
-"""How fast GPT-2 runs on this machine, and how much of the memory's speed that is:
+"""Speed of GPT-2 on this machine, also as a share of the memory's speed:
 
 gpt2fast benchmark
 

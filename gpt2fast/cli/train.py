@@ -249,7 +249,7 @@ def _tokens_of(arguments: list[str]) -> list[str]:
 
 
 def _values_of(flag: str, arguments: list[str]) -> tuple[int | None, int, list[str]]:
-    """Where a flag stands among the arguments, where its values end, and these."""
+    """A flag's index among the arguments, the index after its last value, and its values."""
     place = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == flag), None)
     if place is None:
         return None, 0, []

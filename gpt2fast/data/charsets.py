@@ -112,7 +112,7 @@ def _wide_encoding(beginning: bytes, start: int) -> str | None:
     """The encoding of Latin text with two or four bytes a character, if this is it."""
     if len(beginning) < 8 or start % 4:
         return None
-    # How many bytes are 0 at each of the four places in a group of four.
+    # Share of zeros at each of the four places in a group of four bytes.
     shares = [part.count(0) / len(part) for part in (beginning[i::4] for i in range(4))]
     for encoding, zero, rest in (
         ("utf-32le", (2, 3), (0,)),

@@ -14,14 +14,14 @@ from ..errors import DataError, shown
 
 META = "meta.json"
 BIN_FILES = ("train.bin", "val.bin")
-"""Of prepared data, beside the files of the tokenizer."""
+"""Token files of prepared data; the files of its tokenizer lie beside them."""
 
 DEFAULT_VOCAB_SIZE = 2048
 """Tokens of a BPE tokenizer that is trained with the data, if nothing else is said."""
 
 FORMAT = 1
 LARGEST = {"largest": 64 << 20, "most_values": 2_000_000}
-"""Of a file that names all sources: there may be a hundred thousand."""
+"""Limits for reading meta.json, which names all sources: there may be a hundred thousand."""
 ITEM_SIZE = {"uint16": 2, "uint32": 4}
 
 
@@ -51,7 +51,7 @@ class DataMeta:
     documents: dict[str, Any] | None = None
     """With `split` = `documents`: the numbers of documents, and the ones held out."""
     corpora: list[dict[str, Any]] | None = None
-    """Of a mixture: `name`, `weight`, `train_tokens` and `val_tokens` of each corpus, in the order
+    """In a mixture: `name`, `weight`, `train_tokens` and `val_tokens` of each corpus, in the order
     in which they follow one another in the files."""
     sources: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)

@@ -47,7 +47,7 @@ class DataModule:
     """
 
     meta: DataMeta
-    """Of a mixture: tokens and characters of all corpora together."""
+    """Facts about the data; for a mixture, tokens and characters of all corpora together."""
     tokenizer: Tokenizer | None
     """None where the data hold none (nanoGPT's and llm.c's formats)."""
 

@@ -134,7 +134,7 @@ class JsonLines(RecordFile):
             raise DataError(f"{self.path}, line {number}: {error}") from None
 
     def _line_number(self, begin: int) -> int:
-        """Of the line that begins at this byte."""
+        """The number of the line that begins at this byte."""
         number = 1
         with self.input().open() as file:
             while begin and (piece := file.read(min(begin, 1 << 20))):
@@ -244,7 +244,7 @@ def _items_of_array(file: TextIO, path: Path) -> Iterator[Any]:
     text, expected, number = "", "[", 0
     why = "there is no array"
     while True:
-        # As much again as could not be decoded, which keeps the work linear.
+        # Read as much again as is not decoded yet, which keeps the work linear.
         piece = file.read(max(READ_BYTES, len(text)))
         text += piece
         place = 0

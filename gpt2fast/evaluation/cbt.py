@@ -69,7 +69,7 @@ class CommonNouns(ChoiceTask):
         return choices
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Choice]:
-        """As `Task.from_rows`."""
+        """Same as `Task.from_rows`."""
         return examples_of(rows, _choice_of_row)
 
 

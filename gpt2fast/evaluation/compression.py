@@ -31,7 +31,7 @@ class Enwik8(TextTask):
     difference = "the paper does not say which part it measured, nor its windows."
 
     def read(self, path: Path) -> list[Document]:
-        """As `Task.read`."""
+        """Same as `Task.read`."""
         data = TextInput(path).read_bytes()
         if len(data) == _WHOLE:
             data = data[-_TEST:]
@@ -55,12 +55,12 @@ class Enwik8(TextTask):
             )
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
-        """As `Perplexity.shorten`."""
+        """Same as `Perplexity.shorten`."""
         return [plain(cut(document.text)) for document in documents]
 
 
 class Text8(Enwik8):
-    """As enwik8, in 27 characters of one byte each."""
+    """enwik8 reduced to 27 characters of one byte each."""
 
     name = "text8"
     about = "text8, its last 5 MB: bits per character"

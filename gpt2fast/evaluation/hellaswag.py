@@ -35,7 +35,7 @@ class HellaSwag(ChoiceTask):
         return self.from_rows(read_rows(path))
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Choice]:
-        """As `Task.from_rows`; prepared as lm-evaluation-harness does."""
+        """Same as `Task.from_rows`; prepared as lm-evaluation-harness does."""
         return examples_of(rows, _choice)
 
 

@@ -48,13 +48,13 @@ class Lambada(Task[Passage]):
         return self.from_rows(read_rows(path))
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
-        """As `Task.from_rows`."""
+        """Same as `Task.from_rows`."""
         return examples_of(rows, _passage)
 
     def evaluate(
         self, examples: Sequence[Passage], scorer: Scorer, settings: Settings
     ) -> tuple[int, dict[str, Metric]]:
-        """As `Task.evaluate`."""
+        """Same as `Task.evaluate`."""
         examples = examples[: settings.limit]
         requests = []
         for context, word in examples:

@@ -24,7 +24,7 @@ from ..tokenizer import Tokenizer
 
 BATCH_SIZE = 16
 
-# Of logits held at once.
+# Most bytes of logits to hold at once.
 _CHUNK_BYTES = 1 << 26
 # Tokens that pass through the model at once; on a CPU more would only take memory.
 _MOST_TOKENS = {"cpu": 4096}
@@ -186,7 +186,7 @@ class Scorer:
             ],
             -100,
         )
-        # What is right of a token does not reach it: padding there needs no mask.
+        # A token does not see those to its right: padding there needs no mask.
         return self._read(ids, targets, None, None, None)
 
     def _together(self, requests: Sequence[Request], count: int) -> list[list[Likelihood]]:

@@ -33,9 +33,9 @@ class Perplexity(TextTask):
     }
 
     def read(self, path: Path) -> list[Document]:
-        """As `Task.read`."""
+        """Same as `Task.read`."""
         return [plain(read_as_prepared(path))]
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
-        """As much of the text as the windows that --limit leaves hold."""
+        """The part of the text that fits in the windows that --limit leaves."""
         return [plain(cut(document.text)) for document in documents]

@@ -130,7 +130,7 @@ class ChoiceTask(Task[Choice]):
     def evaluate(
         self, examples: Sequence[Choice], scorer: Scorer, settings: Settings
     ) -> tuple[int, dict[str, Metric]]:
-        """As `Task.evaluate`."""
+        """Same as `Task.evaluate`."""
         examples = examples[: settings.limit]
         answers = scorer.score([self._request(example, scorer) for example in examples])
         hits: dict[str, list[float]] = {"acc": [], "acc_norm": []}
@@ -181,7 +181,7 @@ class TextTask(Task[Document]):
     def evaluate(
         self, examples: Sequence[Document], scorer: Scorer, settings: Settings
     ) -> tuple[int, dict[str, Metric]]:
-        """As `Task.evaluate`."""
+        """Same as `Task.evaluate`."""
         context, stride, first = self._windows(scorer, settings)
         encode = functools.partial(scorer.tokenizer.encode, add_special_tokens=False)
         examples = self.chosen(examples, scorer, settings)
@@ -222,7 +222,7 @@ class TextTask(Task[Document]):
         return self.shorten(examples, settings.limit, lambda text: decode(encode(text)[:most]))
 
     def settings_used(self, scorer: Scorer, settings: Settings) -> dict[str, Any]:
-        """As `Task.settings_used`."""
+        """Same as `Task.settings_used`."""
         context, stride, first = self._windows(scorer, settings)
         return {"context": context, "stride": stride, "first_token": first is not None}
 

@@ -35,7 +35,7 @@ class TrainingRun:
     data: tuple[Path, ...]
 
     def seen(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, int]:
-        """How much of a text is in the training data: samples found, and samples searched for.
+        """The numbers of samples of a text found in the training data, and of samples searched for.
 
         Args:
             tokens: ids of the text.

@@ -104,7 +104,7 @@ class WikiText2(TextTask):
     )
 
     def read(self, path: Path) -> list[Document]:
-        """As `Task.read`."""
+        """Same as `Task.read`."""
         text = read_wikitext(path)
         if not text.strip():
             return []
@@ -116,13 +116,13 @@ class WikiText2(TextTask):
         return [_document(*pair) for pair in zip(found, lines, strict=True)]
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
-        """As `Task.from_rows`."""
+        """Same as `Task.from_rows`."""
         texts = examples_of(rows, lambda row: field(row, "page", str))
         return [_document(page, lines=page.count("\n") + 1) for page in texts]
 
 
 class WikiText103(WikiText2):
-    """As WikiText-2, from WikiText-103."""
+    """The task of WikiText-2 on the text of WikiText-103."""
 
     name = "wikitext103"
     about = "WikiText-103, test: as wikitext2"
@@ -148,18 +148,18 @@ class WikiText2Joined(TextTask):
     first_token = False
 
     def read(self, path: Path) -> list[Document]:
-        """As `Task.read`."""
+        """Same as `Task.read`."""
         lines = read_wikitext(path).split("\n")
         if not lines[-1]:
             lines.pop()
         return [_joined(line + "\n" if line.strip() else "" for line in lines)]
 
     def from_rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
-        """As `Task.from_rows`."""
+        """Same as `Task.from_rows`."""
         return [_joined(examples_of(rows, lambda row: field(row, "text", str)))]
 
     def shorten(self, documents: Sequence[Document], count: int, cut: Cut) -> Sequence[Document]:
-        """As `Perplexity.shorten`."""
+        """Same as `Perplexity.shorten`."""
         return [plain(cut(document.text)) for document in documents]
 
 

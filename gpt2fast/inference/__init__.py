@@ -1,1 +1,1 @@
-"""Token ids in, token ids out: what decodes, what it decodes with, and text around it."""
+"""Inference: generation from token ids and from text, and the engines that decode."""

@@ -1,8 +1,8 @@
 """Tokens chosen in blocks of steps that run before the host looks at them.
 
-`AsyncDecoder` runs captured steps (`cuda_graphs.py`). It takes a graph from those that
-`graph_pool.py` keeps, for its rows and entries rounded up, and a smaller one when enough rows have
-left; so the same call runs the same shapes, whatever ran before.
+`AsyncDecoder` runs captured steps (`cuda_graphs.py`). It takes a graph from the pool in
+`graph_pool.py`, with its rows and cache length rounded up, and a smaller one when enough rows have
+ended; so the same call runs the same shapes, whatever ran before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Block:
     """Tokens of some steps that have run or are running."""
 
     rows: list[int]
-    """Of the rows that run, those of texts that have not ended."""
+    """Rows of `chosen` whose text has not ended."""
     chosen: Tensor
     """(rows that run, steps), copied to the host by the time of `done`."""
     done: torch.cuda.Event | None
@@ -53,9 +53,9 @@ class AsyncDecoder:
         model: the GPT2 that decodes.
         cache: keys and values of the rows so far, which are copied; its `max_length` has room for
             all tokens to come.
-        longest: entries in its longest row.
+        longest: number of entries in its longest row.
         tokens: (B,) the newest token of each row, not in the cache yet.
-        random: where random numbers come from, if tokens are drawn.
+        random: source of random numbers, if tokens are sampled.
         choice: `vocab_size` and the processors, as for `CapturedStep`.
     """
 
@@ -71,7 +71,7 @@ class AsyncDecoder:
         self._model, self._random, self._choice = model, random, choice
         self._pool, self._dtype = pool_of(model), cache.k.dtype
         self._length = length_bucket(cache.max_length, model.config.n_positions)
-        # Of the rows that run, those of texts that have not ended.
+        # Rows of the running batch whose text has not ended.
         self._rows = list(range(len(tokens)))
         self._under_way: list[_Block] = []
         self._seen: _Block | None = None
@@ -100,14 +100,14 @@ class AsyncDecoder:
         return [column[row] for row in self._seen.rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         for block in (self._seen, *self._under_way):
             if block is not None:
                 block.rows = [block.rows[row] for row in rows]
         self._rows = [self._rows[row] for row in rows]
 
     def close(self) -> None:
-        """Give the graph back, whatever has happened; nothing more can be asked for."""
+        """Give the graph back to the pool, also after an error; the decoder cannot be used then."""
         step, self._step = self._step, None
         if step is not None:
             self._pool.give_back(step)
@@ -119,7 +119,7 @@ class AsyncDecoder:
         steps, count = self._step, min(BLOCK, remaining)
         uniforms = None
         if self._random is not None:
-            # Rows that nobody looks at have to choose something, too.
+            # Rows that have ended still need random numbers, which are ignored.
             uniforms = torch.zeros(
                 steps.rows, count, dtype=torch.float32, device=steps.tokens.device
             )
@@ -127,7 +127,7 @@ class AsyncDecoder:
             uniforms[rows] = self._random.take(count)
         chosen, done = steps.run(count, uniforms), None
         if chosen.is_cuda:
-            # On the CPU whatever the default device is, which pinned memory would fail on.
+            # Explicitly on the CPU: pinned memory would fail on another default device.
             host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
             stream = torch.cuda.current_stream(chosen.device)
             chosen = host.copy_(chosen, non_blocking=True)
@@ -136,7 +136,7 @@ class AsyncDecoder:
         self._under_way.append(_Block(list(self._rows), chosen, done))
 
     def _smaller(self, before: CapturedStep) -> CapturedStep:
-        """A graph for the rows that are looked at."""
+        """A graph for the rows that have not ended."""
         rows = torch.tensor(self._rows, device=before.tokens.device)
         after = self._take(len(rows))
         try:
@@ -159,7 +159,7 @@ class AsyncDecoder:
 
 
 def _settings(model: GPT2) -> tuple[Hashable, ...]:
-    """Everything else that decides which kernels a step captures, and their constants."""
+    """Everything else that a captured step depends on: choice of kernels, and constants."""
     return (
         *(block.attn.scale for block in model.blocks),
         requested_backend(),

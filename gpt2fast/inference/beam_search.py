@@ -21,7 +21,7 @@ from .engine import DecodeState
 from .stopping import StopCriteria
 
 _NEVER = -1.0e9
-"""Score that rules a candidate out; finite, as in transformers, so that ties fall the same way."""
+"""Score that rules a candidate out; finite, as in transformers, so that ties break alike."""
 
 
 @torch.inference_mode()
@@ -38,7 +38,7 @@ def beam_search(
     """The best continuations of every prompt.
 
     Args:
-        vocab_size: take only tokens below this id; None allows all.
+        vocab_size: allow only token ids below this; None allows all.
         timing: filled in as the search goes on.
 
     Returns:
@@ -98,7 +98,7 @@ class _Search:
         shape = (prompts, beams, options.max_new_tokens)
         self.running = torch.zeros(shape, dtype=torch.int64, device=device)
         self.running_scores = torch.zeros(prompts, beams, dtype=torch.float32, device=device)
-        # All beams begin alike: only the first may be extended in the first step.
+        # All beams are equal at first, so only the first one may be extended in the first step.
         self.running_scores[:, 1:] = _NEVER
         self.finished = self.running.clone()
         self.finished_lengths = torch.zeros(prompts, beams, dtype=torch.int64, device=device)
@@ -111,7 +111,7 @@ class _Search:
         """One step, from the scores (prompts * beams, vocab) of the next tokens.
 
         Returns:
-            (prompts, beams): which row of `scores` each running beam continues.
+            (prompts, beams): the row of `scores` that each running beam continues.
         """
         prompts, beams = self.running_scores.shape
         vocab_size = scores.shape[-1]
@@ -149,7 +149,7 @@ class _Search:
         return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
 
     def keep(self, prompts: Tensor) -> None:
-        """Go on with these prompts only."""
+        """Keep only these prompts."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[prompts])
@@ -170,7 +170,7 @@ class _Search:
     def _finish(self, candidates: Tensor, scores: Tensor, ends: Tensor) -> None:
         """Keep the best of the finished beams and of the candidates that end now."""
         beams = self.options.num_beams
-        # Candidates past the first `num_beams` only serve to run on: if they end, they are dropped.
+        # Candidates past the first `num_beams` are spares for running beams: dropped if they end.
         ends = ends.clone()
         ends[:, beams:] = False
         scores = scores / (self.length**self.options.length_penalty)

@@ -1,4 +1,4 @@
-"""A continuation of a text: its tokens and characters as they come, and all of it in the end."""
+"""Continuations of texts: tokens and characters while they are generated, and the result."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Generation:
     tokens: list[int]
     """The continuation's token ids, with those of the end token or stop string."""
     prompt_tokens: int
-    """Number of tokens of the prompt; an empty one has the token that it begins with."""
+    """Number of tokens of the prompt; an empty prompt counts the beginning-of-text token."""
     finish_reason: str
-    """Why it ended: "eos" (end token), "stop" (stop string) or "length" (no more was allowed)."""
+    """Reason for the end: "eos" (end token), "stop" (stop string) or "length" (max_new_tokens)."""
     seed: int | None
     """Seed of the draws; None where there were none."""
     logprobs: list[float] | None = None
     """Log-probability (nats) of each token under the model, before temperature and the like."""
     top_logprobs: list[dict[int, float]] | None = None
     """For each token the likeliest ids in its place with their log-probabilities, likeliest first;
-    where `top_logprobs` asked for them."""
+    if the option `top_logprobs` asks for them."""
     prompt_token_ids: list[int] = field(default_factory=list)
     """The prompt's token ids."""
     prompt_logprobs: list[float | None] | None = None
-    """Log-probability of each of them after those before it, None for the first; with
-    `max_new_tokens=0, logprobs=True` alone."""
+    """Log-probability of each prompt token given those before it, None for the first; only with
+    `max_new_tokens=0, logprobs=True`."""
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
-    """As `top_logprobs`, in the places of the prompt's tokens."""
+    """The same as `top_logprobs`, for the prompt's tokens."""
 
     @property
     def new_tokens(self) -> int:
@@ -52,12 +52,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Request:
-    """How texts are to be continued."""
+    """Settings of the continuations that are asked for."""
 
     options: SamplingOptions
     criteria: StopCriteria
     alternatives: int | None
-    """How many likely tokens to name beside each; None where nothing is scored."""
+    """Number of likely alternatives to return with each token; None: nothing is scored."""
 
     @property
     def scores_prompt(self) -> bool:
@@ -77,10 +77,10 @@ class Continuation:
         self._stops = request.criteria.strings
         self._tokenizer, self._decoder = tokenizer, tokenizer.decoder()
         self._held = ""
-        """Text held back, since it may be the beginning of a stop string."""
+        """Text held back because it may be the beginning of a stop string."""
 
     def push(self, token: int, reason: str | None) -> str:
-        """Add a token; returns the text that is certain now."""
+        """Add a token; returns the text that can no longer become part of a stop string."""
         self.tokens.append(token)
         self.reason = reason
         if reason != "eos" and token in self._tokenizer:  # ids may have gaps
@@ -102,7 +102,7 @@ class Continuation:
         """The fields of `Generation` about scores.
 
         Args:
-            prompt: those of the prompt's tokens after the first one.
+            prompt: scores of the prompt's tokens after the first one.
         """
         if self._alternatives is None:
             return {}
@@ -116,7 +116,7 @@ class Continuation:
         return fields
 
     def _overlap(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = min(len(self._held), max((len(stop) for stop in self._stops), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
@@ -154,17 +154,17 @@ class TextStream(Iterator[str]):
 
     @property
     def logprobs(self) -> list[float] | None:
-        """As in `Generation`, so far."""
+        """Same as in `Generation`, so far."""
         return self._continuation.scored(None).get("logprobs")
 
     @property
     def top_logprobs(self) -> list[dict[int, float]] | None:
-        """As in `Generation`, so far."""
+        """Same as in `Generation`, so far."""
         return self._continuation.scored(None).get("top_logprobs")
 
     @property
     def finish_reason(self) -> str | None:
-        """As in `Generation`; None until the stream has ended."""
+        """Same as in `Generation`; None until the stream has ended."""
         return self._continuation.reason
 
     def __next__(self) -> str:

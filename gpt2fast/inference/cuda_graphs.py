@@ -22,27 +22,28 @@ from ..nn.kv_cache import KVCache
 from .structure import decode_weights, run_step, step_constants
 
 _capturing = threading.Lock()
-"""Held while capturing: to begin a capture waits for the device, which is an error in another."""
+"""Held while capturing: beginning a capture waits for the device, which is an error within another
+capture."""
 
 
 class CapturedStep:
-    """A step of `model` for so many rows, each taking the token that it chose the last time.
+    """A captured step of `model` for a batch; each row takes the token that it chose last.
 
-    Its buffers are its own, and stay where they are: `start` copies texts into them. Rows that are
-    left over are padding, which writes the first entry of its cache again and again and sees no
-    other. The weights are read where they were when the step was captured; they are held on to
-    between `start` and `stop` only.
+    Its buffers never move: `start` copies texts into them. Unused rows are padding, which
+    overwrites the first entry of its cache in every step and sees no other. The weights are read
+    at their addresses of the time of the capture; references to them are held between `start` and
+    `stop` only.
 
     Args:
-        model: on whose device it runs.
+        model: the GPT2; the step runs on its device.
         rows: B.
         length: entries of a row of its cache.
         dtype: of the cache; None means the model's.
-        samples: whether tokens are drawn; else the likeliest are taken.
-        vocab_size: choose among the tokens below; None allows all.
+        samples: draw tokens at random; otherwise take the likeliest.
+        vocab_size: allow only token ids below this; None allows all.
         choice: the processors, as `ops.sample` takes them; none may read the history.
 
-    Off a GPU nothing is captured and each step is run: for tests.
+    On other devices nothing is captured and each step is run: for tests.
     """
 
     @torch.inference_mode()
@@ -68,7 +69,7 @@ class CapturedStep:
         device = self.cache.k.device
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         """(B,) the newest token of each row, not in the cache yet."""
-        # Added to lengths and positions in each step: 1, of padding 0.
+        # Added to lengths and positions in each step: 1, or 0 in padding.
         self._growth = torch.zeros_like(self.tokens)
         self._uniform = torch.zeros(rows, dtype=torch.float32, device=device) if samples else None
         self._history = self.tokens.new_empty((rows, 0))
@@ -94,8 +95,8 @@ class CapturedStep:
         """Go on with other texts.
 
         Args:
-            model: as before; its weights lie where they did.
-            cache: of the texts' tokens, which is copied.
+            model: the one that was captured; its weights have not moved.
+            cache: keys and values of the texts so far, which are copied.
             longest: entries in its longest row.
             tokens: (N,) the newest token of each text, not in the cache yet; N <= B.
             rows: (N,) the texts' rows of `cache`; None means all.
@@ -124,7 +125,7 @@ class CapturedStep:
             uniforms: (B, count) random numbers, where tokens are drawn.
 
         Returns:
-            (B, count) the tokens chosen, on the device: nothing has waited for them.
+            (B, count) the tokens chosen, on the device, which may still be computing them.
         """
         if self.longest + count > self.cache.max_length:
             raise GenerationError(
@@ -143,14 +144,14 @@ class CapturedStep:
         return chosen
 
     def stop(self) -> None:
-        """Wait for the steps that are under way, and let go of the weights."""
+        """Wait for the running steps, and drop the references to the weights."""
         if self._stream is not None:
             self._stream.synchronize()
         self._stream, self._weights = None, []
 
     @torch.inference_mode()
     def replay_at(self, length: int) -> None:
-        """One step with so many entries in the cache: for timing."""
+        """Run one step with this many entries in the cache: for timing."""
         self._advance()
         self.cache.lengths.fill_(length)
         self.cache.positions.fill_(length)
@@ -194,7 +195,7 @@ class CapturedStep:
 
 
 def _entries(cache: KVCache) -> list[Tensor]:
-    """The tensors of a cache that hold something of each token, (L, B, T_max, ...)."""
+    """The tensors of a cache with data for each token, (L, B, T_max, ...)."""
     parts = (cache.k, cache.v, cache.k_scales, cache.v_scales)
     return [part for part in parts if part is not None]
 

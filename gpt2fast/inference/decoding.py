@@ -25,30 +25,30 @@ class Step:
     """One more token for each continuation that still runs."""
 
     rows: list[int]
-    """Which continuation each token belongs to: prompt * num_return_sequences + sample."""
+    """Each token's continuation: prompt * num_return_sequences + sample."""
     tokens: list[int]
     reasons: list[str | None]
-    """Where the token is the continuation's last one, why: "eos", "stop" or "length"."""
+    """"eos", "stop" or "length" where the token is its continuation's last one, else None."""
     scores: Scores | None
-    """Of each token, if `alternatives` was given."""
+    """Log-probabilities of each token, if `alternatives` was given."""
 
 
 @dataclass
 class Timing:
-    """Where the time of generations went; seconds are wall time."""
+    """Time and work of generations, by phase; seconds are wall time."""
 
     first_token_seconds: float | None = None
     """From the start of the first generation to its first token."""
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
-    """Until the first token of every row is there."""
+    """Time until the first token of every row is there."""
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     decode_bytes: int = 0
     """Weights, keys and values read by the decode steps."""
 
     def add_prefill(self, seconds: float, prompts: Sequence[Sequence[int]]) -> None:
-        """Count the reading of the prompts and the choice of the first tokens."""
+        """Count a prefill: reading the prompts and choosing the first tokens."""
         if self.first_token_seconds is None:
             self.first_token_seconds = seconds
         self.prefill_tokens += sum(len(prompt) for prompt in prompts)
@@ -82,10 +82,10 @@ def decode(
     batch.
 
     Args:
-        limits: most new tokens for each prompt, at least one.
-        alternatives: give the tokens' `Scores`, with so many of the likeliest tokens each.
-        vocab_size: take only tokens below this id; None allows all.
-        draws: of the first continuation of each prompt; those of `Draws` if not given.
+        limits: maximum of new tokens for each prompt, at least 1.
+        alternatives: return `Scores` with this many of the likeliest tokens in each place.
+        vocab_size: allow only token ids below this; None allows all.
+        draws: the draw of each prompt's first continuation; by default from `Draws`.
         timing: filled in as decoding goes on.
     """
     timing = Timing() if timing is None else timing
@@ -141,12 +141,12 @@ class _Chooser:
     """The next token of every row: chosen after each step, or in blocks by an `AsyncDecoder`.
 
     Args:
-        state: which has read the prompts.
+        state: decoding state that has read the prompts.
         logits: (rows, vocab) of the first tokens.
-        options: how tokens are chosen.
+        options: sampling options.
         random: the numbers to draw with; None takes the likeliest tokens.
-        vocab_size: take only tokens below this id; None allows all.
-        scoring: whether the caller reads `logits` after each step.
+        vocab_size: allow only token ids below this; None allows all.
+        scoring: the caller reads `logits` after each step.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Chooser:
         scoring: bool,
     ):
         self.logits = logits
-        """(rows, vocab): from which the newest tokens were chosen."""
+        """(rows, vocab): the logits that the newest tokens were chosen from."""
         self._state, self._random = state, random
         self._choice = {**options.processors(), "vocab_size": vocab_size}
         self._reads_history = options.reads_history
@@ -168,7 +168,7 @@ class _Chooser:
         self._ahead: AsyncDecoder | None = None
 
     def next(self, remaining: int) -> list[int]:
-        """One more token of each row; `remaining` of them will be asked for at most."""
+        """One more token of each row; at most `remaining` more will be asked for."""
         state, random, choice = self._state, self._random, self._choice
         if self._tokens is not None and self._may_run_ahead:
             self._may_run_ahead = False
@@ -186,7 +186,7 @@ class _Chooser:
         return self._tokens.tolist()
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         if self._random is not None:
             self._random.keep(rows)
         if self._ahead is not None:
@@ -198,14 +198,14 @@ class _Chooser:
             self._tokens = self._tokens[kept]
 
     def close(self) -> None:
-        """Give a captured step back; nothing more can be asked for."""
+        """Give a captured step back to its pool; the chooser cannot be used then."""
         if self._ahead is not None:
             self._ahead.close()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off; every module's mode is restored afterwards."""
+    """Switch dropout off; every module's mode is restored afterward."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -216,7 +216,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_numbers(logits: Tensor) -> None:
-    """Refuse a model whose output is not a number, instead of writing nonsense."""
+    """Refuse logits with NaN, instead of generating nonsense."""
     if logits.isnan().any():
         raise GenerationError(
             f"the model's output is not a number in {logits.dtype}: its weights hold NaN or "

@@ -1,6 +1,6 @@
 """The engine of decoding: GPT2 and PackedGPT2 under one protocol, and the state of a batch.
 
-A loop of decoding (`decoding.py`, `beam_search.py`) sees a `DecodeState` and asks it for the next
+A decoding loop (`decoding.py`, `beam_search.py`) holds a `DecodeState` and asks it for the next
 logits or tokens; the state asks its `Decoder`. Where steps can be captured, `async_decoder.py`
 takes over and chooses tokens in blocks.
 """
@@ -55,7 +55,7 @@ class Decoder(Protocol):
         """
 
     def decode_step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Append a token (B,) to each row of a cache; the logits (B, V) of the next ones."""
+        """Append a token (B,) to each row of a cache; returns the next logits (B, V)."""
 
     def decode_and_sample(
         self,
@@ -144,7 +144,7 @@ def decode_step(
 
     Where the native kernels run, the weights are packed first, and again when they have changed; a
     change in place through `parameter.data`, which torch does not count, goes unnoticed until
-    `for_decoding` or `generate` is called: to look for it takes as long as a step.
+    `for_decoding` or `generate` is called: looking for it would take as long as a step.
 
     Args:
         tokens: (B,) int64.
@@ -202,7 +202,7 @@ class DecodeState:
     Args:
         model: a GPT2, or a PackedGPT2.
         prompts: token ids of each row, at least one; rows may differ in length.
-        steps: most tokens that will be appended to a row.
+        steps: maximum of tokens to append to a row.
         use_cache: keep keys and values; without, every step reads everything again.
         slides: a row that reaches `n_positions` goes on with the newest half of its tokens;
             without, the caller sees to it that no row gets that far.
@@ -243,7 +243,7 @@ class DecodeState:
         return self._columns[:, : self._filled]
 
     def read(self) -> Tensor:
-        """Read all that is visible; returns the logits (rows, vocab) of every row's next token."""
+        """Read all visible tokens; returns the logits (rows, vocab) of every row's next token."""
         return self._read(self._visible, [0] * len(self._visible))
 
     def append(self, tokens: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ class DecodeState:
         """Add a token (rows,) to each row and choose the next ones.
 
         Args:
-            uniform, choice: as `ops.packed_next` takes them.
-            reads_history: whether the choice does.
+            uniform, choice: as in `ops.packed_next`.
+            reads_history: the choice reads the history.
 
         Returns:
             Logits (rows, vocab) and tokens (rows,).
@@ -284,17 +284,17 @@ class DecodeState:
     def run_ahead(
         self, tokens: Tensor, steps: int, random: RowRandom | None, **choice: Any
     ) -> AsyncDecoder | None:
-        """Hand the rows over to a decoder that chooses tokens in blocks, where that pays.
+        """Hand the rows over to an `AsyncDecoder`, which chooses tokens in blocks, where that pays.
 
         Args:
             tokens: (rows,) the newest ones, not read yet.
-            steps: to come, at most.
+            steps: most steps to come.
             random, choice: as `AsyncDecoder` takes them; the choice must not read the history.
 
         Returns:
             None if steps are to be taken one by one: not on a GPU, or for a row that would have to
-            slide on the way. Otherwise the cache is the other's from now on; `count` and `forget`
-            tell this state what happens there.
+            slide on the way. Otherwise the decoder has the only up-to-date cache from now on, and
+            `count` and `forget` keep this state's lengths and rows in line with it.
         """
         longest = max(self._visible)
         fits = longest + steps <= self._room
@@ -308,11 +308,11 @@ class DecodeState:
         return ahead
 
     def count(self, tokens: int) -> None:
-        """Note that an `AsyncDecoder` has read so many tokens of each row."""
+        """Note that an `AsyncDecoder` has read this many tokens of each row."""
         self._visible = [visible + tokens for visible in self._visible]
 
     def forget(self, rows: Sequence[int]) -> None:
-        """Note that an `AsyncDecoder` goes on with these rows alone."""
+        """Note that an `AsyncDecoder` has kept only these rows."""
         self._visible = [self._visible[row] for row in rows]
 
     def expand(self, copies: int) -> None:
@@ -325,7 +325,7 @@ class DecodeState:
             self._cache.expand(copies)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows (an index tensor); a row may be left out or taken twice."""
+        """Keep these rows (an index tensor); a row may be left out or taken twice."""
         self._columns = self._columns[rows]
         self._visible = [self._visible[row] for row in rows.tolist()]
         if self._cache is not None:

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: what `GPT2.generate` does."""
+"""Generation from token ids to token ids: the implementation of `GPT2.generate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _FromConfig:
 
 
 FROM_CONFIG = _FromConfig()
-"""Default of `eos_token_id`: those of generation_config.json, or else the one of the model's
+"""Default of `eos_token_id`: the ids in generation_config.json, or else the one in the model's
 configuration. (None means no end token.)"""
 
 EosTokenId = int | Sequence[int] | None | _FromConfig
@@ -62,11 +62,11 @@ def generate(
 
     Greedy and beam output equal transformers' token for token. A masked token does not exist: it
     has no position, and neither `repetition_penalty` nor `no_repeat_ngram_size` sees it. So each
-    row of a batch gives what it gives alone. A text never outgrows `n_positions`: what might is
-    refused in advance, as by a `Generator` with its default window="error", which can also slide
-    or stop, while `python -m gpt2fast.generate` slides by default. Sampling draws for sample i of a
+    row of a batch gives what it gives alone. A text never outgrows `n_positions`: if it could, the
+    call is refused. (A `Generator` refuses by default, too, and can also slide or stop; the
+    command `generate` slides by default.) Sampling draws for sample i of a
     prompt from the seed and i alone; rows with equal prompts are further samples of it. Without a
-    seed, each row of `input_ids` has one of its own.
+    seed, each row of `input_ids` gets one of its own.
 
     Args:
         model: switched to evaluation mode meanwhile.
@@ -78,7 +78,7 @@ def generate(
             repetition_penalty, no_repeat_ngram_size, num_beams, length_penalty, early_stopping,
             num_return_sequences, seed: see `SamplingOptions`.
         eos_token_id: id or ids that end a continuation; None switches this off.
-        pad_token_id: what follows a continuation that ended early; the end token if not given.
+        pad_token_id: fills the rows of continuations that ended early; the end token if not given.
         stop: strings, or lists of token ids, that end a continuation.
         tokenizer: decodes tokens to look for the strings of `stop` in; one of transformers will do.
         use_cache: keep keys and values; without, every step computes everything again, to the
@@ -168,7 +168,7 @@ def beginning(model: GPT2) -> int | None:
 
 
 def _with_beginning(model: GPT2, input_ids: Any, mask: Any) -> tuple[Tensor, Any]:
-    """Both, or where there are no columns, one with the token that a text begins with."""
+    """Both arguments, or one column with the token that a text begins with if there are none."""
     rows, device = 1, model.device
     if input_ids is not None:
         input_ids = _tensor("input_ids", input_ids)
@@ -190,7 +190,7 @@ def _with_beginning(model: GPT2, input_ids: Any, mask: Any) -> tuple[Tensor, Any
 
 
 def check_length(model: GPT2, tokens: int, new_tokens: int, name: str) -> None:
-    """Refuse what does not fit the model's positions.
+    """Refuse a text that does not fit the model's positions.
 
     Raises:
         GenerationError: `tokens` + `new_tokens` exceed `n_positions`.
@@ -298,7 +298,7 @@ def _padding(model: GPT2, ends: list[int], pad_token_id: int | None, num_beams: 
         )
     if pad_token_id is None:
         pad_token_id = model.generation_config.get("pad_token_id")
-    # transformers' beam search takes a pad_token_id of 0 for none.
+    # transformers' beam search treats a pad_token_id of 0 as not given.
     if pad_token_id is not None and not (pad_token_id == 0 and num_beams > 1 and ends):
         return int(pad_token_id)
     if ends:

@@ -34,10 +34,10 @@ from .teacher_forcing import score_sequences
 
 WINDOWS = ("error", "slide", "stop")
 _MOST_PADDING = 127
-"""Rows by which a vocabulary is rounded up, to a multiple of 128 at most."""
+"""Most rows that pad a vocabulary: it is rounded up to a multiple of 128 at most."""
 
 _BATCH_ROWS = 32
-"""Continuations computed at once; more would take memory and save little time."""
+"""Continuations in a batch; more would take memory and save little time."""
 
 
 class Generator:
@@ -49,13 +49,13 @@ class Generator:
             print(piece, end="", flush=True)
 
     Args:
-        model, tokenizer: which belong together; a tokenizer of transformers or tokenizers will do.
-        window: what happens to a text longer than the model's `n_positions`: "error", the default
+        model, tokenizer: a pair; a tokenizer of transformers or tokenizers will do.
+        window: treatment of a text longer than the model's `n_positions`: "error", the default
             here, refuses it in advance, as `GPT2.generate` does; "slide", the default of
             `python -m gpt2fast.generate`, goes on with the newest half of its tokens; "stop" ends
             it there.
-        notify: told once, when a text has slid; and when the tokenizer has a much smaller
-            vocabulary than the model.
+        notify: called with a message when a text slides for the first time, and when the tokenizer
+            has a much smaller vocabulary than the model.
 
     Raises:
         GenerationError: no such window, or a tokenizer with ids that the model does not have.
@@ -162,8 +162,8 @@ class Generator:
             logprobs: give the tokens' log-probabilities too, under the model itself: log_softmax of
                 its logits, before temperature, top-k and penalties. With `max_new_tokens=0`, those
                 of the prompt's tokens, each after the ones before it (`prompt_logprobs`).
-            top_logprobs: name so many of the likeliest tokens in the place of each as well.
-            timing: filled in with where the time went.
+            top_logprobs: also return this many of the likeliest tokens in the place of each.
+            timing: filled in with the time of each phase.
             options: see `SamplingOptions`; `DEFAULTS` holds for what is not given.
 
         Returns:
@@ -192,7 +192,7 @@ class Generator:
     def each(
         self, prompts: str | Sequence[str], *, timing: Timing | None = None, **options: Any
     ) -> Iterator[list[Generation]]:
-        """Continue many texts; gives the continuations of each as soon as its batch is done.
+        """Continue many texts; yields the continuations of each as soon as its batch is done.
 
         Arguments and errors are those of a call; all prompts are checked before the first result.
         """
@@ -209,9 +209,9 @@ class Generator:
         draws: Draws | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
-        """As `each`, but one continuation at a time, without waiting for all of the same prompt.
+        """Same as `each`, but one continuation at a time, before all of a prompt are done.
 
-        With the `draws` of an earlier call, a prompt that it had gets further samples.
+        With the `draws` of an earlier call, a prompt seen then gets further samples.
         """
         return self._continue(prompts, self._request(**options), timing, draws)
 
@@ -220,13 +220,13 @@ class Generator:
 
         Args:
             prompt: the text.
-            name: what errors call it.
+            name: its name in errors.
             options: of the call.
         """
         self._encode(prompt, self._request(**options), name)
 
     def stream(self, prompt: str, *, timing: Timing | None = None, **options: Any) -> TextStream:
-        """Continue one text; gives the continuation piece by piece, as it comes.
+        """Continue one text; yields the continuation piece by piece.
 
         Joined, the pieces are the `text` that a call with the same options and seed returns.
         Arguments and errors are those of a call.
@@ -317,7 +317,7 @@ class Generator:
         return Request(chosen, StopCriteria(ends, stop, self.tokenizer), alternatives)
 
     def _alternatives(self, logprobs: bool, top_logprobs: int) -> int | None:
-        """How many likely tokens to name beside each; None where nothing is scored."""
+        """Number of likely alternatives to return with each token; None: nothing is scored."""
         if type(logprobs) is not bool:
             raise GenerationError(
                 f"logprobs is {logprobs!r:.80}; it must be True or False (top_logprobs says how "
@@ -341,7 +341,7 @@ class Generator:
             raise GenerationError(f"{name} is {text!r:.80}; it must be a text (str)")
         tokens = self.tokenizer.encode(text)
         if not tokens:
-            # As in transformers; what models without this token have learned follows the end token.
+            # As in transformers: a text without a token to begin with follows the end token.
             first = beginning(self.model)
             first = self.tokenizer.start_token_id if first is None else first
             if first is None:

@@ -16,10 +16,10 @@ from .cuda_graphs import CapturedStep
 from .structure import decode_weights, why_not_read
 
 KEPT = 8
-"""Most graphs of a model that wait for their next use."""
+"""Most idle graphs of a model."""
 SHARE = 8
-"""The caches of a model's graphs that wait take at most this part of a GPU's memory, 1 / SHARE; on
-other devices, where nothing is captured, only the number of graphs is limited."""
+"""Caches of a model's idle graphs take at most 1 / SHARE of a GPU's memory; on other devices, where
+nothing is captured, only the number of graphs is limited."""
 SHORTEST = 128
 """Entries of the shortest cache."""
 MOST_ROWS = 64
@@ -32,17 +32,17 @@ _lock = threading.Lock()
 class Pool:
     """The graphs of one model that are not in use, the one used last at the end.
 
-    Whoever takes a graph has it alone; while it is away, another one is made for the same key.
-    A graph goes for good when the weights are no longer where it reads them, or when more than
-    `KEPT` of them, or more than their share of memory, would wait: the one not used for longest.
+    A graph that was taken has one user; until it comes back, a second call with the same key gets
+    another one. A graph is freed when the weights have moved from where it reads them, or when more
+    than `KEPT` graphs, or more than their share of memory, would be idle: the least recently used.
 
     One graph's cache takes `2 * n_layer * rows * length * n_embd` elements: of 124M in bfloat16
     4.7 MB for one row of 128 entries, 2.4 GB for 64 rows of 1024. A step's intermediate results,
-    its logits above all, are the graph's too and not counted.
+    its logits above all, belong to the graph, too, and are not counted.
     """
 
     def __init__(self) -> None:
-        # Re-entrant: an abandoned generator gives its graph back when Python collects it, which
+        # Re-entrant: a generator that was not exhausted gives its graph back when collected, which
         # may happen in the thread that holds the lock.
         self._lock = threading.RLock()
         self._idle: list[CapturedStep] = []
@@ -57,9 +57,9 @@ class Pool:
         """A graph that nobody else has.
 
         Args:
-            weights: where the model's weights are; all graphs that were captured with others go.
+            weights: `addresses` of the model; graphs that were captured with others are dropped.
             key: everything else that a graph depends on.
-            make: captures a graph if none waits.
+            make: captures a graph if none is idle.
         """
         with self._lock:
             if weights != self.weights:
@@ -73,7 +73,7 @@ class Pool:
             step = make()
         if step is None:
             with self._lock:
-                self._idle = []  # graphs that wait have less right to the memory
+                self._idle = []  # free idle graphs' memory and try again
             step = make()
         with self._lock:
             self._keys[step] = (weights, key)
@@ -95,12 +95,12 @@ class Pool:
                 del self._idle[0]
 
     def clear(self) -> None:
-        """Free the graphs that wait, and those in use when they come back."""
+        """Free the idle graphs, and those in use when they come back."""
         with self._lock:
             self._idle, self.weights = [], None
 
     def __len__(self) -> int:
-        """How many wait."""
+        """The number of idle graphs."""
         return len(self._idle)
 
 
@@ -122,7 +122,7 @@ def _forget_graphs(model: nn.Module) -> None:
 
 
 def addresses(model: GPT2) -> Hashable:
-    """Where a step of `model` reads its weights."""
+    """Addresses and layouts of the weights that a step of `model` reads."""
     return tuple(
         (weight.device, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
         for weight in decode_weights(model)
@@ -130,19 +130,19 @@ def addresses(model: GPT2) -> Hashable:
 
 
 def kept_bytes(device: torch.device) -> float:
-    """Bytes that waiting graphs may hold there."""
+    """Most bytes that idle graphs may hold on this device."""
     if device.type != "cuda":
         return float("inf")
     return torch.cuda.get_device_properties(device).total_memory // SHARE
 
 
 def rows_bucket(rows: int) -> int:
-    """The batch that so many rows run in: 1, 2, 4, ... `MOST_ROWS`, then multiples of that."""
+    """Size of the batch for this many rows: 1, 2, 4, ... `MOST_ROWS`, then multiples of that."""
     if rows > MOST_ROWS:
         return -(-rows // MOST_ROWS) * MOST_ROWS
     return 1 << (rows - 1).bit_length()
 
 
 def length_bucket(length: int, n_positions: int) -> int:
-    """The length of the cache that so many entries are kept in."""
+    """Length of the cache for this many entries."""
     return min(max(SHORTEST, 1 << (length - 1).bit_length()), n_positions)

@@ -27,7 +27,7 @@ def load_pair(
     quantize: str | None,
     pack: bool,
 ) -> tuple[Any, Any]:
-    """Implement `Generator.from_pretrained`, whose arguments and errors these are."""
+    """The implementation of `Generator.from_pretrained`, with its arguments and errors."""
     model = GPT2.from_pretrained(
         name_or_path,
         device=device,

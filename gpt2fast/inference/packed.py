@@ -1,4 +1,4 @@
-"""GPT-2 with packed weights: for inference alone, as fast as memory can be read."""
+"""GPT-2 with packed weights, for inference only: as fast as memory can be read."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from ..nn.plain import is_unwatched
 from ..ops.packed import ModelShape, PackedWeights
 from ..quantization.quantized import QuantizedWeights
 
-# Tokens that pass through the model at once: more need more memory and gain nothing.
+# Tokens in one pass through the model; more would need more memory and be no faster.
 _BLOCK = 512
 _CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PackedGPT2(nn.Module):
-    """A GPT-2 that can only be read: `GPT2.pack` and `GPT2.quantize` make one.
+    """A read-only GPT-2: `GPT2.pack` and `GPT2.quantize` make one.
 
     It has the forward pass, `generate` and `save_pretrained` of `GPT2`, without gradients. Logits
     are float32 whatever the weights are.
@@ -43,7 +43,7 @@ class PackedGPT2(nn.Module):
     Args:
         config: the shape.
         weights: packed.
-        quantization: how they were quantized, without the matrices; None: they were not.
+        quantization: description of their quantization, without the matrices; None: unquantized.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PackedGPT2(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.weights.arena.device
 
     @property
@@ -82,7 +82,7 @@ class PackedGPT2(nn.Module):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage a parameter, scales and what stays in float32 included."""
+        """Bits of storage per parameter, including scales and what stays in float32."""
         return 8 * self.weights.arena.numel() / self.config.parameter_count
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedGPT2:
@@ -107,7 +107,7 @@ class PackedGPT2(nn.Module):
 
         Args:
             batch_size: rows.
-            max_length: entries a row; None means `n_positions`.
+            max_length: entries per row; None means `n_positions`.
             dtype: of keys and values: float32, bfloat16 or int8. None means that of float weights,
                 and int8 beside quantized ones.
         """
@@ -143,7 +143,7 @@ class PackedGPT2(nn.Module):
         if wanted is None:
             kept = kept[kept_columns(logits_to_keep)]
         real = torch.ones(batch, time, dtype=torch.bool, device="cpu") if mask is None else mask
-        # Where each kept position's token stands among the real ones.
+        # Index of each kept position among the unmasked tokens.
         order = real.flatten().cumsum(0).view(batch, time)[:, kept] - 1
         shown = real[:, kept]
         found = self._run(
@@ -265,7 +265,7 @@ class PackedGPT2(nn.Module):
                 **choice,
             )
         except ArgumentError:
-            # The kernel looks at every number anyway; these say what to do.
+            # The kernel checks every number itself; these errors say what to do.
             check_tokens(self.config, tokens)
             check_positions(self.config, positions[:, None])
             raise
@@ -283,10 +283,10 @@ class PackedGPT2(nn.Module):
         return generation.generate(self, input_ids, attention_mask, **options)
 
     def resize_token_embeddings(self, *arguments: Any, **options: Any) -> None:
-        """Refuse what `GPT2.resize_token_embeddings` does.
+        """Refuse to resize, unlike `GPT2.resize_token_embeddings`.
 
         Args:
-            arguments, options: of that.
+            arguments, options: those of that method.
 
         Raises:
             ArgumentError: always; packed weights can only be read.
@@ -300,7 +300,7 @@ class PackedGPT2(nn.Module):
         """The form of this model that decodes fastest: this one.
 
         Raises:
-            ArgumentError: a hook is on it, which steps of decoding would go past.
+            ArgumentError: a hook is on it, which decoding steps would not call.
         """
         if not is_unwatched(self, PackedGPT2):
             raise ArgumentError(
@@ -370,7 +370,7 @@ def _blocks(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int, int]]]:
 
 
 def model_shape(config: GPT2Config) -> ModelShape:
-    """The header of packed weights for a model of this configuration."""
+    """The shape of a model of this configuration, for the header of packed weights."""
     return ModelShape(
         config.n_head,
         config.n_embd,

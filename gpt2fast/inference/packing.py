@@ -1,4 +1,4 @@
-"""Packing the weights of a GPT2, to keep the result or to decode with it on the way."""
+"""Packing the weights of a GPT2: to keep the result, or to decode with it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .structure import why_not_read
 
 @dataclass
 class _Copy:
-    """Packed weights of a model, and how to tell whether they are still the model's."""
+    """Packed weights of a model, and the state of its parameters that they were made from."""
 
     state: list[tuple[int, int]]
-    """Where each parameter lies, and torch's count of its changes."""
+    """Each parameter's address, and torch's count of its changes."""
     digest: int
-    """Of the parameters' bytes."""
+    """Hash of the parameters' bytes."""
     packed: PackedGPT2
 
 
 _copies: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
-"""Made on the way, by model."""
+"""Copies that generation made by itself, by model."""
 
 
 def can_be_packed(model: GPT2) -> bool:
@@ -54,12 +54,12 @@ def _why_not_packed(model: GPT2) -> str | None:
 
 
 def packed_copy(model: GPT2, *, thorough: bool) -> PackedGPT2 | None:
-    """The packed copy of a model's weights as they are now, or None where kernels cannot use it.
+    """The packed copy of a model's current weights, or None where kernels cannot use it.
 
     Args:
-        model: which keeps the copy for the next time.
-        thorough: look at the weights themselves and not at torch's count of their changes alone,
-            which `parameter.data` passes by.
+        model: the copy is kept for as long as it.
+        thorough: hash the weights, since torch's count of their changes misses changes through
+            `parameter.data`.
     """
     if torch.compiler.is_compiling() or not can_be_packed(model):
         return None
@@ -90,7 +90,7 @@ def _forget_copy(model: nn.Module) -> None:
 
 @contextmanager
 def keeping_no_copy(model: GPT2) -> Iterator[None]:
-    """Throw a packed copy away that is made inside, so that it takes no memory from then on."""
+    """Discard a packed copy that is made inside, so that it takes no memory afterward."""
     before = _copies.get(model)
     try:
         yield
@@ -102,7 +102,7 @@ def keeping_no_copy(model: GPT2) -> Iterator[None]:
 
 
 def pack(model: GPT2, *, release: bool = False) -> PackedGPT2:
-    """Implement `GPT2.pack`."""
+    """The implementation of `GPT2.pack`."""
     check_held(model.wte)
     reason = _why_not_packed(model)
     if reason is not None:
@@ -112,7 +112,7 @@ def pack(model: GPT2, *, release: bool = False) -> PackedGPT2:
 
 
 def quantize(model: GPT2, scheme: str, *, release: bool = False, **options: Any) -> PackedGPT2:
-    """Implement `GPT2.quantize`."""
+    """The implementation of `GPT2.quantize`."""
     if model.device.type not in ("cpu", "meta"):
         raise ArgumentError(
             f"quantized weights run on the CPU, and the model is on {model.device}; "
@@ -129,13 +129,13 @@ def quantize(model: GPT2, scheme: str, *, release: bool = False, **options: Any)
 def pack_weights(
     model: GPT2, quantized: QuantizedWeights | None = None, *, release: bool = False
 ) -> PackedGPT2:
-    """Pack a model's weights without asking whether there are kernels for them.
+    """Pack a model's weights, even where no kernels can read them.
 
     Args:
         model: on the CPU; adapters are merged.
-        quantized: matrices that take the place of the model's.
+        quantized: matrices to use instead of the model's.
         release: free each parameter of `model` as soon as it is packed; the model can only be
-            thrown away afterwards.
+            thrown away afterward.
     """
     matrices = quantized.matrices if quantized is not None else {}
     shape = model_shape(model.config)

@@ -15,22 +15,22 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Draw:
-    """Where the random numbers of a continuation come from."""
+    """The source of the random numbers of one continuation."""
 
     seed: int
     sample: int
-    """Its number among the samples that this seed gives of its prompt."""
+    """Index among the samples of its prompt that use this seed."""
 
     def after(self, samples: int) -> Draw:
-        """The one of the sample so many later."""
+        """The draw of the sample that comes `samples` later."""
         return Draw(self.seed, self.sample + samples)
 
 
 class Draws:
-    """Hands every prompt of a call the draw of its first continuation.
+    """Assigns every prompt of a call the draw of its first continuation.
 
-    With a seed, a prompt that came before goes on with the samples that follow, so that rows are
-    drawn independently and a prompt's first row is what the prompt gives alone. Without one, every
+    With a seed, a repeated prompt gets the samples after those of its first occurrence: its rows
+    are drawn independently, and the first is the same as for the prompt alone. Without one, every
     prompt gets a seed of its own from torch's global generator.
     """
 
@@ -42,8 +42,8 @@ class Draws:
 
         Args:
             prompt: token ids.
-            seed: of the call; None draws one, and nothing can be repeated.
-            samples: continuations that are made of this occurrence of the prompt.
+            seed: the call's; None draws a new one for each prompt.
+            samples: continuations wanted of this occurrence of the prompt.
         """
         if seed is None:
             return Draw(draw_seed(), 0)
@@ -60,7 +60,7 @@ def uniforms(draws: Sequence[Draw]) -> Iterator[Tensor]:
     steps change none of the others, and every prompt of a batch gets the same ones as alone.
 
     Returns:
-        Without end, blocks (draws, steps) float32 in [0, 1), each for the next steps.
+        An endless iterator of blocks (draws, steps), float32 in [0, 1), each for the next steps.
     """
     # torch's CPU generator reads 32 bits of its seed; hashing spreads all of ours over them.
     seeds = [random.Random(f"{draw.seed}/{draw.sample}").getrandbits(32) for draw in draws]
@@ -78,8 +78,8 @@ class RowRandom:
     """The random numbers of the continuations that still run, step after step.
 
     Args:
-        draws: of each row.
-        device: where the numbers are wanted.
+        draws: the draw of each row.
+        device: device of the numbers.
     """
 
     def __init__(self, draws: Sequence[Draw], device: torch.device):
@@ -99,7 +99,7 @@ class RowRandom:
         return taken
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         self._rows = self._rows[list(rows)]
         self._left = self._left[list(rows)]
 

@@ -1,4 +1,4 @@
-"""Log-probabilities: of given tokens, and of the likeliest ones in their places.
+"""Log-probabilities of given tokens, and of the likeliest ones in their places.
 
 They are those of the model's own distribution, over its whole vocabulary, as it is before
 temperature, top-k and every other processor: log_softmax of the logits.
@@ -18,9 +18,10 @@ class Scores:
     """Log-probabilities of consecutive tokens."""
 
     logprobs: list[float] = field(default_factory=list)
-    """Of each token, in nats."""
+    """Log-probability of each token, in nats."""
     top: list[dict[int, float]] = field(default_factory=list)
-    """For each token the likeliest ids in its place, with theirs, likeliest first."""
+    """For each token the likeliest ids in its place with their log-probabilities, likeliest
+    first."""
 
     def of(self, place: int) -> Scores:
         """The scores of one token."""
@@ -38,7 +39,7 @@ def score(logits: Tensor, tokens: Sequence[int], alternatives: int) -> Scores:
     Args:
         logits: (N, vocab), as the model gave them.
         tokens: N ids, one for each row.
-        alternatives: how many of the likeliest tokens to name in each place.
+        alternatives: number of the likeliest tokens to return in each place.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     logprobs = logits.to(wide).log_softmax(-1)

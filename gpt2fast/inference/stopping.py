@@ -1,4 +1,4 @@
-"""When a continuation has ended: end tokens, stop strings, stop sequences."""
+"""Ends of continuations: end tokens, stop strings, stop sequences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..tokenizer.foreign import Decoding
 
 
 class StopCriteria:
-    """Ends of a continuation that its tokens say, whatever its length.
+    """End tokens and stop strings: all reasons to end a continuation but its length.
 
     Args:
         eos: ids that end a text.
@@ -20,8 +20,8 @@ class StopCriteria:
             they are.
 
     Raises:
-        GenerationError: a stop that is none, or strings without a tokenizer.
-        TokenizerError: what should be a tokenizer is none.
+        GenerationError: an invalid stop, or strings without a tokenizer.
+        TokenizerError: `tokenizer` is none.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class StopCriteria:
         self._reach = max((len(text.encode()) for text in self.strings), default=0) + 4
 
     def reason(self, tokens: Sequence[int]) -> str | None:
-        """Why a continuation ends with the last of `tokens`: "eos", "stop", or None if it doesn't.
+        """The reason to end a continuation at the last of `tokens`: "eos", "stop" or None.
 
-        Ask after each token: only what ends with the last one is found.
+        To be asked after each token: only ends at the last one are found.
         """
         if tokens[-1] in self.eos:
             return "eos"

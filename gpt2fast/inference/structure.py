@@ -1,7 +1,8 @@
-"""Reading a GPT-2's weights past its modules, and the reasons not to.
+"""Reading a GPT-2's weights without calling its modules, and reasons not to.
 
 Decoding, packing and saving read weights and configuration, and call no module. Where modules do
-something else (hooks, other classes, other constants), decoding calls them and the others refuse.
+more than these say (hooks, other classes, other constants), decoding calls the modules, and packing
+and saving refuse.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..nn.plain import is_unwatched, why_not_plain_within
 from ..nn.projection import merged
 
 _layer_weights = attrgetter(*BLOCK_PARAMETERS)
-"""Of a block: its weights in the order of `ops.decode_step`."""
+"""A block's weights in the order of `ops.decode_step`."""
 
 
 def why_not_configured(model: GPT2) -> str | None:
@@ -76,7 +77,7 @@ def _why_not_this_block(model: GPT2, layer: int, block: nn.Module) -> str | None
 
 
 def why_not_read(model: GPT2) -> str | None:
-    """Why decoding has to call the modules, where it would read their weights; or None."""
+    """A reason for decoding to call the modules instead of reading their weights, or None."""
     if not is_unwatched(model, GPT2):
         return "a hook or another forward is on the model"
     return why_not_plain_within(model) or why_not_configured(model)
@@ -86,7 +87,7 @@ def decode_weights(model: GPT2) -> list[Tensor]:
     """The weights as `ops.decode_step` takes them, adapters merged.
 
     Raises:
-        ArgumentError: weights alone do not say what the model computes; see `why_not_read`.
+        ArgumentError: the weights do not tell all that the model computes; see `why_not_read`.
     """
     if reason := why_not_read(model):
         raise ArgumentError(f"weights cannot be read past the modules: {reason}")
@@ -97,7 +98,7 @@ def decode_weights(model: GPT2) -> list[Tensor]:
 
 
 def step_constants(model: GPT2) -> dict[str, Any]:
-    """The other arguments of `ops.decode_step` that a model brings."""
+    """The other arguments of `ops.decode_step` that depend on the model."""
     return {
         "n_head": model.config.n_head,
         "attention_scales": [block.attn.scale for block in model.blocks],
@@ -118,7 +119,7 @@ def run_step(
     Args:
         weights, constants: `decode_weights` and `step_constants` of a model.
         tokens, positions: (B,) int64.
-        cache: with B rows; it is left to the caller to count the new entries.
+        cache: with B rows; the caller counts the new entries.
     """
     return ops.decode_step(
         weights,

@@ -10,7 +10,7 @@ from ..model import GPT2
 from .decoding import check_numbers, evaluating
 from .scores import Scores, score
 
-# Of logits held at once, unless a single row has more.
+# Most bytes of logits to hold at once, unless a single row has more.
 _MOST_BYTES = 1 << 28
 
 
@@ -21,8 +21,8 @@ def score_sequences(
 
     Args:
         sequences: token ids, at most `n_positions` + 1 each; they may differ in length.
-        alternatives: as of `score`.
-        first: for each sequence the place of the first token to score, at least 1.
+        alternatives: as in `score`.
+        first: for each sequence the index of the first token to score, at least 1.
     """
     with torch.inference_mode(), evaluating(model):
         for rows in _batches(sequences, model.config.vocab_size):
@@ -31,7 +31,7 @@ def score_sequences(
             if longest == begin:  # there is nothing to score
                 yield from (Scores() for _ in rows)
                 continue
-            # What is right of a token does not reach it: padding there needs no mask.
+            # A token does not see those to its right: padding there needs no mask.
             ids = [[*sequences[row][:-1]] for row in rows]
             padded = [read + [0] * (longest - len(read)) for read in ids]
             read = torch.tensor(padded, device=model.device)
@@ -43,7 +43,7 @@ def score_sequences(
 
 
 def _batches(sequences: Sequence[Sequence[int]], vocab_size: int) -> Iterator[list[int]]:
-    """Sequences that are read together, by number."""
+    """Indices of the sequences of each batch."""
     rows: list[int] = []
     longest = 0
     for number, sequence in enumerate(sequences):

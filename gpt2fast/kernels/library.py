@@ -1,4 +1,4 @@
-"""Where the compiled kernels are: named by the user, installed with the package, or built here.
+"""Finds the compiled kernels: named by the user, installed with the package, or built here.
 
     GPT2FAST_NATIVE=0              no compiled kernels
     GPT2FAST_LIBRARY=FILE          this library of CPU kernels and no other
@@ -71,16 +71,16 @@ class Library:
 
     path: Path
     origin: str
-    """How it came to be there, in words."""
+    """Its origin in words, such as "installed with the package"."""
 
 
 def file_name(part: Part) -> str:
-    """What setup.py calls a part in the package."""
+    """The name of a part's library in the installed package."""
     return f"libgpt2fast_{part.name}.so"
 
 
 def find_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Library:
-    """The library that belongs to these sources, built now if need be.
+    """The library of these sources, built now if necessary.
 
     Args:
         part: of csrc.
@@ -104,7 +104,7 @@ def find_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Library
 
 
 def is_switched_off() -> bool:
-    """Whether the user asked for no compiled kernels: nobody needs to hear of it."""
+    """True if the user asked for no compiled kernels; nobody needs a warning then."""
     return os.environ.get("GPT2FAST_NATIVE", "").lower() in ("0", "off", "no", "false")
 
 
@@ -125,7 +125,7 @@ def build_library(part: Part = CPU, architectures: Sequence[str] = ()) -> Librar
     try:
         name = f"{stem}-{sources}-{_compiler_key(find_compiler())}.so"
     except BackendError:
-        # Without a compiler, whichever one built these sources.
+        # Without a compiler, take a build of these sources by any compiler.
         name = f"{stem}-{sources}-*.so"
     for folder in _cache_folders():
         if _why_not_ours(folder):
@@ -215,7 +215,7 @@ def _opened_folder(folder: Path) -> int:
 
 
 def _why_not_ours(folder: Path) -> str | None:
-    """Why libraries in `folder` may be somebody else's, or None."""
+    """A reason not to trust libraries in `folder`, which somebody else could write; or None."""
     if os.open not in os.supports_dir_fd:
         return None
     try:
@@ -303,7 +303,7 @@ def _forget_old(folder: Path, part: Part) -> None:
 
 
 def _source_key(part: Part, architectures: Sequence[str]) -> str:
-    """Of the sources, the flags and the kind of machine."""
+    """Hash of the sources, the flags and the kind of machine."""
     folder = source_folder()
     flags: list[object] = [FLAGS, extra_flags()]
     if part is not CPU:
@@ -320,7 +320,7 @@ def _source_key(part: Part, architectures: Sequence[str]) -> str:
 
 
 def _compiler_key(command: tuple[str, ...]) -> str:
-    """Of the compiler's file: running it for its version would cost more than the rest."""
+    """Hash of the compiler's path, size and date: asking its version would take longer."""
     path = os.path.realpath(command[0])
     found = os.stat(path)
     key = repr([path, command[1:], found.st_size, found.st_mtime_ns])
@@ -328,7 +328,7 @@ def _compiler_key(command: tuple[str, ...]) -> str:
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Where builds may be: the one that was named, or the user's, or else a temporary one."""
+    """Folders for builds, best first: the one that was named, or the user's and a temporary one."""
     named = os.environ.get("GPT2FAST_CACHE")
     if named:
         yield Path(os.path.realpath(named))

@@ -41,7 +41,7 @@ SIMULATED_FLAGS = (
     "-DGPT2FAST_SIMULATED",
 )
 ARCHITECTURES = ("80", "90a")
-"""What the CUDA kernels are written for; a GPU in between runs those of the lower number."""
+"""Targets of the CUDA kernels; a GPU in between runs those of the lower number."""
 
 if sys.platform == "darwin":
     _LINK_FLAGS = ("-shared", "-pthread", "-ltorch", "-ltorch_cpu")
@@ -58,9 +58,9 @@ class Part:
     """One of the shared libraries that csrc becomes."""
 
     name: str
-    """In the name of the library's file."""
+    """Part of the library's file name."""
     folders: tuple[str, ...]
-    """Of csrc, with all its sources, headers included."""
+    """Folders of csrc that belong to it, headers included."""
     work: int
     """Seconds of one processor that it takes to compile, roughly."""
 
@@ -82,7 +82,7 @@ class CompilerError(BackendError):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What a build needs besides the sources."""
+    """The tools of a build: everything it needs besides the sources."""
 
     compiler: tuple[str, ...]
     """The compiler and the flags that came with its name in CXX."""
@@ -100,7 +100,7 @@ def find_toolchain(part: Part = CPU, architectures: Sequence[str] = ()) -> Toolc
     """The compilers and torch's headers; raises `BackendError` saying which is missing.
 
     Args:
-        part: what is to be compiled.
+        part: the part of csrc to compile.
         architectures: of the GPUs to compile for; GPT2FAST_CUDA_ARCHS comes first, and with
             neither it is `ARCHITECTURES`.
     """
@@ -114,7 +114,7 @@ def find_toolchain(part: Part = CPU, architectures: Sequence[str] = ()) -> Toolc
 
 
 def cuda_architectures(wanted: Sequence[str] = ()) -> tuple[str, ...]:
-    """What GPT2FAST_CUDA_ARCHS names ("80;90a"), or what is wanted, or all that there are."""
+    """The architectures in GPT2FAST_CUDA_ARCHS ("80;90a"), else those wanted, else all."""
     named = os.environ.get("GPT2FAST_CUDA_ARCHS", "")
     chosen = tuple(named.replace(";", " ").replace(",", " ").split()) or tuple(wanted)
     for name in chosen:
@@ -197,12 +197,12 @@ def source_files(folder: Path, *parts: Part) -> list[Path]:
 
 
 def extra_flags() -> list[str]:
-    """What the environment adds, and may change: CXXFLAGS."""
+    """The flags in CXXFLAGS; they come last, so they override ours."""
     return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
 def processors() -> int:
-    """How many compilers run at once."""
+    """The number of compilers to run at once."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -240,7 +240,7 @@ def _takes_less_time(unit: Path) -> tuple[bool, bool, str]:
 
 
 def _compile_command(unit: Path, folder: Path, toolchain: Toolchain, part: Part) -> list[str]:
-    """How to compile `unit`, but for the names of input and output."""
+    """The command that compiles `unit`, without the names of input and output."""
     if unit.suffix == ".cu" and part is CUDA:
         targets = [
             f"-gencode=arch=compute_{name},code=sm_{name}" for name in toolchain.architectures

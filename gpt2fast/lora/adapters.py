@@ -31,9 +31,9 @@ class LoRAProjection(Projection):
     """A frozen `Projection` with a trainable one of low rank beside it.
 
     Args:
-        base: whose weight and bias are taken over, not copied, and frozen.
+        base: projection whose weight and bias are used, not copied, and frozen.
         rank: columns of the two factors.
-        alpha: what the adapter adds is multiplied by alpha / rank.
+        alpha: the adapter's output is multiplied by alpha / rank.
         dropout: probability of dropping an element of the adapter's input while training.
     """
 
@@ -88,7 +88,7 @@ def add_adapters(
         model: whose forward pass, `generate`, `pack`, `quantize` and `save_pretrained` go on
             working, with the adapters in effect.
         rank: of each adapter, at least 1 and less than the sizes of the projections.
-        alpha: what the adapters add is multiplied by alpha / rank.
+        alpha: the adapters' output is multiplied by alpha / rank.
         dropout: probability of dropping an element of an adapter's input while training.
         targets: names or patterns, a sequence or separated by commas. A projection is meant by its
             whole name or by how it ends at a dot: "c_attn", "mlp.c_proj", "h.0.attn.c_proj";

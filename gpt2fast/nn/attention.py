@@ -23,7 +23,7 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention of each position to itself and those before it.
 
     Args:
-        width: of the residual stream.
+        width: width of the residual stream.
         heads: number of heads; divides `width`.
         dropout: probability of dropping an attention weight while training.
         scale: factor on the scores; None means 1 / sqrt(width / heads).
@@ -119,7 +119,7 @@ class CausalSelfAttention(nn.Module):
     def _attend_openly(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
     ) -> Tensor:
-        """Attention whose weights (B, heads, T, S) pass through `attn_dropout`.
+        """Unfused attention, whose weights (B, heads, T, S) pass through `attn_dropout`.
 
         Args:
             q: (B, T, heads, head size).
@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
         seen = torch.arange(k.shape[1], device=q.device) <= last[..., None]
         if mask is not None:
             seen = seen & mask.bool()[:, None, None]
-        # Finite: the softmax of a row that sees nothing would be NaN, and spread.
+        # Not -inf: the softmax of a row that sees nothing would be NaN, and spread.
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         weights = self.attn_dropout(scores.softmax(-1).to(v.dtype))
         return torch.einsum("bhts,bshd->bthd", weights, v)
@@ -146,7 +146,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def _as_constants(k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
-    """Keys and values without gradients, as a cache stores them; it remembers if there were any."""
+    """Keys and values without gradients, as a cache stores them; it notes if there were any."""
     if is_transformed() or not torch.is_grad_enabled() or not (k.requires_grad or v.requires_grad):
         return k, v
     if cache.constants is not None:
@@ -155,7 +155,7 @@ def _as_constants(k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tens
 
 
 def _of_constants(out: Tensor, cache: LayerCache) -> Tensor:
-    """A result computed from a cache; its backward pass is an error where it would be wrong."""
+    """A result computed from a cache, whose backward pass raises where gradients were lost."""
     lost = cache.constants is not None and cache.constants.lost
     if not torch.is_grad_enabled() or not (lost or out.requires_grad):
         return out

@@ -23,14 +23,14 @@ class Block(nn.Module):
         x = x + mlp(norm(x))
 
     Args:
-        width: of the residual stream.
+        width: width of the residual stream.
         heads: number of attention heads.
         inner: width of the MLP's hidden layer; None means 4 * width.
         activation: the MLP's activation.
         dropout: probability of dropping what attention and MLP add, while training.
         attention_dropout: probability of dropping an attention weight, while training.
         scale: factor on the attention scores; None means 1 / sqrt(width / heads).
-        eps: of the layer normalizations.
+        eps: epsilon of the layer normalizations.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class Block(nn.Module):
         attention_mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The block with its additions left open, so that a stack of blocks fuses them.
+        """The block without its last addition, which the next block fuses with its layer norm.
 
         Args:
-            x: (B, T, width), what the block before has added.
+            x: (B, T, width), the output of the previous block's MLP, not added yet.
             residual: (B, T, width), the stream it is added to; None before the first block.
             attention_mask, cache: as for `CausalSelfAttention`.
 
         Returns:
-            What this block's MLP adds, and the stream it is added to.
+            The MLP's output, not added yet, and the stream to add it to.
         """
         normed, residual = add_and_normalize(self.ln_1, x, residual)
         x = self.attn(normed, attention_mask, cache)

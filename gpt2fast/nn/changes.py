@@ -1,4 +1,4 @@
-"""Word of weights that lie elsewhere now, for whoever keeps something that was made of them."""
+"""Notifications of moved weights, for caches of things made from them."""
 
 from __future__ import annotations
 

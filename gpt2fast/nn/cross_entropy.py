@@ -17,7 +17,7 @@ from ..ops.backend import statistics_dtype
 from .plain import readable
 
 _CHUNK_BYTES = 1 << 27
-"""Of logits held at once where the fused loss does not serve."""
+"""Most bytes of logits to hold at once where the fused loss cannot run."""
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -27,9 +27,9 @@ class LinearCrossEntropy(nn.Module):
     """Cross-entropy of `hidden @ weight.T` that never holds all logits.
 
     Args:
-        ignore_index: the target that does not count.
+        ignore_index: targets of this value do not count.
         reduction: "mean" over the targets that count, their "sum", or "none": each by itself.
-        label_smoothing: in [0, 1], how much of each target is spread over the vocabulary
+        label_smoothing: in [0, 1], the share of each target that is spread over the vocabulary
             (Szegedy et al., 2016).
 
     The mean and the sum without smoothing are one fused op; the others compute each chunk of
@@ -71,14 +71,14 @@ class LinearCrossEntropy(nn.Module):
         return torch.where(count > 0, mean * count, 0.0)
 
     def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of logits that are there already.
+        """The loss of given logits.
 
         Args:
             logits: (..., V).
             targets: (...) int64.
 
         Returns:
-            As `forward`.
+            Same as `forward`.
         """
         flat = logits.reshape(-1, logits.shape[-1])
         return self._reduced(self._each(flat, targets.reshape(-1)), targets)
@@ -119,10 +119,10 @@ class LinearCrossEntropy(nn.Module):
 
 
 def loss_of_logits(loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
-    """A model's loss where its head was called, and gave logits (B, T, V).
+    """A model's loss from the logits (B, T, V) of an output projection that had to be called.
 
     Raises:
-        ArgumentError: `loss` is a module of somebody's own, which takes hidden states.
+        ArgumentError: `loss` is another module, which takes hidden states only.
     """
     if not isinstance(loss, LinearCrossEntropy):
         raise ArgumentError(

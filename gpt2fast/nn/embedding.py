@@ -1,4 +1,4 @@
-"""The tables of embeddings."""
+"""Embedding tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .plain import readable
 
 @readable
 class Embedding(nn.Embedding):
-    """`nn.Embedding` that begins as GPT-2's do.
+    """`nn.Embedding` with GPT-2's initialization.
 
     Args:
         num_embeddings, embedding_dim: rows of the table, and their size.
@@ -43,8 +43,8 @@ class Embedding(nn.Embedding):
 def table_of(embedding: nn.Module, shape: tuple[int, int]) -> Tensor:
     """The table of this shape inside `embedding`, which an output projection is tied to.
 
-    Whatever wraps the embedding, parametrizes or prunes it leaves the projection with the table
-    itself, as in transformers.
+    If the embedding is wrapped, parametrized or pruned, the projection still uses the table itself,
+    as in transformers.
 
     Raises:
         ArgumentError: there is no such table, or more than one.
@@ -59,7 +59,7 @@ def table_of(embedding: nn.Module, shape: tuple[int, int]) -> Tensor:
         return embedding.weight if table is None else table
     tables = [weight for weight in embedding.parameters() if weight.shape == shape]
     if len(tables) != 1:
-        # No AttributeError, of which nn.Module would make another one.
+        # Not an AttributeError, which nn.Module would replace by its own.
         raise ArgumentError(
             f"wte is a {type(embedding).__name__} with {len(tables)} parameters of the shape "
             f"{shape}, and the output projection is tied to one: give the configuration "

@@ -1,4 +1,4 @@
-"""How modules are made: where, in which type, and with which first weights."""
+"""Creation of modules: device, dtype and initial weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Dtype = torch.dtype | None
 
 
 def reset(*modules: nn.Module) -> None:
-    """Draw new weights, in this order, for all that have them drawn."""
+    """Draw new weights for the modules that have any, in this order."""
     for module in modules:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]

@@ -14,7 +14,7 @@ from .kv_cache import KVCache
 
 
 class Placed(NamedTuple):
-    """Where new tokens (B, T) stand: in the text, and in the batch."""
+    """Positions and padding of new tokens (B, T)."""
 
     mask: Tensor | None
     """(B, T) bool, false at padding; None where there is none."""
@@ -60,16 +60,16 @@ def run_with_cache(
 ) -> Tensor:
     """(B, T, width) hidden states of new tokens, which see a cache and are added to it.
 
-    Rows of a cache have no holes, so that the real tokens are brought to the front, and the hidden
-    states back.
+    Rows of a cache have no holes, so the real tokens are moved to the front, and the hidden states
+    back.
 
     Args:
         blocks: a model's, called with token ids, positions, a mask and a `LayerCache` each.
-        n_layer: how many blocks there are.
+        n_layer: number of blocks.
         input_ids: (B, T) int64.
-        placed: of them.
+        placed: their positions and padding.
         cache: with B rows.
-        is_watched: whether hooks are on the blocks; they see the tokens in the order given.
+        is_watched: the blocks have hooks, which have to see the tokens in the order given.
     """
     mask, positions, counts = placed
     front = None if mask is None else mask.argsort(dim=1, descending=True, stable=True)
@@ -90,8 +90,8 @@ def predicted(
     """The tokens to predict (B, T'), if any are given, and the T' columns that predict them.
 
     Args:
-        labels: (B, T), which each position predicts for the one after it.
-        targets: (B, T), which each position predicts itself; not both.
+        labels: (B, T); position t predicts labels[:, t + 1].
+        targets: (B, T); position t predicts targets[:, t]; not both.
     """
     if labels is not None and targets is not None:
         raise ArgumentError("give labels (shifted inside) or targets (already shifted), not both")
@@ -104,7 +104,7 @@ def predicted(
 
 
 def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:
-    """The columns whose logits are wanted: the last so many, all for 0, or those of an index."""
+    """The columns whose logits are wanted: the last `logits_to_keep`, 0 for all, or an index."""
     if isinstance(logits_to_keep, int):
         return slice(-logits_to_keep if logits_to_keep else None, None)
     return logits_to_keep
@@ -203,7 +203,7 @@ def check_stream(x: Tensor, width: int) -> None:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Every sample's values where torch.func has batched them, which then show one sample alone."""
+    """The values of all samples, where torch.func has batched them and shows one sample only."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

@@ -16,14 +16,14 @@ from ..errors import GenerationError
 
 @dataclass
 class Constants:
-    """Notes that entries of a cache, which have no gradients, came from tensors that had."""
+    """A note that gradients were lost: a cache stores constants, whatever they came from."""
 
     lost: bool = False
-    """True once a gradient was left behind."""
+    """True once an entry came from tensors that require gradients."""
 
 
 class LayerCache(NamedTuple):
-    """One layer's share of a cache, while new tokens pass through the model."""
+    """One layer's part of a cache during a forward pass."""
 
     k: Tensor
     """(B, T_max, H, D)."""
@@ -32,7 +32,7 @@ class LayerCache(NamedTuple):
     lengths: Tensor
     """(B,) entries stored before the new tokens."""
     counts: Tensor | None
-    """(B,) how many of the new tokens each row stores; None means all of them."""
+    """(B,) number of new tokens that each row stores; None means all of them."""
     empty: bool
     """True if no row holds an entry yet, so that the new tokens see themselves only."""
     k_scales: Tensor | None = None
@@ -40,8 +40,7 @@ class LayerCache(NamedTuple):
     v_scales: Tensor | None = None
     """(B, T_max, H) factors of int8 values."""
     front: Tensor | None = None
-    """(B, T) the order of the new tokens' positions in which those that are stored come first;
-    None: they do already."""
+    """(B, T) order of the new tokens that puts the stored ones first; None: they are first."""
     constants: Constants | None = None
     """Shared by all layers of the cache."""
 
@@ -56,11 +55,11 @@ class KVCache:
         n_layer, n_head, head_dim: shape of the model.
         batch_size: rows, B.
         max_length: entries that each row can hold, T_max.
-        dtype, device: of keys and values. Of int8 each head's entry has a float32 factor, the
-            largest of its elements being 127.
+        dtype, device: of keys and values. In int8 each head's entry has a float32 factor and
+            is scaled so that its largest element is 127.
 
-    Keys and values are stored without their gradients: those of the tokens before do not flow back
-    through a cache. Where gradients are recorded, a backward pass that would need them is an error.
+    Keys and values are stored as constants: no gradient flows back through a cache. A backward pass
+    that would need one is an error.
 
     Raises:
         GenerationError: a dtype that holds neither floating-point numbers nor int8.
@@ -98,7 +97,7 @@ class KVCache:
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         """(B,) position that each row's next token has unless the caller says otherwise."""
         self.constants = Constants()
-        """Tells whether gradients end here, so that a backward pass is an error."""
+        """Shared note of lost gradients, which makes a backward pass an error."""
         # An upper bound of the longest row, kept here so that the device need not be asked.
         self._longest = 0
 
@@ -146,8 +145,8 @@ class KVCache:
         """The views that layer `index` writes to and reads from.
 
         Args:
-            index: of the layer.
-            counts: (B,) how many of the new tokens each row stores; None means all of them.
+            index: the layer's number.
+            counts: (B,) number of new tokens that each row stores; None means all of them.
             front: (B, T) an order of the new tokens in which those that are stored come first;
                 None means that they do.
         """
@@ -171,14 +170,14 @@ class KVCache:
         """Check that each row has room for more entries.
 
         Args:
-            new_tokens: entries to come, at most.
+            new_tokens: most entries to come.
             counts: (B,) entries to come in each row, if they differ.
 
         Raises:
             GenerationError: a row would grow past `max_length`.
         """
         if self._longest + new_tokens > self.max_length:
-            # The bound may be loose: rows were reordered or released, or store fewer tokens.
+            # The bound may be too high: rows were reordered or released, or store fewer tokens.
             longest = int((self.lengths + (new_tokens if counts is None else counts)).max())
             if longest > self.max_length:
                 raise GenerationError(
@@ -190,7 +189,7 @@ class KVCache:
         """Count the entries that all layers have stored.
 
         Args:
-            new_tokens: entries stored, at most.
+            new_tokens: most entries stored.
             counts: (B,) entries stored in each row, if they differ.
             positions: (B,) default position of each row's next token.
         """

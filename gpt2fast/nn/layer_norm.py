@@ -19,8 +19,8 @@ class LayerNorm(nn.Module):
     Args:
         width: size of the last dimension.
         eps: added to the variance.
-        elementwise_affine: multiply by a weight, and add a bias if `bias` says so.
-        bias: whether there is a bias.
+        elementwise_affine: multiply by a weight, and add a bias if `bias` is true.
+        bias: have a bias.
     """
 
     weight: nn.Parameter | None
@@ -81,7 +81,7 @@ class ResidualLayerNorm(LayerNorm):
     """Add to the residual stream and normalize the sum, in one pass.
 
     Args:
-        width, eps, elementwise_affine, bias: as of `LayerNorm`.
+        width, eps, elementwise_affine, bias: as in `LayerNorm`.
     """
 
     def forward(  # type: ignore[override]
@@ -100,7 +100,7 @@ class ResidualLayerNorm(LayerNorm):
 
 
 def add_and_normalize(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`norm.add` in one pass; where `norm` is hooked or replaced, a call of it with the sum."""
+    """`norm.add` in one pass, or a call of `norm` with the sum if it has hooks or is replaced."""
     if is_plain(norm, LayerNorm, ResidualLayerNorm):
         return norm.add(x, residual)  # type: ignore[operator]
     stream = x if residual is None else (residual + x).to(residual.dtype)

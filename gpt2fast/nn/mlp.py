@@ -43,7 +43,7 @@ class GELUMLP(nn.Module):
     """Two projections with an activation between them.
 
     Args:
-        width: of the residual stream.
+        width: width of the residual stream.
         inner: width of the hidden layer; None means 4 * width.
         activation: gelu_new (fused), gelu, relu, silu, tanh, or an alias of transformers'.
         dropout: probability of dropping an element of the result while training.

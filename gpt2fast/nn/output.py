@@ -12,14 +12,14 @@ from ..errors import ArgumentError
 class GPT2Output:
     """Loss and logits of a forward pass.
 
-    With labels or targets the logits are computed when they are first read: who wants the loss
-    alone never pays for a (B, T, vocab) tensor. They are what the forward pass would have given,
-    under its gradient mode and autocast; changing the weights in between is an error.
+    With labels or targets the logits are computed when they are first read, so that the loss alone
+    never needs a (B, T, vocab) tensor. They are what the forward pass would have computed, under
+    its gradient mode and autocast; changing the weights in between is an error.
 
     Args:
         loss: scalar, or None.
         hidden: (B, T, width) hidden states.
-        projection: (vocab, width), which makes logits of them.
+        projection: (vocab, width) weight of the logits.
     """
 
     def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
@@ -31,13 +31,13 @@ class GPT2Output:
             self._hidden, self._projection = hidden, projection
             self._grad, self._device = torch.is_grad_enabled(), device
             self._autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            # Neither a traced program nor a tensor made in inference mode counts its changes.
+            # Traced programs and tensors made in inference mode have no count of changes.
             counted = not torch.compiler.is_compiling() and not projection.is_inference()
             self._version = projection._version if counted else None
 
     @classmethod
     def computed(cls, loss: Tensor | None, logits: Tensor) -> GPT2Output:
-        """An output with this `loss` whose `logits`, (B, T, vocab), are there already."""
+        """An output with this `loss` and given `logits`, (B, T, vocab)."""
         output = cls.__new__(cls)
         output.loss, output._logits = loss, logits
         return output

@@ -1,4 +1,4 @@
-"""From hidden states to logits, with a weight of its own or with that of the embedding."""
+"""Output projections: hidden states to logits, with a weight of their own or the embedding's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .plain import readable
 
 @readable
 class OutputProjection(nn.Linear):
-    """`nn.Linear` without a bias that begins as GPT-2's embeddings do.
+    """`nn.Linear` without a bias, initialized like GPT-2's embeddings.
 
     Args:
         in_features, out_features: width, and size of the vocabulary.
@@ -49,7 +49,7 @@ class TiedOutputProjection(nn.Module):
     `parameters()` and `state_dict()` hold the weight once.
 
     Args:
-        model: whose `projection` (vocab, width) it multiplies with. It is not kept alive.
+        model: the owner of the weight, `model.projection` (vocab, width); referenced weakly.
     """
 
     def __init__(self, model: nn.Module):
@@ -62,7 +62,7 @@ class TiedOutputProjection(nn.Module):
 
     @property
     def model(self) -> nn.Module | None:
-        """The model that it takes the weight from; None where that is gone."""
+        """The model that owns the weight; None if it no longer exists."""
         return self._model()
 
     @property
@@ -70,7 +70,7 @@ class TiedOutputProjection(nn.Module):
         """(vocab, width): that of the token embedding.
 
         Raises:
-            ArgumentError: the model is gone.
+            ArgumentError: the model no longer exists.
         """
         model = self._model()
         if model is None:
@@ -91,12 +91,12 @@ class TiedOutputProjection(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         model = self._model()
-        if model is None or id(model) in memo:  # which is being copied itself
+        if model is None or id(model) in memo:  # the model is being copied, too
             copy = type(self).__new__(type(self))
             memo[id(self)] = copy
             copy.__setstate__(deepcopy(self.__getstate__(), memo))
             return copy
-        # A copy by itself has a weight of its own.
+        # Copied without its model, it gets a weight of its own.
         weight = self.weight.detach()
         alone = OutputProjection(weight.shape[1], weight.shape[0], 0.0, device="meta")
         alone.weight = nn.Parameter(weight.clone())
@@ -105,7 +105,7 @@ class TiedOutputProjection(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        # transformers gives the tied weight under both names; the embedding is loaded before.
+        # transformers saves the tied weight under both names; the embedding has loaded it already.
         head, errors = state_dict.get(f"{prefix}weight"), arguments[-1]
         if head is None or self._model() is None or head.is_meta or self.weight.is_meta:
             return
@@ -117,11 +117,11 @@ class TiedOutputProjection(nn.Module):
 
 
 def tie_untied(model: nn.Module) -> None:
-    """Tie the projections of a model that was copied or loaded, which know none yet, to it."""
+    """Tie to a model its projections, if copying or loading it left them untied."""
     for module in model.modules():
         if isinstance(module, TiedOutputProjection) and module.model is None:
             module.tie(model)
 
 
 def _no_model() -> None:
-    """Stands for the reference to a model in a copy that has none yet."""
+    """Placeholder for the reference to a model, in a copy that is not tied yet."""

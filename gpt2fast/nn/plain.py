@@ -1,8 +1,7 @@
 """Modules whose weights a fused op may read instead of calling them.
 
-Hooks, by which activations are captured, changed and models are wrapped, run in a call alone. So
-does whatever stands in a module's place, a parametrization, or a `forward` of its own. A module is
-plain where none of this is there, and only then nobody can tell that it was not called.
+Hooks run only when a module is called; so do parametrizations, replaced modules and replaced
+`forward` methods. A module with none of these is plain: nobody can tell that it was not called.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def readable(kind: _Kind) -> _Kind:
-    """Class decorator: fused ops know what `kind.forward` computes."""
+    """Class decorator: let fused ops read the weights of `kind` instead of calling it."""
     _FORWARDS[kind] = kind.forward
     return kind
 
@@ -54,12 +53,12 @@ def _has_no_hook(module: nn.Module) -> bool:
 
 
 def is_unwatched(module: nn.Module, base: type[nn.Module]) -> bool:
-    """True if a call of `module`, a `base` or derived of it, runs `base.forward` and no more."""
+    """True if a call of `module`, an instance of `base`, runs `base.forward` and no more."""
     return type(module).forward is base.forward and _has_no_hook(module)
 
 
 def why_not_plain_within(model: nn.Module) -> str | None:
-    """Why some module of `model` has to be called, in words; None if all of them are plain."""
+    """A reason to call some module of `model`, in words; None if all of them are plain."""
     for name, module in model.named_modules():
         kind = type(module)
         if module is model or kind is nn.ModuleList or _is_untouched(module):

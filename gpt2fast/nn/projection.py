@@ -42,7 +42,7 @@ class Projection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight from N(0, std^2) and set the bias to zero."""
-        if self.weight.is_meta:  # nothing to draw, and torch would load its compiler for it
+        if self.weight.is_meta:  # nothing to draw; torch would import its compiler to do so
             return
         nn.init.normal_(self.weight, std=self.std)
         nn.init.zeros_(self.bias)
@@ -52,7 +52,7 @@ class Projection(nn.Module):
         return ops.projection(x, self.weight, self.bias)
 
     def merged_weight(self) -> Tensor:
-        """(in, out): a weight with which a plain projection computes the same."""
+        """(in, out): the weight of a plain projection that computes the same."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -62,12 +62,12 @@ class Projection(nn.Module):
 
 
 def merged(model: _Model) -> _Model:
-    """The model itself, or `merge` of it where a projection adds to its weight, as adapters do."""
+    """The model itself, or `merge` of it if a projection adds to its weight, as adapters do."""
     return merge(model) if _adding(model) else model
 
 
 def merge(model: _Model) -> _Model:
-    """A plain model that computes, within rounding, what `model`, a GPT2, does with its adapters.
+    """A plain model that computes, up to rounding, the same as `model`, a GPT2 with adapters.
 
     Adapted weights are new; all others are shared with `model`, which stays as it is. Everything in
     the result is trainable, and it is in evaluation mode where `model` is.

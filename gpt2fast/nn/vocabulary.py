@@ -1,4 +1,4 @@
-"""How many tokens a model knows: rows of its embedding, and of its output projection."""
+"""Size of the vocabulary: rows of the embedding and of the output projection."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def resize_token_embeddings(
     pad_to_multiple_of: int | None = None,
     mean_resizing: bool = True,
 ) -> Embedding:
-    """Give a model as many tokens as these, in place, by new last rows or without the last ones.
+    """Change the number of a model's tokens, in place: append rows, or drop the last ones.
 
     `wte` and `lm_head` keep their rows, dtype, device and `requires_grad`; a tied projection stays
-    tied, and `config.vocab_size` becomes the new number. Names and meaning are transformers', but
-    for the new rows: those are the mean of the old ones exactly, so that a new token is no likelier
-    than an average one. (transformers adds noise with a billionth of the old rows' covariance, or
-    none where that is too small.) Nothing is random, so the same call gives the same model again.
+    tied, and `config.vocab_size` becomes the new number. Names and meaning are transformers',
+    except for the new rows: those are exactly the mean of the old ones, so that a new token is no
+    likelier than an average one. (transformers adds noise with a billionth of the old rows'
+    covariance, or none where that is too small.) Nothing is random, so the same call gives the same
+    model again.
 
     The parameters stay the objects that they were, without gradients. An optimizer that has made
-    no step goes on with them; one that has keeps averages of the old shape: make a new one. Resize
+    no step can still be used; one that has holds averages of the old shape: make a new one. Resize
     before the model is wrapped, as in DDP.
 
     Args:
@@ -44,8 +45,8 @@ def resize_token_embeddings(
         `wte`.
 
     Raises:
-        ArgumentError: no such number, or a model whose rows are not its own: released, sharded, or
-            with something else in the place of `wte` or `lm_head`.
+        ArgumentError: an invalid number, or a model whose tables cannot be resized: released,
+            sharded, or with something else in the place of `wte` or `lm_head`.
         ConfigError: more tokens than a vocabulary may have.
     """
     tables = _tables(model)
@@ -107,7 +108,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _resize(parameter: nn.Parameter, rows: int, std: float | None) -> None:
-    """Give a parameter (rows, …) other rows: of the old ones' mean, or drawn with `std`."""
+    """Change the rows of a parameter (rows, …); new ones are the mean, or drawn with `std`."""
     old = parameter.detach()
     if len(old) == rows:
         return
@@ -123,7 +124,7 @@ def _resize(parameter: nn.Parameter, rows: int, std: float | None) -> None:
     parameter.data = new
     parameter.grad = None
     if not parameter.is_inference():
-        # Who has read the old rows, logits that were put off above all, must not go on with them.
+        # Counts as a change, so that logits still to be computed from the old rows are refused.
         torch.autograd.graph.increment_version(parameter)
 
 

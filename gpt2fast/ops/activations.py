@@ -15,4 +15,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-"""In the order in which the header of packed weights counts them (csrc/cpu/step.h)."""
+"""The order is that of the numbers in the header of packed weights (csrc/cpu/step.h)."""

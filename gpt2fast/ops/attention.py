@@ -83,8 +83,8 @@ def attention_with_cache(
         q: (B, T, H, D), the T newest positions of each row.
         k_cache, v_cache: (B, T_max, H, D).
         lengths: (B,) int64 in 0 .. T_max, entries stored before the new ones: query t of row b
-            sees entries 0 .. lengths[b] + t. Of queries that lie past the end of the cache, as
-            padding may, the result is unspecified.
+            sees entries 0 .. lengths[b] + t. The result is unspecified for queries past the end
+            of the cache, as padding may be.
         scale: factor on the scores; None means 1 / sqrt(D).
         k_scales, v_scales: (B, T_max, H) float32 factors of int8 caches.
 
@@ -162,7 +162,7 @@ def _visible(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _factors(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """By which dropout multiplies them: the kernels' own, wherever these tensors are."""
+    """Dropout factors of the weights, the same that the kernels draw."""
     batch, heads, queries, keys = weights.shape
     return dropout_factors(
         (batch, heads, queries, keys),
@@ -179,7 +179,7 @@ def _weights(
     """Attention weights (B, H, T, T) before dropout, and their log-normalizer (B, H, T)."""
     visible = _visible(q.shape[1], mask, q.device)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    # Of a query that sees nothing, the scores stay finite, and with them the sum's derivatives:
+    # The scores of a query that sees nothing stay finite, so that the sum has derivatives;
     # exp(score - inf) = 0 makes its weights vanish.
     blind = ~visible.any(-1)
     scores = scores.masked_fill(~(visible | blind[..., None]), -math.inf)
@@ -245,7 +245,7 @@ def _cached_reference(
     v_scales: Tensor | None = None,
 ) -> Tensor:
     if q.device.type == "cpu" and not is_transformed():
-        # Only the part in use; elsewhere, reading the longest row's length would wait for the GPU.
+        # Only the part in use. On a GPU, reading the longest row's length would be a wait.
         longest = int(lengths.max()) if len(lengths) else 0
         used = min(longest + q.shape[1], k_cache.shape[1])
         k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
@@ -258,13 +258,13 @@ def _cached_reference(
     hidden = torch.arange(k_cache.shape[1], device=q.device) > newest[:, None, :, None]
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
     # Entries past a row's end may hold anything, NaN included; 0 * NaN must not reach the sum.
-    past_end = hidden[:, 0, -1:].any(1)  # of no query, none
+    past_end = hidden[:, 0, -1:].any(1)  # without queries, none
     v_cache = dequantize(v_cache, v_scales, dtype).masked_fill(past_end[:, :, None, None], 0.0)
     return torch.einsum("bhts,bshd->bthd", weights, v_cache).to(q.dtype).contiguous()
 
 
 def _flash_refuses(call: Arguments) -> str | None:
-    if call.scale <= 0:  # it scales after hiding: minus infinity times 0 is no number
+    if call.scale <= 0:  # it scales after masking: minus infinity times 0 is NaN
         return f"torch's flash attention takes scales above 0, not {call.scale}"
     if len({x.dtype for x in call if isinstance(x, Tensor) and x.dim() == 4}) != 1:
         return "torch's flash attention takes tensors of one dtype"
@@ -284,7 +284,7 @@ def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    # torch's kernel takes the last dimension's stride to be 1 without looking.
+    # torch's kernel assumes that the last dimension's stride is 1.
     return [tensor.transpose(1, 2) for tensor in _contiguous_heads(*tensors)]
 
 
@@ -397,7 +397,7 @@ def _setup_context(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor]) ->
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
-    if wants_graph():  # what was saved of the results is a constant
+    if wants_graph():  # the saved results are constants
         out, lse = _forward.plain(q, k, v, ctx.scale, mask, ctx.dropout_p, seed)
     return _backward.gradient(grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed)
 

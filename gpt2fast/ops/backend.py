@@ -36,7 +36,7 @@ from .requirements import Memory
 
 ORDER = ("native", "triton", "torch", "reference")
 AVAILABILITY: dict[str, Callable[[], str | None]] = {}
-"""Of backends that not every machine has: why there is none here, or None."""
+"""By backend, for those not on every machine: the reason that it is unavailable, or None."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Implementation:
     refuses: Callable[[Arguments], str | None] = lambda call: None
     """Returns why it cannot run a call, or None."""
     checks: bool = False
-    """Its kernels check everything that the op requires of its arguments, faster."""
+    """True if its kernels make all of the op's checks of its arguments, faster than `check`."""
 
     def suiting(self, call: Arguments) -> Implementation:
         """The implementation for this call."""
@@ -89,7 +89,7 @@ class ByDevice:
     cpu: Implementation
     gpu: Implementation
     is_for_gpu: Callable[[Tensor], bool]
-    """A tensor is one for `gpu`."""
+    """Returns true for a tensor that `gpu` handles."""
 
     def suiting(self, call: Arguments) -> Implementation:
         """The implementation for this call."""
@@ -97,13 +97,13 @@ class ByDevice:
 
 
 def first_tensor(arguments: Sequence[Any]) -> Tensor:
-    """The first tensor among arguments, whose device is that of all."""
+    """The first tensor among arguments; all are on its device."""
     first = arguments[0]
     return first if isinstance(first, Tensor) else next(tensors_in(arguments))
 
 
 _REFUSED_BY_KERNELS = "gpt2fast: "
-"""How errors of the compiled ops begin (csrc/binding/common/check.h)."""
+"""Prefix of the errors that compiled ops raise (csrc/binding/common/check.h)."""
 
 
 def _requires_nothing(call: Arguments) -> None:
@@ -111,12 +111,12 @@ def _requires_nothing(call: Arguments) -> None:
 
 
 def _has_no_elements(call: Arguments) -> bool:
-    """The first tensor, or one of floating-point numbers, is empty, and so is the result."""
+    """True if the first tensor or a floating-point one is empty: the result is then, too."""
     tensors = [x for x in call if isinstance(x, Tensor)]
     return any(not x.numel() and (x is tensors[0] or x.is_floating_point()) for x in tensors)
 
 
-# Its fields are known at run time only.
+# Typed as Any, since mypy cannot know the fields.
 _named_tuple: Any = namedtuple
 _PASS_ON = (
     "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA", "BackendSelect"
@@ -125,7 +125,7 @@ _known_keys: dict[int, bool] = {}
 
 
 def _reaches_kernels(keys: _C.DispatchKeySet) -> bool:
-    """torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
+    """True if torch's dispatcher would go straight from autograd to the kernels of a CPU or GPU.
 
     Otherwise something else takes part: a mode, a subclass of Tensor, tracing, batching, a device
     without data.
@@ -157,8 +157,8 @@ class Op:
         check: raises ArgumentError for shapes, dtypes and numbers that no backend takes. It runs
             where the op is traced, too, so must not read values.
         values: the same for values of tensors on the CPU.
-        one_device: whether all tensors must be on one device.
-        implementations: by backend; without one, `torch` is the reference.
+        one_device: all tensors must be on one device.
+        implementations: by backend. If `torch` is left out, it is the reference.
     """
 
     def __init__(
@@ -224,9 +224,9 @@ class Op:
 
         Args:
             backward: takes the context and the results' gradients; returns the gradients of the
-                first arguments, those after them having none. Where it is itself to be
-                differentiated, or batched, it has to be an expression of what was saved, to which
-                the results of `gradient` belong.
+                first arguments, those after them having none. Where it is itself
+                differentiated or batched, it has to be an expression of the saved tensors;
+                results of `gradient` may be part of it.
             setup_context: takes the context, the call and its results, and saves what `backward`
                 needs.
         """
@@ -251,24 +251,24 @@ class Op:
         self._record = super(torch.autograd.Function, Graph).apply
 
     def register_plain(self, plain: Callable[[Arguments], Any]) -> None:
-        """Say which expression stands for the op where torch differentiates or batches it, should
-        it be another one than the reference."""
+        """Set another expression than the reference to stand for the op where torch differentiates
+        or batches it."""
         self._plain = plain
 
     def refuse_gradient(self, why: str) -> None:
-        """Make it an error that says why to differentiate through this op.
+        """Make differentiating through this op an error.
 
-        Of an op that writes in place the call is the error: where its numbers come from cannot be
-        told of what it has written. Of others the backward pass is.
+        An op that writes in place raises when it is called, since what it has written does not
+        remember where it came from; other ops raise in the backward pass.
 
         Args:
-            why: it has none.
+            why: the reason, for the message.
         """
         self._no_gradient = why
 
     def plain(self, *args: Any) -> Any:
-        """The results by an expression that torch differentiates to any order, in both modes, and
-        batches: the reference, whatever backend is chosen."""
+        """The results by the reference, whatever backend is chosen: an expression that torch can
+        differentiate to any order, in both modes, and batch."""
         self.require(*args)
         why = "its kernels have no derivatives beyond one backward pass, and are not batched"
         for record in _records:
@@ -279,8 +279,8 @@ class Op:
     def gradient(self, *args: Any) -> Any:
         """The results within a backward pass, differentiable where that is asked for.
 
-        The arguments are what the forward pass has checked and kept, and a gradient, which torch
-        has checked; so nothing is asked of them but what the kernels ask.
+        The forward pass has checked the saved arguments, and torch the gradient: only the kernels'
+        own requirements are checked here.
         """
         if torch.compiler.is_compiling():
             return self.call(*args)
@@ -367,7 +367,7 @@ class Op:
                 return name, implementation, refused
             refused.append((name, reason))
         if _requested in self.implementations and _has_no_elements(call):
-            # kernels need something to compute
+            # kernels take no empty tensors
             return "reference", self._reference, refused
         raise BackendError(
             f"backend {_requested!r} cannot run {self.name}: {refused[-1][1]}; "
@@ -396,14 +396,14 @@ class Op:
         """The results by the backend that was asked for.
 
         Args:
-            checked: whether what no backend takes has been refused.
+            checked: arguments that no backend takes have been refused already.
         """
         if not self._checked_by_kernels and not checked:
             self._check_all(call)
         try:
             name, implementation, refused = self._choose(call)
         except BackendError:
-            self._check_all(call)  # what no backend takes comes first
+            self._check_all(call)  # errors that all backends share come first
             raise
         if self._checked_by_kernels and not (
             implementation.checks and self._memory.are_apart(call)
@@ -412,13 +412,13 @@ class Op:
         for record in _records:
             record.append(Call(self.name, name, tuple(refused)))
         try:
-            # Dtypes are settled before an op is called; its insides compute as they are written.
+            # Autocast has acted before an op is called; inside, dtypes are as written.
             return outside_autocast(implementation.run, call)
         except RuntimeError as error:
             message = str(error)
             if not message.startswith(_REFUSED_BY_KERNELS):
                 raise
-            self._check_all(call)  # says what is wrong in words of every backend
+            self._check_all(call)  # the same words whichever backend runs
             raise ArgumentError(message.removeprefix(_REFUSED_BY_KERNELS)) from None
 
 
@@ -455,7 +455,7 @@ class backend:  # noqa: N801 - reads as a verb: gpt2fast.backend("reference")
 
     def __enter__(self) -> backend:
         global _requested
-        if _requested != self._name:  # chosen earlier, and something else since
+        if _requested != self._name:  # something else was chosen since
             self._previous, _requested = _requested, self._name
         return self
 
@@ -497,7 +497,7 @@ def autocast(*tensors: Tensor) -> Sequence[Tensor]:
     ours follow them so that the two can be mixed.
     """
     device = tensors[0].device.type
-    # torch knows no autocast for tensors without data.
+    # torch has no autocast for the meta device.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -29,8 +29,8 @@ from .requirements import check_floating, check_indices, check_integers
 from .support import Tensors
 from .triton import triton
 
-# Of logits held at once. Every chunk reads the weight and adds to its gradient, so fewer rows cost
-# more (docs/performance.md).
+# Most bytes of logits to hold at once. Every chunk reads the weight and adds to its gradient, so
+# fewer rows cost more (docs/performance.md).
 _CHUNK_BYTES = 1 << 27
 
 
@@ -106,7 +106,7 @@ def _reference(
 
 
 def _loss_alone(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    # Who differentiates the loss as an expression has no use for gradients beside it.
+    # Where torch differentiates the loss as an expression, no gradients are computed beside it.
     return _reference(*call._replace(hidden_grad=False, weight_grad=False))
 
 
@@ -139,7 +139,7 @@ def _chunked(
     """Losses of all rows and the wanted gradients, a chunk of logits at a time.
 
     turn(logits, targets, losses) fills in the losses of a chunk and returns the gradient of its
-    logits, which may take their place; add(total, x) adds x to a sum of a wider dtype. Rows of
+    logits, which may overwrite them; add(total, x) adds x to a sum of a wider dtype. Rows of
     logits lie a multiple of `alignment` elements apart. The weight is read in `hidden`'s dtype.
     """
     hidden, targets = call.hidden, call.targets
@@ -152,7 +152,7 @@ def _chunked(
         grad_weight.zero_()
     step = _chunk_rows(hidden, weight)
     logits = hidden.new_empty((step, -(-len(weight) // alignment) * alignment))
-    logits[:, len(weight) :] = 0  # torch's products of odd sizes may read beyond, times 0 (AMX)
+    logits[:, len(weight) :] = 0  # torch's AMX products may multiply these with 0: no NaN here
     logits = logits[:, : len(weight)]
     # Several chunks add up in at least float32.
     total = grad_weight
@@ -255,7 +255,7 @@ def _cuda(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         )
         return logits
 
-    # GPT-2's vocabulary is odd: without room between the rows, none but the first is aligned.
+    # GPT-2's vocabulary is odd: without gaps between the rows, most would not be aligned.
     losses, grad_hidden, grad_weight = _chunked(turn, Tensor.add_, call, alignment=64)
     return losses.sum() / count, grad_hidden, grad_weight
 
@@ -281,7 +281,7 @@ _forward = Op(
 def _setup_context(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor, Tensor]) -> None:
     _, grad_hidden, grad_weight = results
     ctx.mark_non_differentiable(grad_hidden, grad_weight)
-    # The gradients would get zeros of their size as gradients.
+    # Or else the two results that are gradients would get zeros of their size as gradients.
     ctx.set_materialize_grads(False)
     ctx.ignore_index = call.ignore_index
     ctx.wanted = call.hidden_grad, call.weight_grad
@@ -289,17 +289,17 @@ def _setup_context(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor, Ten
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:  # nothing depends on the loss: within derivatives of derivatives
+    if grad is None:  # nothing depends on the loss; happens in second derivatives
         return ()
     grad_hidden, grad_weight, hidden, weight, targets = ctx.saved_tensors
-    # Where the graph is not kept, nobody asks again for what was saved: it needs no second copy.
-    # What is traced keeps its values.
+    # Unless the graph is kept, the saved gradients are read once: they are scaled in place.
+    # A traced program must not change its values.
     kept = (
         torch._C._autograd._get_current_graph_task_keep_graph()
         or type(grad) is not Tensor
         or wants_graph()
     )
-    if torch.is_grad_enabled():  # what was saved of the results is a constant
+    if torch.is_grad_enabled():  # the saved results are constants
         _, grad_hidden, grad_weight = outside_autocast(
             _reference, hidden, weight, targets, ctx.ignore_index, *ctx.wanted
         )

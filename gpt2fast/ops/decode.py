@@ -80,7 +80,7 @@ def decode_step(
         n_head: H.
         attention_scales: factor on the attention scores of each layer.
         activation: a key of `ACTIVATIONS`.
-        eps: of the layer normalizations.
+        eps: epsilon of the layer normalizations.
         k_scales, v_scales: (L, B, T_max, H) float32 factors of int8 caches, written in place.
 
     Returns:
@@ -250,7 +250,7 @@ def packed_step(
         starts: (S + 1,) where each sequence begins in `tokens`; the last one is N.
         rows: (S,) the caches' row of each sequence, all different.
         lengths: (S,) entries stored in that row before; not changed.
-        outputs: (P,) indices into `tokens`: after which of them logits are wanted.
+        outputs: (P,) indices into `tokens`: logits are returned after these tokens.
         k_scales, v_scales: (L, B, T_max, H) float32 factors of int8 caches, written in place.
 
     Returns:
@@ -451,7 +451,7 @@ def packed_next(
         tokens, positions, lengths: (B,) int64: each row's token, its position, and the entries
             stored before; not changed.
         history, uniform, processors: as for `sample`; the history holds `tokens` already.
-        vocab_size: choose among the tokens below; None allows all.
+        vocab_size: choose among the token ids below it; None allows all.
 
     Returns:
         (B, V) float32 logits and (B,) int64 tokens. Not differentiable.

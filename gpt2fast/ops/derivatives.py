@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """`torch.func` or forward mode is at work, which may ask for more than one backward pass."""
+    """True under `torch.func` or forward mode, which may ask for more than one backward pass."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def wants_graph() -> bool:
-    """Within a backward pass: its results are to be differentiated or batched."""
+    """True within a backward pass whose results are to be differentiated or batched."""
     return torch.is_grad_enabled() or is_transformed()
 
 
@@ -55,7 +55,7 @@ def differentiated(arguments: Iterable[Any]) -> Tensor | None:
 
 
 class _Refusal(torch.autograd.Function):
-    """Its results as they are; their backward pass is an error."""
+    """Passes results through unchanged; their backward pass is an error."""
 
     @staticmethod
     def forward(ctx: Any, why: str, anchor: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
@@ -68,11 +68,11 @@ class _Refusal(torch.autograd.Function):
 
 
 def refused(result: Any, anchor: Tensor, why: str) -> Any:
-    """An op's results, so that a backward pass through them says why there is none.
+    """An op's results, made to raise an error that says why in a backward pass.
 
     Args:
         result: a floating-point tensor, or several of which one is.
-        anchor: of the op's arguments, one that requires a gradient.
+        anchor: an argument of the op that requires a gradient.
         why: the error's message.
     """
     if isinstance(result, Tensor):

@@ -16,14 +16,14 @@ _LOW = 0xFFFFFFFF
 def dropout_factors(
     shape: tuple[int, int, int, int], p: float, seed: Tensor, dtype: torch.dtype, *, on_gpu: bool
 ) -> Tensor:
-    """Factors of attention weights: 0, or what keeps the expectation at 1.
+    """Dropout factors of attention weights: 0, or 1 / the probability of keeping one.
 
     Args:
         shape: (B, H, T, S) of the weights.
         p: probability of dropping one.
         seed: (1,) int64.
         dtype: of the factors.
-        on_gpu: as the kernels for GPUs draw them, else as those for CPUs.
+        on_gpu: use the layout of random bits of the kernels for GPUs, else of those for CPUs.
 
     Returns:
         `shape`.
@@ -57,7 +57,8 @@ def _philox(seed: Tensor, *counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     c3 = torch.zeros_like(c0)
     low, high = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
-        # A product's 64 bits are right, whatever its sign; the shift's sign bits are cut off.
+        # int64 products have the right 64 bits in spite of the sign; the mask cuts off sign bits
+        # that the shift brings in.
         x, y = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             ((y >> 32) & _LOW) ^ c1 ^ low,

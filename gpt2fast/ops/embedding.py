@@ -98,7 +98,7 @@ def _backward_reference(
 
 
 def _each(call: Arguments) -> tuple[Tensor, Tensor]:
-    """Each token and its position, in one row."""
+    """Flat tokens and positions, one of each per look-up."""
     tokens = call.tokens
     positions = call.positions.expand(tokens.shape)
     return tokens.reshape(-1).contiguous(), positions.reshape(-1).contiguous()
@@ -122,9 +122,9 @@ def _backward_cuda(call: Arguments) -> tuple[Tensor, Tensor]:
     tokens, positions = _each(call)
 
     def gradient(indices: Tensor, size: int) -> Tensor:
-        # Stable: what one row of the table gets is added up in the order of the look-ups.
+        # Stable, so that a table row's gradients are added in the order of the look-ups.
         ordered, order = torch.sort(indices, stable=True)
-        # On a GPU this stops the device; nothing waits for it.
+        # On a GPU the assertion fails on the device: no wait for the result.
         inside = (ordered[0] >= 0) & (ordered[-1] < size)
         torch._assert_async(inside, f"an index is outside of a table of {size} rows")
         return torch.ops.gpt2fast_cuda.embedding_backward(grad, ordered, order, size)

@@ -30,13 +30,13 @@ def stored(entries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Entries (..., D) of a cache in `dtype`; without factors, of a floating-point one."""
+    """Entries (..., D) of a cache in `dtype`; a floating-point cache has no factors."""
     entries = cache.to(dtype)
     return entries if scales is None else entries * scales.to(dtype)[..., None]
 
 
 def check_caches(call: Arguments, dims: int, says: str) -> None:
-    """Caches have this number of dimensions, one shape, and hold floating point or int8.
+    """Check that caches have `dims` dimensions, one shape, and hold floating point or int8.
 
     Raises:
         ArgumentError: they do not.
@@ -53,7 +53,7 @@ def check_caches(call: Arguments, dims: int, says: str) -> None:
 
 
 def check_scales(call: Arguments) -> None:
-    """Caches (..., D) have the factors that they need, of shape (...), and no others.
+    """Check that caches (..., D) have the factors that they need, of shape (...), and no others.
 
     Raises:
         ArgumentError: they have not.

@@ -137,7 +137,7 @@ def _backward_reference(
 def _torch(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     summed = _add(call.x, call.residual)
     dtype = statistics_dtype(summed.dtype)
-    # Parameters in float32 make torch keep the statistics of half-precision input in float32.
+    # With parameters in float32, torch keeps statistics of half-precision input in float32.
     weight, bias = call.weight.to(dtype), call.bias.to(dtype)
     normed, mean, rstd = torch.native_layer_norm(
         summed.contiguous(), weight.shape, weight, bias, call.eps
@@ -201,7 +201,8 @@ def _run_backward_kernels(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _refuses_mixture(branch: Tensor, stream: Tensor, *weights: Tensor) -> str | None:
-    """Half-precision branches go with float32 streams and weights, as under autocast."""
+    """A reason to refuse this mixture of dtypes, or None. A half-precision branch may go with a
+    float32 stream and weights, as under autocast."""
     half, wide = branch.dtype, torch.float32
     for weight in weights:
         if (stream.dtype, weight.dtype) not in ((half, half), (half, wide), (wide, wide)):
@@ -273,7 +274,7 @@ def _differentiate(
     summed, mean, rstd, weight = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = summed.new_zeros(ctx.shape)
-    if wants_graph():  # what was saved of the statistics is a constant
+    if wants_graph():  # the saved statistics are constants
         mean, rstd = _statistics(summed.to(mean.dtype), ctx.eps)
     grad, grad_weight, grad_bias = _backward.gradient(
         grad_normed, grad_summed if ctx.has_residual else None, summed, mean, rstd, weight

@@ -16,19 +16,19 @@ from .cuda import takes
 from .native import DTYPES, unavailable
 
 _LEAST_SIDE = 512
-"""Of all three sizes of a product, for ours to be the faster one."""
+"""From this size on, in all three dimensions, our kernel is faster than torch."""
 _LEAST_SIDE_FLOAT32 = 256
-"""The same of float32, where the rows of the first matrix lie in one piece."""
+"""The same for float32 where the rows of the first matrix are contiguous."""
 
 
 @cache
 def _multiplied_here(narrow: bool) -> bool:
-    """Our kernels for this processor were measured to beat torch's."""
+    """True if our kernels were measured to beat torch's on this kind of processor."""
     return unavailable() is None and torch.ops.gpt2fast_native.multiplies(narrow)
 
 
 def _is_faster(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Ours is the faster product of (rows, inputs) and (inputs, columns)."""
+    """True if our kernel is the faster one for a (rows, inputs) and b (inputs, columns)."""
     in_rows = dtype == torch.float32 and a.stride(1) == 1
     least = _LEAST_SIDE_FLOAT32 if in_rows else _LEAST_SIDE
     return min(*a.shape, b.shape[1]) >= least and _multiplied_here(dtype == torch.bfloat16)
@@ -49,9 +49,9 @@ def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> b
 
 
 def reads_wider_weights(x: Tensor) -> bool:
-    """Ops that take activations x round wider weights themselves, as they read them.
+    """True if ops on activations x round wider weights themselves, as they read them.
 
-    On a GPU cuBLAS reads what autocast has rounded, and kept.
+    On a GPU they do not: cuBLAS reads the copy that autocast has rounded and caches.
     """
     return x.device.type == "cpu" and requested_backend() != "triton" and not takes(x)
 
@@ -71,16 +71,16 @@ def matmul(
     add: bool = False,
     column_sums: Tensor | None = None,
 ) -> Tensor:
-    """`a @ b + bias` in a dtype of its own.
+    """`a @ b + bias`, multiplied in `dtype` whatever the operands' dtypes are.
 
     Args:
         a: (M, K).
         b: (K, N).
-        dtype: in which is multiplied; sums are float32 at least.
-        out_dtype: of the result; None means `dtype`.
+        dtype: dtype of the multiplication; sums are at least float32.
+        out_dtype: dtype of the result; None means `dtype`.
         bias: (N,).
-        out: (M, N), rows contiguous: the result's place.
-        add: to what stands in `out`.
+        out: (M, N), rows contiguous; receives the result.
+        add: add the result to the contents of `out`.
         column_sums: (N,) float32; receives the sum of b's rows.
 
     Returns:
@@ -116,8 +116,8 @@ def weight_gradient(
 
     Args:
         x: (M, in).
-        grad: (M, out), in the dtype in which is multiplied.
-        weight: what the gradient belongs to.
+        grad: (M, out), in the dtype of the multiplication.
+        weight: the weight that the gradient belongs to.
         column_sums: (out,) float32; receives the sum of grad's rows: the bias's gradient.
     """
     if weight.stride(0) == 1 and weight.stride(1) != 1:  # a transposed view of (out, in)

@@ -334,13 +334,13 @@ def _gelu_mlp_setup(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor]) -
 
 def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Tensor | None, ...]:
     x, inner, w_fc, b_fc, w_proj = ctx.saved_tensors
-    if wants_graph():  # what was saved of the results is a constant
+    if wants_graph():  # the saved results are constants
         inner = rows(x) @ w_fc.to(x.dtype)
         return _gelu_mlp_gradient.gradient(grad, x, inner, w_fc, b_fc, w_proj, "product")
     _, *weights_wanted = ctx.needs_input_grad[:5]
     if any(weights_wanted):
         return _gelu_mlp_gradient.gradient(grad, x, inner, w_fc, b_fc, w_proj, ctx.kept)
-    # The weights are frozen: half of the products would be for nobody.
+    # The weights are frozen: their gradients, half of the products, are not wanted.
     grad_inner = matmul(rows(grad), w_proj.t(), x.dtype)
     bias = _bias_of(b_fc, ctx.kept).to(x.dtype)
     grad_inner, _ = _bias_gelu_backward.gradient(grad_inner, inner, bias)

@@ -51,7 +51,8 @@ _reason: str | None = None
 
 
 def unavailable() -> str | None:
-    """Why there are no compiled kernels here, or None. The first call loads or builds them."""
+    """The reason that compiled kernels are unavailable, or None. The first call loads or builds
+    them."""
     global _loaded, _reason
     if _reason is None:
         with _lock:
@@ -79,7 +80,7 @@ def _find_and_load() -> Loaded:
     except OSError as error:
         if library.origin != INSTALLED:
             raise BackendError(does_not_load(library, error)) from None
-    # Made on another machine, for another C library: this one can have its own.
+    # Built on another machine, for another C library: build it again here.
     library = build_library()
     try:
         return _load(library)
@@ -88,12 +89,13 @@ def _find_and_load() -> Loaded:
 
 
 def does_not_load(library: Library, error: OSError) -> str:
-    # torch's own words name the file only.
+    # torch's error only names the file.
     reason = error.strerror or error.__cause__ or error
     return f"{library.path} ({library.origin}) does not load: {reason}"
 
 
-# The descriptors of what was loaded: the loader takes a second file of one name for the first.
+# Descriptors stay open: a reused number would be a name that the loader takes for the first
+# library.
 _kept_open: list[int] = []
 
 
@@ -101,9 +103,9 @@ def load_library(library: Library, namespace: str, part: Part) -> None:
     """Load a library into the process, which registers its ops.
 
     Args:
-        library: of the cache, of which the very file that was looked at is loaded, or another one.
-        namespace: of its ops.
-        part: of csrc, which says what ops there are.
+        library: if it is in the cache, the very file that was checked is loaded.
+        namespace: namespace of its ops.
+        part: part of csrc that it was built from, whose sources list its ops.
 
     Raises:
         OSError: it does not load.
@@ -177,7 +179,7 @@ native = Kernels(
     _wrong_device,
     no_int8="the native kernels that use int8 caches are those of packed models",
 )
-"""Of `torch.ops.gpt2fast_native`."""
+"""The kernels in `torch.ops.gpt2fast_native`."""
 
 
 def rows(x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def fused_adamw(
         return
     _adamw.call(*call)
     if not torch.compiler.is_compiling():
-        # torch counts changes of a tensor for its own ops alone.
+        # torch counts changes of a tensor by its own ops only.
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *masters])
 
 
@@ -163,7 +163,7 @@ def _cuda(call: Arguments) -> None:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """The elements fill their memory, in some order of the dimensions."""
+    """True if the elements fill their memory without gaps, in some order of the dimensions."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     return x.permute(order).is_contiguous()
 
@@ -199,7 +199,7 @@ def _torch(call: Arguments) -> None:
 def _torch_refuses(call: Arguments) -> str | None:
     if len({(tensor.device, tensor.dtype) for tensor in call.masters or call.params}) != 1:
         return "torch's fused AdamW takes tensors of one dtype on one device"
-    # It walks through the memory of all of them at once, whatever their strides are.
+    # torch's kernel walks through the memory of all tensors alike and ignores strides.
     for param, _, *moments in _updates(call):
         if not _is_dense(param) or any(each.stride() != param.stride() for each in moments):
             return "torch's fused AdamW takes parameters and moments that lie alike, without gaps"
@@ -210,7 +210,8 @@ _ALIKE = Tensors("params", one_dtype=True, may_be_empty=True)
 
 
 def _refuses_unlike(kernels: Kernels) -> Callable[[Arguments], str | None]:
-    """Why kernels cannot update these tensors, which lie alike and have one dtype, or None."""
+    """A check that tensors suit kernels which need equal layouts and one dtype; gives a reason
+    against, or None."""
 
     def refusal(call: Arguments) -> str | None:
         for pair in zip(call.params, call.grads, strict=True):
@@ -234,7 +235,7 @@ def _refuses_strided(call: Arguments, backend: str) -> str | None:
 
 
 def _native_refuses(call: Arguments) -> str | None:
-    if call.masters:  # the parameters are written by torch
+    if call.masters:  # torch writes the parameters
         call = call._replace(params=call.masters, grads=call.masters, masters=[])
     return _refuses_unlike(native)(call)
 

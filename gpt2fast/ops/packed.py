@@ -9,8 +9,8 @@ and holds every matrix as panels of 32 output columns:
     int4       [panel][group] of 32 float16 scales, then [input / 8][32][4] bytes: q + 8 of inputs
                8i + j in the low half, of 8i + 4 + j in the high one
 
-A quantized weight is q * scale; each group of inputs has one scale a column. What does not fill a
-group or a panel is padded with zeros.
+A quantized weight is q * scale; each group of inputs has one scale a column. Incomplete groups
+and panels are padded with zeros.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _PANEL = 32
 _MAGIC = int.from_bytes(b"gt2fast1", "little")
 _FORMATS = ("float32", "bfloat16", "int8", "int4")
 _GROUPS = (32, 64)
-"""Inputs that may share a scale: what the kernels have room for."""
+"""Sizes of groups that the kernels can read."""
 _ACTIVATIONS = tuple(ACTIVATIONS)
 _ALIGNMENT = 4096
 _MATRIX_WORDS = 8
 _MODEL_WORDS = 14 + 2 * _MATRIX_WORDS
 _LAYER_WORDS = 5 + 4 * _MATRIX_WORDS
-# Panels that are packed at once: the copies on the way stay small.
+# Panels packed at once: few, so that temporary copies stay small.
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A weight matrix (inputs, outputs) as small integers, with a scale a group of inputs."""
+    """A weight matrix (inputs, outputs) as small integers, with scales for groups of inputs."""
 
     q: Tensor
     """(K, N) int8: in [-127, 127] for 8 bits, [-8, 7] for 4."""
@@ -67,7 +67,7 @@ Matrix = Tensor | QuantizedMatrix
 
 @dataclass(frozen=True)
 class MatrixFormat:
-    """How a matrix's elements are stored."""
+    """Storage format of a matrix's elements."""
 
     name: str
     """float32, bfloat16, int8 or int4."""
@@ -96,7 +96,7 @@ class MatrixFormat:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model as the arena's header describes it, besides the places of its weights."""
+    """A model's shape as the arena's header describes it."""
 
     n_head: int
     width: int
@@ -108,7 +108,7 @@ class ModelShape:
     scales: tuple[float, ...]
     """Factor on the attention scores of each layer."""
     tied: bool
-    """The token embedding is the output projection."""
+    """True if the token embedding is also the output projection."""
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of every matrix by name; embeddings stand transposed."""
@@ -125,7 +125,7 @@ class ModelShape:
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Shape of everything that is stored in float32, by name."""
         shapes: dict[str, tuple[int, ...]] = {"wpe.weight": (self.n_positions, self.width)}
-        # The norms first, then the projections' biases: so they lie in the arena.
+        # Norms first, then biases of projections: the order in the arena.
         vectors = [name for name in BLOCK_PARAMETERS if name not in BLOCK_MATRICES]
         vectors.sort(key=lambda name: not name.startswith("ln_"))
         block = block_shapes(self.width, self.inner_width)
@@ -167,7 +167,7 @@ class PackedWeights:
         """The weights in an arena that `PackedWeights` made.
 
         Raises:
-            ArgumentError: it is none, or its header contradicts itself.
+            ArgumentError: it holds no packed weights, or its header contradicts itself.
         """
         check_arena(arena)
         words = arena[: len(arena) // 8 * 8].view(torch.int64).cpu()
@@ -212,7 +212,7 @@ class PackedWeights:
         return self
 
     def _lay_out(self, shape: ModelShape, formats: Mapping[str, MatrixFormat]) -> int:
-        """Settle where everything lies; returns the header's size in words."""
+        """Assign every weight its place; returns the header's size in words."""
         self.shape = shape
         self.formats = dict(formats)
         self._sizes = shape.matrices()
@@ -224,7 +224,7 @@ class PackedWeights:
         for name, dims in shape.vectors().items():
             self._offsets[name] = end
             elements = torch.Size(dims).numel()
-            # Read in whole panels.
+            # Kernels read it in whole panels.
             end = _aligned(end + 4 * (-(-elements // _PANEL) * _PANEL), 64)
         for name, (inputs, outputs) in self._sizes.items():
             end = self._offsets[name] = _aligned(end)
@@ -247,7 +247,7 @@ class PackedWeights:
         )
 
     def put(self, name: str, value: Matrix) -> None:
-        """Store a vector, wpe, or a matrix (in, out) in the format that it was announced with.
+        """Store a vector, wpe, or a matrix (in, out) in its format from `formats`.
 
         Raises:
             ArgumentError: a matrix has another format or shape, or integers too large for it.
@@ -288,7 +288,7 @@ class PackedWeights:
         return self.arena[begin : begin + size].view(torch.float32).view(dims)
 
     def _chunks(self, name: str) -> Iterator[tuple[Tensor, int, int]]:
-        """Some panels (P, bytes) at a time, and the columns that they hold."""
+        """Yield some panels (P, bytes) at a time, with the columns that they hold."""
         inputs, outputs = self._sizes[name]
         size = self.formats[name].panel_size(inputs)
         count = _panels(outputs)
@@ -345,7 +345,7 @@ class PackedWeights:
 
 
 def check_arena(arena: Tensor) -> None:
-    """A tensor can hold packed weights: flat, uint8, where its storage is, at a whole address.
+    """Check that a tensor can hold packed weights: flat, contiguous, uint8, aligned.
 
     Raises:
         ArgumentError: it cannot.

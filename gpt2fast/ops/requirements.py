@@ -5,8 +5,8 @@ An op's schema says which tensors it writes; from that follows what all ops ask 
 nothing. Shapes, dtypes and ranges an op declares in its own file, in the words below, and hands
 to `Op(check=...)` and, where the numbers inside of tensors count, to `Op(values=...)`.
 
-Values are looked at on the CPU alone: elsewhere that would wait for the device, whose kernels stop
-at an index outside of its table, as torch's own do.
+Values are checked on the CPU only: elsewhere that would wait for the device, whose kernels fail an
+assertion at an index outside of its table, as torch's own do.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Memory:
     """Devices, storages and overlaps of an op's tensors.
 
     Args:
-        schema: the op's, which says what is written.
-        one_device: whether all tensors must be on one device.
+        schema: the op's, which marks what is written.
+        one_device: all tensors must be on one device.
     """
 
     def __init__(self, schema: torch.FunctionSchema, one_device: bool = True):
@@ -42,7 +42,7 @@ class Memory:
             for argument in schema.arguments
         ]
         self.writes = any(self._written)
-        """The op writes into one of its tensors."""
+        """True if the op writes into one of its tensors."""
         self._one_device = one_device
 
     def check(self, arguments: Sequence[object]) -> None:
@@ -50,7 +50,7 @@ class Memory:
         if self.writes:
             self._check_thoroughly(arguments)
             return
-        # On the way to every op: what is usual is settled here, with as few calls as can be.
+        # Every op's call comes through here: the usual case takes as few calls as possible.
         device = None
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -102,7 +102,7 @@ class Memory:
             _check_overlaps(spans)
 
     def are_apart(self, arguments: Sequence[object]) -> bool:
-        """Written tensors have storages of their own, as nearly all do."""
+        """True if written tensors have storages of their own, as nearly all do."""
         storages = set()
         count = 0
         for written, x in zip(self._written, arguments, strict=False):
@@ -149,7 +149,7 @@ def _check_written(name: str, x: Tensor) -> None:
 
 
 def _check_overlaps(spans: list[tuple[int, int, bool, Tensor, str]]) -> None:
-    """Nothing that is written overlaps anything else; views may interleave."""
+    """Check that nothing written overlaps anything else; views may interleave."""
     spans.sort(key=itemgetter(0))
     furthest = furthest_written = 0
     for begin, end, written, _, _ in spans:
@@ -173,7 +173,7 @@ def _check_overlaps(spans: list[tuple[int, int, bool, Tensor, str]]) -> None:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Two tensors have a byte in common. Those whose elements only interleave have none."""
+    """True if two tensors have a byte in common; interleaved elements do not count."""
     reach: dict[int, list[int]] = {}  # step -> how often it can be taken
     for tensor, sign in ((x, -1), (y, 1)):
         for step, count in zip(tensor.stride(), tensor.shape, strict=True):
@@ -187,7 +187,7 @@ def overlap(x: Tensor, y: Tensor) -> bool:
 
 
 def _meets(steps: Sequence[tuple[int, int, int]], low: int, high: int, budget: list[int]) -> bool:
-    """Some of the steps add up to a number in [low, high], or might when the budget is spent."""
+    """True if some of the steps add up to a number in [low, high], or if the budget is spent."""
     if not steps:
         return low <= 0 <= high
     step, least, most = steps[0]
@@ -206,36 +206,36 @@ def _meets(steps: Sequence[tuple[int, int, int]], low: int, high: int, budget: l
 
 
 def check_floating(**tensors: Tensor | None) -> None:
-    """Each given tensor holds floating-point numbers."""
+    """Check that each given tensor holds floating-point numbers."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ArgumentError(f"{name} must be floating point, not {tensor.dtype}")
 
 
 def check_integers(**tensors: Tensor | None) -> None:
-    """Each given tensor is int64."""
+    """Check that each given tensor is int64."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != torch.int64:
             raise ArgumentError(f"{name} must be int64, not {tensor.dtype}")
 
 
 def check_shape(name: str, tensor: Tensor, *shape: int, says: str) -> None:
-    """The tensor has this shape; `says` is what the sizes are, as "(B, T)"."""
+    """Check that the tensor has this shape; `says` names the sizes, as "(B, T)"."""
     if tensor.shape != shape:
         raise ArgumentError(f"{name} must be {says} = {tuple(shape)}, not {tuple(tensor.shape)}")
 
 
 def check_dim(name: str, tensor: Tensor, *dims: int, says: str) -> None:
-    """The tensor has one of these numbers of dimensions."""
+    """Check that the tensor has one of these numbers of dimensions."""
     if tensor.dim() not in dims:
         raise ArgumentError(f"{name} must be {says}, not {tuple(tensor.shape)}")
 
 
-# Ranges. Comparisons only, which a traced number stands, and which are false for what is no number.
+# Ranges. Only comparisons, which work on traced numbers and are false for NaN.
 
 
 def check_constants(**numbers: object) -> None:
-    """No number is a tensor of which somebody expects a gradient: an op takes its value alone."""
+    """Check that no number is a tensor that requires a gradient, which an op would lose."""
     for name, number in numbers.items():
         if isinstance(number, Tensor) and number.requires_grad:
             raise ArgumentError(
@@ -245,35 +245,35 @@ def check_constants(**numbers: object) -> None:
 
 
 def check_finite(**numbers: float) -> None:
-    """Each number is one, and not infinite."""
+    """Check that each number is finite."""
     for name, number in numbers.items():
         if not -math.inf < number < math.inf:
             raise ArgumentError(f"{name}={number} must be a finite number")
 
 
 def check_at_least(low: float, **numbers: float) -> None:
-    """Each number is finite and `low` or more."""
+    """Check that each number is finite and `low` or more."""
     for name, number in numbers.items():
         if not low <= number < math.inf:
             raise ArgumentError(f"{name}={number} must be a finite number, {low} at least")
 
 
 def check_above(low: float, **numbers: float) -> None:
-    """Each number is finite and more than `low`."""
+    """Check that each number is finite and more than `low`."""
     for name, number in numbers.items():
         if not low < number < math.inf:
             raise ArgumentError(f"{name}={number} must be a finite number above {low}")
 
 
 def check_share(**numbers: float) -> None:
-    """Each number is in [0, 1]."""
+    """Check that each number is in [0, 1]."""
     for name, number in numbers.items():
         if not 0 <= number <= 1:
             raise ArgumentError(f"{name}={number} is not in [0, 1]")
 
 
 def check_below_one(**numbers: float) -> None:
-    """Each number is in [0, 1): a probability or a decay by which 1 - p may be divided."""
+    """Check that each number is in [0, 1), so that 1 - p can be divided by."""
     for name, number in numbers.items():
         if not 0 <= number < 1:
             raise ArgumentError(f"{name}={number} is not in [0, 1)")
@@ -285,7 +285,7 @@ def check_below_one(**numbers: float) -> None:
 def check_indices(
     name: str, tensor: Tensor, low: int, high: int, but: int | None = None, of: str = ""
 ) -> None:
-    """Integers on the CPU lie in [low, high], or equal `but`; `of` says what they count.
+    """Check that integers on the CPU lie in [low, high], or equal `but`; `of` is what they count.
 
     Raises:
         ArgumentError: naming the first that does not.
@@ -314,7 +314,7 @@ def check_indices(
 
 
 def check_fractions(name: str, tensor: Tensor) -> None:
-    """Numbers on the CPU lie in [0, 1)."""
+    """Check that numbers on the CPU lie in [0, 1)."""
     if tensor.device.type != "cpu":
         return
     for index, value in enumerate(tensor.tolist()):
@@ -323,11 +323,11 @@ def check_fractions(name: str, tensor: Tensor) -> None:
 
 
 def check_room(lengths: Tensor, counts: Tensor | None, time: int, entries: int) -> None:
-    """Rows on the CPU that hold `lengths` entries have room for `counts` (or `time`) more.
+    """Check that rows with `lengths` entries have room for `counts` (or `time`) more; CPU only.
 
     Args:
         lengths, counts: (B,) int64; a count above `time` means `time`, one below 0 none.
-        entries: that a row of the cache holds at most.
+        entries: most entries of a row of the cache.
     """
     if lengths.device.type != "cpu" or not len(lengths):
         return

@@ -88,8 +88,8 @@ def keep_min_p(scores: Tensor, p: float) -> Tensor:
 def keep_typical_p(scores: Tensor, p: float) -> Tensor:
     """Keep the fewest tokens of a total probability of `p` whose surprise is near its expectation.
 
-    A token's surprise is -log(probability), and its expectation the entropy. How far they are apart
-    is how far a score is from the expected score.
+    A token's surprise is -log(probability), and its expectation the entropy. Their distance equals
+    that of the token's score from the expected score.
     """
     probabilities = scores.softmax(-1)
     parts = (probabilities * scores).masked_fill(probabilities == 0, 0.0)  # not 0 * -inf
@@ -113,7 +113,7 @@ def process(
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
 ) -> Tensor:
-    """All processors in transformers' order; `SamplingOptions` explains them.
+    """Apply all processors in transformers' order; `SamplingOptions` explains them.
 
     Each default switches its processor off, and is its neutral value there.
 
@@ -142,7 +142,7 @@ def process(
 
 
 def _present(scores: Tensor, tokens: Tensor) -> Tensor:
-    """(B, V) bool: which tokens of the vocabulary each row of `tokens` (B, N) holds; -1 is none."""
+    """(B, V) bool: true for the tokens that each row of `tokens` (B, N) holds; -1 is padding."""
     vocab_size = scores.shape[-1]
     absent = scores.new_zeros(scores.shape[0], vocab_size + 1, dtype=torch.bool)
     # The column past the vocabulary takes the padding; it is cut off again.
@@ -181,7 +181,7 @@ _COUNTS = [name for name, option in PROCESSORS.items() if option.kind is int]
 
 
 def check_choice(call: Arguments, rows: int) -> None:
-    """Checks of ops that choose tokens for `rows` rows, besides those of their logits."""
+    """Check the arguments, other than logits, of an op that chooses tokens for `rows` rows."""
     history, uniform = call.history, call.uniform
     check_integers(history=history)
     check_dim("history", history, 2, says="(B, S)")
@@ -195,7 +195,7 @@ def check_choice(call: Arguments, rows: int) -> None:
 
 
 def check_choice_values(call: Arguments) -> None:
-    """The same for values."""
+    """Check the values of the same arguments."""
     if call.uniform is not None:
         check_fractions("uniform", call.uniform)
 
@@ -223,8 +223,8 @@ def sample_reference(
         return process(logits.float(), history, **processors).argmax(-1)
     scores = process(logits.float(), history, **processors)
     probabilities = scores.softmax(-1)
-    # In float64 the sum of a vocabulary leaves `uniform * total` below the total, whatever the
-    # order of summation; and a banned token is never hit, even where rounding moves the sum.
+    # In float64, rounding cannot move `uniform * total` up to the total, in any order of summation,
+    # and a banned token is never chosen.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     reached = (cumulative > uniform.double()[:, None] * cumulative[:, -1:]) & (probabilities > 0)
     return reached.int().argmax(-1)
@@ -240,7 +240,7 @@ def _native(call: Arguments) -> Tensor:
 
 
 def refuses_uniform(call: Arguments) -> str | None:
-    """Why compiled kernels cannot draw with these random numbers, or None."""
+    """A reason why compiled kernels cannot use these random numbers, or None."""
     if call.uniform is None or call.uniform.dtype == torch.float32:
         return None
     return f"the compiled kernels take float32 random numbers, not {call.uniform.dtype}"

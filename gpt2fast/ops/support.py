@@ -20,24 +20,24 @@ from torch import Tensor
 from .backend import Arguments, Implementation, first_tensor
 
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Those that kernels for GPUs store; they compute in float32."""
+"""Dtypes of tensors that kernels for GPUs read and write; they compute in float32."""
 GPU_CACHE_DTYPES = (*GPU_DTYPES, torch.int8)
-"""Those in which they store keys and values."""
+"""Dtypes of caches that kernels for GPUs read and write."""
 MAX_HEAD_SIZE = 128
-"""Elements that a head has at most in kernels for GPUs."""
+"""Largest size of a head in kernels for GPUs."""
 
 
 class Tensors:
-    """Some tensors of a call, and what kernels require of them. Absent ones do not count.
+    """Requirements on some tensors of a call. Those that are None pass.
 
     Args:
-        names: of the op's arguments; one may be a list of tensors.
-        dtypes: of floating-point tensors and int8 caches; None means those that all kernels of the
-            backend take.
+        names: arguments of the op; one may be a list of tensors.
+        dtypes: allowed dtypes of floating-point tensors and int8 caches; None means the backend's
+            own.
         one_dtype: all must be of one dtype.
         may_be_empty: tensors without elements pass.
         contiguous_rows: the last dimension must be contiguous.
-        max_head_size: of the last dimension, which is a head's.
+        max_head_size: largest last dimension, which is a head's size.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Tensors:
         self.of: Callable[[Arguments], Sequence[Tensor | None]] = (
             get if len(names) > 1 else lambda call: _as_list(get(call))
         )
-        """These arguments."""
+        """Returns the tensors of a call."""
         self.dtypes = dtypes
         self.one_dtype = one_dtype
         self.may_be_empty = may_be_empty
@@ -67,20 +67,20 @@ def _as_list(argument: Tensor | list[Tensor] | None) -> Sequence[Tensor | None]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a backend: where they run, and what they take unless they say otherwise.
+    """The kernels of a backend: availability, device, and default requirements.
 
-    Called, it makes a decorator for functions that launch them.
+    A call makes a decorator for functions that launch them.
     """
 
     name: str
-    """As refusals call them: "native kernels"."""
+    """Name in refusals: "native kernels"."""
     dtypes: tuple[torch.dtype, ...]
     unavailable: Callable[[], str | None]
-    """Why there are none here, or None."""
+    """Returns a reason why there are none here, or None."""
     wrong_device: Callable[[Tensor], str | None] = lambda tensor: None
-    """Why they do not run where a tensor is, or None."""
+    """Returns a reason not to run on a tensor's device, or None."""
     no_int8: str | None = None
-    """Why those that do not say otherwise take no int8 caches."""
+    """Reason that kernels refuse int8 caches unless declared otherwise."""
 
     def __call__(
         self,
@@ -91,8 +91,8 @@ class Kernels:
         """An implementation that refuses without a library, or where tensors do not suit.
 
         Args:
-            required: of the call's tensors.
-            refuses: why the kernels cannot run a call for another reason, or None.
+            required: requirements on the call's tensors.
+            refuses: returns another reason not to run a call, or None.
             checks: as in `Implementation`.
         """
 
@@ -109,7 +109,7 @@ class Kernels:
         return lambda run: Implementation(run, refusal, checks)
 
     def unsuitable(self, required: Tensors, tensors: Iterable[Tensor | None]) -> str | None:
-        """Why the kernels cannot take these tensors, or None."""
+        """A reason why the kernels cannot take these tensors, or None."""
         dtypes = required.dtypes or self.dtypes
         dtype = None
         for tensor in tensors:

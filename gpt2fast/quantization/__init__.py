@@ -1,4 +1,4 @@
-"""Weights as small integers: how they are found, stored, and judged."""
+"""Weights as small integers: rounding, storage and simulation."""
 
 from .quantize import quantize_weights
 from .quantized import GROUPS, QuantizedWeights, matrix_shapes

@@ -1,4 +1,4 @@
-"""The text whose activations say which errors matter.
+"""Calibration text, whose activations show which rounding errors matter.
 
 A model that comes without its training text can write some: what it samples from itself at
 temperature 1 has activations like those in use. LLM-QAT (Liu et al., 2023) trains quantized models

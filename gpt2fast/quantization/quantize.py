@@ -55,7 +55,7 @@ def quantize_weights(
         calibration: token ids, (T,) or (B, T), of a text like those to come; None lets the model
             write one. A few thousand tokens are enough.
         group_size: inputs that share a scale: 64 for int8; 32 or 64 for int4. None is the first.
-        method: "feedback" minimises the error of each matrix's outputs on the calibration text;
+        method: "feedback" minimizes the error of each matrix's outputs on the calibration text;
             "nearest" rounds, without a text and at once. None is "nearest" for int8, whose error is
             small, and "feedback" for int4.
         sensitive: patterns of names ("h.0.*", "wte.weight") that int4 keeps at 8 bits; None is
@@ -97,7 +97,7 @@ def quantize_weights(
 
 
 class _Rounding:
-    """The matrices quantized so far, and how to quantize the next one."""
+    """The matrices quantized so far, and the settings for the next ones."""
 
     def __init__(
         self,

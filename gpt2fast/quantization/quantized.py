@@ -28,7 +28,7 @@ class QuantizedWeights:
     """By the name of the parameter, each (inputs, outputs): embeddings stand transposed, and a tied
     output projection is the token embedding."""
     calibration: str
-    """How the integers were found, in words."""
+    """Description of the way the integers were found."""
 
     def bits_per_weight(self, config: GPT2Config) -> float:
         """Stored bits over all parameters: integers, their scales, and 32 for all the rest."""

@@ -1,4 +1,4 @@
-"""A quantized model in float32: what the integer kernels compute, but for the order of sums."""
+"""A quantized model in float32: the integer kernels' results, except for the order of sums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def simulate(model: GPT2, quantized: QuantizedWeights, activations: bool = False
     """A float32 copy of `model`, in evaluation mode, with the quantized weights' values.
 
     Args:
-        model: what `quantized` was made of.
+        model: the model that `quantized` was made from.
         quantized: its matrices.
         activations: round what goes into each matrix as well.
     """

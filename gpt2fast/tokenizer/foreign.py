@@ -111,7 +111,7 @@ class Decoding:
         return self._token_of is None or self._token_of(id) is not None
 
     def decode(self, ids: list[int]) -> str:
-        """As `Tokenizer.decode`."""
+        """Same as `Tokenizer.decode`."""
         return self._tokenizer.decode(ids, **self._options)
 
 
@@ -130,12 +130,12 @@ class ForeignTokenizer(Tokenizer):
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """As `Tokenizer.encode`."""
+        """Same as `Tokenizer.encode`."""
         check_text(text)
         return list(self._foreign.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """As `Tokenizer.decode`."""
+        """Same as `Tokenizer.decode`."""
         return self._foreign.decode(self._known(ids))
 
     def decoder(self) -> StreamDecoder:

@@ -105,7 +105,7 @@ class LibraryTokenizer(Tokenizer):
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """As `Tokenizer.encode`.
+        """Same as `Tokenizer.encode`.
 
         Raises:
             TokenizerError: also where the vocabulary has no token for a part of the text, and none
@@ -116,7 +116,7 @@ class LibraryTokenizer(Tokenizer):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """As `Tokenizer.decode`, with the spaces that the tokenizer's own decoder puts."""
+        """Same as `Tokenizer.decode`, with the spaces that the tokenizer's own decoder puts."""
         if self._is_bytes:
             return super().decode(ids)
         ids = self._known(ids)

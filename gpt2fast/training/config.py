@@ -371,7 +371,7 @@ LENGTHS = ("max_steps", "max_epochs", "max_tokens")
 """Settings that give the length of a run; it has one of them."""
 
 _FROM_ZERO = ("warmup_steps", "batch_warmup_steps", "weight_decay")
-# Far above what anybody trains with, and far below what overflows where they are multiplied.
+# Far above what anybody trains with, and so low that products do not overflow.
 _LARGEST_COUNT = (1 << 31) - 1
 _LARGEST: dict[str, float] = {
     "warmup_steps": _LARGEST_COUNT,
@@ -379,7 +379,7 @@ _LARGEST: dict[str, float] = {
     **{"max_epochs": 1e9, "max_hours": 1e6, "threads": 1024},
 }
 _MOST_TOKENS = 1 << 28
-"""In a batch; their ids alone take two gigabytes."""
+"""Most tokens in a batch; their ids alone take two gigabytes."""
 _LARGEST_FLOAT = sys.float_info.max
 
 

@@ -134,7 +134,7 @@ class _TrainingLoop:
         self.training = TrainStep(config, self.model, group)
         self.position = Position()
         self.saved = -1
-        """Step of the last checkpoint that has its name from its step."""
+        """Step of the last checkpoint that is named after its step."""
         if group.rank:  # dropout must not be alike in all processes
             torch.manual_seed(config.seed + group.rank)
         if checkpoint is not None:
@@ -217,7 +217,7 @@ class _TrainingLoop:
                 float(signals.received or 0), time.perf_counter() - self.started
             )
             ended = out_of_time(config, position, self.steps, elapsed)
-            if signum and not ended:  # what is due at this step is made up for on resuming
+            if signum and not ended:  # work that is due at this step is done after resuming
                 self._stop(int(signum))
             if (step % config.eval_interval == 0 or ended) and position.evaluated != step:
                 self._evaluate()

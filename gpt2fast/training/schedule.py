@@ -17,7 +17,7 @@ def learning_rate(
 ) -> float:
     """Rate for step number `step` (the first is 0) of a run of `steps` steps.
 
-    schedule: what follows the warm-up.
+    schedule: shape after the warm-up.
         cosine: half a cosine from lr down to min_lr (Loshchilov and Hutter, 2017; as in nanoGPT).
         linear: a straight line from lr down to min_lr.
         wsd: lr, and over the last `decay_share` of the run a straight line down to min_lr

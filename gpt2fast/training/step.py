@@ -40,10 +40,10 @@ class TrainStep:
         )
         self.scale = LossScale(config.dtype == "float16")
         self.batch: Batch
-        """The last one of this process."""
+        """The last batch of this process."""
 
     def close(self) -> None:
-        """Drop what wraps the model: it holds the processes' group, and must not outlive it."""
+        """Drop the model's wrapper, which holds the group of processes and must not outlive it."""
         del self._forward, self._wrapped
 
     def share(self, step: int) -> tuple[list[int], slice]:

@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
     Args:
         signum: number of the signal.
-        message: what was saved, and how to go on.
+        message: the checkpoint, and the command that resumes the run.
     """
 
     def __init__(self, signum: int, message: str) -> None:

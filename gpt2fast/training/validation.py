@@ -20,13 +20,13 @@ def mean_loss(
     Args:
         loss: mean loss of a batch.
         batches: the batches, by number.
-        limit: how many of them, from the first on; None means all.
+        limit: number of batches to use, from the first on; None means all.
         group: whose processes take turns.
     """
     count = min(len(batches), limit or len(batches))
     total, targets = 0.0, 0
     for first in range(0, count, group.size):
-        # All go through the model as often: they may have to meet there.
+        # All processes call the model equally often: its forward pass may communicate.
         number = first + group.rank
         batch = batches[min(number, count - 1)]
         with group.explain_lost_peer():

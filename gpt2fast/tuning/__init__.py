@@ -1,1 +1,1 @@
-"""Tuning: which settings of a training run are searched, the study that searches, its report."""
+"""Tuning: spaces of settings of a training run, studies that search them, reports."""

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FEWEST_TRIALS = 10
-"""Completed trials from which importances say anything."""
+"""Completed trials that meaningful importances need."""
 
-_BLUE, _GREY, _ORANGE = "#3b7dd8", "#9a9aa4", "#e07b39"
+_BLUE, _GRAY, _ORANGE = "#3b7dd8", "#9a9aa4", "#e07b39"
 
 
 def write_report(study: Study, space: Space, out: Path) -> list[Path]:
@@ -122,7 +122,7 @@ def _bars(found: dict[str, float]) -> Figure:
 def _losses(axes: Any, trials: Sequence[FrozenTrial], xs: Sequence[Any]) -> None:
     for state, label, color, marker in (
         ("COMPLETE", "complete", _BLUE, "o"),
-        ("PRUNED", "pruned", _GREY, "x"),
+        ("PRUNED", "pruned", _GRAY, "x"),
     ):
         chosen = [i for i, trial in enumerate(trials) if trial.state.name == state]
         if chosen:

@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.yaml"
 BEST_FILE = "best.yaml"
 _MOST_FAILURES = 10
-"""In a row; the study stops then, since something else than the settings must be wrong."""
+"""Failures in a row that end the study: something other than the settings must be wrong."""
 
 Train = Callable[..., TrainResult]
 
@@ -94,7 +94,7 @@ def tune(settings: StudyConfig, train: Train = train) -> Study:
     """Run trials until the study has `settings.trials`; other processes may do the same.
 
     Args:
-        settings: of the study.
+        settings: the study's settings.
         train: runs a trial; called like `gpt2fast.training.train`.
 
     Raises:

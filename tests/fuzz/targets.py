@@ -1,4 +1,4 @@
-"""What is fuzzed: functions that read bytes as a file of one kind.
+"""Targets of fuzzing: functions that read bytes as a file of one kind.
 
 A target gets the bytes and an empty folder to write them to. It may raise the package's errors; any
 other exception is a finding.

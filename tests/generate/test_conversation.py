@@ -51,7 +51,7 @@ def test_mistakes_do_not_end_a_conversation(run, generator, tmp_path):
         "/set temperature nan": "temperature is nan",
         "/set temperature": "takes a number",
         "/set top_k 1.5": "whole number",
-        "/set colour 3": "colour",
+        "/set color 3": "color",
         "/jump": "/jump",
         "/save": "file name",
         f"/save {tmp_path}/no/where.txt": "where.txt",

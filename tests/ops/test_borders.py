@@ -369,7 +369,7 @@ TIES = [
 
 
 def kept_by(options, logits):
-    """Which tokens stay: top-k and min-p keep all that equal the last one, in float64."""
+    """Tokens that stay, in float64: top-k and min-p keep all that equal the last one."""
     kept = torch.ones_like(logits, dtype=torch.bool)
     if "top_k" in options:
         kept &= logits >= logits.topk(min(options["top_k"], logits.shape[-1])).values[:, -1:]
@@ -418,7 +418,7 @@ EXACT = [
 @pytest.mark.parametrize("vocab", [8, 64, 128, 2048, 8192])
 @pytest.mark.parametrize("others", [None, -1.0, -math.inf])
 def test_what_lies_exactly_at_a_threshold(name, options, vocab, others):
-    """Of equal scores top-k and min-p keep all, top-p the last ones; a draw may fall on an end."""
+    """Top-k and min-p keep all equal scores, top-p the last ones; a draw may fall on an end."""
     logits = torch.full((8, vocab), 0.75)
     candidates = torch.arange(vocab)
     if others is not None:

@@ -72,7 +72,7 @@ class Fake:
         return lines
 
     def epilogues(self) -> list[int]:
-        """Of the products since the last call."""
+        """Epilogues of the products since the last call."""
         return [int(line.split()[2]) for line in self.log() if line.startswith("ran")]
 
 
@@ -385,7 +385,7 @@ def test_without_the_header_what_uses_it_is_left_out(monkeypatch, tmp_path):
 
 
 def run(code: str, **environment: str) -> str:
-    """What a process of its own prints, since a library looks for cuBLASLt once."""
+    """Output of a new process, since a library looks for cuBLASLt once."""
     prelude = f"""
 import ctypes, sys
 import torch

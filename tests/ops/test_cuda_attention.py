@@ -1,4 +1,4 @@
-"""What the CUDA kernels of attention promise beyond the op: in the simulator."""
+"""Promises of the CUDA kernels of attention beyond those of the op, in the simulator."""
 
 from __future__ import annotations
 

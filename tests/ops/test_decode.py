@@ -120,7 +120,7 @@ def test_steps_are_one_call_and_repeat_to_the_bit(name):
 
 
 @pytest.mark.parametrize("name", CUDA_BACKENDS)
-def test_a_row_does_not_depend_on_its_neighbours(name):
+def test_a_row_does_not_depend_on_its_neighbors(name):
     step = Step(64, [12, 0, 31, 5], 33)
     weights, k, v, tokens, positions, lengths = step.arguments(torch.float32, torch.float32)
     with backend(name):

@@ -1,4 +1,4 @@
-"""What torch makes by default, dtype and device, has no say in what an op computes."""
+"""torch's default dtype and device do not change an op's results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Callable[[], Any]] = {
 
 
 def results(op: str, given: dict[str, Any]) -> list[torch.Tensor]:
-    """What an op returns, what it writes, and gradients where it has them."""
+    """An op's results, written arguments, and gradients where it has them."""
     leaves = {}
     if op not in ("decode_step", "packed_step", "packed_next", "sample", "attention_with_cache"):
         leaves = {

@@ -306,7 +306,7 @@ WRITING = [
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize(("op", "argument"), WRITING)
 def test_what_is_written_in_place_never_loses_a_gradient_in_silence(name, op, argument):
-    """As torch refuses `out=` where an argument requires a gradient."""
+    """torch refuses `out=` in the same way where an argument requires a gradient."""
     if op in LACKS.get(name, ()):
         pytest.skip(f"{name} does not run {op} here")
     given = arguments()[op]

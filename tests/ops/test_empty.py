@@ -93,7 +93,7 @@ def test_no_tokens_give_no_embeddings_and_zero_gradients(name, batch, time, per_
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_the_loss_of_no_rows_is_no_number_and_its_gradients_are_zero(name):
-    """As F.cross_entropy's: a mean of nothing."""
+    """F.cross_entropy gives the same for a mean of nothing."""
     hidden, weight = torch.ones(0, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
     targets = torch.zeros(0, dtype=torch.int64)
     with backend(name):

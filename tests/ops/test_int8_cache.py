@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def in_8_bits(x):
-    """As csrc/cpu/decode.h stores entries (..., D): int8, and factors (...)."""
+    """Entries (..., D) as csrc/cpu/decode.h stores them: int8, and factors (...)."""
     largest = x.float().abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, torch.tensor(127.0) / largest, 0.0)
     return (x.float() * inverse).round().to(torch.int8), (largest / torch.tensor(127.0))[..., 0]

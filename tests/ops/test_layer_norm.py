@@ -42,7 +42,7 @@ def test_reads_strided_and_unaligned_views(name, layout):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_without_a_residual_it_normalises_x(name, dtype):
+def test_without_a_residual_it_normalizes_x(name, dtype):
     x, _, weight, bias = inputs(2, 5, 24)
     compare(
         lambda x, w, b: ops.residual_layer_norm(x, None, w, b)[0],

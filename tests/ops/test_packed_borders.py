@@ -1,6 +1,6 @@
 """Steps of packed weights where sizes fill no vector, panel, group or word, against float64.
 
-What a packed step rounds is rounded here as well: the inputs of 16-bit and quantised matrices, and
+What a packed step rounds is rounded here as well: the inputs of 16-bit and quantized matrices, and
 what enters the cache. So little is left to a tolerance that one element of a group shows.
 """
 
@@ -28,7 +28,7 @@ SHAPES = [(3, 17, 70, 33), (17, 5, 33, 64), (1, 33, 65, 32), (2, 35, 129, 97)]
 
 
 @pytest.fixture
-def one_thread_afterwards():
+def one_thread_afterward():
     yield
     torch.set_num_threads(1)
 
@@ -148,7 +148,7 @@ class Caches:
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.name} {form.group}".strip(" 0"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_a_step_of_odd_sizes(one_thread_afterwards, form, dtype, sizes):
+def test_a_step_of_odd_sizes(one_thread_afterward, form, dtype, sizes):
     heads, size, *others = sizes
     size += dtype == torch.bfloat16  # whose entries are read in pairs
     weights = random_weights(form, heads, size, *others, tied=heads != 1)

@@ -31,7 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def examples(name: str) -> Callable[[Callable], Callable]:
-    """How a property is tested on a backend: of the slow interpreter a part will do."""
+    """Settings for testing a property on a backend: fewer examples in the slow interpreter."""
     return lambda test: _examples(test, max(1, EXAMPLES // (3 if name == "triton" else 1)))
 
 
@@ -79,7 +79,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 def swapped(x: Tensor) -> Tensor:
-    """Two neighbouring dimensions the other way round in memory, as of heads before time."""
+    """Two neighboring dimensions the other way round in memory, as of heads before time."""
     if x.dim() < 3:
         return turned(x)
     return x.transpose(-2, -3).contiguous().transpose(-2, -3)

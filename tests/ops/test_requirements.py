@@ -1,4 +1,4 @@
-"""What the ops refuse, and that every backend refuses it in the same words."""
+"""Refusals of ops, in the same words on every backend."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ WRITTEN = [
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize(("op", "argument"), WRITTEN)
 def test_what_is_written_may_not_be_expanded(name, op, argument):
-    """As torch refuses for its own in-place operations."""
+    """torch refuses the same for its own in-place operations."""
     given = arguments()[op]
     value = given[argument]
     tensor = value[0] if isinstance(value, list) else value
@@ -244,7 +244,7 @@ def test_overlaps_are_found_exactly():
 
 @pytest.mark.parametrize("op", [op for op in ops.__all__ if op != "fused_adamw"])
 def test_tensors_on_several_devices_are_refused(op):
-    """Where one is on the meta device torch would otherwise give a result without data."""
+    """Otherwise torch would give a result without data if one is on the meta device."""
     for argument in tensors_of(arguments()[op]):
         given = arguments()[op]
         value = given[argument]

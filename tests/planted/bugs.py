@@ -1,4 +1,4 @@
-"""What a planted bug is: a kernel's expression replaced by a wrong one, and who has to notice."""
+"""Planted bugs: a kernel's expression replaced by a wrong one, and tests that must notice."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Bug:
     """A mistake that somebody could make in a kernel."""
 
     name: str
-    """What is wrong, in the table's words."""
+    """The mistake, in the table's words."""
     file: str
     """Below the repository's root."""
     place: str
     """Text that the file has once, the expression that is replaced between « and »."""
     wrong: str
-    """What takes its place."""
+    """The expression that replaces it."""
     tests: tuple[str, ...]
     """Node ids below tests/ops, or below tests/ if they have a slash; one at least must fail."""
 
     def span(self, text: str) -> tuple[int, int]:
-        """Where in `text` the expression stands."""
+        """Begin and end of the expression in `text`."""
         before, _, rest = self.place.partition("«")
         right, mark, after = rest.partition("»")
         if not mark or not right:

@@ -23,7 +23,7 @@ from gpt2fast.ops.native import loaded, unavailable
 
 
 def instruction_set() -> str:
-    """What this machine's kernels run on."""
+    """The instruction set of this machine's kernels."""
     found = loaded()
     if found is None:
         sys.exit(f"no kernels to plant bugs in: {unavailable()}")
@@ -85,7 +85,7 @@ def build(keep: Path) -> Path:
     sources = keep / "csrc"
     shutil.rmtree(sources, ignore_errors=True)
     _write_sources(sources, isa)
-    # Optimised less: it compiles in half the time.
+    # Optimized less: it compiles in half the time.
     flags = {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -O1".strip()}
     with (
         mock.patch.object(compilation, "source_folder", return_value=sources),

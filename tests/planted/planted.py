@@ -47,25 +47,25 @@ class Job:
     """Puts what is tested in place of what would be imported; takes a folder of its own."""
     tests: Sequence[str]
     only: str
-    """Which of them, as pytest's -k takes it: those of a backend."""
+    """Selection of them for pytest's -k: those of a backend."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job."""
+    """The result of a job."""
 
     code: int
     """pytest's exit code; negative: the signal that ended it."""
     test: str
     """The first test that failed, or nothing."""
     message: str
-    """What it said, on a line."""
+    """Its message, on a line."""
     output: str
     seconds: float
 
     @property
     def caught(self) -> bool:
-        """Whether a test failed, and by itself: not in a crash, not for want of tests."""
+        """True if a test failed by itself: no crash, and there were tests."""
         return self.code == 1 and bool(self.test)
 
 

@@ -1,4 +1,4 @@
-"""What the simulator's tests run: built once, and again only where the source changed."""
+"""Programs for the simulator's tests, built once, and again only if the source changed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Missing(Exception):
-    """What must be installed to build."""
+    """Something that is not installed is needed to build."""
 
 
 def cuda_headers() -> Path:

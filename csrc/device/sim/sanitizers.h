@@ -137,7 +137,7 @@ public:
     }
 #endif
 
-    // Announces what it reads and writes. Who acquires `done` or `end` afterwards comes after that.
+    // Announces what it reads and writes. Who acquires `done` or `end` afterward comes after that.
     GPT2FAST_NO_TSAN void access(const Range* reads, size_t read_count, const Range* writes,
                                  size_t write_count, [[maybe_unused]] Clock& done,
                                  [[maybe_unused]] Clock& end) {

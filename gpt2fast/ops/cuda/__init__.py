@@ -31,7 +31,8 @@ _simulating = False
 
 
 def unavailable() -> str | None:
-    """Why there are no CUDA kernels here, or None. The first call loads or builds them."""
+    """The reason that CUDA kernels are unavailable, or None. The first call loads or builds
+    them."""
     global _library, _reason
     if _simulating:
         return None
@@ -66,7 +67,7 @@ def _find_and_load() -> Library:
 
 
 def _architectures() -> tuple[str, ...]:
-    """Of the GPUs here, as nvcc calls them."""
+    """Architectures of the GPUs here, by their names in nvcc."""
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     if min(found) < (8, 0):
         major, minor = min(found)
@@ -77,7 +78,7 @@ def _architectures() -> tuple[str, ...]:
 
 
 def _available() -> str | None:
-    """Why there are no compiled kernels at all, or None."""
+    """The reason that there are no compiled kernels at all, or None."""
     reason = native.unavailable()
     return reason if reason is None or unavailable() is not None else None
 
@@ -98,7 +99,7 @@ def simulated(library: Library) -> Iterator[None]:
 
 
 cuda = Kernels("CUDA kernels", DTYPES, lambda: unavailable())
-"""Of `torch.ops.gpt2fast_cuda`."""
+"""The kernels in `torch.ops.gpt2fast_cuda`."""
 
 
 def takes(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""When matrix products go to cuBLASLt, which finishes them in its epilogues.
+"""Choice of cuBLASLt for matrix products, which its epilogues finish.
 
 csrc/launch/cublaslt.h counts what that spares. It is wanted for float16 and bfloat16 where every
 GPU has compute capability 9.0 at least. What the library cannot do is multiplied by torch.
@@ -44,7 +44,7 @@ def _by_default() -> bool:
     return _suits_the_gpus()
 
 
-# What `torch.compiler.assume_constant_result` sets; that would import the compiler, 1 s, to set it.
+# Set by `torch.compiler.assume_constant_result`, which would import the compiler, 1 s, to do so.
 _by_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -66,7 +66,7 @@ def forced(on: bool) -> Iterator[None]:
 
 
 def missing(x: Tensor) -> str | None:
-    """Why there is no cuBLASLt for x's device, or None; the CUDA kernels have to be there."""
+    """The reason that x's device has no cuBLASLt, or None; needs the CUDA kernels."""
     if not is_compiled():
         return "the CUDA kernels were compiled without cublasLt.h"
     return torch.ops.gpt2fast_cuda.cublaslt_missing(x) or None

@@ -11,7 +11,7 @@ from . import cuda, kernels
 ROWS = 64
 """Rows of the caches from which matrix products on tensor cores are faster."""
 WIDTH = 6144
-"""Of a model at most: its activations have to fit into shared memory."""
+"""Largest width of a model: its activations have to fit in shared memory."""
 
 
 def _refuses(call: Arguments) -> str | None:

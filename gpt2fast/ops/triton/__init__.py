@@ -26,7 +26,7 @@ from ..support import Kernels, Tensors
 
 
 def interpreting() -> bool:
-    """Triton's interpreter runs the kernels, in place of a GPU."""
+    """True if Triton's interpreter runs the kernels, in place of a GPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -36,7 +36,7 @@ def _installed() -> bool:
 
 
 def unavailable() -> str | None:
-    """Why there are no Triton kernels here, or None."""
+    """The reason that Triton kernels are unavailable, or None."""
     if not _installed():
         return "the package triton is not installed"
     if not interpreting() and not torch.cuda.is_available():
@@ -77,7 +77,7 @@ def triton(
 
     Args:
         module, function: names.
-        required, refuses: as for other kernels.
+        required, refuses: as in `Kernels`.
     """
 
     @functools.cache

@@ -35,7 +35,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _kept(seed, rows, first, head, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N): whether the weights of `rows` and keys from `first` survive dropout."""
+    """(BLOCK_M, BLOCK_N): true where dropout keeps the weight of a query in `rows` and a key."""
     counters = first // 8 + tl.arange(0, BLOCK_N // 8)
     words = tl.philox(seed, counters[None, :], rows[:, None], head, 0)
     a, b, c, d = (
@@ -58,7 +58,7 @@ def _halves(words, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _load(base, stride, first, time, HEAD_DIM, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first .. first + BLOCK of one head, zeros where there is none."""
+    """Rows first .. first + BLOCK of one head, zeros past the end."""
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(first, tl.int64) * stride
@@ -89,7 +89,7 @@ def _block_of_head(time, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """This program's first row, its row of the batch, and its head."""
     blocks = tl.cdiv(time, BLOCK)
     block = tl.program_id(0) % blocks
-    if LAST_FIRST:  # where a block's work grows with its place, the longest begin
+    if LAST_FIRST:  # later blocks have more work, so they start first
         block = blocks - 1 - block
     head = tl.program_id(0) // blocks
     return block * BLOCK, head // heads, head % heads
@@ -113,7 +113,7 @@ def _add_keys(
         scores = tl.where(visible[None, :], scores, -float("inf"))
     new = tl.maximum(highest, tl.max(scores, 1))
     shift = new
-    if mask is not None:  # of a row that has seen nothing yet, -inf - -inf is not a number
+    if mask is not None:  # for a row that has seen nothing yet, -inf - -inf would be NaN
         shift = tl.where(new == -float("inf"), 0.0, new)
     weights = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(highest - shift)
@@ -159,13 +159,13 @@ def forward_kernel(
             sums, highest, total, block, k, k_stride_t, v, v_stride_t, mask, seed, rows, first,
             time, head, scale, threshold, kept_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
         )  # fmt: skip
-    normaliser = (highest + tl.log2(total)) * LN_2
-    normaliser = tl.where(total == 0.0, float("inf"), normaliser)
+    normalizer = (highest + tl.log2(total)) * LN_2
+    normalizer = tl.where(total == 0.0, float("inf"), normalizer)
     sums = tl.where(total[:, None] == 0.0, 0.0, sums / total[:, None])
     stride = heads * HEAD_DIM
     base = out + b.to(tl.int64) * time * stride + h * HEAD_DIM
     _store(base, stride, begin, time, sums, HEAD_DIM, BLOCK_M, BLOCK_D)
-    tl.store(lse + head.to(tl.int64) * time + rows, normaliser, mask=rows < time)
+    tl.store(lse + head.to(tl.int64) * time + rows, normalizer, mask=rows < time)
 
 
 @triton.jit
@@ -175,7 +175,8 @@ def delta_kernel(
     time, heads,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta[b, h, t] = grad[b, t, h] . out[b, t, h]: what each weight's gradient has too much."""
+    """delta[b, h, t] = grad[b, t, h] . out[b, t, h]: subtracted from every weight's gradient
+    in the derivative of the softmax."""
     begin, b, h = _block_of_head(time, heads, BLOCK_M, False)
     rows = begin + tl.arange(0, BLOCK_M)
     grad = _head(grad, grad_stride_b, grad_stride_h, b, h)
@@ -193,13 +194,14 @@ def _add_queries(
     HEAD_DIM, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_M queries add to the gradients of BLOCK_N keys; weights stand transposed."""
+    """Add the part of BLOCK_M queries to the gradients of BLOCK_N keys and values; weights are
+    transposed, (keys, queries)."""
     keys = begin + tl.arange(0, BLOCK_N)
     rows = first + tl.arange(0, BLOCK_M)
     queries = _load(q, q_stride, first, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     # Infinity makes the weights of rows past the end vanish.
-    normaliser = tl.load(lse + rows, mask=rows < time, other=float("inf")) * LOG2_E
-    weights = tl.exp2(dot(k, tl.trans(queries)) * scale - normaliser[None, :])
+    normalizer = tl.load(lse + rows, mask=rows < time, other=float("inf")) * LOG2_E
+    weights = tl.exp2(dot(k, tl.trans(queries)) * scale - normalizer[None, :])
     if DIAGONAL:
         weights = tl.where(rows[None, :] >= keys[:, None], weights, 0.0)
     if visible is not None:
@@ -265,15 +267,15 @@ def keys_kernel(
 
 @triton.jit
 def _add_grad_keys(
-    sums, q, grad, normaliser, inner, k, k_stride, v, v_stride, mask, seed, rows, first, time,
+    sums, q, grad, normalizer, inner, k, k_stride, v, v_stride, mask, seed, rows, first, time,
     head, scale, threshold, kept_scale,
     HEAD_DIM, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_N keys add to the gradients of BLOCK_M queries."""
+    """Add the part of BLOCK_N keys to the gradients of BLOCK_M queries."""
     keys = first + tl.arange(0, BLOCK_N)
     block = _load(k, k_stride, first, time, HEAD_DIM, BLOCK_N, BLOCK_D)
-    weights = tl.exp2(dot(q, tl.trans(block)) * scale - normaliser[:, None])
+    weights = tl.exp2(dot(q, tl.trans(block)) * scale - normalizer[:, None])
     if DIAGONAL:
         weights = tl.where(rows[:, None] >= keys[None, :], weights, 0.0)
     if mask is not None:
@@ -305,7 +307,7 @@ def queries_kernel(
     queries = _load(q, q_stride_t, begin, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     given = _load(grad, grad_stride_t, begin, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     at = head.to(tl.int64) * time + rows
-    normaliser = tl.load(lse + at, mask=rows < time, other=float("inf")) * LOG2_E
+    normalizer = tl.load(lse + at, mask=rows < time, other=float("inf")) * LOG2_E
     inner = tl.load(delta + at, mask=rows < time, other=0.0)
     k = _head(k, k_stride_b, k_stride_h, b, h)
     v = _head(v, v_stride_b, v_stride_h, b, h)
@@ -315,13 +317,13 @@ def queries_kernel(
     whole = begin // BLOCK_N * BLOCK_N
     for first in range(0, whole, BLOCK_N):
         sums = _add_grad_keys(
-            sums, queries, given, normaliser, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
+            sums, queries, given, normalizer, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
             first, time, head, scale * LOG2_E, threshold, kept_scale,
             HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
     for first in range(whole, tl.minimum(begin + BLOCK_M, time), BLOCK_N):
         sums = _add_grad_keys(
-            sums, queries, given, normaliser, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
+            sums, queries, given, normalizer, inner, k, k_stride_t, v, v_stride_t, mask, seed, rows,
             first, time, head, scale * LOG2_E, threshold, kept_scale,
             HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
         )  # fmt: skip
@@ -332,7 +334,7 @@ def queries_kernel(
 
 @triton.jit
 def _share(lengths, b, begin, time, entries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What row b stored before, and which entries this program reads for queries from `begin`."""
+    """Row b's length before this call, and the range of entries that this program reads."""
     length = tl.load(lengths + b)
     end = tl.minimum(length + tl.minimum(begin + BLOCK_M, time), entries).to(tl.int32)
     share = tl.cdiv(tl.cdiv(end, BLOCK_N), tl.num_programs(1)) * BLOCK_N
@@ -342,7 +344,7 @@ def _share(lengths, b, begin, time, entries, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def _factors(scales, stride, keys, end):
-    """The factors of a head's entries `keys`."""
+    """Factors of the int8 entries `keys` of one head."""
     return tl.load(scales + keys.to(tl.int64) * stride, mask=keys < end, other=0.0)
 
 
@@ -355,7 +357,7 @@ def one_query_kernel(
     time, entries, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A share of a row's entries for its only query; no products that fill a tensor core."""
+    """One query's attention to a share of its row's entries; too small for tensor cores."""
     b, h = tl.program_id(0) // heads, tl.program_id(0) % heads
     columns = tl.arange(0, BLOCK_D)
     inside = columns < HEAD_DIM
@@ -408,7 +410,7 @@ def some_queries_kernel(
     time, entries, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A share of a row's entries for BLOCK_M of its queries."""
+    """Attention of BLOCK_M queries to a share of their row's entries."""
     begin, b, h = _block_of_head(time, heads, BLOCK_M, True)
     rows = begin + tl.arange(0, BLOCK_M)
     queries = _load(
@@ -452,7 +454,7 @@ def some_queries_kernel(
         total = total * decay + tl.sum(weights, 1)
         sum = dot(cast(weights, values.dtype), values, sum * decay[:, None])
         highest = new
-    # Queries and heads of the batch, one after another.
+    # Partial results are indexed by query and head of the whole batch.
     place = (b.to(tl.int64) * time + rows) * heads + h
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < time)[:, None] & (columns < HEAD_DIM)[None, :]
@@ -474,7 +476,7 @@ def combine_kernel(
     out, sums, highests, totals, shares,
     HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One query's and head's output from what the programs found in their shares."""
+    """Combine the partial results of all shares into the output of one query and head."""
     place = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     share = tl.arange(0, BLOCK_S)
@@ -492,7 +494,7 @@ def combine_kernel(
 
 
 def _readable(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, those copied whose last dimension is not contiguous."""
+    """The tensors, copied where the last dimension is not contiguous."""
     return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
 
 
@@ -501,7 +503,8 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _dropout(call: Arguments) -> tuple[Tensor | None, int, float]:
-    """The seed if weights are dropped, below which of 2**16 they are, and the others' factor."""
+    """Seed (None without dropout), threshold below which 16 random bits drop a weight, and the
+    factor on kept weights."""
     threshold = round(call.dropout_p * 65536)
     if call.seed is None or not threshold:
         return None, 0, 1.0
@@ -566,12 +569,12 @@ def with_cache(call: Arguments) -> Tensor:
         strides += [0] * 6
     else:
         strides += [*k_scales.stride(), *v_scales.stride()]
-        element_size = 4  # what int8 becomes when several queries multiply it
+        element_size = 4  # int8 is converted to float32 when several queries multiply it
     launch = settings(
         "attention_with_cache", q.device, element_size=element_size, head_dim=width, queries=time
     )
     programs = triton.cdiv(time, launch["BLOCK_M"]) * batch * heads
-    # Twice as many programs as multiprocessors, where a block of entries is left for each.
+    # Two programs for each multiprocessor, if each gets at least one block of entries.
     shares = triton.cdiv(2 * multiprocessors(q.device), programs)
     shares = max(1, min(shares, triton.cdiv(entries, launch["BLOCK_N"]), MOST_SHARES))
     sums = highests = totals = None

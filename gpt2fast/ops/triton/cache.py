@@ -30,7 +30,7 @@ def append_kernel(
     lengths_stride, counts_stride, time, entries, elements,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Part of one new entry, its key and its value."""
+    """Store part of one new entry, its key and its value."""
     b = (tl.program_id(0) // time).to(tl.int64)
     t = tl.program_id(0) % time
     count = time
@@ -64,16 +64,16 @@ def _append_int8(
     scales_stride_b, scales_stride_t, scales_stride_h,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of some heads, as ops/int8_cache.py says."""
+    """Store keys or values of some heads as int8, as ops/int8_cache.py defines it."""
     d = tl.arange(0, BLOCK_D)
     inside = stored[:, None] & (d < HEAD_DIM)[None, :]
     at = new + b * new_stride_b + t.to(tl.int64) * new_stride_t
     at += h[:, None] * new_stride_h + d[None, :] * new_stride_d
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    # A maximum may pass over what is no number.
+    # A maximum may ignore NaN.
     largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
     inverse = tl.div_rn(tl.full(largest.shape, 127.0, tl.float32), tl.maximum(largest, 1e-30))
-    # Infinity times the inverse 0 is no number, and no integer.
+    # Infinity times the inverse, 0, is NaN, which has no integer.
     integers = rounded(x * inverse[:, None])
     integers = tl.where(integers == integers, tl.clamp(integers, -127.0, 127.0), 0.0)
     at = cache + b * cache_stride_b + place * cache_stride_t
@@ -97,7 +97,7 @@ def append_int8_kernel(
     lengths_stride, counts_stride, time, entries, heads,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_H heads of one new entry, its key and its value."""
+    """Store BLOCK_H heads of one new entry, its key and its value."""
     b = (tl.program_id(0) // time).to(tl.int64)
     t = tl.program_id(0) % time
     count = time
@@ -153,7 +153,7 @@ def reorder_kernel(
     cache, rows, stride_b, stride_t, stride_h, stride_d, rows_stride, count, batch, elements,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of every row."""
+    """Reorder BLOCK elements of every row."""
     row = tl.arange(0, ROWS)
     source = tl.load(rows + row.to(tl.int64) * rows_stride, mask=row < count, other=0)
     # Rows that stay where they are need not move.
@@ -163,7 +163,7 @@ def reorder_kernel(
     at = cache + (t * stride_t + h * stride_h + d * stride_d)[None, :]
     inside = moves[:, None] & (element < elements)[None, :]
     values = tl.load(at + (source * stride_b)[:, None], mask=inside, other=0)
-    # Another thread of this program may write what one has yet to read.
+    # Without a barrier a thread could overwrite what another has yet to read.
     tl.debug_barrier()
     tl.store(at + (row.to(tl.int64) * stride_b)[:, None], values, mask=inside)
 

@@ -43,8 +43,8 @@ def cross_entropy_kernel(
 ):
     """Losses of BLOCK_ROWS rows; GRADIENT: (softmax - one-hot) / count in place of the logits.
 
-    Rows have room for a multiple of _ALIGNMENT columns. Those that do not count are not read. The
-    greatest logit and the sum of exponentials are kept in float32 while the row goes by,
+    Rows have room for a multiple of _ALIGNMENT columns. Rows whose target is ignored are not read.
+    The greatest logit and the sum of exponentials are kept in float32 while the row goes by,
     BLOCK_COLUMNS at a time.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -61,7 +61,7 @@ def cross_entropy_kernel(
         logit = tl.load(logits + column, mask=counted & (column < room), other=0.0).to(tl.float32)
         logit = tl.where(counted & (column < columns), logit, float("-inf"))
         greater = tl.maximum(greatest, tl.max(logit, 1, keep_dims=True))
-        # -inf minus itself is not a number
+        # -inf minus itself is NaN
         base = tl.where(greater == float("-inf"), 0.0, greater)
         total = total * tl.exp(greatest - base) + tl.sum(tl.exp(logit - base), 1, keep_dims=True)
         greatest = greater
@@ -81,7 +81,7 @@ def cross_entropy_kernel(
 def forward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     targets, ignore_index, vocab_size = call.targets, call.ignore_index, len(call.weight)
     known = ((targets >= 0) & (targets < vocab_size)) | (targets == ignore_index)
-    # On a GPU this stops the device, as torch's own loss does; nothing waits for it.
+    # On a GPU this assertion fails on the device, as in torch's loss: no wait for the result.
     torch._assert_async(known.all(), f"a target is outside of the {vocab_size} classes")
     count = _count(call)  # stays on the device
 

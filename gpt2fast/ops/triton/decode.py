@@ -10,7 +10,7 @@
 
 Floor: every weight is read once, 2 bytes a weight in bfloat16, and so is the used part of the
 caches. Each program reads its columns of a matrix for all rows of the batch up to BLOCK_B; it
-normalises x itself, a few kB that all programs find in the L2, which costs less than one more
+normalizes x itself, a few kB that all programs find in the L2, which costs less than one more
 launch. x stays in float32 between the layers. One row is multiplied without tensor cores: a block
 of products is summed over the inputs once, at the end.
 
@@ -64,8 +64,8 @@ def _statistics(x, row, batch, width, eps, BLOCK_B: tl.constexpr, BLOCK_K: tl.co
         k = first + tl.arange(0, BLOCK_K)
         inside = (row < batch)[:, None] & (k < width)[None, :]
         values = tl.load(x + row[:, None] * width + k[None, :], mask=inside, other=0.0)
-        centred = tl.where(inside, values - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, 1)
+        centered = tl.where(inside, values - mean[:, None], 0.0)
+        squares += tl.sum(centered * centered, 1)
     return mean, tl.rsqrt(squares / width + eps)
 
 
@@ -75,7 +75,7 @@ def _product(
     weight_stride_k, weight_stride_n,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_B, BLOCK_N): rows of x, normalised where a norm is given, times columns of weight."""
+    """(BLOCK_B, BLOCK_N): rows of x, normalized where a norm is given, times columns of weight."""
     if norm_weight is not None:
         mean, rstd = _statistics(x, row, batch, inputs, eps, BLOCK_B, BLOCK_K)
     if BLOCK_B == 1:
@@ -139,7 +139,7 @@ def add_kernel(
     x, given, weight, bias, weight_stride_k, weight_stride_n, batch, inputs, outputs,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x += given weight + bias; no other program touches these columns of x."""
+    """x += given @ weight + bias; no other program touches these columns of x."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     found = _product(
@@ -158,7 +158,7 @@ def project_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = activation(layer_norm(x) weight + bias)"""
+    """out = activation(layer_norm(x) @ weight + bias)"""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     found = _product(
@@ -184,7 +184,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "tanh":
         square = x * x
         series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
-        far = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0  # cancels near 0
+        far = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0  # loses digits near 0
         return tl.where(square < 0.01, x * series, far)
     else:
         tl.static_assert(ACTIVATION == "none")

@@ -3,7 +3,7 @@
 Forward, bytes of an element in bfloat16: 4 read (two table rows), 2 written. Memory is the floor.
 
 Backward: tokens are sorted on the device, stably, so that the gradients of one token become
-neighbours. A program takes BLOCK_ENTRIES neighbours and adds those with equal keys, all at once, as
+neighbors. A program takes BLOCK_ENTRIES neighbors and adds those with equal keys, all at once, as
 a product with a matrix of zeros and ones. A run of equal keys that lies within a program's entries
 is finished. Of one that crosses an end, a sum in float32 goes to the next launch, which does the
 same with these sums; there are two for each program at most. So a token that fills the whole batch
@@ -48,7 +48,7 @@ def embedding_forward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """BLOCK_ROWS tokens and BLOCK_COLUMNS columns a program; token n has positions[n % time].
+    """Embed BLOCK_ROWS tokens, BLOCK_COLUMNS columns, a program; token n is at positions[n % time].
 
     astray[0] becomes 1 where an index is outside of its table.
     """
@@ -92,7 +92,7 @@ def forward(call: Arguments) -> Tensor:
         astray,
         **launch,
     )
-    # On a GPU this stops the device, as torch's own look-up does; nothing waits for it.
+    # On a GPU this assertion fails on the device, as in torch's look-up: no wait for the result.
     torch._assert_async(
         astray == 0, f"an index is outside of {len(wte)} tokens, {len(wpe)} positions"
     )
@@ -101,11 +101,10 @@ def forward(call: Arguments) -> Tensor:
 
 @triton.jit
 def _sum_equal(equal, values):
-    """(E, E) zeros and ones times (E, C): for each entry the sum of those that equal it.
+    """(E, E) zeros and ones times (E, C): for each entry the sum of those with the same key.
 
-    A product of zero with a value that is not finite is not a number, and would reach rows that
-    have no part in it: such values are counted by kind, and take part through their counts (E is
-    less than 128).
+    Zero times infinity or NaN is NaN, which would reach rows of other keys. So values that are not
+    finite are counted by kind instead, and added by their counts (E is less than 128).
     """
     wide = values.to(tl.float32)
     finite = tl.abs(wide) < float("inf")
@@ -141,13 +140,14 @@ def add_runs(
     """Add rows of values with equal keys, BLOCK_ENTRIES of them and BLOCK_COLUMNS columns each.
 
     Args:
-        order: which row belongs to a key, unless they are ORDERED.
-        keys: (entries,) ascending where they are not negative; the others do not count.
+        order: the row of `values` for each key; not read if they are ORDERED.
+        keys: (entries,) ascending; negative ones are skipped.
         sorted_keys: (n,), of which a program's entries cover `span`: they tell whether its first
             and last run go on in other programs.
         out: (keys, columns).
-        partials, partial_keys: (2 * programs, columns) and (2 * programs,): of the run that other
-            programs began, and of one that begins here and that others end.
+        partials, partial_keys: (2 * programs, columns) and (2 * programs,): for each program the
+            sum of its first run, if an earlier program began it, and of its last, if it goes on
+            in a later one.
     """
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -183,7 +183,7 @@ def _add_rows(values: Tensor, indices: Tensor, size: int, dtype: torch.dtype) ->
     """(size, columns): row i is the sum of the rows of values whose index is i."""
     columns = values.shape[1]
     out = values.new_zeros((size, columns), dtype=dtype)
-    # The sort's passes go by the bits of a key.
+    # Fewer bits in a key mean fewer passes of the sort.
     sorted_keys, order = torch.sort(indices.to(torch.int32), stable=True)
     inside = (sorted_keys[0] >= 0) & (sorted_keys[-1] < size)
     torch._assert_async(inside, f"an index is outside of a table of {size} rows")

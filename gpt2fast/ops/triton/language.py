@@ -1,4 +1,4 @@
-"""What the kernels share: matrix products and casts that mean the same on a GPU and interpreted.
+"""Matrix products and casts that mean the same on a GPU and in the interpreter.
 
 The interpreter of Triton 3.6 multiplies the bits of bfloat16 operands as if they were integers, and
 truncates where it should round to bfloat16.
@@ -28,7 +28,7 @@ def dot(a, b, sum=None):
 def rounded(x):
     """float32 x, of size below 2**22, as the nearest integer, halves to even."""
     if INTERPRETED:
-        return (x + 12582912.0) - 12582912.0  # between 2**23 and 2**24 there are integers only
+        return (x + 12582912.0) - 12582912.0  # between 2**23 and 2**24 all floats are integers
     else:
         return libdevice.rint(x)
 

@@ -1,4 +1,4 @@
-"""Residual add and layer normalisation in Triton, forward and backward.
+"""Residual add and layer normalization in Triton, forward and backward.
 
 Bytes of an element in bfloat16: forward 4 read (x, residual) and 4 written (normed, summed);
 backward 6 read (two gradients, the sum) and 2 written. Some ten operations an element: memory is
@@ -7,7 +7,7 @@ the floor. Not yet run on a GPU.
 A program holds whole rows in registers, from the one read to the one write. Rows wider than
 `_WIDEST` are read again instead, a block at a time.
 
-Backward: each program takes a group of neighbouring rows, adds up what they give to the gradients
+Backward: each program takes a group of neighboring rows, adds up what they give to the gradients
 of weight and bias, and leaves one row of partial sums; `sum_partials` adds those in a fixed order.
 No atomics: equal calls give equal bits.
 """
@@ -107,8 +107,8 @@ def wide_layer_norm_forward(
     """A row a program, in blocks of BLOCK_COLUMNS.
 
     Statistics of the blocks are joined by Chan et al. (1979), so that large offsets do not cancel.
-    The second pass adds again what it could read from `summed`: threads do not see each other's
-    writes without a barrier.
+    The second pass adds x and residual again: without a barrier, threads would not see each
+    other's writes to `summed`.
     """
     row = tl.program_id(0).to(tl.int64)
     average = 0.0
@@ -299,7 +299,7 @@ def wide_parameter_gradients(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """What `layer_norm_backward` leaves in `partials`, from `group` rows and a block of columns."""
+    """Partial sums for the gradients of weight and bias: `group` rows, a block of columns."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     inside = column < columns

@@ -28,7 +28,7 @@ from .tuning import settings
 
 # Programs that a matrix product should at least have: two for each multiprocessor of an H200.
 _PROGRAMS = 264
-# Its sums are cut into parts for that, but not into shorter ones.
+# To get there, sums over k are split, but not into parts shorter than this.
 _SHORTEST_PART = 1024
 
 _A = tl.constexpr(0.7978845608028654)
@@ -65,7 +65,7 @@ def bias_gelu_forward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """A tile of BLOCK_ROWS rows and BLOCK_COLUMNS columns a program."""
+    """GELU of x + bias: a tile of BLOCK_ROWS rows and BLOCK_COLUMNS columns a program."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (row < rows) & (column < columns)
@@ -149,7 +149,7 @@ def bias_gelu_backward(call: Arguments) -> tuple[Tensor, Tensor]:
 def _finish(
     total, row, first, corner, out, bias, inner, activated, partials, m, n, END: tl.constexpr
 ):
-    """What follows the product in the tile whose columns begin at `first`."""
+    """Epilogue of the product in the tile whose columns begin at `first`."""
     M: tl.constexpr = total.shape[0]
     N: tl.constexpr = total.shape[1]
     column = first + tl.arange(0, N)
@@ -197,9 +197,9 @@ def matmul_kernel(
 ):
     """out = a @ b, an (BLOCK_M, BLOCK_N) tile a program; inner and activated are contiguous (m, n).
 
-    `part` of the k products go into each of out's (parts, m, n).
+    Each of out's (parts, m, n) sums `part` of the k products.
 
-    END says what follows the product:
+    END is the epilogue:
     "nothing"
     "bias": bias is added to each row
     "gelu": out is written as it is, and gelu(out + bias) to activated
@@ -239,7 +239,7 @@ def matmul_kernel(
     partials += tile_m.to(tl.int64) * n
     out += tl.program_id(1).to(tl.int64) * m * n
     if END == "gelu gradient":
-        # Half a tile at a time, for want of registers.
+        # Half a tile at a time: a whole one would need too many registers.
         halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         _finish(
@@ -267,7 +267,7 @@ def matmul_kernel(
 
 
 def _is_unaligned(x: Tensor) -> bool:
-    """Whether elements of a matrix must be loaded one by one, each at an address of its own."""
+    """True if elements of a matrix must be loaded one by one, each at an address of its own."""
     width, stride = (x.shape[1], x.stride(0)) if x.stride(1) == 1 else (x.shape[0], x.stride(1))
     return min(x.stride()) != 1 or any(n % 16 for n in (width, stride, x.data_ptr()))
 
@@ -280,9 +280,9 @@ def _matmul(
     inner: Tensor | None = None,
     activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """a @ b with what follows it, and `partials` of the kernel above."""
+    """a @ b with the epilogue `end`; also the `partials` of `matmul_kernel`."""
     (m, k), n = a.shape, b.shape[1]
-    # What follows the product needs registers, too.
+    # The epilogue needs registers, too.
     table = "matmul" if end in ("nothing", "bias") else "matmul_gelu"
     unaligned = n % 16 > 0 or _is_unaligned(a) or _is_unaligned(b)
     launch = settings(table, a.device, element_size=a.element_size(), unaligned=unaligned)

@@ -21,7 +21,7 @@ from .language import cast
 from .tuning import settings
 
 _TENSORS = 32
-# Elements of the longest piece of a tensor in one launch: twice as many are below 2^31.
+# Most elements of a tensor in one launch; 2 n + 3 of them has to be below 2^31.
 _LONGEST = 1 << 29
 
 
@@ -121,7 +121,8 @@ def adamw(call: Arguments) -> None:
             if size:
                 alike[(aligned, *(tensor.dtype for tensor in piece))].append(piece)
     for (aligned, *_), pieces in alike.items():
-        # Kernels are compiled anew for each pattern of unaligned tensors: one at a time has few.
+        # Triton compiles a kernel for each pattern of aligned and unaligned tensors. Unaligned
+        # ones go one at a time, so that there are few patterns.
         most = _TENSORS if aligned else 1
         for i in range(0, len(pieces), most):
             _launch(pieces[i : i + most], scalars, aligned, bool(call.masters))
@@ -133,7 +134,7 @@ def _launch(
     launch = settings("adamw", pieces[0][0].device)
     sizes = [piece[0].numel() for piece in pieces]
     programs = sum(triton.cdiv(size, launch["CHUNK"]) for size in sizes)
-    # Groups of few lengths, for the same reason: the rest are tensors of no elements.
+    # Few lengths of groups, for the same reason: empty tensors fill them up.
     tensors = triton.next_power_of_2(len(pieces))
     pieces = pieces + [pieces[0]] * (tensors - len(pieces))
     sizes += [0] * (tensors - len(sizes))

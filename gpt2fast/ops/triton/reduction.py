@@ -1,6 +1,6 @@
 """Sums over the rows of a matrix in a fixed order, without atomics.
 
-Rows are cut into groups of neighbours, a program leaves one row of float32 sums for each, and a
+Rows are cut into groups of neighbors, a program leaves one row of float32 sums for each, and a
 second launch adds these. The cut depends on the shape alone: equal calls give equal bits.
 
 Bytes: every element is read once; partial sums are a small share. Not yet run on a GPU.
@@ -63,7 +63,7 @@ def _launch(x: Tensor, out: Tensor, group: int, launch: dict[str, int]) -> None:
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the rows of a few hundred rows at most, in one launch."""
+    """Sum of at most a few hundred rows, in one launch."""
     out = partials.new_empty(partials.shape[1], dtype=dtype)
     launch = settings("sum_partials", partials.device, rows=len(partials))
     _launch(partials, out, len(partials), launch)
@@ -71,7 +71,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the rows of x, whose columns are contiguous, in two launches."""
+    """Sum of the rows of x, whose columns are contiguous, in two launches."""
     launch = settings("sum_rows", x.device)
     column_blocks = triton.cdiv(x.shape[1], launch["BLOCK_COLUMNS"])
     group, groups = row_groups(len(x), launch["BLOCK_ROWS"], column_blocks)

@@ -22,7 +22,7 @@ from .tuning import settings
 
 @triton.jit
 def _order(scores):
-    """Integers in the order of float32 scores, -0 and 0 alike; whatever is not a number is last."""
+    """Integers in the order of float32 scores, -0 and 0 alike; NaN comes last."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(scores == scores, order, 0x7FFFFFFF)
@@ -43,7 +43,7 @@ def penalize_kernel(
     vocab_size, length, penalty, size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's logits in float32, those of repeated tokens penalised, of repeated n-grams banned."""
+    """A row's logits in float32, with repeated tokens penalized and repeated n-grams banned."""
     b = tl.program_id(0).to(tl.int64)
     logits += b * logits_stride_b
     history += b * history_stride_b
@@ -77,7 +77,7 @@ def penalize_kernel(
 
 @triton.jit
 def greedy_kernel(scores, chosen, stride_b, stride_v, vocab_size, BLOCK: tl.constexpr):
-    """The first of the highest scores."""
+    """Choose the token with the highest score, the first of equal ones."""
     b = tl.program_id(0).to(tl.int64)
     scores += b * stride_b
     highest = tl.full((), -0x80000000, tl.int32)
@@ -100,8 +100,8 @@ def _middle(low, high):
 
 @triton.jit
 def _split(scores, stride, vocab_size, temperature, highest, lowest, middle, BLOCK: tl.constexpr):
-    """What lies on either side of a score: how many are above `middle`, the sum of the weights
-    from `lowest` to `middle`, the nearest score up to `middle`, the nearest above it."""
+    """Facts about both sides of the score `middle`: the number of scores above it, the sum of the
+    weights from `lowest` to it, the nearest score up to it, the nearest above it."""
     count = tl.zeros((), tl.int32)
     mass = tl.zeros((), tl.float64)
     below = tl.full((), -0x80000000, tl.int32)
@@ -135,7 +135,7 @@ def _search(
             scores, stride, vocab_size, temperature, highest, lowest, middle, BLOCK
         )
         up = mass <= target if WEIGHED else count >= target
-        # To scores of the row: between two neighbours there is nothing to search.
+        # Move the bounds to scores that the row has, so that few steps suffice.
         low = tl.where(up, above, low)
         high = tl.where(up, high, below)
     return low
@@ -146,10 +146,10 @@ def draw_kernel(
     scores, uniform, chosen, stride_b, stride_v, uniform_stride, vocab_size,
     temperature, top_k, top_p, min_p, typical_p, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token a row, in five steps; a step's result is a bound on what stays.
+    """Draw one token a row, in five steps, each of which narrows down the tokens that stay.
 
-    A token stays if its place in the order of scores is past `lowest`, or at it and its id is at
-    least `first_kept`, its weight exp(score - highest) is at least min_p, and the score is at most
+    A token stays if its score is above `lowest`, or equal to it with an id of at least
+    `first_kept`, its weight exp(score - highest) is at least min_p, and the score is at most
     `farthest` from the expected one.
     """
     b = tl.program_id(0).to(tl.int64)
@@ -160,13 +160,13 @@ def draw_kernel(
     for first in range(0, vocab_size, BLOCK):
         tokens, values = _scores(scores, stride_v, first, vocab_size, temperature, BLOCK)
         order = _order(values)
-        # Banned tokens are below every threshold that is looked for.
+        # Banned tokens are below any threshold.
         allowed = (tokens < vocab_size) & (values != -float("inf"))
         low = tl.min(tl.where(allowed, order, 0x7FFFFFFF), 0)
         lowest_order = tl.minimum(lowest_order, low)
         highest_order = tl.maximum(highest_order, tl.max(order, 0))
         highest = tl.maximum(highest, tl.max(values, 0))
-    # All banned, infinity, or not a number somewhere: the probabilities are not numbers.
+    # All banned, or an infinity or NaN among the scores: there are no probabilities.
     lawful = (highest_order < 0x7F800000) & (highest != -float("inf"))
     if not lawful:
         tl.store(chosen + b, tl.zeros((), tl.int64))
@@ -189,7 +189,7 @@ def draw_kernel(
             scores, stride_v, vocab_size, temperature, highest, lowest, highest_order,
             outside, True, BLOCK,
         )  # fmt: skip
-        # Of the scores at the threshold, those of low ids may still be outside.
+        # Among tokens with exactly this score, those of low ids may still be outside.
         below = tl.zeros((), tl.float64)
         if low > lowest:
             below = _split(

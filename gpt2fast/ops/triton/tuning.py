@@ -17,12 +17,12 @@ import torch
 
 PATH = Path(__file__).with_name("tuning.json")
 OLDEST = 80
-"""The architecture that the kernels need, and whose settings the interpreter takes."""
+"""Oldest architecture that the kernels run on; the interpreter uses its settings."""
 
 
 @cache
 def architecture(device: torch.device) -> int:
-    """80 for an sm_80; of the interpreter's CPU as well."""
+    """The number in sm_80; the interpreter, on a CPU, counts as `OLDEST`."""
     if device.type != "cuda":
         return OLDEST
     major, minor = torch.cuda.get_device_capability(device)
@@ -31,7 +31,8 @@ def architecture(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; in the interpreter some, as if."""
+    """Number of multiprocessors, so of programs that run at once; 8 stand in for them in the
+    interpreter."""
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -45,11 +46,11 @@ def tables() -> dict[str, list[dict[str, Any]]]:
 
 @cache
 def settings(kernel: str, device: torch.device, **key: int) -> dict[str, int]:
-    """What to launch `kernel` with; keyword arguments of the launch.
+    """Keyword arguments for launching `kernel`: block sizes, warps, stages.
 
     Args:
         kernel: a table of tuning.json.
-        device: of the tensors.
+        device: the tensors' device.
         key: the sizes that the table's rows name, such as `head_dim` and `element_size`.
 
     Raises:
@@ -59,7 +60,7 @@ def settings(kernel: str, device: torch.device, **key: int) -> dict[str, int]:
 
 
 def for_architecture(kernel: str, arch: int, **key: int) -> dict[str, int]:
-    """`settings` of a device that need not be here."""
+    """`settings` for an architecture, whether or not such a device is here."""
     for row in tables()[kernel]:
         if row["arch"] <= arch and all(row[name] >= size for name, size in key.items()):
             return row["settings"]

@@ -23,9 +23,9 @@ class LoggedRun:
     name: str
     folder: Path
     rows: list[dict[str, Any]]
-    """Of the log, by step; None where a column has no value."""
+    """Rows of the log, by step; None where a column has no value."""
     settings: dict[str, Any]
-    """Of config.yaml; empty where that cannot be read."""
+    """Contents of config.yaml; empty where that cannot be read."""
     finished: bool
     """The finished model is in the folder."""
 

@@ -40,12 +40,12 @@ def prompt_for(tokenizer: Tokenizer | None, asked: str | None) -> str:
 def sample_text(model: GPT2, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
     """The model's continuation of `prompt`, drawn as `gpt2fast.generate` does by default.
 
-    Random states, modes of modules and weights are restored afterwards, and no packed copy of the
+    Random states, modes of modules and weights are restored afterward, and no packed copy of the
     weights stays. A text that is longer than the model's context goes on with its newest half.
 
     Args:
         tokens: most tokens to write.
-        seed: what the draws depend on, together with the weights.
+        seed: seed of the draws.
     """
     devices = [model.device] if model.device.type == "cuda" else []
     with keeping_no_copy(model), torch.random.fork_rng(devices):

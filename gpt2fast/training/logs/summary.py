@@ -75,10 +75,10 @@ def conclusion(ended: str, result: TrainResult, seconds: float, tokenizer: bool)
     """The losses of a finished run, and the command that tries its model.
 
     Args:
-        ended: why it ended.
+        ended: the reason for its end.
         result: of the run.
         seconds: that it took.
-        tokenizer: whether one is beside the model.
+        tokenizer: a tokenizer is saved with the model.
     """
     yield (
         f"{ended}: {result.steps} steps, {result.tokens:,} tokens, {seconds:,.0f} s; validation "

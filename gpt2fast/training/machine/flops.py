@@ -90,7 +90,7 @@ def gpu_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> Peak | None:
     Args:
         name: as torch.cuda.get_device_name gives it.
         dtype: of the factors of the matrix products.
-        tf32: whether those of float32 run on tensor cores.
+        tf32: float32 products run on tensor cores.
     """
     words = set(re.split(r"[\s-]+", name.lower()))
     if words & _OTHER_CHIPS:

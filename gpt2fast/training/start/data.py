@@ -172,7 +172,7 @@ def _holds_tokens(path: Path) -> bool:
     from ...data.tokens import TOKEN_SUFFIXES
 
     if not path.is_dir():
-        # What is not there is a pattern.
+        # A path that does not exist is a pattern.
         return not path.exists() or path.suffix in TOKEN_SUFFIXES
     if (path / "meta.json").is_file() or (path / "train.bin").exists():
         return True
