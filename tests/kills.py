@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,24 +30,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no threads but the one that forks
 
 # Imported here so that no fork has to.
 import jsonargparse  # noqa: F401
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml  # noqa: F401
 
-from gpt2fast.checkpoints.run_folder import BEST, OPTIMIZER
 from gpt2fast.cli import train as command
 from gpt2fast.training.checkpoints.folder import newest_checkpoint
-from gpt2fast.training.checkpoints.state import load_state
-from gpt2fast.training.logs.log import read_json_lines, read_rows
 from gpt2fast.training.machine import flops
+from run_outcomes import differences, outcome
 
-CLOCK = ("tokens_per_second", "elapsed_seconds", "mfu", "memory_gib")
 PLAIN: dict[str, object] = {
     "n_layer": 1,
     "n_head": 2,
@@ -82,73 +74,6 @@ RECIPES: dict[str, dict[str, object]] = {
     "tensorboard": {"tensorboard": True},
 }
 PARALLEL = ("ddp", "zero", "fsdp")
-
-
-# -- what a run leaves ----------------------------------------------------------------------------
-
-
-def outcome(out: Path) -> dict[str, Any]:
-    """All that a finished run leaves, without what the clock says and the folder's name."""
-    checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
-    found: dict[str, Any] = {
-        "files": sorted(path.name for path in out.iterdir()),
-        "number of checkpoints": len(checkpoints),
-        "weights": _digest(out / "model.safetensors"),
-        "log.csv": _rows(read_rows(out / "log.csv")),
-        "log.jsonl": _rows(read_json_lines(out / "log.jsonl")),
-    }
-    if (out / "samples.jsonl").exists():
-        found["samples"] = read_json_lines(out / "samples.jsonl")
-    # The others may be those that were made on a signal.
-    for name in (BEST, checkpoints[-1]):
-        folder = out / "checkpoints" / name
-        state = load_state(folder)
-        del state["position"]["elapsed"], state["config"]["out"]
-        found[f"{name}: weights"] = _digest(folder / "model.safetensors")
-        for key, digest in optimizer_digest(folder / OPTIMIZER).items():
-            found[f"{name}: {key}"] = digest
-        for rank, states in enumerate(state.pop("random")):
-            found[f"{name}: random numbers, {rank}"] = states["torch"].tolist()
-        for key, tensor in state.pop("adapters").items():
-            found[f"{name}: adapter {key}"] = tensor.tolist()
-        for part, values in state.items():
-            for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-                found[f"{name}: {part} {key}"] = repr(value)
-    return found
-
-
-def _rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def optimizer_digest(folder: Path) -> dict[str, str]:
-    """Digests of the tensors in a folder of torch.distributed.checkpoint, however sharded."""
-    index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.full(tuple(m.size), torch.nan, dtype=m.properties.dtype)
-        for name, m in index.items()
-        if isinstance(m, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one process is one process
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    return {
-        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        for name, tensor in sorted(tensors.items())
-    }
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Differences between the parts of two outcomes, in words."""
-    return [
-        f"{name}: {ours.get(name)!s:.300} instead of {theirs.get(name)!s:.300}"
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]
 
 
 # -- ways to stop a run ---------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from gpt2fast.checkpoints.run_folder import STATE
 from gpt2fast.cli import train as command
 from gpt2fast.training import Interrupted, loop, stopping, train
 from gpt2fast.training.checkpoints import save
-from kills import RECIPES, Stop, Trial, outcome
+from kills import RECIPES, Stop, Trial
 from run_hooks import before_updates
+from run_outcomes import differences, outcome
 from small_runs import TINY, changed, config, prepared, rows, text  # noqa: F401
 
 
@@ -101,7 +102,7 @@ def test_the_comparison_sees_a_difference(trial, tmp_path):
     expected, _ = trial.straight("target")
     out = tmp_path / "run"
     trial._finish({**trial.settings("target", out), "seed": 1})
-    found = kills.differences(outcome(out), expected)
+    found = differences(outcome(out), expected)
     assert any(line.startswith("weights") for line in found)
     assert any(line.startswith("log.csv") for line in found)
 

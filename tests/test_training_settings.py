@@ -79,7 +79,7 @@ OBSERVED_OTHERWISE = {
     *("data", "out", "init_from", "device", "backend", "compile", "compile_mode", "threads"),
     *("parallel", "checkpoint_activations"),  # test_distributed, test_training_limits
     *("mixture", "dataset", "dataset_config", "text_field", "records"),  # test_data_*
-    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),  # test_lora
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),  # test_lora_runs
     *("tensorboard", "wandb", "log_histograms"),  # test_logs
     *("sample_interval", "sample_prompt", "sample_tokens"),
     "add_tokens",  # test_new_tokens
