@@ -340,7 +340,7 @@ def test_parameter_shapes_are_the_models(preset):
         assert count == config.parameter_count
 
 
-def test_gpt2_of_real_size_loads_as_in_transformers_and_is_recognised_by_its_shapes(big):
+def test_gpt2_of_real_size_loads_as_in_transformers_and_is_recognized_by_its_shapes(big):
     from transformers import GPT2Config as TheirConfig
     from transformers import GPT2LMHeadModel
 
