@@ -214,7 +214,7 @@ BUGS = (
     Bug(
         "min-p: a weight that equals the limit is left out",
         FOLDER + "sampling.py",
-        "return tl.where(kept & («weights >= min_p»), weights, 0.0)",
+        "return tl.where(kept & typical & («weights >= min_p»), weights, 0.0)",
         "weights > min_p",
         (EXACT + "[None-64-{'min_p': 1.0}-triton]",),
     ),
