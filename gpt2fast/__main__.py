@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from . import __version__
 from ._system.invocation import command_line
-from ._system.output import say
+from ._system.output import deliver
 from .cli.arguments import CommandParser
 from .cli.command import COMMANDS, command, fail, leave
 from .errors import did_you_mean
@@ -40,7 +40,7 @@ def _list(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"gpt2fast {__version__}")
     parser.parse_args(argv)
-    say(about)
+    deliver(about)
     return 0
 
 

@@ -113,6 +113,12 @@ def test_processors_equal_transformers_on_ties():
         assert_equal(actual.sort(-1).values, expected.sort(-1).values)
 
 
+@pytest.mark.parametrize("op", [ops.sample, ops.packed_next])
+def test_help_names_the_processors(op):
+    parameters = inspect.signature(op).parameters
+    assert {name: parameters[name].default for name in OFF} == OFF
+
+
 def test_top_p_keeps_the_later_ones_of_equal_scores():
     kept = processors.keep_top_p(torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]]), 0.5)
     assert kept.isfinite().tolist() == [[False, False, True, False, True]]

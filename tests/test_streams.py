@@ -155,6 +155,7 @@ def test_a_run_in_a_folder_of_any_name_goes_on(tmp_path):
         ("prepare", ["-"], "<&-", 1, "there is no text"),
         ("prepare", ["-"], "<&- >&- 2>&-", 1, ""),
         ("generate", ["--help"], "| head -1", 0, ""),
+        ("generate", ["--help"], ">/dev/full", 1, "[Errno 28]"),
         ("generate", ["--model", MODEL, "C"], ">/dev/full", 1, "[Errno 28]"),
         ("generate", ["--model", MODEL, "C"], ">&-", 1, "standard output is closed"),
         ("generate", ["--model", MODEL, "C"], "2>&-", 0, ""),

@@ -72,6 +72,12 @@ class CommandParser(argparse.ArgumentParser):
         end = argv.index("--") if "--" in argv else len(argv)
         return super().parse_known_args([*map(hyphenated, argv[:end]), *argv[end:]], namespace)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:
+            file.write(message)  # argparse's own ignores that a disk is full
+        else:
+            super()._print_message(message, file)
+
     def error(self, message: str) -> NoReturn:
         if message.startswith(_UNKNOWN):
             given = message.removeprefix(_UNKNOWN).split()[0]

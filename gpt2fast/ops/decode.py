@@ -47,6 +47,7 @@ from .sampling import (
     check_choice,
     check_choice_values,
     choice,
+    names_processors,
     refuses_uniform,
     sample_reference,
 )
@@ -429,6 +430,7 @@ def _(call: Arguments) -> Tensor:
     return call.k_cache.new_empty((len(call.outputs), call.vocab_size), dtype=torch.float32)
 
 
+@names_processors
 def packed_next(
     weights: PackedWeights,
     k_cache: Tensor,

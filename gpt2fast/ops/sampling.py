@@ -13,9 +13,11 @@ typical-p: Meister et al., 2022, equation 10; n-gram blocking: Paulus et al., 20
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,21 @@ from .requirements import (
 )
 from .support import Tensors
 from .triton import triton
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def names_processors(function: _Function) -> _Function:
+    """Let `help` and editors name the processors, which `function` takes as `**processors`."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())[:-1]
+    for name, option in PROCESSORS.items():
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, option.kind.__name__
+        parameters.append(
+            inspect.Parameter(name, kind, default=option.neutral, annotation=annotation)
+        )
+    vars(function)["__signature__"] = signature.replace(parameters=parameters)
+    return function
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
@@ -150,6 +167,7 @@ def _present(scores: Tensor, tokens: Tensor) -> Tensor:
     return absent.scatter(1, columns, True)[:, :vocab_size]
 
 
+@names_processors
 def sample(
     logits: Tensor,
     history: Tensor,

@@ -33,7 +33,7 @@ class TrainConfig:
     """Settings of a training run. A bad value raises ConfigError when the object is made."""
 
     data: str | None = None
-    """Prepared folder (from gpt2fast.prepare), text, .jsonl or .parquet file, folder of such files,
+    """Prepared folder (from gpt2fast prepare), text, .jsonl or .parquet file, folder of such files,
     or token files (.bin). Text is prepared into OUT/data first. A name that is not found here is
     looked for in $GPT2FAST_DATA. Several with weights, a.txt=0.7 b.jsonl=0.3, are a mixture."""
     mixture: dict[str, float] | None = None
