@@ -154,7 +154,6 @@ struct DrawnRows {
     bool top_p;  // on
     float rest;  // 1 - p
     float min_p;
-    bool typical_p;   // on
     float untypical;  // 1 - p
 };
 
@@ -343,7 +342,8 @@ __device__ bool find_edge(const float* scores, int vocab, unsigned low, float hi
 
 // A block a row: the first token, in the order of the vocabulary, up to which the kept weights
 // exceed uniform * total. Token 0 of a row without probabilities.
-static __global__ void __launch_bounds__(draw_threads) draw_tokens(const DrawnRows args) {
+template <bool typical>
+__global__ void __launch_bounds__(draw_threads, typical ? 1 : 2) draw_tokens(const DrawnRows args) {
     GPT2FAST_SHARED(memory);
     DrawShared& shared = *reinterpret_cast<DrawShared*>(memory);
     const int64_t row = blockIdx.x;
@@ -396,9 +396,10 @@ static __global__ void __launch_bounds__(draw_threads) draw_tokens(const DrawnRo
     float expected = 0.0f, farthest = INFINITY;
     const auto weight_of = [&](float score) {
         const float weight = expf(score - highest);
-        return weight < args.min_p || fabsf(score - expected) > farthest ? 0.0f : weight;
+        if (typical && fabsf(score - expected) > farthest) return 0.0f;
+        return weight < args.min_p ? 0.0f : weight;
     };
-    if (args.typical_p) {
+    if constexpr (typical) {
         double sum = 0.0, moment = 0.0;
         int ties = 0;
         for (int i = threadIdx.x; i < vocab; i += draw_threads) {

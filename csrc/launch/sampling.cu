@@ -52,20 +52,14 @@ void sample(const Sample& args, void* stream) {
                        device::stream_of(stream), best, int(blocks), args.out);
         return;
     }
-    const DrawnRows rows{args.scores,
-                         best,
-                         int(blocks),
-                         int(args.vocab),
-                         args.uniform,
-                         args.uniform_stride,
-                         args.out,
-                         args.top_k < args.vocab ? at_most_int(args.top_k) : 0,
-                         args.top_p < 1.0,
-                         float(1.0 - args.top_p),
-                         float(args.min_p),
-                         args.typical_p < 1.0,
-                         float(1.0 - args.typical_p)};
-    device::launch(&draw_tokens, dim3(unsigned(args.rows)), dim3(draw_threads), sizeof(DrawShared),
+    const DrawnRows rows{args.scores,       best,
+                         int(blocks),       int(args.vocab),
+                         args.uniform,      args.uniform_stride,
+                         args.out,          args.top_k < args.vocab ? at_most_int(args.top_k) : 0,
+                         args.top_p < 1.0,  float(1.0 - args.top_p),
+                         float(args.min_p), float(1.0 - args.typical_p)};
+    device::launch(args.typical_p < 1.0 ? &draw_tokens<true> : &draw_tokens<false>,
+                   dim3(unsigned(args.rows)), dim3(draw_threads), sizeof(DrawShared),
                    device::stream_of(stream), rows);
 }
 
