@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from time_limits import patience
+from time_limits import deadline
 
 PROMPT = "Once upon a time"
 TEXT = "Once upon a time the cat sat on the mat. The dog sat there too, and so it goes on. "
@@ -51,7 +51,7 @@ class Terminal:
 
     def wait_for(self, text):
         """Read until the text appears on the screen; returns all that came up to it."""
-        end = time.monotonic() + patience()
+        end = deadline()
         while text not in self.screen:
             assert time.monotonic() < end, self.screen
             if select.select([self._main], [], [], 0.1)[0]:
@@ -65,7 +65,7 @@ class Terminal:
 
     def wait_for_more(self, count):
         """Read until so many bytes have come; they stay on the screen."""
-        end = time.monotonic() + patience()
+        end = deadline()
         while len(self.screen) < count:
             assert time.monotonic() < end, self.screen
             if select.select([self._main], [], [], 0.1)[0]:

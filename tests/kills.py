@@ -41,6 +41,7 @@ from gpt2fast.cli import train as command
 from gpt2fast.training.checkpoints.folder import newest_checkpoint
 from gpt2fast.training.machine import flops
 from run_outcomes import differences, outcome
+from time_limits import deadline
 
 PLAIN: dict[str, object] = {
     "n_layer": 1,
@@ -274,10 +275,10 @@ class Forks:
             sys.stderr.flush()
             os._exit(code)
 
-    def _wait(self, pids: list[int], seconds: float = 120) -> list[int]:
+    def _wait(self, pids: list[int]) -> list[int]:
         """Exit codes. As torchrun does, ends those that a lost process has left waiting for it."""
         codes: dict[int, int] = {}
-        begun, asked = time.monotonic(), math.inf
+        end, asked = deadline(), math.inf
         while len(codes) < len(pids):
             for pid in set(pids) - set(codes):
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -288,10 +289,10 @@ class Forks:
                 asked = min(asked, now + 10)
             late = now > asked
             for pid in set(pids) - set(codes):
-                if now - begun > seconds:
+                if now > end:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
-                    raise TimeoutError(f"process {pid} did not end within {seconds:.0f} s")
+                    raise TimeoutError(f"process {pid} did not end in time")
                 if late:
                     os.kill(pid, signal.SIGTERM)
             if late:

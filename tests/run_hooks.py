@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -57,5 +60,21 @@ def changed_losses(change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     handle = register_module_forward_hook(hook)
     try:
         yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def windows_read() -> Iterator[list[list[int]]]:
+    """The windows that models in training read, in order."""
+    windows: list[list[int]] = []
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if isinstance(module, GPT2) and module.training:
+            windows.extend(args[0].tolist())
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield windows
     finally:
         handle.remove()

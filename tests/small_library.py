@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+from gpt2fast.data import preparation
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.tokenizer import BPETokenizer
 
@@ -70,6 +71,16 @@ def plain(text: str) -> str:
     """A text as it is to be encoded: Python's newlines, no newline after a separator line."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(r"(?m)^<\|endoftext\|>\n", END_OF_TEXT, text)
+
+
+def set_pace(monkeypatch: pytest.MonkeyPatch, **amounts: float) -> None:
+    """Work on small amounts at a time. No setting of prepare's: no token depends on it."""
+    monkeypatch.setattr(preparation, "PACE", preparation.Pace(**amounts))  # type: ignore[arg-type]
+
+
+def interruptible(monkeypatch: pytest.MonkeyPatch, block_size: int) -> None:
+    """Work on blocks of that size, and save after each."""
+    set_pace(monkeypatch, block_size=block_size, seconds_between_saves=-1.0)
 
 
 class Killed(BaseException):

@@ -11,6 +11,7 @@ from gpt2fast import GPT2, GPT2Config
 from gpt2fast.cli import benchmark
 from gpt2fast.errors import ArgumentError
 from gpt2fast.ops import native
+from without_kernels import printed_without_kernels
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def run(model_dir, capsys, monkeypatch):
     """Run the command line on the small model; returns exit code, output and errors."""
+    # No setting: what is read to measure the memory is many megabytes, and takes its time.
     monkeypatch.setattr(benchmark, "_READ_BYTES", 8 << 20)
 
     def run(*flags: str) -> tuple[int, str, str]:
@@ -35,12 +37,6 @@ def run(model_dir, capsys, monkeypatch):
         return code, printed.out, printed.err
 
     return run
-
-
-@pytest.fixture
-def no_kernels(monkeypatch):
-    monkeypatch.setattr(native, "loaded", lambda: None)
-    monkeypatch.setattr(native, "unavailable", lambda: "switched off")
 
 
 def test_every_format_has_a_line(run):
@@ -89,6 +85,7 @@ def test_a_format_that_is_not_there_is_said_to_be_missing(run, monkeypatch):
     def refuse(self, scheme, **options):
         raise ArgumentError(f"no {scheme} in this version")
 
+    # Stands for a version or a machine without one of the formats; here there are all.
     monkeypatch.setattr(GPT2, "quantize", refuse)
     code, out, _ = run("--weights", "float32", "int4")
     assert code == 0 and "int4      missing: no int4 in this version" in out
@@ -97,10 +94,11 @@ def test_a_format_that_is_not_there_is_said_to_be_missing(run, monkeypatch):
     assert code == 0 and json.loads(out)["speeds"] == []
 
 
-def test_without_kernels_the_speed_is_there_and_the_share_is_not(run, no_kernels):
-    code, out, _ = run("--weights", "float32")
-    assert code == 0 and "the memory's speed is unknown: switched off" in out
-    code, out, _ = run("--weights", "float32", "--json")
+def test_without_kernels_the_speed_is_there_and_the_share_is_not(model_dir):
+    command = ["gpt2fast.benchmark", "--model", model_dir, "--rounds", "1", "--weights", "float32"]
+    out = printed_without_kernels(*command)
+    assert "the memory's speed is unknown: switched off" in out
+    out = printed_without_kernels(*command, "--json")
     speed = json.loads(out)["speeds"][0]
     assert speed["decode"] > 0 and speed["bandwidth"] is None and speed["share"] is None
 

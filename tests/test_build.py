@@ -107,6 +107,7 @@ def test_sources_flags_and_compiler_make_another_library(compiler, tmp_path, mon
     (other / "binding" / "cpu").mkdir(parents=True)
     (other / "binding" / "cpu" / "tensors.h").touch()
     (other / "cpu" / "isa.cpp").touch()
+    # The sources lie in the package; a test that changed those would disturb the others.
     monkeypatch.setattr(library, "source_folder", lambda: other)
     monkeypatch.setattr(compilation, "source_folder", lambda: other)
     made.add(library.find_library().path)
@@ -144,13 +145,12 @@ def test_what_was_built_is_used_without_a_compiler(compiler, monkeypatch):
 
 
 def test_old_libraries_are_forgotten(compiler, monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "_KEPT", 2)
-    for i in range(5):
+    for i in range(12):
         monkeypatch.setenv("CXXFLAGS", f"-DX={i}")
         newest = library.find_library().path
         os.utime(newest, (i, i))
     kept = list((tmp_path / "cache").glob("*.so"))
-    assert len(kept) == 2 and newest in kept
+    assert 1 < len(kept) < 12 and newest in kept
 
 
 def test_without_a_compiler_the_reason_says_what_to_install(compiler, monkeypatch):
@@ -305,6 +305,7 @@ def test_what_was_looked_at_is_what_is_loaded(temporary, monkeypatch):
         loaded.append(Path(path).read_text())
 
     monkeypatch.setattr(native.ctypes, "CDLL", swapped)
+    # What is kept open, and would be for the whole process, is closed by this test.
     monkeypatch.setattr(native, "_kept_open", [])
     native.load_library(built, "gpt2fast_native", compilation.CPU)
     assert loaded == ["compiled\n"] and built.path.read_text() == "theirs"
@@ -359,6 +360,7 @@ def test_a_library_of_another_version_is_named(monkeypatch):
     ops = native._ops(compilation.CPU)
     assert len(ops) > 20
     changed = {**ops, "embedding": [*ops["embedding"], "more"]}
+    # Stands for the package of another version.
     monkeypatch.setattr(native, "_ops", lambda part: changed)
     with pytest.raises(BackendError, match="another form of the op .*embedding.*this version"):
         native.load_library(named, "gpt2fast_native", compilation.CPU)

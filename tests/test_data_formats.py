@@ -24,12 +24,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast.data import DataModule, preparation, prepare_data
+from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.data.opening import TextInput
-from gpt2fast.data.preparation import Pace
 from gpt2fast.errors import DataError
 from gpt2fast.evaluation.sources import read_text
-from small_library import Killed
+from small_library import Killed, interruptible
 from time_limits import patience
 
 TEXT = 'The sea was high.\r\n"Aye, café", he said; 海\n<|endoftext|>\nSecond text\n' * 60
@@ -274,7 +273,7 @@ def test_records_of_every_kind_give_the_same_tokens(tmp_path, records, kind, mon
 
 @pytest.mark.parametrize("kind", ["csv", "array"])
 def test_an_interruption_among_records_loses_nothing(tmp_path, records, kind, monkeypatch):
-    monkeypatch.setattr(preparation, "PACE", Pace(block_size=300, seconds_between_saves=-1.0))
+    interruptible(monkeypatch, 300)
     path = save(kind, tmp_path / KINDS[kind], DOCUMENTS)
     left = 7
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast.data import DataModule, preparation, prepare_data
-from gpt2fast.data.preparation import Pace
+from gpt2fast.data import DataModule, prepare_data
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
 from small_library import (
@@ -24,6 +23,7 @@ from small_library import (
     Killed,
     contents,
     interrupt_after,
+    interruptible,
     library,
     memory_growth,
     write,
@@ -35,7 +35,7 @@ from time_limits import patience
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(preparation, "PACE", Pace(block_size=1500, seconds_between_saves=-1.0))
+    interruptible(monkeypatch, 1500)
 
 
 @pytest.mark.parametrize("split", ["position", "documents"])

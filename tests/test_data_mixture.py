@@ -15,14 +15,13 @@ import torch
 
 from gpt2fast.cli import prepare as command
 from gpt2fast.cli import train as train_command
-from gpt2fast.data import DataModule, encoders, preparation, prepare_data
-from gpt2fast.data.preparation import Pace
+from gpt2fast.data import DataModule, encoders, prepare_data
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import ConfigError, DataError, TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gpt2fast.training.config import TrainConfig
 from gpt2fast.training.start.data import located, prepared_data
-from small_library import Killed, contents, interrupt_after
+from small_library import Killed, contents, interrupt_after, interruptible, set_pace
 
 ROOT = Path(__file__).parents[1]
 _draw = random.Random(5)
@@ -88,7 +87,7 @@ def test_a_mixture_on_the_command_line(tmp_path, corpora, capsys):
 
 
 def test_an_interrupted_mixture_ends_with_the_same_bytes(tmp_path, corpora, monkeypatch):
-    monkeypatch.setattr(preparation, "PACE", Pace(block_size=900, seconds_between_saves=-1.0))
+    interruptible(monkeypatch, 900)
     straight = prepare_data(corpora, tmp_path / "straight")
     for calls in range(2, 300, 5):
         try:
@@ -143,7 +142,7 @@ def test_folders_of_different_tokenizers_do_not_mix(tmp_path, corpora):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(preparation, "PACE", Pace(2000, 0.0, 0))
+    set_pace(monkeypatch, block_size=2000, seconds_between_saves=0.0, bytes_for_processes=0)
 
 
 @pytest.mark.parametrize("split", ["position", "documents"])
@@ -290,6 +289,7 @@ def test_a_run_goes_on_with_an_interrupted_preparation(tmp_path, corpora, monkey
 
     def interrupt() -> int:
         with monkeypatch.context() as patched:
+            # Memory that runs out in the middle.
             patched.setattr(encoders.Encoders, "submit", out_of_memory)
             with pytest.raises(MemoryError):
                 prepared_data(config, resuming=False)

@@ -14,12 +14,11 @@ import pytest
 
 import gpt2fast.data.huggingface as huggingface
 from gpt2fast.cli import prepare as command
-from gpt2fast.data import preparation, prepare_data, records, tabular
-from gpt2fast.data.preparation import Pace
+from gpt2fast.data import prepare_data, records, tabular
 from gpt2fast.data.text import END_OF_TEXT
 from gpt2fast.errors import DataError
 from gpt2fast.tokenizer import BPETokenizer, Tokenizer
-from small_library import Killed, contents, interrupt_after, memory_growth
+from small_library import Killed, contents, interrupt_after, interruptible, memory_growth
 
 WORDS = [
     "the",
@@ -70,7 +69,8 @@ def text_of(directory: Path) -> str:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(preparation, "PACE", Pace(block_size=700, seconds_between_saves=-1.0))
+    interruptible(monkeypatch, 700)
+    # No setting, as the pace: no token depends on it.
     monkeypatch.setattr(tabular, "ROWS_AT_ONCE", 5)
 
 
@@ -179,6 +179,7 @@ def test_a_bad_line_is_named(tmp_path, name, packed):
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    # No setting; a line that is too long has 256 MB.
     monkeypatch.setattr(records, "LONGEST_LINE", 1 << 20)
     path = tmp_path / "array.jsonl"
     path.write_bytes(b"[" + b'{"text": "a"},' * 200_000)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -16,6 +18,7 @@ from gpt2fast.data import prepare_data
 from gpt2fast.evaluation import Request, Scorer
 from gpt2fast.evaluation.perplexity import Perplexity
 from gpt2fast.evaluation.windows import rolling_windows
+from small_predictors import small_predictor
 
 CONTEXT = 48
 
@@ -27,20 +30,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> GPT2:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, n_positions=CONTEXT, vocab_size=tokenizer.vocab_size
-    )
-    return far_from_uniform(GPT2(config).eval())
-
-
-def far_from_uniform(model: GPT2) -> GPT2:
-    """The model with larger weights, so that its predictions differ."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model
+    return small_predictor(tokenizer.vocab_size, n_layer=2, n_embd=32, n_positions=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +100,19 @@ def test_results_do_not_depend_on_the_batch_size(model, tokenizer) -> None:
         torch.testing.assert_close(other, totals[0], atol=1e-5, rtol=1e-5)
 
 
-def test_a_shared_context_is_read_once(model, tokenizer, monkeypatch) -> None:
-    counted = []
-    whole = GPT2.hidden_states
+@contextmanager
+def sizes_seen(module: torch.nn.Module) -> Iterator[list[torch.Size]]:
+    """The shapes of what a module is called with."""
+    sizes: list[torch.Size] = []
+    handle = module.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
+    yield sizes
+    handle.remove()
 
-    def counting(self, input_ids, *rest, **named):
-        counted.append(input_ids.numel())
-        return whole(self, input_ids, *rest, **named)
 
-    monkeypatch.setattr(GPT2, "hidden_states", counting)
-    Scorer(model, tokenizer).score([Request(list(range(30)), [[5, 6, 7]] * 4)])
-    assert sum(counted) == 29 + 4 * 3
+def test_a_shared_context_is_read_once(model, tokenizer) -> None:
+    with sizes_seen(model.wte) as sizes:
+        Scorer(model, tokenizer).score([Request(list(range(30)), [[5, 6, 7]] * 4)])
+    assert sum(size.numel() for size in sizes) == 29 + 4 * 3
 
 
 @pytest.mark.parametrize("form", ["pack", "int8"])
@@ -142,17 +134,11 @@ def test_packed_models_are_scored_by_their_own_logits(model, tokenizer, form) ->
 def test_logits_of_many_positions_come_in_pieces(model, tokenizer, monkeypatch) -> None:
     request = Request([1], [list(range(40))])
     whole = Scorer(model, tokenizer).score([request])
+    # No setting: the results do not depend on it, and the usual pieces are of many megabytes.
     monkeypatch.setattr("gpt2fast.evaluation.likelihood._CHUNK_BYTES", 1)
-    sizes = []
-    project = GPT2.project
-
-    def counted(self: GPT2, x: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(x))
-        return project(self, x)
-
-    monkeypatch.setattr(GPT2, "project", counted)
-    pieces = Scorer(model, tokenizer).score([request])
-    assert sizes == [1] * 40
+    with sizes_seen(model.lm_head) as sizes:
+        pieces = Scorer(model, tokenizer).score([request])
+    assert [size[0] for size in sizes] == [1] * 40
     torch.testing.assert_close(pieces[0][0].logprobs, whole[0][0].logprobs, atol=1e-5, rtol=1e-5)
 
 

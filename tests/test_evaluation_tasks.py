@@ -33,7 +33,7 @@ from gpt2fast.evaluation.results import as_object, as_table
 from gpt2fast.evaluation.sources import load
 from gpt2fast.evaluation.wikitext import WikiText2, WikiText2Joined
 from gpt2fast.tokenizer import CharTokenizer
-from test_evaluation import far_from_uniform
+from small_predictors import small_predictor
 
 CBT = """\
 1 `` It 's a fine day , '' said the fox -LRB- who was sly -RRB- .
@@ -56,11 +56,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> GPT2:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=tokenizer.vocab_size
-    )
-    return far_from_uniform(GPT2(config).eval())
+    return small_predictor(tokenizer.vocab_size, n_layer=1, n_embd=16, n_positions=32)
 
 
 def write(path: Path, text: str) -> Path:
@@ -278,6 +274,7 @@ def test_cbt_marks_of_tokens_are_undone() -> None:
 
 
 def test_enwik8_is_its_last_five_megabytes(tmp_path, monkeypatch) -> None:
+    # enwik8 has a hundred million bytes.
     monkeypatch.setattr("gpt2fast.evaluation.compression._WHOLE", 100)
     monkeypatch.setattr("gpt2fast.evaluation.compression._TEST", 20)
     # The cut before the last twenty bytes, and the end, each go through a character.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from time_limits import patience
+from time_limits import deadline, patience
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -120,19 +120,19 @@ def test_workers_of_a_gunicorn_that_has_written_before_the_fork_write(tmp_path):
             cwd=tmp_path, env=environment, stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + patience()
+        end = deadline()
         port = None
         while port is None:
             said = (tmp_path / "log").read_text(errors="replace")
-            assert server.poll() is None and time.monotonic() < deadline, said
+            assert server.poll() is None and time.monotonic() < end, said
             port = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", said)
             time.sleep(0.05)
         answered: dict[int, dict] = {}
         while len(answered) < 2:
-            assert time.monotonic() < deadline, f"only {list(answered)} answered: {said}"
+            assert time.monotonic() < end, f"only {list(answered)} answered: {said}"
             # Two at once, so that both workers have something to do.
             with ThreadPoolExecutor(2) as pool:
-                for found in pool.map(lambda _: ask(int(port[1]), deadline), range(2)):
+                for found in pool.map(lambda _: ask(int(port[1]), end), range(2)):
                     answered[found["worker"]] = found
         assert {found["parent"] for found in answered.values()} == {server.pid}
         for found in answered.values():
@@ -140,13 +140,13 @@ def test_workers_of_a_gunicorn_that_has_written_before_the_fork_write(tmp_path):
     finally:
         server.terminate()
         try:
-            server.wait(20)
+            server.wait(patience())
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
 
 
-def ask(port: int, deadline: float) -> dict:
-    left = max(1.0, deadline - time.monotonic())
+def ask(port: int, end: float) -> dict:
+    left = max(1.0, end - time.monotonic())
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=left) as answer:
         return json.loads(answer.read())

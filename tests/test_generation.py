@@ -11,6 +11,7 @@ from gpt2fast import GPT2, Error, GPT2Config
 from gpt2fast.errors import GenerationError
 from gpt2fast.inference.engine import DecodeState
 from gpt2fast.inference.sampling import Draw, uniforms
+from gpt2fast.ops.backend import record_calls
 from gpt2fast.tokenizer import CharTokenizer
 from small_generators import small_model, successor_model
 
@@ -343,10 +344,10 @@ def test_no_new_tokens_return_the_prompt(model):
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLING, {"num_beams": 2}], ids=str)
-def test_past_n_positions_is_refused_before_any_work(model, options, monkeypatch):
-    monkeypatch.setattr(GPT2, "hidden_states", None)
-    with pytest.raises(GenerationError) as error:
+def test_past_n_positions_is_refused_before_any_work(model, options):
+    with record_calls() as calls, pytest.raises(GenerationError) as error:
         model.generate(torch.ones(2, 40).long(), max_new_tokens=9, **options)
+    assert calls == []
     for part in ("40", "9", "49", "n_positions=48", "max_new_tokens=8"):
         assert part in str(error.value)
 

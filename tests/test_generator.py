@@ -157,6 +157,7 @@ def test_prompts_are_scored_as_transformers_does(generator, tokenizer, form, tmp
 def test_prompts_are_scored_in_as_many_batches_as_memory_wants(generator, monkeypatch):
     prompts = ["The dog", "Once upon a time", "The", "The cat sat on the mat"]
     together = generator(prompts, max_new_tokens=0, logprobs=True)
+    # No setting: it takes long prompts of many to fill a batch.
     monkeypatch.setattr(teacher_forcing, "_MOST_BYTES", 1)
     for one, other in zip(
         generator(prompts, max_new_tokens=0, logprobs=True), together, strict=True

@@ -70,7 +70,7 @@ class Seen:
 
 @pytest.fixture
 def ahead(monkeypatch) -> Seen:
-    """Lets steps run ahead on the CPU, with stand-ins for graphs."""
+    """Lets steps run ahead on the CPU, with stand-ins for graphs: only a GPU has real ones."""
     seen = Seen()
     start = graphs.CapturedStep.start
 
@@ -342,6 +342,7 @@ def test_a_call_that_breaks_off_leaves_a_clean_graph(way, model, ahead, plainly,
 
 def test_a_graph_whose_device_has_failed_is_not_kept(model, ahead, monkeypatch):
     def fail(self):
+        # What a device says that has failed.
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(graphs.CapturedStep, "stop", fail)
@@ -357,7 +358,7 @@ def test_only_so_many_graphs_are_kept(model, ahead, monkeypatch):
     pool = graph_pool.pool_of(model)
     with backend("torch"):
         for top_k in (1, 2, 3, 1, 4):  # 1 is used again before the room is full
-            monkeypatch.setattr(graph_pool, "KEPT", 3)
+            monkeypatch.setattr(graph_pool, "KEPT", 3)  # to fill it soon
             model.generate(PROMPTS, max_new_tokens=20, do_sample=True, top_k=top_k)
         assert len(pool) == 3 and len(ahead.captured) == 4
         model.generate(PROMPTS, max_new_tokens=20, do_sample=True, top_k=1)

@@ -63,6 +63,7 @@ def test_loss_curve_is_nanogpts(recipe, steps, nanogpt, data_dir, tmp_path, monk
     torch.manual_seed(config.seed)
     theirs = nanogpt.GPT(nanogpt.GPTConfig(**shape))
     torch.save({"model": theirs.state_dict(), "model_args": shape}, tmp_path / "ckpt.pt")
+    # A run from --init-from would take its shape from there, and refuse the recipe's.
     monkeypatch.setattr(
         loop, "starting_model", lambda *_: GPT2.from_pretrained(tmp_path / "ckpt.pt")
     )

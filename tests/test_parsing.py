@@ -277,6 +277,7 @@ def test_a_bomb_of_an_archive_is_not_unpacked(tmp_path, monkeypatch):
     import lzma
     import zipfile
 
+    # No setting; what is too large has two gigabytes.
     monkeypatch.setattr(opening, "LARGEST", 1 << 22)
     content = b"a" * (50 << 20)
     for name, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):

@@ -16,6 +16,7 @@ import pytest
 
 from gpt2fast.cli import prepare as command
 from small_library import LIBRARY, ROOT, contents, library, shared_book
+from time_limits import patience, wait_until
 
 # -- the command line ----------------------------------------------------------------------------
 
@@ -139,12 +140,9 @@ def test_ctrl_c_ends_quietly(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        for _ in range(600):
-            if (out / ".unfinished" / "stdin").exists():
-                break
-            time.sleep(0.1)
+        wait_until((out / ".unfinished" / "stdin").exists, process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(patience()) == 130
         assert process.stderr.read() == "interrupted\n"
     assert not out.exists()  # what came through a pipe cannot be continued
 

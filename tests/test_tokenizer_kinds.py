@@ -13,10 +13,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gpt2fast import GPT2, Generator, GPT2Config
-from gpt2fast.data.preparation import Pace
 from gpt2fast.data.prepare import prepare_data
 from gpt2fast.errors import TokenizerError
 from gpt2fast.tokenizer import BPETokenizer, LibraryTokenizer, Tokenizer
+from small_library import set_pace
 
 TEXT = (
     "It was the best of times, it was the worst of times; I'd say it's 1859,\n"
@@ -410,7 +410,7 @@ def test_prepared_data_are_the_ids_of_the_whole_text_without_special_tokens(
     text = TEXT * 60
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    monkeypatch.setattr("gpt2fast.data.preparation.PACE", Pace(block_size=1000))
+    set_pace(monkeypatch, block_size=1000)
     meta = prepare_data(
         [tmp_path / "text.txt"], out, tokenizer=str(tmp_path), split="position", val_fraction=0.5
     ).meta

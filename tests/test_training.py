@@ -15,7 +15,6 @@ import torch
 
 from gpt2fast.cli import train as command
 from gpt2fast.data import DataModule, prepare_data
-from gpt2fast.data.dataset import TrainingBatches
 from gpt2fast.errors import ConfigError, DataError, Error, WeightsError
 from gpt2fast.model import GPT2
 from gpt2fast.training import TrainConfig, TrainingError, train
@@ -24,7 +23,7 @@ from gpt2fast.training.checkpoints.state import load_state
 from gpt2fast.training.logs.log import RunLog
 from gpt2fast.training.optimizers import ModelOptimizer
 from gpt2fast.training.schedule import learning_rate
-from run_hooks import before_updates, changed_losses
+from run_hooks import before_updates, changed_losses, windows_read
 from small_runs import (  # noqa: F401
     changed,
     config,
@@ -78,47 +77,18 @@ def test_optimizer_is_torchs_adamw_with_decay_for_matrices_only():
         torch.testing.assert_close(mine, expected)
 
 
-def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(config, monkeypatch):
-    data = DataModule(config.data, config.block_size, 4, seed=config.seed)
-    inputs, targets = next(iter(data.train_dataloader()))
-    runs = {1: [(inputs, targets)], 2: [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]}
-    weights = []
-    for parts, batches in runs.items():
-        monkeypatch.setattr(DataModule, "train_dataloader", lambda *_, given=batches, **__: given)
-        out = f"{config.out}{parts}"
-        train(changed(config, max_steps=1, grad_accumulation=parts, batch_size=4 // parts, out=out))
-        weights.append(GPT2.from_pretrained(out).state_dict())
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=1e-5)
-
-
-def recorded_windows(monkeypatch):
-    """The windows that are drawn from now on, in order, and each with its batch's size."""
-    drawn = []
-    original = TrainingBatches.__getitem__
-
-    def watched(self, step):
-        batch = original(self, step)
-        drawn.extend(batch[0].tolist())
-        return batch
-
-    monkeypatch.setattr(TrainingBatches, "__getitem__", watched)
-    return drawn
-
-
 @pytest.mark.parametrize("sampling", ["random", "epoch"])
-def test_smaller_batches_with_more_accumulation_are_the_same_run(config, monkeypatch, sampling):
-    drawn = recorded_windows(monkeypatch)
+def test_smaller_batches_with_more_accumulation_are_the_same_run(config, sampling):
     windows, weights, losses = [], [], []
     for parts in (1, 2, 4):
-        drawn.clear()
         out = f"{config.out}-{parts}"
         asked = changed(
             config, max_steps=3, batch_size=16 // parts, grad_accumulation=parts, out=out,
             sampling=sampling, dropout=0.0, log_interval=1,
         )  # fmt: skip
-        train(asked)
-        windows.append(list(drawn))
+        with windows_read() as drawn:
+            train(asked)
+        windows.append(drawn)
         weights.append(GPT2.from_pretrained(out).state_dict())
         losses.append([float(row["train_loss"]) for row in rows(out) if row["train_loss"]])
     assert windows[0] == windows[1] == windows[2] and len(windows[0]) == 48
@@ -129,14 +99,13 @@ def test_smaller_batches_with_more_accumulation_are_the_same_run(config, monkeyp
             torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_run_that_is_resumed_with_smaller_batches_goes_on_with_its_windows(config, monkeypatch):
-    drawn = recorded_windows(monkeypatch)
+def test_a_run_that_is_resumed_with_smaller_batches_goes_on_with_its_windows(config):
     whole = changed(config, max_steps=4, batch_size=8, checkpoint_interval=2, sampling="random")
-    train(whole)
-    expected = list(drawn)
-    drawn.clear()
+    with windows_read() as expected:
+        train(whole)
     smaller = changed(whole, batch_size=2, grad_accumulation=4)
-    train(smaller, resume=Path(config.out) / "checkpoints" / "step-00000002")
+    with windows_read() as drawn:
+        train(smaller, resume=Path(config.out) / "checkpoints" / "step-00000002")
     assert drawn == expected[16:]
 
 

@@ -45,7 +45,7 @@ from small_runs import (  # noqa: F401
     trained,
     write_text,
 )
-from time_limits import patience, wait_until
+from time_limits import deadline, patience, wait_until
 
 RESUMABLE = {"max_steps": 20, "dropout": 0.2, "grad_accumulation": 2, "log_interval": 4}
 
@@ -140,11 +140,11 @@ def test_a_closed_terminal_saves_a_checkpoint(config):
     if pid == 0:
         os.environ["PYTHONPATH"] = root
         os.execv(sys.executable, [sys.executable, "-m", "gpt2fast.train", *arguments])
-    deadline = time.monotonic() + 120
+    end = deadline()
     while not (out / "checkpoints" / "step-00000005").exists():
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 1 << 16)
-        assert time.monotonic() < deadline
+        assert time.monotonic() < end
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 128 + signal.SIGHUP

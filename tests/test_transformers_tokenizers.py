@@ -6,17 +6,15 @@ import pytest
 import torch
 import transformers
 
-from gpt2fast import GPT2, Generator, GPT2Config, Tokenizer
+from gpt2fast import Generator, Tokenizer
 from gpt2fast.data import DataModule
 from gpt2fast.data.prepare import prepare_data
 from gpt2fast.errors import TokenizerError
 from gpt2fast.evaluation import Scorer, evaluate
 from gpt2fast.tokenizer import BPETokenizer, LibraryTokenizer
 from gpt2fast.tokenizer.foreign import ForeignTokenizer
+from small_bpe import BPE, TEXT, random_model
 
-TEXT = "the quick brown fox jumps over the lazy dog and runs away, as far as it can. " * 40
-BPE = BPETokenizer.train([TEXT], 290)
-SIZE = BPE.vocab_size
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 NO_TOKENIZERS = ["gpt2", 7, object(), {"a": 1}, b"x"]
 
@@ -44,12 +42,7 @@ def tokenizer(request, files):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=32, vocab_size=SIZE, n_positions=64, initializer_range=0.3,
-        bos_token_id=SIZE - 1, eos_token_id=SIZE - 1,
-    )  # fmt: skip
-    return GPT2(config).eval()
+    return random_model()
 
 
 def test_kinds(files):

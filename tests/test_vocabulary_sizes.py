@@ -10,35 +10,24 @@ import pytest
 import torch
 import transformers
 
-from gpt2fast import GPT2, Generator, GPT2Config
+from gpt2fast import GPT2, Generator
 from gpt2fast.cli.generate import main
 from gpt2fast.errors import GenerationError, TokenizerError
 from gpt2fast.evaluation import Scorer
 from gpt2fast.evaluation.likelihood import Request
-from gpt2fast.tokenizer import BPETokenizer, LibraryTokenizer
+from gpt2fast.tokenizer import LibraryTokenizer
+from small_bpe import BPE, SIZE, random_model
 
-TEXT = "the quick brown fox jumps over the lazy dog and runs away, as far as it can. " * 40
-BPE = BPETokenizer.train([TEXT], 290)
-SIZE = BPE.vocab_size
 PADDED = SIZE + 60
 PROMPTS = ["the quick", "a fox jumps over"]
 FORMS = [{}, {"pack": True}, {"quantize": "int8"}, {"dtype": "bfloat16"}, {"dtype": "float16"}]
-
-
-def make(rows: int) -> GPT2:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, vocab_size=rows, n_positions=64, initializer_range=0.3,
-        bos_token_id=SIZE - 1, eos_token_id=SIZE - 1,
-    )  # fmt: skip
-    return GPT2(config).eval()
 
 
 @pytest.fixture(scope="module", params=[SIZE, PADDED], ids=["embeddings lack", "room"])
 def folder(request, tmp_path_factory):
     """A model whose tokenizer has got a padding token since."""
     path = tmp_path_factory.mktemp("model")
-    make(request.param).save_pretrained(path, BPE)
+    random_model(request.param).save_pretrained(path, BPE)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     theirs.add_special_tokens({"pad_token": "<|pad|>", "additional_special_tokens": ["<|user|>"]})
     theirs.save_pretrained(path)
@@ -48,7 +37,7 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def lacking(tmp_path_factory):
     path = tmp_path_factory.mktemp("lacking")
-    make(SIZE).save_pretrained(path, BPE.with_tokens(["<|pad|>", "<|user|>"]))
+    random_model(SIZE).save_pretrained(path, BPE.with_tokens(["<|pad|>", "<|user|>"]))
     return path
 
 
@@ -152,7 +141,7 @@ def test_the_command_line(folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("pick", [lambda t: t, lambda t: t.backend_tokenizer], ids=["fast", "rust"])
 def test_stops_are_found_beside_ids_without_a_token(folder, tmp_path, pick):
     """`generate` chooses among all of the model's ids, as in transformers."""
-    model = make(PADDED)
+    model = random_model(PADDED)
     ids = torch.tensor([[5, 6]])
     options = {"max_new_tokens": 40, "do_sample": True, "temperature": 3.0, "seed": 0}
     free = model.generate(ids, eos_token_id=None, **options)[0, 2:].tolist()
@@ -170,7 +159,7 @@ def test_stops_are_found_beside_ids_without_a_token(folder, tmp_path, pick):
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", 7, object()])
 def test_what_is_no_tokenizer_is_named(tokenizer):
-    model = make(SIZE)
+    model = random_model(SIZE)
     with pytest.raises(TokenizerError, match=f"{type(tokenizer).__name__} is no tokenizer"):
         model.generate(torch.tensor([[1]]), stop="x", tokenizer=tokenizer)
     with pytest.raises(TokenizerError, match="is no tokenizer"):
@@ -184,7 +173,7 @@ def test_ids_between_those_of_the_tokenizer_have_no_text():
         "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
         "post_processor": None, "decoder": None,
     }  # fmt: skip
-    generator = Generator(make(60), LibraryTokenizer(content), notify=lambda line: None)
+    generator = Generator(random_model(60), LibraryTokenizer(content), notify=lambda line: None)
     result = generator("a b", max_new_tokens=40, seed=1, temperature=5.0, top_k=None, top_p=None)
     assert any(token not in generator.tokenizer for token in result.tokens)
     known = [token for token in result.tokens if token in generator.tokenizer]

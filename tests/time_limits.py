@@ -65,9 +65,14 @@ def patience() -> float:
     return WAIT * CLOCK.slowness()
 
 
+def deadline() -> float:
+    """When, by `time.monotonic`, the wait that begins now has taken too long."""
+    return time.monotonic() + patience()
+
+
 def wait_until(happened: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
     """Wait for something that a process does."""
-    end = time.monotonic() + patience()
+    end = deadline()
     while not happened():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it did not happen in time"

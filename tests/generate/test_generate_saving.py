@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -11,7 +12,6 @@ import transformers
 
 from generate_command import PROMPT, TEXT, assert_one_error
 from gpt2fast import GPT2, Tokenizer
-from gpt2fast.inference.generator import Generator
 from gpt2fast.lora import add_adapters, save_adapter
 
 
@@ -83,25 +83,26 @@ def test_saving_needs_no_prompt_and_reads_none(run, tmp_path):
 
 
 def test_saving_replaces_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Generator, "from_pretrained", None
-    )  # all of it is said before a model loads
+    def save(*arguments):
+        """From no model: all of it is said before one loads."""
+        return run(*arguments, model=tmp_path / "absent")
+
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "my.txt").write_text("mine")
-    assert_one_error(run("--save", tmp_path / "full"), 1, "full", "my.txt", "new folder")
+    assert_one_error(save("--save", tmp_path / "full"), 1, "full", "my.txt", "new folder")
     (tmp_path / "file").write_text("mine")
-    assert_one_error(run("--save", tmp_path / "file"), 1, "no folder")
-    assert_one_error(run("--save="), 2, "--save is empty")
+    assert_one_error(save("--save", tmp_path / "file"), 1, "no folder")
+    assert_one_error(save("--save="), 2, "--save is empty")
     monkeypatch.chdir(tmp_path / "full")
     (tmp_path / "full" / "my.txt").unlink()
-    assert_one_error(run("--save", "."), 1, "current folder")
+    assert_one_error(save("--save", "."), 1, "current folder")
 
 
 def test_saving_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gpt2fast.checkpoints.saving.atomic_write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     result = run("--save", tmp_path / "model", PROMPT)
     assert_one_error(result, 1, "--save", "No space left")
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import subprocess
@@ -9,10 +10,11 @@ import sys
 import time
 
 import pytest
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from generate_command import ENDLESS, ENVIRONMENT, PROMPT, Terminal, command
+from gpt2fast import GPT2
 from gpt2fast.cli.generate import main
-from gpt2fast.inference import generator as generator_module
 from time_limits import patience
 
 
@@ -28,16 +30,17 @@ def test_notes_come_before_or_after_a_streamed_text(model_dir):
     assert rest.count(b"\n") == 1
 
 
-def test_notes_of_the_library_come_before_a_streamed_text(model_dir, monkeypatch, capfd):
+def test_notes_of_the_library_come_before_a_streamed_text(model_dir, monkeypatch, capfd, request):
     """Kernels that are looked for at the first step, say."""
-    decode = generator_module.decode
+    said = itertools.count()
 
-    def noisy(*arguments, **options):
-        logging.getLogger("gpt2fast.kernels.library").warning("something about kernels")
-        yield from decode(*arguments, **options)
+    def noisy(module, args):
+        if isinstance(module, GPT2) and next(said) == 0:
+            logging.getLogger("gpt2fast.kernels.library").warning("something about kernels")
 
-    monkeypatch.setattr(generator_module, "decode", noisy)
     monkeypatch.setattr(sys, "stderr", sys.stdout)
+    handle = register_module_forward_pre_hook(noisy)
+    request.addfinalizer(handle.remove)
     assert main(["--model", str(model_dir), PROMPT, "--max-new-tokens", "5"]) == 0
     assert capfd.readouterr().out.startswith(f"gpt2fast: something about kernels\n{PROMPT}")
 

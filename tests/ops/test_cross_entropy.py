@@ -53,6 +53,7 @@ def test_classes_in_several_blocks(name):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_do_not_change_the_result(name, dtype, monkeypatch):
+    # No setting: chunks are of many megabytes, and the result does not depend on them.
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
     targets = targets_for(200, 50)
     inputs = [random(200, 16), random(50, 16) / 4]
@@ -108,6 +109,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(name):
 def test_never_holds_all_logits(name, monkeypatch):
     if name == "reference":
         pytest.skip("the reference is the expression with all logits")
+    # No setting: logits that do not fit its chunks would take a test minutes.
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1 << 20)
     rows, vocab = 1024, 2048
     hidden = torch.randn(rows, 8, requires_grad=True)

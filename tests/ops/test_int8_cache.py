@@ -330,6 +330,7 @@ def test_generation_runs_on_int8_caches(options, monkeypatch):
         torch.nn.init.normal_(parameter, std=0.3)
     prompts, mask = torch.tensor([[5, 9, 33], [0, 0, 7]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
     new_cache = model.new_cache
+    # No option of generate's: an int8 cache is for who makes it, and the loop takes any.
     monkeypatch.setattr(model, "new_cache", lambda *sizes: new_cache(*sizes, torch.int8))
     with backend("reference"), record_calls() as calls:
         tokens = model.generate(prompts, mask, max_new_tokens=12, **options)

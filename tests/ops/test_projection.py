@@ -18,7 +18,10 @@ BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
 
 @pytest.fixture
 def ours(monkeypatch):
-    """Products of any size and shape run on our kernels, where there are any."""
+    """Products of any size and shape run on our kernels, where there are any.
+
+    No setting: which shapes those are was measured, and differs between machines.
+    """
     monkeypatch.setattr(matmuls, "_is_faster", lambda *shape: True)
 
 

@@ -15,7 +15,10 @@ pytestmark = needs_triton
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Set a limit of a module of gpt2fast.ops.triton: kernels(module, name, value)."""
+    """Set a limit of a module of gpt2fast.ops.triton: kernels(module, name, value).
+
+    No settings: what lies beyond the real ones takes its interpreter minutes.
+    """
 
     def limit(module, name, value):
         monkeypatch.setattr(f"gpt2fast.ops.triton.{module}.{name}", value)

@@ -8,11 +8,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from programs import ROOT, build
+
+sys.path.append(str(ROOT / "tests"))
+
+from time_limits import patience
 
 SANITIZERS = {"plain": "", "asan": "address,undefined", "tsan": "thread"}
 
@@ -50,7 +55,7 @@ def run(gallery: Path, what: str, order: str) -> tuple[int, str]:
         "GPT2FAST_SIM_ASYNC": "deferred",
     }
     done = subprocess.run(
-        [gallery, what], env=environment, capture_output=True, text=True, timeout=120
+        [gallery, what], env=environment, capture_output=True, text=True, timeout=patience()
     )
     return done.returncode, done.stdout + done.stderr
 
