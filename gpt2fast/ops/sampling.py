@@ -53,6 +53,8 @@ def names_processors(function: _Function) -> _Function:
             inspect.Parameter(name, kind, default=option.neutral, annotation=annotation)
         )
     vars(function)["__signature__"] = signature.replace(parameters=parameters)
+    if function.__doc__ is not None:  # not under python -OO
+        function.__doc__ = function.__doc__.replace("processors: ", f"{', '.join(PROCESSORS)}: ")
     return function
 
 
