@@ -303,9 +303,9 @@ def test_native_ops_refuse_what_does_not_fit():
         lambda: native.adamw([x], [], [x], [x], 1, 0.1, 0.9, 0.9, 1e-8, 0.0),
         lambda: native.matmul(x, x, None, x, False, False, None),
         lambda: native.matmul(x, x.t(), x[0], torch.zeros(3, 3), False, False, None),
-        lambda: native.sample(x[0], two[None], None, 1.0, 0, 1.0, 0.0, 1.0, 0),
-        lambda: native.sample(x, two[None], None, 1.0, 0, 1.0, 0.0, 2.0, 0),
-        lambda: native.sample(x, two[None], None, math.nan, 0, 1.0, 0.0, 1.0, 0),
+        lambda: native.sample(x[0], two[None], None, 1.0, 0, 1.0, 0.0, 1.0, 1.0, 0),
+        lambda: native.sample(x, two[None], None, 1.0, 0, 1.0, 0.0, 1.0, 2.0, 0),
+        lambda: native.sample(x, two[None], None, math.nan, 0, 1.0, 0.0, 1.0, 1.0, 0),
     ]  # fmt: skip
     for call in bad:
         with pytest.raises(RuntimeError, match="^gpt2fast: [^/]*$"):
@@ -396,7 +396,7 @@ def test_the_cuda_binding_refuses_what_does_not_fit():
         lambda: cuda.append_to_cache(heads[0], heads[0], cache, cache, two, None),
         lambda: cuda.cross_entropy(x, ids[:2], x[:, 0].contiguous(), -100, x[0, :1], True),
         lambda: cuda.adamw([x], [x[0]], [x], [x], [], 1, 0.1, 0.9, 0.9, 1e-8, 0.0),
-        lambda: cuda.sample(x, two[None], None, math.nan, 0, 1.0, 0.0, 1.0, 0),
+        lambda: cuda.sample(x, two[None], None, math.nan, 0, 1.0, 0.0, 1.0, 1.0, 0),
         lambda: cuda.decode_step([], cache, cache, two, two, two, [], 1e-5),
         lambda: cuda.decode_step([x] * 17, cache[None], cache[None], two, two, two, [1.0], 1e-5),
     ]  # fmt: skip
