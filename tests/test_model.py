@@ -17,6 +17,7 @@ from differential import (
 from gpt2fast import GPT2, PRESETS, GPT2Config, backend
 from gpt2fast.config import ACTIVATIONS
 from gpt2fast.errors import ArgumentError, ConfigError, GenerationError
+from gpt2fast.ops import activations
 from gpt2fast.ops.backend import record_calls
 from tolerance import assert_close
 
@@ -338,3 +339,7 @@ def test_configurations_round_trip_and_ignore_other_fields():
         GPT2Config(dropout=1.5)
     with pytest.raises(ConfigError, match="gpt2-xl"):
         GPT2Config.preset("gpt3")
+
+
+def test_ops_have_the_activations_that_a_configuration_may_name():
+    assert tuple(activations.ACTIVATIONS) == ACTIVATIONS
