@@ -66,6 +66,9 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, group: Group) -> None
         with group.explain_lost_peer(), _no_advice():
             dcp.save(tensors, checkpoint_id=folder, no_dist=group.size == 1)
     except dcp.CheckpointException as error:
+        for failure, _ in error.failures.values():  # torch takes Ctrl-C for a failure as well
+            if isinstance(failure, KeyboardInterrupt):
+                raise failure from None
         raise OSError(f"{folder}: {_reason(error)}") from error
     except RuntimeError as error:  # torch's error for a full disk
         raise OSError(f"{folder}: {_first_line(error)}") from error
