@@ -91,31 +91,37 @@ public:
         for (int64_t layer = 0; layer < model_.layers; ++layer) {
             const PackedLayer& at = model_.layer(layer);
             pack_normalized(at.qkv, at.ln_1_weight, at.ln_1_bias);
-            multiply_rows(at.qkv, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
-                store(qkv_ + row * 3 * width_, at.qkv, column, sum);
-            });
+            multiply_rows(at.qkv, at.attention_out, args_.tokens,
+                          [&](int64_t row, int64_t column, Vec sum) {
+                              store(qkv_ + row * 3 * width_, at.qkv, column, sum);
+                          });
             attend(layer, float(at.scale));
             pack_attended(at.attention_out);
-            multiply_rows(at.attention_out, args_.tokens,
+            multiply_rows(at.attention_out, at.inner, args_.tokens,
                           [&](int64_t row, int64_t column, Vec sum) {
                               add(hidden_ + row * width_, at.attention_out, column, sum);
                           });
             pack_normalized(at.inner, at.ln_2_weight, at.ln_2_bias);
-            multiply_rows(at.inner, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
-                store(inner_ + row * model_.inner_width, at.inner, column,
-                      activate(model_.activation, sum));
-            });
+            multiply_rows(at.inner, at.mlp_out, args_.tokens,
+                          [&](int64_t row, int64_t column, Vec sum) {
+                              store(inner_ + row * model_.inner_width, at.inner, column,
+                                    activate(model_.activation, sum));
+                          });
             pack_plain(at.mlp_out, inner_, model_.inner_width);
-            multiply_rows(at.mlp_out, args_.tokens, [&](int64_t row, int64_t column, Vec sum) {
-                add(hidden_ + row * width_, at.mlp_out, column, sum);
-            });
+            const PackedMatrix& next =
+                layer + 1 < model_.layers ? model_.layer(layer + 1).qkv : model_.projection;
+            multiply_rows(at.mlp_out, next, args_.tokens,
+                          [&](int64_t row, int64_t column, Vec sum) {
+                              add(hidden_ + row * width_, at.mlp_out, column, sum);
+                          });
         }
         if (args_.outputs == 0) return;
         pack_normalized(model_.projection, model_.ln_f_weight, model_.ln_f_bias,
                         args_.output_tokens, args_.outputs);
-        multiply_rows(model_.projection, args_.outputs, [&](int64_t row, int64_t column, Vec sum) {
-            store(args_.logits + row * model_.vocab, model_.projection, column, sum);
-        });
+        multiply_rows(model_.projection, model_.layer(0).qkv, args_.outputs,
+                      [&](int64_t row, int64_t column, Vec sum) {
+                          store(args_.logits + row * model_.vocab, model_.projection, column, sum);
+                      });
     }
 
     static int64_t workspace(const StepArgs& args, int threads) {
@@ -250,9 +256,26 @@ private:
         });
     }
 
-    // Calls finish(row, column, sums + bias) for every vector of packed rows times w.
+    // Where this thread's share of the panels begins and ends.
+    const uint8_t* share(const PackedMatrix& w, int thread) const {
+        return model_.at(w.data) + w.panels() * thread / worker_.threads() * w.panel_size;
+    }
+
+    // What to prefetch while a panel meets its only tile of rows: what this thread reads later by
+    // so many bytes, of w or of the next matrix.
+    Ahead ahead_of(const uint8_t* panel, const PackedMatrix& w, const PackedMatrix& next) const {
+        const uint8_t *begin = share(w, worker_.index()), *end = share(w, worker_.index() + 1);
+        if (args_.read_ahead == 0 || panel < begin || panel >= end) return {nullptr};
+        const int64_t past = args_.read_ahead - (end - panel);
+        const uint8_t* then = share(next, worker_.index());
+        return past < 0 ? Ahead{panel + args_.read_ahead, end, then} : Ahead{then + past};
+    }
+
+    // Calls finish(row, column, sums + bias) for every vector of packed rows times w; `next` is the
+    // matrix that follows.
     template <typename Finish>
-    void multiply_rows(const PackedMatrix& w, int64_t rows, Finish finish) {
+    void multiply_rows(const PackedMatrix& w, const PackedMatrix& next, int64_t rows,
+                       Finish finish) {
         const PackedRows x = packed_rows(w, packed_);
         const Tiles tiles(w.format, rows);
         const uint8_t* data = model_.at(w.data);
@@ -267,18 +290,19 @@ private:
         const int64_t panels = w.panels();
         const int64_t blocks = (tiles.count + block - 1) / block;
         worker_.for_each(panels * blocks, [&](int64_t item) {
-            const int64_t panel = item % panels, first = item / panels * block;
+            const int64_t first = item / panels * block,
+                          column_begin = item % panels * panel_columns;
+            const uint8_t* panel = data + item % panels * w.panel_size;
             alignas(64) float sums[most_rows(Format::float32) * panel_columns];
             const int64_t last = std::min(first + block, tiles.count);
             for (int64_t tile = first; tile < last; ++tile) {
                 const int size = tiles.size(tile);
-                multiply_for(w.format, size)(data + panel * w.panel_size, x.tile(tiles, tile), x,
-                                             sums,
-                                             ahead_of(data + panel * w.panel_size, w.panel_size,
-                                                      tile - first, last - first));
+                const Ahead ahead = last - first > 1 ? next_panel(panel, w.panel_size, tile - first)
+                                                     : ahead_of(panel, w, next);
+                multiply_for(w.format, size)(panel, x.tile(tiles, tile), x, sums, ahead);
                 for (int r = 0; r < size; ++r) {
                     for (int c = 0; c < panel_columns; c += Vec::width) {
-                        const int64_t column = panel * panel_columns + c;
+                        const int64_t column = column_begin + c;
                         if (column >= w.outputs) break;
                         Vec sum = Vec::load(sums + r * panel_columns + c);
                         if (bias != nullptr) sum = sum + Vec::load(bias + column);

@@ -1,27 +1,50 @@
 // Products of packed weights with a few rows or many.
 //
-// Rows are packed as the weights are: tiles of R rows, in which the words of 4 bytes of the R rows
-// follow each other for each unit of inputs. A panel of 32 columns times a tile keeps its R x 32
-// sums in registers; the weights pass through once, in the order in which they lie in memory.
+// Rows are packed as tiles of R rows, in which the words of 4 bytes of the R rows follow each other
+// for each unit of inputs. A panel of 32 columns times a tile keeps its sums in registers; the
+// weights of a few rows pass through once, in the order in which they lie in memory, and those of
+// many, which are near by then, once for each half of the sums if they do not fit.
 //
-// Floor of a product with one row: the panel's bytes at the speed of memory. With many rows: R x 32
-// multiply-adds a unit against R broadcasts and 32 / width loads.
+// Words of a row are the weights' own where the processor multiplies those: one float32, two
+// bfloat16, four int8. Where it does not, rows are widened when they are packed: bfloat16 to
+// float32, and the bytes that meet int8 weights to 16 bits.
+//
+// Floor of a product with one row: the panel's bytes at the speed of memory. With many rows: the
+// multiply-adds, against R broadcasts and 32 / width loads a unit.
 #pragma once
 
 namespace gpt2fast::GPT2FAST_ISA {
 
 constexpr int panel_vectors = panel_columns / Vec::width;
 
-// The most rows in a tile, by the registers: sums, one word of a panel's column, one of a row.
+constexpr bool is_quantized(Format format) {
+    return format == Format::int8 || format == Format::int4;
+}
+
+// The most rows in a tile, by the registers: sums, words of a panel's columns, one of a row.
 constexpr int most_rows(Format format) {
-    const bool quantized = format == Format::int8 || format == Format::int4;
-    if (Vec::width == 16) return quantized ? 6 : 14;
-    if (Vec::width == 8) return quantized ? 2 : 3;
+    if (Vec::width == 16) {
+        if (is_quantized(format)) return 6;
+        return format == Format::bfloat16 && !multiplies_bfloat16 ? 12 : 14;
+    }
+    if (Vec::width == 8) return is_quantized(format) ? 4 : 6;
     return 1;
+}
+
+// Vectors of a panel's row that are multiplied at once with a tile of `rows` rows.
+constexpr int vectors_at_once(Format format, int rows) {
+    return Vec::width == 8 && rows > most_rows(format) / 2 ? panel_vectors / 2 : panel_vectors;
 }
 
 constexpr int inputs_per_word(Format format) {
     return format == Format::float32 ? 1 : format == Format::bfloat16 ? 2 : 4;
+}
+
+// Words of 4 bytes that a row has for every so many inputs of a word of the weights.
+constexpr int row_words(Format format) {
+    const bool widened = (format == Format::bfloat16 && !multiplies_bfloat16) ||
+                         (format == Format::int8 && !multiplies_bytes);
+    return widened ? 2 : 1;
 }
 
 // How `count` rows are cut into tiles of nearly equal size.
@@ -34,15 +57,18 @@ struct Tiles {
     int size(int64_t tile) const { return int(begin(tile + 1) - begin(tile)); }
 };
 
-// Packed rows of a matrix: words, and for int8 the groups' scales and what the weights' offset
-// adds to each sum.
+// Packed rows of a matrix: words, and for quantized weights the groups' scales and what the
+// weights' offset adds to each sum.
 struct PackedRows {
     uint8_t* data;
     Format format;
     int64_t padded_inputs;
     int64_t group;
 
-    int64_t words() const { return padded_inputs / inputs_per_word(format); }
+    // Of a row.
+    int64_t words() const { return weight_words() * row_words(format); }
+    // Of a column of the weights.
+    int64_t weight_words() const { return padded_inputs / inputs_per_word(format); }
     // Bytes of one row.
     int64_t row_size() const { return 4 * words() + (group ? 8 * (padded_inputs / group) : 0); }
     static int64_t size(const PackedMatrix& w, int64_t rows) {
@@ -73,19 +99,32 @@ inline void pack_row_bfloat16(const float* x, int64_t inputs, const PackedRows& 
                               int rows, int r) {
     uint32_t* words = reinterpret_cast<uint32_t*>(tile);
     constexpr int step = Vec::width;
-    int64_t k = 0;
-    for (; k + step <= inputs; k += step) {
-        bfloat16 narrow[step];
-        uint32_t pairs[step / 2];
-        Vec::load(x + k).store(narrow);
-        std::memcpy(pairs, narrow, sizeof narrow);
-        for (int i = 0; i < step / 2; ++i) words[(k / 2 + i) * rows + r] = pairs[i];
+    constexpr int count = multiplies_bfloat16 ? step / 2 : step;  // words of a vector
+    for (int64_t k = 0; k < to.padded_inputs; k += step) {
+        bfloat16 narrow[step] = {};
+        if (k + step <= inputs) {
+            Vec::load(x + k).store(narrow);
+        } else if (k < inputs) {
+            Vec::load(x + k, int(inputs - k)).store(narrow);
+        }
+        uint32_t packed[count];
+        if constexpr (multiplies_bfloat16) {
+            std::memcpy(packed, narrow, sizeof narrow);
+        } else {
+            float wide[step];
+            Vec::load(narrow).store(wide);
+            std::memcpy(packed, wide, sizeof wide);
+        }
+        const int64_t first = k * count / step;
+        const int64_t here = std::min<int64_t>(count, to.words() - first);
+        for (int64_t i = 0; i < here; ++i) words[(first + i) * rows + r] = packed[i];
     }
-    for (; k < to.padded_inputs; k += 2) {
-        const uint32_t low = k < inputs ? to_bfloat16(x[k]).bits : 0;
-        const uint32_t high = k + 1 < inputs ? to_bfloat16(x[k + 1]).bits : 0;
-        words[k / 2 * rows + r] = low | high << 16;
-    }
+}
+
+// Four bytes as words of two 16-bit numbers: the first and the third, the second and the fourth.
+inline void widen_bytes(const int8_t* x, uint32_t* even, uint32_t* odd) {
+    *even = uint32_t(uint16_t(x[0])) | uint32_t(uint16_t(x[2])) << 16;
+    *odd = uint32_t(uint16_t(x[1])) | uint32_t(uint16_t(x[3])) << 16;
 }
 
 inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, uint8_t* tile,
@@ -111,7 +150,12 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
         int32_t sum = 0;
         for (int i = 0; i < int(to.group); ++i) sum += narrow[i];
         for (int i = 0; i < int(to.group) / 4; ++i) {
-            std::memcpy(words + (begin / 4 + i) * rows + r, narrow + 4 * i, 4);
+            uint32_t* word = words + (begin / 4 + i) * row_words(to.format) * rows + r;
+            if (row_words(to.format) == 2) {
+                widen_bytes(narrow + 4 * i, word, word + rows);
+            } else {
+                std::memcpy(word, narrow + 4 * i, 4);
+            }
         }
         scales[g * rows + r] = most / 127.0f;
         corrections[g * rows + r] = -offset * sum;
@@ -128,49 +172,54 @@ inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8
     }
 }
 
-// Prefetches while a panel is at work: two lines at `next`, which then moves on by
-// two for each word of the inputs. Into the second level of the cache: the first is full of rows,
-// and can wait for few lines at a time.
+// Prefetches while a panel is at work: `lines` lines at `next`, which then moves on, for each word
+// of the inputs and each row of scales, and goes on at `then` where it was to end. Into the second
+// level of the cache: the first is full of rows, and can wait for few lines at a time.
 struct Ahead {
     const uint8_t* next;  // or null
+    const uint8_t* end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
+    const uint8_t* then = nullptr;
 
+    template <int lines = panel_columns * 4 / 64>
     void ask() {
         if (next == nullptr) return;
-        __builtin_prefetch(next, 0, 2);
-        __builtin_prefetch(next + 64, 0, 2);
-        next += 2 * panel_columns;
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
+        next += 64 * lines;
+        if (next >= end) {
+            next = then;
+            end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
+        }
     }
 };
 
-// The lines to prefetch while tile `index` of `count` is multiplied; the next panel follows this
-// one. While one tile meets panel after panel the processor sees by itself what comes next.
-inline Ahead ahead_of(const uint8_t* panel, int64_t panel_size, int64_t index, int64_t count) {
-    // Half the next panel each; nothing is left to prefetch for the other tiles.
-    if (count > 1 && index < 2) return {panel + panel_size + index * (panel_size / 2)};
-    return {nullptr};
+// The lines to prefetch while tile `index` of several is multiplied: half the next panel, which
+// follows this one, for each of the first two.
+inline Ahead next_panel(const uint8_t* panel, int64_t panel_size, int64_t index) {
+    if (index >= 2) return {nullptr};
+    return {panel + panel_size + index * (panel_size / 2)};
 }
 
-template <int R>
+// Sums of R rows and C vectors of columns.
+template <int R, int C>
 struct Sums {
-    Vec v[R][panel_vectors];
+    Vec v[R][C];
 
     void clear() {
         for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < panel_vectors; ++c) v[r][c] = Vec(0.0f);
+            for (int c = 0; c < C; ++c) v[r][c] = Vec(0.0f);
         }
     }
+    // From and to rows of a panel's columns.
     void load(const float* from) {
         for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < panel_vectors; ++c) {
+            for (int c = 0; c < C; ++c) {
                 v[r][c] = Vec::load(from + r * panel_columns + c * Vec::width);
             }
         }
     }
     void store(float* out) const {
         for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < panel_vectors; ++c) {
-                v[r][c].store(out + r * panel_columns + c * Vec::width);
-            }
+            for (int c = 0; c < C; ++c) v[r][c].store(out + r * panel_columns + c * Vec::width);
         }
     }
 };
@@ -182,17 +231,17 @@ struct Strided {
     int64_t row_stride, word_stride;
 };
 
-// sums += panel * rows over `words` words of inputs.
-template <Format format, int R>
-inline void add_floats(Sums<R>& sums, const uint8_t* panel, Strided rows, int64_t words,
+// sums += panel * rows over `words` words of inputs; rows have the weights' words.
+template <Format format, int R, int C>
+inline void add_floats(Sums<R, C>& sums, const uint8_t* panel, Strided rows, int64_t words,
                        Ahead ahead) {
     for (int64_t k = 0; k < words; ++k) {
         ahead.ask();
-        Words w[panel_vectors];
-        for (int c = 0; c < panel_vectors; ++c) w[c] = Words::load(panel + c * 4 * Vec::width);
+        Words w[C];
+        for (int c = 0; c < C; ++c) w[c] = Words::load(panel + c * 4 * Vec::width);
         for (int r = 0; r < R; ++r) {
             const Words x = Words::broadcast(rows.data + r * rows.row_stride);
-            for (int c = 0; c < panel_vectors; ++c) {
+            for (int c = 0; c < C; ++c) {
                 if constexpr (format == Format::float32) {
                     sums.v[r][c] = dot_float32(sums.v[r][c], w[c], x);
                 } else {
@@ -205,53 +254,81 @@ inline void add_floats(Sums<R>& sums, const uint8_t* panel, Strided rows, int64_
     }
 }
 
+// sums += the even or the odd inputs of a word of each column times a float of each row.
+template <bool odd, int R, int C>
+inline void add_halves(Sums<R, C>& sums, const uint8_t* panel, const float* x) {
+    Vec w[C];
+    for (int c = 0; c < C; ++c) {
+        const Words both = Words::load(panel + c * 4 * Vec::width);
+        w[c] = odd ? odd_halves(both) : even_halves(both);
+    }
+    for (int r = 0; r < R; ++r) {
+        const Vec factor(x[r]);
+        for (int c = 0; c < C; ++c) sums.v[r][c] = fma(w[c], factor, sums.v[r][c]);
+    }
+}
+
+// sums += panel * tile for bfloat16 weights and float32 rows. A single row has a second chain of
+// sums, or it would wait for each multiply-add.
+template <int R, int C>
+inline void add_widened(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile, int64_t words,
+                        Ahead ahead) {
+    const float* x = reinterpret_cast<const float*>(tile);
+    Sums<R, C> others;
+    if (R == 1) others.clear();
+    for (int64_t k = 0; k < words; ++k) {
+        ahead.ask();
+        add_halves<false>(sums, panel, x);
+        add_halves<true>(R == 1 ? others : sums, panel, x + R);
+        panel += 4 * panel_columns;
+        x += 2 * R;
+    }
+    if (R == 1) {
+        for (int c = 0; c < C; ++c) sums.v[0][c] = sums.v[0][c] + others.v[0][c];
+    }
+}
+
+// Calls part(columns, ahead) for each part of a panel that is multiplied at once, `columns` being
+// its first one; prefetching is the first part's.
+template <Format format, int R, typename Part>
+inline void for_parts(Ahead ahead, Part part) {
+    for (int c = 0; c < panel_vectors; c += vectors_at_once(format, R)) {
+        part(c * Vec::width, c == 0 ? ahead : Ahead{nullptr});
+    }
+}
+
 // out (R, 32) = panel * rows over `words` words of inputs; with `add`, out is added to.
 template <Format format, int R>
 void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* out, bool add) {
-    Sums<R> sums;
-    add ? sums.load(out) : sums.clear();
-    add_floats<format, R>(sums, panel, rows, words, {nullptr});
-    sums.store(out);
+    for_parts<format, R>({nullptr}, [&](int column, Ahead ahead) {
+        Sums<R, vectors_at_once(format, R)> sums;
+        add ? sums.load(out + column) : sums.clear();
+        add_floats<format>(sums, panel + 4 * column, rows, words, ahead);
+        sums.store(out + column);
+    });
 }
 
-// out (R, 32) = panel * tile for int8 and int4. The sums of a group are exact; its two scales are
-// applied in float32.
-template <Format format, int R>
-void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
-                        float* out, Ahead ahead) {
-    constexpr int vectors = panel_vectors;
-    const int64_t groups = rows.padded_inputs / rows.group;
-    const int words = int(rows.group) / 4;
-    const uint8_t* after = tile + rows.words() * 4 * R;
-    const float* x_scales = reinterpret_cast<const float*>(after);
-    const int32_t* corrections = reinterpret_cast<const int32_t*>(after + groups * 4 * R);
-    Sums<R> sums;
-    sums.clear();
-    for (int64_t g = 0; g < groups; ++g) {
-        const float16* w_scales = reinterpret_cast<const float16*>(panel);
-        panel += 2 * panel_columns;
-        ahead.ask();
-        IntVec dots[R][vectors];
-        for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < vectors; ++c) dots[r][c] = IntVec(corrections[g * R + r]);
+// dots += the products of one group's weights and a tile's rows, as integers.
+template <Format format, int R, int C>
+inline void add_group(IntVec (&dots)[R][C], const uint8_t* panel, const uint8_t* tile, int words,
+                      Ahead& ahead) {
+    if constexpr (format == Format::int8) {
+        for (int k = 0; k < words; ++k) {
+            ahead.ask();
+            add_bytes(dots, panel, tile);
+            panel += 4 * panel_columns;
+            tile += 4 * R * row_words(Format::int8);
         }
-        if constexpr (format == Format::int8) {
-            for (int k = 0; k < words; ++k) {
-                ahead.ask();
-                Words w[vectors];
-                for (int c = 0; c < vectors; ++c) w[c] = Words::load(panel + c * 4 * Vec::width);
-                for (int r = 0; r < R; ++r) {
-                    const Words x = Words::broadcast(tile + 4 * r);
-                    for (int c = 0; c < vectors; ++c) dots[r][c] = dot_int8(dots[r][c], w[c], x);
-                }
-                panel += 4 * panel_columns;
-                tile += 4 * R;
+    } else {
+        for (int k = 0; k < words; k += 2 * nibble_words) {
+            NibbleSums sums[R][C];
+            for (int r = 0; r < R; ++r) {
+                for (int c = 0; c < C; ++c) sums[r][c].begin(dots[r][c]);
             }
-        } else {
-            for (int k = 0; k < words; k += 2) {
+            for (int i = 0; i < nibble_words; ++i) {
                 ahead.ask();
-                Words low[vectors], high[vectors];
-                for (int c = 0; c < vectors; ++c) {
+                Words low[C], high[C];
+                for (int c = 0; c < C; ++c) {
                     const Words both = Words::load(panel + c * 4 * Vec::width);
                     low[c] = low_nibbles(both);
                     high[c] = high_nibbles(both);
@@ -259,36 +336,78 @@ void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedR
                 for (int r = 0; r < R; ++r) {
                     const Words x = Words::broadcast(tile + 4 * r);
                     const Words y = Words::broadcast(tile + 4 * (R + r));
-                    for (int c = 0; c < vectors; ++c) {
-                        dots[r][c] = dot_int8(dot_int8(dots[r][c], low[c], x), high[c], y);
+                    for (int c = 0; c < C; ++c) {
+                        sums[r][c].add(low[c], x);
+                        sums[r][c].add(high[c], y);
                     }
                 }
                 panel += 4 * panel_columns;
                 tile += 8 * R;
             }
-        }
-        for (int c = 0; c < vectors; ++c) {
-            const Vec scale = Vec::load(w_scales + c * Vec::width);
             for (int r = 0; r < R; ++r) {
-                sums.v[r][c] =
-                    fma(dots[r][c].to_float(), scale * Vec(x_scales[g * R + r]), sums.v[r][c]);
+                for (int c = 0; c < C; ++c) sums[r][c].end(dots[r][c]);
             }
         }
     }
-    sums.store(out);
+}
+
+// out (R, 32) = panel * tile for int8 and int4. The sums of a group are exact; its two scales are
+// applied in float32.
+template <Format format, int R>
+void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
+                        float* out, Ahead ahead) {
+    constexpr int C = vectors_at_once(format, R);
+    const int64_t groups = rows.padded_inputs / rows.group;
+    const int words = int(rows.group) / 4;
+    const int64_t tile_size = 4 * R * row_words(format) * words;
+    const int64_t panel_size = panel_columns * (format == Format::int8 ? 4 : 2) * words;
+    const uint8_t* after = tile + rows.words() * 4 * R;
+    const float* x_scales = reinterpret_cast<const float*>(after);
+    const int32_t* corrections = reinterpret_cast<const int32_t*>(after + groups * 4 * R);
+    for_parts<format, R>(ahead, [&](int column, Ahead asking) {
+        const uint8_t* group = panel;
+        Sums<R, C> sums;
+        sums.clear();
+        for (int64_t g = 0; g < groups; ++g) {
+            const float16* w_scales = reinterpret_cast<const float16*>(group) + column;
+            group += 2 * panel_columns;
+            asking.template ask<panel_columns * 2 / 64>();
+            IntVec dots[R][C];
+            for (int r = 0; r < R; ++r) {
+                for (int c = 0; c < C; ++c) dots[r][c] = IntVec(corrections[g * R + r]);
+            }
+            add_group<format>(dots, group + 4 * column, tile + g * tile_size, words, asking);
+            group += panel_size;
+            for (int c = 0; c < C; ++c) {
+                const Vec scale = Vec::load(w_scales + c * Vec::width);
+                for (int r = 0; r < R; ++r) {
+                    sums.v[r][c] =
+                        fma(dots[r][c].to_float(), scale * Vec(x_scales[g * R + r]), sums.v[r][c]);
+                }
+            }
+        }
+        sums.store(out + column);
+    });
 }
 
 // The same for a packed tile of R rows, whatever its format.
 template <Format format, int R>
 void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows, float* out,
               Ahead ahead) {
-    if constexpr (format == Format::float32 || format == Format::bfloat16) {
-        Sums<R> sums;
-        sums.clear();
-        add_floats<format, R>(sums, panel, {tile, 4, 4 * R}, rows.words(), ahead);
-        sums.store(out);
-    } else {
+    if constexpr (is_quantized(format)) {
         multiply_quantized<format, R>(panel, tile, rows, out, ahead);
+    } else {
+        for_parts<format, R>(ahead, [&](int column, Ahead asking) {
+            Sums<R, vectors_at_once(format, R)> sums;
+            sums.clear();
+            if constexpr (row_words(format) == 2) {
+                add_widened(sums, panel + 4 * column, tile, rows.weight_words(), asking);
+            } else {
+                add_floats<format>(sums, panel + 4 * column, {tile, 4, 4 * R}, rows.words(),
+                                   asking);
+            }
+            sums.store(out + column);
+        });
     }
 }
 

@@ -274,11 +274,9 @@ inline void sum_panel(const float* panel, int64_t words, Format format, float* s
 // sums (R, 32) = panel * tile over `words` words of inputs.
 template <Format format, int R>
 void multiply_tile(const float* panel, const float* tile, int64_t words, float* sums) {
-    Sums<R> all;
-    all.clear();
-    const Strided rows{reinterpret_cast<const uint8_t*>(tile), 4, 4 * R};
-    add_floats<format, R>(all, reinterpret_cast<const uint8_t*>(panel), rows, words, {nullptr});
-    all.store(sums);
+    multiply_floats<format, R>(reinterpret_cast<const uint8_t*>(panel),
+                               {reinterpret_cast<const uint8_t*>(tile), 4, 4 * R}, words, sums,
+                               false);
 }
 
 using MultiplyTile = void (*)(const float*, const float*, int64_t, float*);

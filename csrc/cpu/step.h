@@ -89,6 +89,7 @@ struct StepArgs {
     const int64_t* output_tokens;  // (outputs): which tokens' logits are wanted
     float* logits;                 // (outputs, vocab)
     uint8_t* workspace;            // Kernels::step_workspace() bytes, aligned to 64
+    int64_t read_ahead;  // bytes, of whole lines, by which a thread prefetches weights, or 0
 };
 
 }  // namespace gpt2fast

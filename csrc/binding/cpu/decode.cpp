@@ -1,7 +1,9 @@
 // Whole steps of a packed model.
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 
+#include "../../cpu/read_ahead.h"
 #include "../../cpu/step.h"
 #include "sampling.h"
 
@@ -18,6 +20,26 @@ std::unique_ptr<void, Free> workspace_of(int64_t bytes, int64_t tokens) {
     GPT2FAST_CHECK(memory != nullptr, "no memory for a step of ", tokens, " tokens: ", bytes,
                    " bytes");
     return memory;
+}
+
+// Runs the step, then after(worker), on a team.
+template <typename After>
+void run_step(StepArgs& args, After after) {
+    static ReadAheads read_aheads;
+    using Clock = std::chrono::steady_clock;
+    const int team = threads();
+    const auto workspace = workspace_of(kernels().step_workspace(args, team), args.tokens);
+    args.workspace = static_cast<uint8_t*>(workspace.get());
+    // Of more rows than one each thread asks for weights while the first ones are multiplied.
+    const bool single = args.tokens == 1;
+    if (single) args.read_ahead = read_aheads.distance(args.model->size, team);
+    const Clock::time_point begin = Clock::now();
+    run_team(team, [&](Worker& worker) {
+        kernels().step(args, worker);
+        after(worker);
+    });
+    const std::chrono::duration<double> taken = Clock::now() - begin;
+    if (single) read_aheads.took(args.model->size, team, args.read_ahead, taken.count());
 }
 
 // Checks that offsets and sizes in the header of an arena lie inside it.
@@ -211,10 +233,7 @@ Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<T
         torch::stable::new_empty(arena, {args.outputs, args.model->vocab}, ScalarType::Float);
     if (args.tokens == 0) return logits;
     args.logits = floats_of(logits);
-    const int team = threads();
-    const auto workspace = workspace_of(kernels().step_workspace(args, team), args.tokens);
-    args.workspace = static_cast<uint8_t*>(workspace.get());
-    run_team(team, [&](Worker& worker) { kernels().step(args, worker); });
+    run_step(args, [](Worker&) {});
     return logits;
 }
 
@@ -248,15 +267,9 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
     check_uniform(chosen);
     if (rows == 0) return {logits, out};
 
-    const int team = threads();
-    const auto workspace = workspace_of(kernels().step_workspace(args, team), rows);
-    args.workspace = static_cast<uint8_t*>(workspace.get());
     const int64_t bytes = sample_bytes(chosen);
-    uint8_t* const choosing = sample_workspace(bytes * team);
-    run_team(team, [&](Worker& worker) {
-        kernels().step(args, worker);
-        choose_rows(chosen, worker, choosing, bytes);
-    });
+    uint8_t* const choosing = sample_workspace(bytes * threads());
+    run_step(args, [&](Worker& worker) { choose_rows(chosen, worker, choosing, bytes); });
     return {logits, out};
 }
 

@@ -169,6 +169,54 @@ inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     return _mm256_add_epi32(sum.v, _mm256_add_epi32(even, odd));
 }
 
+// Whether the processor multiplies bfloat16, and sums products of four bytes.
+constexpr bool multiplies_bfloat16 = false, multiplies_bytes = false;
+
+// Keeps the compiler from adding products to each other before it adds them to the sums: it would
+// run out of registers.
+inline void keep_order(__m256i& sum) { asm("" : "+x"(sum)); }
+
+template <bool odd, int R, int C>
+inline void add_half_bytes(IntVec (&sums)[R][C], const uint8_t* panel, const uint8_t* tile) {
+    __m256i w[C];
+    for (int c = 0; c < C; ++c) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i*)panel + c);
+        w[c] = odd ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, _mm256_set1_epi16(0xff));
+    }
+    for (int r = 0; r < R; ++r) {
+        const __m256i x = Words::broadcast(tile + 4 * r).v;
+        for (int c = 0; c < C; ++c) {
+            sums[r][c].v = _mm256_add_epi32(sums[r][c].v, _mm256_madd_epi16(w[c], x));
+            keep_order(sums[r][c].v);
+        }
+    }
+}
+
+// Adds the products of a word of each of some columns, unsigned bytes, with a word of each of some
+// rows, which widen_bytes made two: the even bytes first, as 16-bit numbers, then the odd ones.
+template <int R, int C>
+inline void add_bytes(IntVec (&sums)[R][C], const uint8_t* panel, const uint8_t* tile) {
+    add_half_bytes<false>(sums, panel, tile);
+    add_half_bytes<true>(sums, panel, tile + 4 * R);
+}
+
+// Words of two nibbles a byte whose products are summed before they are widened: in 16 bits the
+// sum of eight pairs of products is at most 8 * 2 * 15 * 127.
+constexpr int nibble_words = 4;
+
+struct NibbleSums {
+    __m256i v;
+
+    void begin(const IntVec&) { v = _mm256_setzero_si256(); }
+    void add(Words nibbles, Words x) {
+        v = _mm256_add_epi16(v, _mm256_maddubs_epi16(nibbles.v, x.v));
+        keep_order(v);
+    }
+    void end(IntVec& sum) const {
+        sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(v, _mm256_set1_epi16(1)));
+    }
+};
+
 // Signed bytes + 128, as unsigned ones.
 inline Words flip_signs(Words w) { return {_mm256_xor_si256(w.v, _mm256_set1_epi8(char(0x80)))}; }
 // The first and second bfloat16 of each word.

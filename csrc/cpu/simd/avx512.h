@@ -152,6 +152,14 @@ inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     return _mm512_dpbusd_epi32(sum.v, w.v, x.v);
 }
 
+// Whether the processor multiplies bfloat16, and sums products of four bytes.
+#ifdef GPT2FAST_AVX512_BF16
+constexpr bool multiplies_bfloat16 = true;
+#else
+constexpr bool multiplies_bfloat16 = false;
+#endif
+constexpr bool multiplies_bytes = true;
+
 // Signed bytes + 128, as unsigned ones.
 inline Words flip_signs(Words w) { return {_mm512_xor_si512(w.v, _mm512_set1_epi8(char(0x80)))}; }
 // The first and second bfloat16 of each word.
@@ -167,3 +175,5 @@ inline Words high_nibbles(Words w) {
 }
 
 }  // namespace gpt2fast::GPT2FAST_ISA
+
+#include "byte_dots.h"

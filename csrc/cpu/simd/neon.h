@@ -188,6 +188,9 @@ inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     return {dot_int8(sum.low, w.low, x.low), dot_int8(sum.high, w.high, x.high)};
 }
 
+// Whether the processor multiplies bfloat16, and sums products of four bytes.
+constexpr bool multiplies_bfloat16 = false, multiplies_bytes = true;
+
 // The low and high halves of each byte.
 inline Words low_nibbles(Words w) {
     const uint32x4_t mask = vdupq_n_u32(0x0f0f0f0fu);
@@ -198,3 +201,5 @@ inline Words high_nibbles(Words w) {
 }
 
 }  // namespace gpt2fast::GPT2FAST_ISA
+
+#include "byte_dots.h"

@@ -153,8 +153,13 @@ inline Words flip_signs(Words w) { return {w.v ^ 0x80808080u}; }
 inline Vec even_halves(Words w) { return Floats(w.v << 16); }
 inline Vec odd_halves(Words w) { return Floats(w.v & 0xffff0000u); }
 
+// Whether the processor multiplies bfloat16, and sums products of four bytes.
+constexpr bool multiplies_bfloat16 = false, multiplies_bytes = true;
+
 // The low and high halves of each byte.
 inline Words low_nibbles(Words w) { return {w.v & 0x0f0f0f0fu}; }
 inline Words high_nibbles(Words w) { return {(w.v >> 4) & 0x0f0f0f0fu}; }
 
 }  // namespace gpt2fast::GPT2FAST_ISA
+
+#include "byte_dots.h"
