@@ -1,6 +1,6 @@
 // How fast one instruction set's kernels multiply packed weights that lie in the first or second
-// level of the cache, or in memory: benchmarks/microkernels.py compiles this, runs it and prints the
-// table.
+// level of the cache, or in memory: benchmarks/microkernels.py compiles this, runs it and prints
+// the table.
 //
 //     microkernels THREADS SECONDS [FORMAT]
 //
@@ -44,8 +44,14 @@ PackedMatrix matrix(Format format, int64_t inputs) {
                          : format == Format::int8     ? 8
                                                       : 4;
     const int64_t scales = quantized ? 2 * (inputs / group) : 0;
-    return {format, inputs, inputs, panel_columns, quantized ? group : 0,
-            0,      panel_columns * (inputs * bits / 8 + scales), -1};
+    return {format,
+            inputs,
+            inputs,
+            panel_columns,
+            quantized ? group : 0,
+            0,
+            panel_columns * (inputs * bits / 8 + scales),
+            -1};
 }
 
 const char* name_of(Format format) {
@@ -104,8 +110,9 @@ double measure(const PackedMatrix& w, int64_t rows, int64_t panels, int threads,
                         GPT2FAST_ISA::multiply_for(w.format, tiles.size(tile))(
                             at, to.tile(tiles, tile), to, sums,
                             tiles.count > 1 ? GPT2FAST_ISA::next_panel(at, w.panel_size, tile)
-                            : read_ahead    ? GPT2FAST_ISA::Ahead{at + read_ahead}
-                                            : GPT2FAST_ISA::Ahead{nullptr});
+                            : read_ahead    ? GPT2FAST_ISA::read_ahead(
+                                                  at, data + panels * w.panel_size, data, read_ahead)
+                                            : GPT2FAST_ISA::Ahead{});
                     }
                 }
             }
@@ -139,8 +146,13 @@ int main(int count, char** arguments) {
         for (const Level& level : levels) {
             const PackedMatrix w = matrix(format, level.inputs);
             const int64_t panels = std::max<int64_t>(1, level.bytes / w.panel_size);
-            for (const int64_t rows : row_counts) { if (std::getenv("ROWS") && rows != atoi(std::getenv("ROWS"))) continue; if (std::getenv("LEVEL") && std::string(level.name) != std::getenv("LEVEL")) continue;
-                const double taken = measure(w, rows, panels, threads, std::getenv("AHEAD") ? atoi(std::getenv("AHEAD")) : 0, seconds);
+            for (const int64_t rows : row_counts) {
+                if (std::getenv("ROWS") && rows != atoi(std::getenv("ROWS"))) continue;
+                if (std::getenv("LEVEL") && std::string(level.name) != std::getenv("LEVEL"))
+                    continue;
+                const double taken =
+                    measure(w, rows, panels, threads,
+                            std::getenv("AHEAD") ? atoi(std::getenv("AHEAD")) : 0, seconds);
                 const double bytes = double(panels * w.panel_size) * threads / taken;
                 const double products =
                     double(panels * panel_columns * w.inputs * rows) * threads / taken;

@@ -261,14 +261,11 @@ private:
         return model_.at(w.data) + w.panels() * thread / worker_.threads() * w.panel_size;
     }
 
-    // What to prefetch while a panel meets its only tile of rows: what this thread reads later by
-    // so many bytes, of w or of the next matrix.
+    // What to prefetch while a panel meets its only tile of rows: of w, and of the matrix after it.
     Ahead ahead_of(const uint8_t* panel, const PackedMatrix& w, const PackedMatrix& next) const {
         const uint8_t *begin = share(w, worker_.index()), *end = share(w, worker_.index() + 1);
-        if (args_.read_ahead == 0 || panel < begin || panel >= end) return {nullptr};
-        const int64_t past = args_.read_ahead - (end - panel);
-        const uint8_t* then = share(next, worker_.index());
-        return past < 0 ? Ahead{panel + args_.read_ahead, end, then} : Ahead{then + past};
+        if (args_.read_ahead == 0 || panel < begin || panel >= end) return {};
+        return read_ahead(panel, end, share(next, worker_.index()), args_.read_ahead);
     }
 
     // Calls finish(row, column, sums + bias) for every vector of packed rows times w; `next` is the

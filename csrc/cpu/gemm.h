@@ -172,31 +172,60 @@ inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8
     }
 }
 
-// Prefetches while a panel is at work: `lines` lines at `next`, which then moves on, for each word
-// of the inputs and each row of scales, and goes on at `then` where it was to end. Into the second
-// level of the cache: the first is full of rows, and can wait for few lines at a time.
+// Prefetches while a panel is at work, for each word of the inputs and each row of scales: `stride`
+// bytes at `far`, from memory into the second level of the cache, since the first can wait for few
+// lines at a time. Where the panel meets a single tile of rows, too, what is near goes from there
+// into the first.
 struct Ahead {
-    const uint8_t* next;  // or null
-    const uint8_t* end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
-    const uint8_t* then = nullptr;
+    const uint8_t* far;  // or null: nothing is prefetched
+    int64_t stride;      // 128, or less where the panel meets several tiles
+    // With a single tile: where `far` is to go on at `then`, and `near` is to end.
+    const uint8_t *far_end, *then, *near, *near_end;
 
     template <int lines = panel_columns * 4 / 64>
     void ask() {
-        if (next == nullptr) return;
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
-        next += 64 * lines;
-        if (next >= end) {
-            next = then;
-            end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
+        if (far == nullptr) return;
+        __builtin_prefetch(far, 0, 2);
+        if (stride < 128) {
+            far += stride;
+            return;
         }
+        if (lines > 1) __builtin_prefetch(far + 64, 0, 2);
+        far += 64 * lines;
+        if (far >= far_end) {
+            far = then;
+            far_end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
+        }
+        if (near >= near_end) return;
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(near + 64 * i, 0, 3);
+        near += 64 * lines;
+    }
+
+    // For one part of `count` of the panel's columns, which take their turns.
+    Ahead of_part(int part, int count, int64_t bytes) const {
+        if (far == nullptr || count == 1) return *this;
+        if (stride < 128) return {far + bytes / 128 * stride * part / count, stride / count};
+        return part == 0 ? *this : Ahead{};
     }
 };
 
-// The lines to prefetch while tile `index` of several is multiplied: half the next panel, which
-// follows this one, for each of the first two.
+constexpr int64_t near_ahead = 4096;  // bytes
+
+// What to prefetch while a panel meets its only tile of rows: what is read `distance` bytes later,
+// of the same panels, which end at `end`, or of those that begin at `next`.
+inline Ahead read_ahead(const uint8_t* panel, const uint8_t* end, const uint8_t* next,
+                        int64_t distance) {
+    const int64_t past = distance - (end - panel);
+    if (past < 0) return {panel + distance, 128, end, next, panel + near_ahead, end};
+    const auto* never = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
+    return {next + past, 128, never, nullptr, panel + near_ahead, end};
+}
+
+// What to prefetch while tile `index` of several is multiplied: half the next panel, which follows
+// this one, for each of the first two.
 inline Ahead next_panel(const uint8_t* panel, int64_t panel_size, int64_t index) {
-    if (index >= 2) return {nullptr};
-    return {panel + panel_size + index * (panel_size / 2)};
+    if (index >= 2) return {};
+    return {panel + panel_size + index * (panel_size / 2), 64};
 }
 
 // Sums of R rows and C vectors of columns.
@@ -288,19 +317,20 @@ inline void add_widened(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* t
     }
 }
 
-// Calls part(columns, ahead) for each part of a panel that is multiplied at once, `columns` being
-// its first one; prefetching is the first part's.
+// Calls part(column, ahead) for each part of a panel of so many bytes that is multiplied at once,
+// `column` being its first one.
 template <Format format, int R, typename Part>
-inline void for_parts(Ahead ahead, Part part) {
-    for (int c = 0; c < panel_vectors; c += vectors_at_once(format, R)) {
-        part(c * Vec::width, c == 0 ? ahead : Ahead{nullptr});
+inline void for_parts(const Ahead& ahead, int64_t panel_size, Part part) {
+    constexpr int vectors = vectors_at_once(format, R), count = panel_vectors / vectors;
+    for (int i = 0; i < count; ++i) {
+        part(i * vectors * Vec::width, ahead.of_part(i, count, panel_size));
     }
 }
 
 // out (R, 32) = panel * rows over `words` words of inputs; with `add`, out is added to.
 template <Format format, int R>
 void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* out, bool add) {
-    for_parts<format, R>({nullptr}, [&](int column, Ahead ahead) {
+    for_parts<format, R>({}, 0, [&](int column, Ahead ahead) {
         Sums<R, vectors_at_once(format, R)> sums;
         add ? sums.load(out + column) : sums.clear();
         add_floats<format>(sums, panel + 4 * column, rows, words, ahead);
@@ -364,7 +394,7 @@ void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedR
     const uint8_t* after = tile + rows.words() * 4 * R;
     const float* x_scales = reinterpret_cast<const float*>(after);
     const int32_t* corrections = reinterpret_cast<const int32_t*>(after + groups * 4 * R);
-    for_parts<format, R>(ahead, [&](int column, Ahead asking) {
+    for_parts<format, R>(ahead, groups * panel_size, [&](int column, Ahead asking) {
         const uint8_t* group = panel;
         Sums<R, C> sums;
         sums.clear();
@@ -397,7 +427,8 @@ void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
     if constexpr (is_quantized(format)) {
         multiply_quantized<format, R>(panel, tile, rows, out, ahead);
     } else {
-        for_parts<format, R>(ahead, [&](int column, Ahead asking) {
+        const int64_t panel_size = rows.weight_words() * 4 * panel_columns;
+        for_parts<format, R>(ahead, panel_size, [&](int column, Ahead asking) {
             Sums<R, vectors_at_once(format, R)> sums;
             sums.clear();
             if constexpr (row_words(format) == 2) {

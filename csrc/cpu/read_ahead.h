@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 
 namespace gpt2fast {
 
@@ -38,21 +38,23 @@ private:
     std::array<double, 2> fastest_ = {1e30, 1e30};
 };
 
-// What was found for models of so many bytes on so many threads.
+// What was found for steps of so many tokens, through models of so many bytes, on so many threads.
 class ReadAheads {
 public:
-    int64_t distance(int64_t bytes, int threads) {
+    using Kind = std::tuple<int64_t, int64_t, int>;
+
+    int64_t distance(const Kind& kind) {
         std::lock_guard<std::mutex> lock(mutex_);
-        return found_[{bytes, threads}].distance();
+        return found_[kind].distance();
     }
-    void took(int64_t bytes, int threads, int64_t distance, double seconds) {
+    void took(const Kind& kind, int64_t distance, double seconds) {
         std::lock_guard<std::mutex> lock(mutex_);
-        found_[{bytes, threads}].took(distance, seconds);
+        found_[kind].took(distance, seconds);
     }
 
 private:
     std::mutex mutex_;
-    std::map<std::pair<int64_t, int>, ReadAhead> found_;
+    std::map<Kind, ReadAhead> found_;
 };
 
 }  // namespace gpt2fast

@@ -164,7 +164,7 @@ void matmuls_are_exact(Format format) {
                 for (int panel = 0; panel < 2; ++panel) {
                     const uint8_t* begin = w.panels.data() + panel * w.panel_size;
                     multiply_for(format, rows)(begin, tile.data(), to,
-                                               ours.data() + panel * rows * 32, {nullptr});
+                                               ours.data() + panel * rows * 32, {});
                 }
                 expect_close(ours, exact, 1e-6,
                              std::to_string(rows) + " rows of " + std::to_string(inputs));

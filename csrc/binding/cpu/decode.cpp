@@ -30,16 +30,16 @@ void run_step(StepArgs& args, After after) {
     const int team = threads();
     const auto workspace = workspace_of(kernels().step_workspace(args, team), args.tokens);
     args.workspace = static_cast<uint8_t*>(workspace.get());
-    // Of more rows than one each thread asks for weights while the first ones are multiplied.
-    const bool single = args.tokens == 1;
-    if (single) args.read_ahead = read_aheads.distance(args.model->size, team);
+    constexpr int64_t most = 16;  // of more tokens a panel meets several tiles
+    const ReadAheads::Kind kind(args.tokens, args.model->size, team);
+    if (args.tokens <= most) args.read_ahead = read_aheads.distance(kind);
     const Clock::time_point begin = Clock::now();
     run_team(team, [&](Worker& worker) {
         kernels().step(args, worker);
         after(worker);
     });
     const std::chrono::duration<double> taken = Clock::now() - begin;
-    if (single) read_aheads.took(args.model->size, team, args.read_ahead, taken.count());
+    if (args.tokens <= most) read_aheads.took(kind, args.read_ahead, taken.count());
 }
 
 // Checks that offsets and sizes in the header of an arena lie inside it.
