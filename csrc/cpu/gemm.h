@@ -177,10 +177,10 @@ inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8
 // lines at a time. Where the panel meets a single tile of rows, too, what is near goes from there
 // into the first.
 struct Ahead {
-    const uint8_t* far;  // or null: nothing is prefetched
-    int64_t stride;      // 128, or less where the panel meets several tiles
+    const uint8_t* far = nullptr;  // or null: nothing is prefetched
+    int64_t stride = 0;            // 128, or less where the panel meets several tiles
     // With a single tile: where `far` is to go on at `then`, and `near` is to end.
-    const uint8_t *far_end, *then, *near, *near_end;
+    const uint8_t *far_end = nullptr, *then = nullptr, *near = nullptr, *near_end = nullptr;
 
     template <int lines = panel_columns * 4 / 64>
     void ask() {
@@ -260,26 +260,50 @@ struct Strided {
     int64_t row_stride, word_stride;
 };
 
-// sums += panel * rows over `words` words of inputs; rows have the weights' words.
+// sums += a word of each column times a word of each row.
+template <Format format, int R, int C>
+inline void add_word(Sums<R, C>& sums, const uint8_t* panel, const Strided& rows) {
+    Words w[C];
+    for (int c = 0; c < C; ++c) w[c] = Words::load(panel + c * 4 * Vec::width);
+    for (int r = 0; r < R; ++r) {
+        const Words x = Words::broadcast(rows.data + r * rows.row_stride);
+        for (int c = 0; c < C; ++c) {
+            if constexpr (format == Format::float32) {
+                sums.v[r][c] = dot_float32(sums.v[r][c], w[c], x);
+            } else {
+                sums.v[r][c] = dot_bfloat16(sums.v[r][c], w[c], x);
+            }
+        }
+    }
+}
+
+// sums += panel * rows over `words` words of inputs; rows have the weights' words. A single row has
+// two chains of sums, or it would wait for each multiply-add.
 template <Format format, int R, int C>
 inline void add_floats(Sums<R, C>& sums, const uint8_t* panel, Strided rows, int64_t words,
                        Ahead ahead) {
-    for (int64_t k = 0; k < words; ++k) {
-        ahead.ask();
-        Words w[C];
-        for (int c = 0; c < C; ++c) w[c] = Words::load(panel + c * 4 * Vec::width);
-        for (int r = 0; r < R; ++r) {
-            const Words x = Words::broadcast(rows.data + r * rows.row_stride);
-            for (int c = 0; c < C; ++c) {
-                if constexpr (format == Format::float32) {
-                    sums.v[r][c] = dot_float32(sums.v[r][c], w[c], x);
-                } else {
-                    sums.v[r][c] = dot_bfloat16(sums.v[r][c], w[c], x);
-                }
-            }
-        }
+    const auto next = [&] {
         panel += 4 * panel_columns;
         rows.data += rows.word_stride;
+    };
+    int64_t k = 0;
+    if constexpr (R == 1) {
+        Sums<R, C> others;
+        others.clear();
+        for (; k + 2 <= words; k += 2) {
+            ahead.ask();
+            add_word<format>(sums, panel, rows);
+            next();
+            ahead.ask();
+            add_word<format>(others, panel, rows);
+            next();
+        }
+        for (int c = 0; c < C; ++c) sums.v[0][c] = sums.v[0][c] + others.v[0][c];
+    }
+    for (; k < words; ++k) {
+        ahead.ask();
+        add_word<format>(sums, panel, rows);
+        next();
     }
 }
 
@@ -297,8 +321,7 @@ inline void add_halves(Sums<R, C>& sums, const uint8_t* panel, const float* x) {
     }
 }
 
-// sums += panel * tile for bfloat16 weights and float32 rows. A single row has a second chain of
-// sums, or it would wait for each multiply-add.
+// sums += panel * tile for bfloat16 weights and float32 rows; of a single row again in two chains.
 template <int R, int C>
 inline void add_widened(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile, int64_t words,
                         Ahead ahead) {
@@ -351,9 +374,15 @@ inline void add_group(IntVec (&dots)[R][C], const uint8_t* panel, const uint8_t*
         }
     } else {
         for (int k = 0; k < words; k += 2 * nibble_words) {
-            NibbleSums sums[R][C];
+            // Of a single row the low and the high halves are two chains of sums where those are
+            // long.
+            constexpr bool two_chains = R == 1 && multiplies_bytes;
+            NibbleSums sums[R][C], others[R][C];
             for (int r = 0; r < R; ++r) {
-                for (int c = 0; c < C; ++c) sums[r][c].begin(dots[r][c]);
+                for (int c = 0; c < C; ++c) {
+                    sums[r][c].begin(dots[r][c]);
+                    others[r][c].begin(IntVec(0));
+                }
             }
             for (int i = 0; i < nibble_words; ++i) {
                 ahead.ask();
@@ -368,14 +397,17 @@ inline void add_group(IntVec (&dots)[R][C], const uint8_t* panel, const uint8_t*
                     const Words y = Words::broadcast(tile + 4 * (R + r));
                     for (int c = 0; c < C; ++c) {
                         sums[r][c].add(low[c], x);
-                        sums[r][c].add(high[c], y);
+                        (two_chains ? others : sums)[r][c].add(high[c], y);
                     }
                 }
                 panel += 4 * panel_columns;
                 tile += 8 * R;
             }
             for (int r = 0; r < R; ++r) {
-                for (int c = 0; c < C; ++c) sums[r][c].end(dots[r][c]);
+                for (int c = 0; c < C; ++c) {
+                    dots[r][c] = sums[r][c].end(dots[r][c]);
+                    if (two_chains) dots[r][c] = dots[r][c] + others[r][c].end(IntVec(0));
+                }
             }
         }
     }

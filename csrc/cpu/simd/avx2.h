@@ -147,6 +147,8 @@ struct IntVec {
     Vec to_float() const { return _mm256_cvtepi32_ps(v); }
 };
 
+inline IntVec operator+(IntVec a, IntVec b) { return _mm256_add_epi32(a.v, b.v); }
+
 inline Vec dot_float32(Vec sum, Words w, Words x) {
     return _mm256_fmadd_ps(_mm256_castsi256_ps(w.v), _mm256_castsi256_ps(x.v), sum.v);
 }
@@ -212,9 +214,8 @@ struct NibbleSums {
         v = _mm256_add_epi16(v, _mm256_maddubs_epi16(nibbles.v, x.v));
         keep_order(v);
     }
-    void end(IntVec& sum) const {
-        sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(v, _mm256_set1_epi16(1)));
-    }
+    // The sum before, and what was added.
+    IntVec end(IntVec before) const { return before + _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 };
 
 // Signed bytes + 128, as unsigned ones.

@@ -131,6 +131,8 @@ struct IntVec {
     Vec to_float() const { return _mm512_cvtepi32_ps(v); }
 };
 
+inline IntVec operator+(IntVec a, IntVec b) { return _mm512_add_epi32(a.v, b.v); }
+
 inline Vec dot_float32(Vec sum, Words w, Words x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w.v), _mm512_castsi512_ps(x.v), sum.v);
 }

@@ -25,7 +25,8 @@ struct NibbleSums {
 
     void begin(const IntVec& sum) { v = sum; }
     void add(Words nibbles, Words x) { v = dot_int8(v, nibbles, x); }
-    void end(IntVec& sum) const { sum = v; }
+    // The sum before, and what was added.
+    IntVec end(IntVec) const { return v; }
 };
 
 }  // namespace gpt2fast::GPT2FAST_ISA

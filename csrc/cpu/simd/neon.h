@@ -143,6 +143,10 @@ struct IntVec {
     Vec to_float() const { return {vcvtq_f32_s32(low), vcvtq_f32_s32(high)}; }
 };
 
+inline IntVec operator+(IntVec a, IntVec b) {
+    return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)};
+}
+
 inline Vec dot_float32(Vec sum, Words w, Words x) {
     return {vfmaq_f32(sum.low, vreinterpretq_f32_u32(w.low), vreinterpretq_f32_u32(x.low)),
             vfmaq_f32(sum.high, vreinterpretq_f32_u32(w.high), vreinterpretq_f32_u32(x.high))};

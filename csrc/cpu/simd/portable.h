@@ -132,6 +132,8 @@ struct IntVec {
     Vec to_float() const { return __builtin_convertvector(v, Floats); }
 };
 
+inline IntVec operator+(IntVec a, IntVec b) { return a.v + b.v; }
+
 inline Vec dot_float32(Vec sum, Words w, Words x) { return (Floats)w.v * (Floats)x.v + sum.v; }
 
 inline Vec dot_bfloat16(Vec sum, Words w, Words x) {
