@@ -2,16 +2,18 @@
 // level of the cache, or in memory: benchmarks/microkernels.py compiles this, runs it and prints
 // the table.
 //
-//     microkernels THREADS SECONDS [FORMAT]
+//     microkernels THREADS SECONDS
 //
-// Writes a line for each measurement: format, rows, level, bytes of weights and multiply-adds a
-// second, all threads together, the best of the repetitions.
+// Writes a line for each measurement: format, rows, where the weights are (",ahead": and they are
+// prefetched as a decoding step does), GB of weights and billions of multiply-adds a second, all
+// threads together, the best of the repetitions.
 #include GPT2FAST_KERNELS_FILE
+
+#include "cpu/read_ahead.h"
 
 #include <atomic>
 #include <chrono>
 #include <cstdio>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -138,27 +140,26 @@ double measure(const PackedMatrix& w, int64_t rows, int64_t panels, int threads,
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count < 3) return 2;
+    if (count != 3) return 2;
     const int threads = std::atoi(arguments[1]);
     const double seconds = std::atof(arguments[2]);
     for (const Format format : {Format::float32, Format::bfloat16, Format::int8, Format::int4}) {
-        if (count > 3 && std::string(arguments[3]) != name_of(format)) continue;
         for (const Level& level : levels) {
             const PackedMatrix w = matrix(format, level.inputs);
             const int64_t panels = std::max<int64_t>(1, level.bytes / w.panel_size);
             for (const int64_t rows : row_counts) {
-                if (std::getenv("ROWS") && rows != atoi(std::getenv("ROWS"))) continue;
-                if (std::getenv("LEVEL") && std::string(level.name) != std::getenv("LEVEL"))
-                    continue;
-                const double taken =
-                    measure(w, rows, panels, threads,
-                            std::getenv("AHEAD") ? atoi(std::getenv("AHEAD")) : 0, seconds);
-                const double bytes = double(panels * w.panel_size) * threads / taken;
-                const double products =
-                    double(panels * panel_columns * w.inputs * rows) * threads / taken;
-                std::printf("%s %d %s %.3f %.3f\n", name_of(format), int(rows), level.name,
-                            bytes / 1e9, products / 1e9);
-                std::fflush(stdout);
+                for (const int64_t read_ahead : {int64_t(0), ReadAhead::distances[1]}) {
+                    // Only a single tile of rows from memory reads ahead.
+                    const bool reads = rows == 1 && level.bytes > (int64_t(8) << 20);
+                    if (read_ahead > 0 && !reads) continue;
+                    const double taken = measure(w, rows, panels, threads, read_ahead, seconds);
+                    const double bytes = double(panels * w.panel_size) * threads / taken;
+                    const double products =
+                        double(panels * panel_columns * w.inputs * rows) * threads / taken;
+                    std::printf("%s %d %s%s %.1f %.1f\n", name_of(format), int(rows), level.name,
+                                read_ahead > 0 ? ",ahead" : "", bytes / 1e9, products / 1e9);
+                    std::fflush(stdout);
+                }
             }
         }
     }

@@ -137,11 +137,13 @@ std::vector<double> as_multiplied(const std::vector<float>& x, const Matrix& w) 
     return row;
 }
 
-void matmuls_are_exact(Format format) {
+// With integers of one sign the rows are -2, so that no sum can be larger.
+void matmuls_are_exact(Format format, testing::Integers integers) {
     Random random;
+    const bool any = integers == testing::Integers::any;
     for (int64_t group : {32, 64}) {
         for (int64_t inputs : {1, 3, 64, 100, 192}) {
-            const Matrix w(random, format, inputs, 40, group);
+            const Matrix w(random, format, inputs, 40, group, integers);
             const gpt2fast::PackedMatrix packed = {format,  inputs, w.padded_inputs(), w.outputs,
                                                    w.group, 0,      w.panel_size,      -1};
             for (int rows = 1; rows <= most_rows(format); ++rows) {
@@ -151,7 +153,8 @@ void matmuls_are_exact(Format format) {
                 std::vector<double> exact(size_t(rows * 64));
                 for (int r = 0; r < rows; ++r) {
                     // A row of zeros has no scale.
-                    const std::vector<float> x = random.normals(inputs, r == 1 ? 0.0f : 2.0f);
+                    const std::vector<float> x = any ? random.normals(inputs, r == 1 ? 0.0f : 2.0f)
+                                                     : std::vector<float>(size_t(inputs), -2.0f);
                     pack_row(x.data(), inputs, to, tile.data(), rows, r);
                     const std::vector<double> row = as_multiplied(x, w);
                     for (int64_t n = 0; n < w.outputs; ++n) {
@@ -272,7 +275,12 @@ bool test_kernels() {
     fine &= passes("functions are accurate", functions_are_accurate);
     for (Format format : formats) {
         const std::string name = std::string("products of ") + name_of(format);
-        fine &= passes(name.c_str(), [&] { matmuls_are_exact(format); });
+        fine &= passes(name.c_str(), [&] { matmuls_are_exact(format, testing::Integers::any); });
+        if (!testing::is_quantized(format)) continue;
+        fine &= passes((name + ", largest sums").c_str(), [&] {
+            matmuls_are_exact(format, testing::Integers::lowest);
+            matmuls_are_exact(format, testing::Integers::highest);
+        });
     }
     fine &= passes("attention in float32", [] { attention_is_exact<float>(1e-6); });
     fine &= passes("attention in bfloat16", [] { attention_is_exact<bfloat16>(4e-3); });

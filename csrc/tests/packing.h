@@ -32,6 +32,9 @@ inline gpt2fast::float16 random_scale(Random& random, bool coarse) {
     return {uint16_t(exponent << 10 | random.below(1024))};
 }
 
+// Integers of a quantized matrix: any, or those of the largest sums, all of one sign.
+enum class Integers { any, lowest, highest };
+
 // A matrix (inputs, outputs); element (k, n) is values[k * outputs + n].
 struct Matrix {
     Format format;
@@ -39,15 +42,17 @@ struct Matrix {
     std::vector<double> values;
     std::vector<uint8_t> panels;
     int64_t panel_size;
+    Integers integers;
 
     int64_t padded_inputs() const {
         const int64_t unit = group ? group : format == Format::bfloat16 ? 2 : 1;
         return (inputs + unit - 1) / unit * unit;
     }
 
-    Matrix(Random& random, Format format, int64_t inputs, int64_t outputs, int64_t group)
+    Matrix(Random& random, Format format, int64_t inputs, int64_t outputs, int64_t group,
+           Integers integers = Integers::any)
         : format(format), inputs(inputs), outputs(outputs), group(is_quantized(format) ? group : 0),
-          values(static_cast<size_t>(inputs * outputs)) {
+          values(static_cast<size_t>(inputs * outputs)), integers(integers) {
         const int64_t bits = format == Format::float32    ? 32
                              : format == Format::bfloat16 ? 16
                              : format == Format::int8     ? 8
@@ -99,6 +104,8 @@ private:
                 int64_t q = 0;
                 if (there && k < inputs) {
                     q = bytes ? random.below(255) - 127 : random.below(16) - 8;
+                    if (integers == Integers::lowest) q = bytes ? -127 : -8;
+                    if (integers == Integers::highest) q = bytes ? 127 : 7;
                     values[size_t(k * outputs + n)] = double(gpt2fast::to_float(scale)) * q;
                 }
                 if (bytes) {

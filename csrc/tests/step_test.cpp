@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/read_ahead.h"
 #include "cpu/step.h"
 #include "cpu/team.h"
 #include "packing.h"
@@ -272,6 +273,7 @@ void advance(const PackedModel* model, Cache& k_cache, Cache& v_cache, DType dty
     args.logits = logits.data();
     const Memory workspace = aligned(kernels().step_workspace(args, threads));
     args.workspace = workspace.get();
+    args.read_ahead = threads % 2 == 1 ? 16 << 10 : 0;  // the results are the same
     run_team(threads, [&](Worker& worker) { kernels().step(args, worker); });
     auto next = logits.begin();
     for (size_t i = 0; i < sequences.size(); ++i) {
@@ -312,6 +314,24 @@ void steps_are_exact(Format format, int64_t group, DType dtype, int threads, dou
     }
 }
 
+// The distance whose fastest step was the fastest is kept, whatever comes after the trials.
+void the_faster_distance_is_kept() {
+    for (const int64_t faster : gpt2fast::ReadAhead::distances) {
+        gpt2fast::ReadAhead read_ahead;
+        int counts[2] = {};
+        for (int step = 0; step < 2 * gpt2fast::ReadAhead::trials; ++step) {
+            const int64_t distance = read_ahead.distance();
+            ++counts[distance != 0];
+            const double disturbed = step % 4 == 0 ? 10.0 : 0.0;
+            read_ahead.took(distance, (distance == faster ? 1.0 : 1.1) + disturbed);
+        }
+        testing::expect(counts[0] == counts[1], "one distance was tried more often");
+        testing::expect(read_ahead.distance() == faster, "the slower distance was kept");
+        read_ahead.took(faster, 100.0);
+        testing::expect(read_ahead.distance() == faster, "one slow step changed the choice");
+    }
+}
+
 double tolerance_of(Format format, DType cache) {
     // Rows are rounded to what the weights' format multiplies with; the model amplifies that.
     const double weights = format == Format::float32    ? 3e-6
@@ -339,6 +359,7 @@ int main() {
             }
         }
     }
+    fine &= testing::passes("read ahead", the_faster_distance_is_kept);
     fine &= testing::passes("groups of 64", [&] {
         steps_are_exact(Format::int4, 64, DType::float32, 2, tolerance_of(Format::int4, {}));
     });
