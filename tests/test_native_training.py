@@ -132,7 +132,9 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16", "neon"])
+@pytest.mark.parametrize(
+    "name", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon"]
+)
 def test_ops_are_right_on_every_instruction_set(name):
     environment = {**os.environ, "GPT2FAST_ISA": name, "OMP_NUM_THREADS": "1"}
     tests = Path(__file__).parent

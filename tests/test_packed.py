@@ -437,3 +437,20 @@ def test_quantized_matrices_enter_as_they_are():
         found = packed.weights.get(name)
         assert torch.equal(found.q, matrix.q) and torch.equal(found.scales, matrix.scales)
     assert packed.bits_per_weight > 4.5
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+def test_steps_and_torchs_products_take_turns_on_one_thread(name):
+    """Both may use AMX, whose tiles are a state of the thread."""
+    packed = in_format(random_model(CONFIG), name)
+    prompt = torch.randint(101, (1, 60))
+    factor = torch.randn(128, 128).bfloat16()
+
+    def logits():
+        return packed.prefill(prompt, [60], [0], packed.new_cache(1, 60))
+
+    product, first = factor @ factor, logits()
+    for _ in range(3):
+        assert_equal(factor @ factor, product)
+        assert_equal(logits(), first)

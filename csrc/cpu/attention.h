@@ -13,6 +13,10 @@
 #include "gemm.h"
 #include "rows.h"
 #include "scratch.h"
+#ifdef GPT2FAST_AMX
+#include "amx.h"
+#include "simd/amx.h"
+#endif
 
 namespace gpt2fast::GPT2FAST_ISA {
 
@@ -20,7 +24,11 @@ template <typename T>
 constexpr Format format_of = std::is_same_v<T, float> ? Format::float32 : Format::bfloat16;
 
 // Keys whose scores are held at once.
+#ifdef GPT2FAST_AMX
+constexpr int key_block = 4 * tile_rows;
+#else
 constexpr int key_block = 56;
+#endif
 
 // Floats of scratch that attend_block needs.
 inline int64_t attention_scratch(int64_t head_dim) {
@@ -189,6 +197,56 @@ void pack_weights(float* weights, int keys) {
     }
 }
 
+// scores (keys, 32) of the queries in `panel`.
+template <Format format>
+void multiply_keys(const uint32_t* panel, int words, Strided keys, int count, float* scores) {
+    const uint8_t* queries = reinterpret_cast<const uint8_t*>(panel);
+    int64_t done = 0;
+#ifdef GPT2FAST_AMX
+    if constexpr (format == Format::bfloat16) {
+        if (words % tile_rows == 0 && keys.word_stride == 4) {
+            const int tiles = count / tile_rows;
+            tiled_scores<Amx>(queries, keys.data, keys.row_stride, tiles, words / tile_rows,
+                              scores);
+            done = tiles * tile_rows;
+            if (done == count) return;
+        }
+    }
+#endif
+    const Tiles tiles(format, count - done);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t key = done + tiles.begin(tile);
+        multiply_floats_for<format>(tiles.size(tile))(
+            queries, {keys.data + key * keys.row_stride, keys.row_stride, keys.word_stride}, words,
+            scores + key * panel_columns, false);
+    }
+}
+
+// sums (head_dim, 32) += the values of `count` keys by `weights`, which pack_weights packed.
+template <Format format>
+void add_values(float* weights, Strided values, int count, int head_dim, float* sums) {
+    const int u = inputs_per_word(format), words = (count + u - 1) / u;
+    int64_t done = 0;
+#ifdef GPT2FAST_AMX
+    if constexpr (format == Format::bfloat16) {
+        const int tiles = head_dim / tile_rows;
+        add_tiled_values<Amx>(reinterpret_cast<uint32_t*>(weights),
+                              reinterpret_cast<const uint32_t*>(values.data), words,
+                              values.word_stride / 4, tiles, sums);
+        done = tiles * tile_rows;
+        if (done == head_dim) return;
+    }
+#endif
+    const Tiles tiles(format, head_dim - done);
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t d = done + tiles.begin(tile);
+        multiply_floats_for<format>(tiles.size(tile))(
+            reinterpret_cast<const uint8_t*>(weights),
+            {values.data + d * values.row_stride, values.row_stride, values.word_stride}, words,
+            sums + d * panel_columns, true);
+    }
+}
+
 // Attention of `queries` <= 32 queries, packed in `panel`, to entries 0 .. first + i. keys(begin)
 // gives the words of the keys from `begin` on, values(begin, count) those of the values with the
 // columns as rows and the entries as inputs. `sums` (head_dim, 32) receives the weighted values,
@@ -212,15 +270,7 @@ void attend_panel(const uint32_t* panel, int words, int queries, int64_t first, 
     for (int64_t begin = 0; begin < entries; begin += key_block) {
         const int keys = int(std::min<int64_t>(key_block, entries - begin));
         const Strided key_words = keys_from(begin);
-        const Tiles key_tiles(format, keys);
-        for (int64_t tile = 0; tile < key_tiles.count; ++tile) {
-            const int64_t key = key_tiles.begin(tile);
-            multiply_floats_for<format>(key_tiles.size(tile))(
-                reinterpret_cast<const uint8_t*>(panel),
-                {key_words.data + key * key_words.row_stride, key_words.row_stride,
-                 key_words.word_stride},
-                words, scores + key * panel_columns, false);
-        }
+        multiply_keys<format>(panel, words, key_words, keys, scores);
         for (int c = 0; c < vectors; ++c) {
             const Vec before = largest[c];
             for (int j = 0; j < keys; ++j) {
@@ -257,15 +307,7 @@ void attend_panel(const uint32_t* panel, int words, int queries, int64_t first, 
         }
         pack_weights<format>(scores, keys);
         const Strided values = values_of(begin, keys);
-        const int u = inputs_per_word(format);
-        const Tiles dim_tiles(format, head_dim);
-        for (int64_t tile = 0; tile < dim_tiles.count; ++tile) {
-            const int64_t d = dim_tiles.begin(tile);
-            multiply_floats_for<format>(dim_tiles.size(tile))(
-                reinterpret_cast<const uint8_t*>(scores),
-                {values.data + d * values.row_stride, values.row_stride, values.word_stride},
-                (keys + u - 1) / u, sums + d * panel_columns, true);
-        }
+        add_values<format>(scores, values, keys, head_dim, sums);
     }
     for (int c = 0; c < vectors; ++c) {
         const Vec none(0.0f);
@@ -313,6 +355,9 @@ void attend_block(const Q* q, int64_t q_stride, int queries, int64_t first, Entr
     float* scores = sums + head_dim * panel_columns;
     uint32_t* pairs = reinterpret_cast<uint32_t*>(scores + key_block * panel_columns);
     pack_queries<T>(q, q_stride, queries, head_dim, panel);
+#ifdef GPT2FAST_AMX
+    if constexpr (format == Format::bfloat16) Amx::configure(tile_config(tile_bytes));
+#endif
     const auto keys = [&](int64_t begin) {
         return Strided{reinterpret_cast<const uint8_t*>(k.data + begin * k.stride),
                        k.stride * int64_t(sizeof(T)), 4};
@@ -332,6 +377,9 @@ void attend_block(const Q* q, int64_t q_stride, int queries, int64_t first, Entr
     alignas(64) float inverse[panel_columns], logarithms[panel_columns];
     attend_panel<format>(panel, (head_dim + u - 1) / u, queries, first, keys, values, head_dim,
                          scale, {}, scores, sums, inverse, logarithms);
+#ifdef GPT2FAST_AMX
+    if constexpr (format == Format::bfloat16) Amx::release();
+#endif
     write_queries(sums, inverse, queries, head_dim, out, out_stride);
     if (lse != nullptr) std::memcpy(lse, logarithms, size_t(queries) * sizeof(float));
 }

@@ -12,6 +12,10 @@
 #include "attention.h"
 #include "attention_heads.h"
 #include "gemm.h"
+#ifdef GPT2FAST_AMX
+#include "amx.h"
+#include "simd/amx.h"
+#endif
 
 namespace gpt2fast::GPT2FAST_ISA {
 
@@ -65,6 +69,16 @@ constexpr int64_t few_tokens = 2;
 constexpr int64_t single_pass_tokens = 64;
 // Bytes of packed rows that stay in a core's own cache while panels pass by.
 constexpr int64_t resident_rows = 384 * 1024;
+#ifdef GPT2FAST_AMX
+// The same on tiles: processors that have them have a second level of 2 MB.
+constexpr int64_t resident_tiles = 1024 * 1024;
+
+// Whether a product with `rows` rows is faster on tiles. Measured; integers have to be unpacked.
+constexpr bool tiles_pay(Format format, int64_t rows) {
+    if (format == Format::float32) return false;
+    return rows >= (format == Format::bfloat16 ? few_tokens + 1 : 32);
+}
+#endif
 
 class Step {
 public:
@@ -145,25 +159,40 @@ private:
     // Bytes for the packed rows of any of the model's matrices.
     static int64_t packed_size(const StepArgs& args) {
         const PackedModel& model = *args.model;
-        int64_t most = PackedRows::size(model.projection, std::max<int64_t>(1, args.outputs));
+        int64_t most = packed_size(model.projection, std::max<int64_t>(1, args.outputs));
         for (int64_t layer = 0; layer < model.layers; ++layer) {
             const PackedLayer& at = model.layer(layer);
             for (const PackedMatrix* w : {&at.qkv, &at.attention_out, &at.inner, &at.mlp_out}) {
-                most = std::max(most, PackedRows::size(*w, args.tokens));
+                most = std::max(most, packed_size(*w, args.tokens));
             }
         }
         return (most + 63) / 64 * 64;
     }
+    static int64_t packed_size(const PackedMatrix& w, int64_t rows) {
+#ifdef GPT2FAST_AMX
+        if (tiles_pay(w.format, rows)) return TiledRows::size(w, rows);
+#endif
+        return PackedRows::size(w, rows);
+    }
 
-    // Floats of each thread's own scratch: a normalized row, an attention's scores.
+    // Floats of each thread's own scratch: a normalized row, an attention's scores, a panel.
     static int64_t scratch_size(const StepArgs& args) {
         const PackedModel& model = *args.model;
         int64_t longest = 0;
         for (int64_t i = 0; i < args.sequences; ++i) {
             longest = std::max(longest, args.lengths[i] + args.starts[i + 1] - args.starts[i]);
         }
-        const int64_t most = std::max({model.width, attend_heads_scratch(model.heads, longest),
-                                       attention_scratch(model.head_dim)});
+        int64_t most = std::max({model.width, attend_heads_scratch(model.heads, longest),
+                                 attention_scratch(model.head_dim)});
+#ifdef GPT2FAST_AMX
+        most = std::max(most, TiledPanel::size(model.projection) / 4);
+        for (int64_t layer = 0; layer < model.layers; ++layer) {
+            const PackedLayer& at = model.layer(layer);
+            for (const PackedMatrix* w : {&at.qkv, &at.attention_out, &at.inner, &at.mlp_out}) {
+                most = std::max(most, TiledPanel::size(*w) / 4);
+            }
+        }
+#endif
         return (most + 15) / 16 * 16;
     }
 
@@ -211,6 +240,9 @@ private:
     // Packs rows for a product with w; `row(i)` is the i-th one's `inputs` floats.
     template <typename Row>
     void pack(const PackedMatrix& w, int64_t rows, Row row) {
+#ifdef GPT2FAST_AMX
+        if (tiles_pay(w.format, rows)) return pack_tiled(w, rows, row);
+#endif
         const PackedRows to = packed_rows(w, packed_);
         const Tiles tiles(w.format, rows);
         const auto pack_tile = [&](int64_t tile) {
@@ -273,6 +305,9 @@ private:
     template <typename Finish>
     void multiply_rows(const PackedMatrix& w, const PackedMatrix& next, int64_t rows,
                        Finish finish) {
+#ifdef GPT2FAST_AMX
+        if (tiles_pay(w.format, rows)) return multiply_on_tiles(w, next, rows, finish);
+#endif
         const PackedRows x = packed_rows(w, packed_);
         const Tiles tiles(w.format, rows);
         const uint8_t* data = model_.at(w.data);
@@ -287,8 +322,7 @@ private:
         const int64_t panels = w.panels();
         const int64_t blocks = (tiles.count + block - 1) / block;
         worker_.for_each(panels * blocks, [&](int64_t item) {
-            const int64_t first = item / panels * block,
-                          column_begin = item % panels * panel_columns;
+            const int64_t first = item / panels * block;
             const uint8_t* panel = data + item % panels * w.panel_size;
             alignas(64) float sums[most_rows(Format::float32) * panel_columns];
             const int64_t last = std::min(first + block, tiles.count);
@@ -297,18 +331,71 @@ private:
                 const Ahead ahead = last - first > 1 ? next_panel(panel, w.panel_size, tile - first)
                                                      : ahead_of(panel, w, next);
                 multiply_for(w.format, size)(panel, x.tile(tiles, tile), x, sums, ahead);
-                for (int r = 0; r < size; ++r) {
-                    for (int c = 0; c < panel_columns; c += Vec::width) {
-                        const int64_t column = column_begin + c;
-                        if (column >= w.outputs) break;
-                        Vec sum = Vec::load(sums + r * panel_columns + c);
-                        if (bias != nullptr) sum = sum + Vec::load(bias + column);
-                        finish(tiles.begin(tile) + r, column, sum);
-                    }
-                }
+                finish_rows(w, bias, item % panels, tiles.begin(tile), size, sums, finish);
             }
         });
     }
+
+    // Hands a panel's sums (size, 32) on to `finish`, from row `begin` on.
+    template <typename Finish>
+    static void finish_rows(const PackedMatrix& w, const float* bias, int64_t panel, int64_t begin,
+                            int size, const float* sums, Finish finish) {
+        for (int r = 0; r < size; ++r) {
+            for (int c = 0; c < panel_columns; c += Vec::width) {
+                const int64_t column = panel * panel_columns + c;
+                if (column >= w.outputs) break;
+                Vec sum = Vec::load(sums + r * panel_columns + c);
+                if (bias != nullptr) sum = sum + Vec::load(bias + column);
+                finish(begin + r, column, sum);
+            }
+        }
+    }
+
+#ifdef GPT2FAST_AMX
+    template <typename Row>
+    void pack_tiled(const PackedMatrix& w, int64_t rows, Row row) {
+        const TiledRows to = tiled_rows(w, packed_);
+        const auto pack_one = [&](int64_t i) {
+            pack_tiled_row(row(i), w.inputs, to, to.tile(i / tile_rows), int(i % tile_rows));
+        };
+        if (shared_packing_) {
+            worker_.for_each(rows, pack_one);
+        } else {
+            for (int64_t i = 0; i < rows; ++i) pack_one(i);
+        }
+    }
+
+    template <typename Finish>
+    void multiply_on_tiles(const PackedMatrix& w, const PackedMatrix& next, int64_t rows,
+                           Finish finish) {
+        const TiledRows x = tiled_rows(w, packed_);
+        const uint8_t* data = model_.at(w.data);
+        const float* bias = w.bias < 0 ? nullptr : model_.floats(w.bias);
+        const int64_t tiles = TiledRows::tiles(rows), panels = w.panels();
+        // Blocks of nearly equal numbers of pairs of tiles.
+        const int64_t pairs = (tiles + 1) / 2;
+        const int64_t room = std::max<int64_t>(1, resident_tiles / (2 * x.tile_size()));
+        const int64_t blocks = (pairs + room - 1) / room;
+        Amx::configure(tile_config(x.row_bytes()));
+        worker_.for_each(panels * blocks, [&](int64_t item) {
+            const int64_t index = item % panels, block = item / panels;
+            const uint8_t* from = data + index * w.panel_size;
+            const TiledPanel panel(w, from, static_cast<uint8_t*>(static_cast<void*>(scratch_)));
+            const int64_t first = pairs * block / blocks, last = pairs * (block + 1) / blocks;
+            alignas(64) float sums[2 * tile_rows * panel_columns];
+            for (int64_t pair = first; pair < last; ++pair) {
+                const int64_t begin = 2 * pair * tile_rows;
+                const Ahead ahead = last - first > 1 ? next_panel(from, w.panel_size, pair - first)
+                                                     : ahead_of(from, w, next);
+                multiply_tiled<Amx>(panel, x, x.tile(2 * pair),
+                                    int(std::min<int64_t>(2, tiles - 2 * pair)), sums, ahead);
+                finish_rows(w, bias, index, begin,
+                            int(std::min<int64_t>(2 * tile_rows, rows - begin)), sums, finish);
+            }
+        });
+        Amx::release();
+    }
+#endif
 
     static void store(float* row, const PackedMatrix& w, int64_t column, Vec x) {
         if (column + Vec::width <= w.outputs) {

@@ -127,6 +127,21 @@ inline void widen_bytes(const int8_t* x, uint32_t* even, uint32_t* odd) {
     *odd = uint32_t(uint16_t(x[1])) | uint32_t(uint16_t(x[3])) << 16;
 }
 
+// Rounds `count` floats to int8, the largest to 127; returns the factor. Whole vectors are written.
+inline float narrow_group(const float* x, int count, int8_t* narrow) {
+    Vec largest(0.0f);
+    int k = 0;
+    for (; k + Vec::width <= count; k += Vec::width) largest = max(largest, abs(Vec::load(x + k)));
+    if (k < count) largest = max(largest, abs(Vec::load(x + k, count - k)));
+    const float most = reduce_max(largest);
+    const Vec inverse(most > 0.0f ? 127.0f / most : 0.0f);
+    for (k = 0; k + Vec::width <= count; k += Vec::width) {
+        (Vec::load(x + k) * inverse).store(narrow + k);
+    }
+    if (k < count) (Vec::load(x + k, count - k) * inverse).store(narrow + k);
+    return most / 127.0f;
+}
+
 inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, uint8_t* tile,
                           int rows, int r) {
     const int offset = to.format == Format::int8 ? 128 : 8;
@@ -135,18 +150,8 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
     int32_t* corrections = reinterpret_cast<int32_t*>(scales + to.padded_inputs / to.group * rows);
     for (int64_t g = 0; g * to.group < to.padded_inputs; ++g) {
         const int64_t begin = g * to.group, end = std::min(begin + to.group, inputs);
-        Vec largest(0.0f);
-        int64_t k = begin;
-        for (; k + Vec::width <= end; k += Vec::width)
-            largest = max(largest, abs(Vec::load(x + k)));
-        if (k < end) largest = max(largest, abs(Vec::load(x + k, int(end - k))));
-        const float most = reduce_max(largest);
-        const Vec inverse(most > 0.0f ? 127.0f / most : 0.0f);
         int8_t narrow[64 + Vec::width] = {};
-        for (k = begin; k + Vec::width <= end; k += Vec::width) {
-            (Vec::load(x + k) * inverse).store(narrow + (k - begin));
-        }
-        if (k < end) (Vec::load(x + k, int(end - k)) * inverse).store(narrow + (k - begin));
+        const float scale = narrow_group(x + begin, int(end - begin), narrow);
         int32_t sum = 0;
         for (int i = 0; i < int(to.group); ++i) sum += narrow[i];
         for (int i = 0; i < int(to.group) / 4; ++i) {
@@ -157,7 +162,7 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
                 std::memcpy(word, narrow + 4 * i, 4);
             }
         }
-        scales[g * rows + r] = most / 127.0f;
+        scales[g * rows + r] = scale;
         corrections[g * rows + r] = -offset * sum;
     }
 }

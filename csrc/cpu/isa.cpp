@@ -4,11 +4,20 @@
 #include <stdexcept>
 #include <string>
 
+#include "isa/compiler.h"
 #include "kernels.h"
+
+#if defined(GPT2FAST_HAS_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace gpt2fast {
 
 #if defined(__x86_64__)
+#ifdef GPT2FAST_HAS_AMX
+extern const StepKernels kernels_avx512_amx;
+#endif
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
@@ -22,7 +31,28 @@ namespace {
 struct Candidate {
     const Kernels* kernels;
     bool runs;
+    bool on_tiles = false;
 };
+
+#ifdef GPT2FAST_HAS_AMX
+// Linux saves AMX's tiles for processes that ask for it, for all their threads and children.
+bool may_use_tiles() {
+#ifdef __linux__
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+Kernels with_step(const StepKernels& own) {
+    Kernels all = *own.others;
+    all.name = own.name;
+    all.step = own.step;
+    all.step_workspace = own.step_workspace;
+    return all;
+}
+#endif
 
 const Kernels& choose() {
 #if defined(__x86_64__)
@@ -32,8 +62,18 @@ const Kernels& choose() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef GPT2FAST_HAS_AMX
+    static const Kernels avx512_amx = with_step(kernels_avx512_amx);
+#endif
     const Candidate candidates[] = {
-        {&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+#ifdef GPT2FAST_HAS_AMX
+        {&avx512_amx,
+         avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+             __builtin_cpu_supports("amx-bf16"),
+         true},
+#endif
+        {&kernels_avx512_bf16, avx512_bf16},
         {&kernels_avx512, avx512},
         {&kernels_avx2, avx2},
         {&kernels_portable, true},
@@ -47,8 +87,12 @@ const Kernels& choose() {
     std::string names;
     for (const Candidate& candidate : candidates) {
         if (!candidate.runs) continue;
-        if (forced == nullptr || *forced == '\0') return *candidate.kernels;
-        if (std::strcmp(forced, candidate.kernels->name) == 0) return *candidate.kernels;
+        const bool wanted = forced == nullptr || *forced == '\0' ||
+                            std::strcmp(forced, candidate.kernels->name) == 0;
+        if (wanted) {
+            if (!candidate.on_tiles || may_use_tiles()) return *candidate.kernels;
+            continue;
+        }
         names += (names.empty() ? "" : ", ") + std::string(candidate.kernels->name);
     }
     throw std::runtime_error("GPT2FAST_ISA=" + std::string(forced) +

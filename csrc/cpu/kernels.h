@@ -269,6 +269,14 @@ struct Kernels {
 #undef GPT2FAST_POINTER
 };
 
+// The kernels of an instruction set that only the step uses: all others are those of a table.
+struct StepKernels {
+    const char* name;
+    const Kernels* others;
+    decltype(Kernels::step) step;
+    decltype(Kernels::step_workspace) step_workspace;
+};
+
 // The table of the best instruction set that this processor has, or of the one that the
 // environment variable GPT2FAST_ISA names. Throws std::runtime_error if that one cannot run here.
 const Kernels& kernels();

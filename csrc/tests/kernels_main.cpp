@@ -2,8 +2,10 @@
 #include "testing.h"
 
 bool test_kernels();
+bool test_tiles();
 
 int main() {
     testing::need_kernels();
-    return test_kernels() ? 0 : 1;
+    const bool kernels = test_kernels();
+    return test_tiles() && kernels ? 0 : 1;
 }

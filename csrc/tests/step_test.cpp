@@ -1,5 +1,8 @@
 // Whole steps of small random models against double precision: every weight and cache format,
 // prompts and single tokens, ragged rows, teams of several sizes.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -332,6 +335,30 @@ void the_faster_distance_is_kept() {
     }
 }
 
+// What the parent may use (AMX's tiles), its children may.
+[[maybe_unused]] void a_forked_child_computes_the_same(Format format) {
+    Random random;
+    const Model model(random, format, 32);
+    const Arena arena(model);
+    std::vector<int64_t> tokens(40);
+    for (int64_t& token : tokens) token = random.below(vocab);
+    const auto logits = [&] {
+        Cache k_cache(DType::bfloat16), v_cache(DType::bfloat16);
+        std::vector<Sequence> sequences = {{1, tokens, 0, {}}};
+        advance(arena.get(), k_cache, v_cache, DType::bfloat16, sequences, {40}, 2);
+        return sequences[0].logits;
+    };
+    const std::vector<float> ours = logits();
+    const pid_t pid = fork();
+    if (pid == 0) {
+        alarm(60);  // a hang ends here
+        _exit(logits() == ours ? 0 : 1);
+    }
+    int status = 0;
+    waitpid(pid, &status, 0);
+    testing::expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child's logits differ");
+}
+
 double tolerance_of(Format format, DType cache) {
     // Rows are rounded to what the weights' format multiplies with; the model amplifies that.
     const double weights = format == Format::float32    ? 3e-6
@@ -363,5 +390,11 @@ int main() {
     fine &= testing::passes("groups of 64", [&] {
         steps_are_exact(Format::int4, 64, DType::float32, 2, tolerance_of(Format::int4, {}));
     });
+#ifndef THREAD_SANITIZER
+    for (Format format : testing::formats) {
+        const std::string name = std::string("a forked child, ") + testing::name_of(format);
+        fine &= testing::passes(name.c_str(), [&] { a_forked_child_computes_the_same(format); });
+    }
+#endif
     return fine ? 0 : 1;
 }

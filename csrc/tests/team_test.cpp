@@ -11,14 +11,6 @@
 
 #include "testing.h"
 
-#if defined(__SANITIZE_THREAD__)
-#define THREAD_SANITIZER
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define THREAD_SANITIZER
-#endif
-#endif
-
 using gpt2fast::run_team;
 using gpt2fast::Worker;
 using testing::expect;
@@ -164,7 +156,7 @@ int main() {
     fine &= testing::passes("callers do not disturb each other", callers_do_not_disturb_each_other);
     fine &= testing::passes("sizes may change from run to run", sizes_may_change_from_run_to_run);
     fine &= testing::passes("a sleeping team wakes", a_sleeping_team_wakes);
-#ifndef THREAD_SANITIZER  // it does not follow a process with threads into a fork
+#ifndef THREAD_SANITIZER
     fine &= testing::passes("a forked child has a team of its own",
                             a_forked_child_has_a_team_of_its_own);
 #endif

@@ -13,6 +13,15 @@
 
 #include "cpu/kernels.h"
 
+// Which does not follow a process with threads into a fork.
+#if defined(__SANITIZE_THREAD__)
+#define THREAD_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define THREAD_SANITIZER
+#endif
+#endif
+
 namespace testing {
 
 inline void expect(bool holds, const std::string& what) {

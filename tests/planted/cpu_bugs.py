@@ -249,7 +249,7 @@ BUGS = (
     Bug(
         "int8 weights: of a partial group the elements that fill no vector are not scaled",
         "csrc/cpu/gemm.h",
-        "if («k < end») largest = max(largest, abs(Vec::load(x + k, int(end - k))));",
+        "if («k < count») largest = max(largest, abs(Vec::load(x + k, count - k)));",
         "false",
         (PACKED,),
     ),

@@ -9,6 +9,7 @@ it none does. One library for all is compiled in the time that one bug would tak
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from hashlib import sha256
@@ -33,7 +34,14 @@ def instruction_set() -> str:
 _STUB = """#include "../kernels.h"
 namespace gpt2fast {{
 extern const Kernels kernels_{0};
-const Kernels kernels_{0} = {{}};
+const Kernels kernels_{0} = {{"{0}"}};
+}}
+"""
+_STEP_STUB = """#include "../kernels.h"
+namespace gpt2fast {{
+extern const Kernels kernels_{1};
+extern const StepKernels kernels_{0};
+const StepKernels kernels_{0} = {{"{0}", &kernels_{1}, nullptr, nullptr}};
 }}
 """
 
@@ -61,10 +69,17 @@ def _write_sources(folder: Path, isa: str) -> None:
         + 'static const char* planted = std::getenv("GPT2FAST_PLANTED");\n'
         + "int gpt2fast_planted = planted == nullptr ? 0 : std::atoi(planted);\n"
     )
-    # One instruction set is enough, and the others take as long to compile.
-    for path in (folder / "cpu" / "isa").glob("*.cpp"):
-        if path.stem != isa:
-            path.write_text(_STUB.format(path.stem))
+    # One instruction set is enough, and the others take as long to compile. One that has nothing
+    # but a step takes all other kernels from another's table.
+    tables = {path.stem: path.read_text() for path in (folder / "cpu" / "isa").glob("*.cpp")}
+    others = {
+        stem: found[1]
+        for stem, text in tables.items()
+        if (found := re.search(r"GPT2FAST_STEP_OF (\w+)", text))
+    }
+    for stem in tables.keys() - {isa, others.get(isa)}:
+        stub = _STEP_STUB if stem in others else _STUB
+        (folder / "cpu" / "isa" / f"{stem}.cpp").write_text(stub.format(stem, others.get(stem)))
 
 
 def build(keep: Path) -> Path:

@@ -31,6 +31,9 @@ struct Vec {
     static Vec load(const int8_t* p) {
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
     }
+    static Vec load(const int32_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)p));
+    }
     // The first n < 8 elements; the others are zero and their memory is not touched.
     static Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
     static Vec load(const bfloat16* p, int n) {

@@ -29,6 +29,7 @@ struct Vec {
     static Vec load(const int8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
     }
+    static Vec load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
     // The first n < 16 elements; the others are zero and their memory is not touched.
     static Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
     static Vec load(const bfloat16* p, int n) {

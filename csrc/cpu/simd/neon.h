@@ -34,6 +34,9 @@ struct Vec {
         const int16x8_t x = vmovl_s8(vld1_s8(p));
         return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_high_s16(x))};
     }
+    static Vec load(const int32_t* p) {
+        return {vcvtq_f32_s32(vld1q_s32(p)), vcvtq_f32_s32(vld1q_s32(p + 4))};
+    }
     // The first n < 8 elements; the others are zero and their memory is not touched.
     template <typename T>
     static Vec load(const T* p, int n) {

@@ -35,6 +35,9 @@ struct Vec {
     static Vec load(const int8_t* p) {
         return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
     }
+    static Vec load(const int32_t* p) {
+        return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+    }
     // The first n elements; the others are zero and their memory is not touched.
     template <typename T>
     static Vec load(const T* p, int n) {
