@@ -66,22 +66,35 @@ FORMATS = {
         ("transformers", "float32"),
         ("ctranslate2", "float32"),
         ("onnxruntime", "float32"),
+        ("openvino", "float32"),
         ("llama_cpp", "float32"),
+        ("xllamacpp", "float32"),
     ],
     "bfloat16": [
         (OURS, "bfloat16"),
         ("transformers", "bfloat16"),
+        ("openvino", "bfloat16"),
         ("llama_cpp", "bfloat16"),
         ("llama_cpp", "float16"),
+        ("xllamacpp", "bfloat16"),
+        ("xllamacpp", "float16"),
     ],
     "int8": [
         (OURS, "int8"),
         ("ctranslate2", "int8"),
         ("onnxruntime", "int8"),
         ("onnxruntime", "int8-blocks"),
+        ("openvino", "int8"),
         ("llama_cpp", "int8"),
+        ("xllamacpp", "int8"),
     ],
-    "int4": [(OURS, "int4"), ("onnxruntime", "int4"), ("llama_cpp", "int4")],
+    "int4": [
+        (OURS, "int4"),
+        ("onnxruntime", "int4"),
+        ("openvino", "int4"),
+        ("llama_cpp", "int4"),
+        ("xllamacpp", "int4"),
+    ],
 }
 """The engines that are compared with each other, ours first, and their formats of the weights."""
 
@@ -93,7 +106,9 @@ _MODULES = {
     "transformers": ("transformers",),
     "ctranslate2": ("ctranslate2",),
     "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino", "nncf"),
     "llama_cpp": ("gguf",),
+    "xllamacpp": ("gguf", "xllamacpp"),
 }
 """Modules that this environment needs to run a peer that has none of its own."""
 

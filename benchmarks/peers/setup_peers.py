@@ -23,7 +23,9 @@ from pathlib import Path
 PACKAGES = {
     "ctranslate2": ("ctranslate2==4.8.5", "numpy"),
     "onnxruntime": ("onnxruntime==1.31.1", "onnx==1.23.2", "numpy"),
+    "openvino": ("openvino==2026.4.1", "nncf==3.4.0", "numpy"),
     "llama_cpp": ("gguf==0.19.0", "numpy", "cmake", "ninja"),
+    "xllamacpp": ("gguf==0.19.0", "numpy", "xllamacpp==2026.10.11549"),
 }
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / ".venv-peers"
 
