@@ -169,7 +169,7 @@ class Engine:
 def _step(request: openvino.InferRequest, ids: np.ndarray, position: int) -> np.ndarray:
     """The likeliest token after each row's new ones, whose first stands at `position`."""
     rows, count = ids.shape
-    places = np.arange(position, position + count, dtype=np.int64)
+    places: np.ndarray = np.arange(position, position + count, dtype=np.int64)
     inputs = {
         "input_ids": ids,
         "position_ids": np.ascontiguousarray(np.tile(places, (rows, 1))),
