@@ -81,3 +81,47 @@ def name() -> str:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model}, {cores} cores"
+
+
+# As /proc/cpuinfo names them: those on which the speed of products depends.
+_SETS = (
+    "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
+    "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+
+
+def instruction_sets() -> str:
+    """Those of this processor that matter here; empty where there is no /proc to tell."""
+    return " ".join(name for name in _SETS if name in _flags())
+
+
+def has_more_than(isa: str) -> bool:
+    """Whether this processor has vector instructions beyond `isa`, "avx2"; yes if unknown."""
+    assert isa == "avx2"
+    flags = _flags()
+    return not flags or any(name.startswith(("avx512", "avx_vnni", "amx")) for name in flags)
+
+
+@cache
+def _flags() -> frozenset[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+@cache
+def commit() -> str | None:
+    """The commit of this checkout, "+" behind it if files differ; None outside a repository."""
+    git = ["git", "-C", str(_HEADERS)]
+    try:
+        words = [*git, "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        words = [*git, "status", "--porcelain", "--untracked-files=no", ":/"]
+        changed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found + ("+" if changed else "")

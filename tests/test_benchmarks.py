@@ -1,4 +1,5 @@
-"""pytest's messages where the packages that benchmarks compare with are not installed."""
+"""Benchmarks: what pytest says where packages are not installed; how peers are held to an
+instruction set and what their table says of it."""
 
 from __future__ import annotations
 
@@ -10,6 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
+
+import compare  # noqa: E402
+from checkpoint import PeerError  # noqa: E402
+
+import machine  # noqa: E402
 
 
 @pytest.mark.parametrize("options", [["--benchmark-only"], ["--benchmark-json=x.json"], []])
@@ -26,3 +33,66 @@ def test_benchmarks_name_the_extra_that_is_missing(options: list[str]):
     said = done.stdout + done.stderr
     assert 'install it with pip install -e ".[bench]"' in said
     assert "Traceback" not in said and "unrecognized" not in said
+
+
+def _installed(folder: Path, name: str) -> Path:
+    """An environment that setup_peers.py might have finished."""
+    (folder / name).mkdir()
+    (folder / name / "ready.json").write_text("{}")
+    return folder / name / "bin" / "python"
+
+
+def test_peers_are_held_to_an_instruction_set_by_their_switch_or_their_build(tmp_path):
+    for name in ("gpt2fast", "ctranslate2", "onnxruntime", "openvino", "xllamacpp"):
+        _installed(tmp_path, name)
+    switches = {
+        name: compare._python(name, tmp_path, "avx2")[1]
+        for name in ("gpt2fast", "ctranslate2", "onnxruntime", "openvino", "xllamacpp")
+    }
+    assert switches["gpt2fast"]["GPT2FAST_ISA"] == "avx2"
+    assert switches["ctranslate2"]["CT2_FORCE_CPU_ISA"] == "AVX2"
+    assert switches["onnxruntime"] is None and switches["openvino"] is None
+    assert switches["xllamacpp"] == {}
+    native = _installed(tmp_path, "llama_cpp")
+    assert compare._python("llama_cpp", tmp_path, "avx2") == (native, None)
+    built = _installed(tmp_path, "llama_cpp-avx2")
+    assert compare._python("llama_cpp", tmp_path, "avx2") == (built, {})
+    assert compare._python("llama_cpp", tmp_path, None) == (native, None)
+    with pytest.raises(PeerError, match="not installed"):
+        compare._python("llama_cpp", tmp_path / "nothing", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [
+        ({"avx", "avx2", "fma"}, False),
+        ({"avx2", "avx512f"}, True),
+        ({"avx2", "avx_vnni"}, True),
+        (set(), True),  # unknown
+    ],
+)
+def test_a_processor_without_more_needs_no_switch(flags, more, monkeypatch):
+    monkeypatch.setattr(machine, "_flags", lambda: frozenset(flags))
+    assert machine.has_more_than("avx2") is more
+
+
+def test_the_table_of_peers_says_what_was_held_and_what_it_ran_on():
+    row = {
+        "case": {"rows": 1, "prompt": 8, "new": 5, "kind": "decode"},
+        "bandwidth": [20e9, 30e9],
+        "others": [0.0, 0.0],
+        "step_bytes": 1e8,
+        "speeds": {"gpt2fast int8": [100.0, 150.0], "openvino int8": [50.0, 50.0]},
+        "free": ["openvino"],
+        "commit": "abc1234",
+    }
+    results = {
+        "machine": "A processor, 2 cores", "flags": "avx2 avx512f", "isa": "avx2", "threads": 2,
+        "model": "model", "versions": {"openvino": "1.2"}, "rows": {"int8/decode-1": row},
+    }  # fmt: skip
+    shown = compare.table(results)
+    assert "held to avx2" in shown and "openvino† 50 (2.50 x)" in shown
+    for fact in ("avx2 avx512f", "20.0 to 30.0 GB/s", "Commit: abc1234", "openvino: 1.2"):
+        assert fact in shown
+    shown = compare.table({**results, "isa": None, "rows": {"int8/decode-1": {**row, "free": []}}})
+    assert "held" not in shown and "†" not in shown

@@ -3,11 +3,16 @@
     python compare.py --model MODEL                        everything that is installed
     python compare.py --model MODEL --weights int8 --cases decode-1 prefill-512
     python compare.py --model MODEL --check                do the float32 engines write the same?
+    python compare.py --model MODEL --isa avx2             all held to AVX2, where they can be
 
 MODEL is a directory of GPT2.save_pretrained; `random_model.py` makes one with random weights, and
 `setup_peers.py` installs the engines. Results go to RESULTS.json, .md and, where matplotlib is
 installed, .png; figures of another call with the same names are replaced and the others kept, so
 that a long comparison can be made in pieces.
+
+A processor with more than AVX2 stands in for one without only as far as the engines can be held to
+it: each that has a switch gets it, llama.cpp is what setup_peers.py --isa avx2 built, and the table
+marks those that have neither.
 """
 
 from __future__ import annotations
@@ -66,22 +71,35 @@ FORMATS = {
         ("transformers", "float32"),
         ("ctranslate2", "float32"),
         ("onnxruntime", "float32"),
+        ("openvino", "float32"),
         ("llama_cpp", "float32"),
+        ("xllamacpp", "float32"),
     ],
     "bfloat16": [
         (OURS, "bfloat16"),
         ("transformers", "bfloat16"),
+        ("openvino", "bfloat16"),
         ("llama_cpp", "bfloat16"),
         ("llama_cpp", "float16"),
+        ("xllamacpp", "bfloat16"),
+        ("xllamacpp", "float16"),
     ],
     "int8": [
         (OURS, "int8"),
         ("ctranslate2", "int8"),
         ("onnxruntime", "int8"),
         ("onnxruntime", "int8-blocks"),
+        ("openvino", "int8"),
         ("llama_cpp", "int8"),
+        ("xllamacpp", "int8"),
     ],
-    "int4": [(OURS, "int4"), ("onnxruntime", "int4"), ("llama_cpp", "int4")],
+    "int4": [
+        (OURS, "int4"),
+        ("onnxruntime", "int4"),
+        ("openvino", "int4"),
+        ("llama_cpp", "int4"),
+        ("xllamacpp", "int4"),
+    ],
 }
 """The engines that are compared with each other, ours first, and their formats of the weights."""
 
@@ -93,9 +111,26 @@ _MODULES = {
     "transformers": ("transformers",),
     "ctranslate2": ("ctranslate2",),
     "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino", "nncf"),
     "llama_cpp": ("gguf",),
+    "xllamacpp": ("gguf", "xllamacpp"),
 }
 """Modules that this environment needs to run a peer that has none of its own."""
+
+_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+SWITCHES = {
+    "avx2": {
+        OURS: {"GPT2FAST_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", **_AVX2},
+        "transformers": {"ATEN_CPU_CAPABILITY": "avx2", **_AVX2},
+        "ctranslate2": {"CT2_FORCE_CPU_ISA": "AVX2", **_AVX2},
+        "xllamacpp": {},  # a wheel for AVX2
+    },
+}
+"""What holds each peer to an instruction set; one that is not named has no switch.
+
+OpenVINO would obey ONEDNN_MAX_CPU_ISA in a part of its kernels, and then refuse to load 8-bit
+weights on a processor that has more. The matrix products of ONNX Runtime know no such variable.
+"""
 
 _CALM = 0.15
 """Cores that something else may use in a round that counts."""
@@ -112,11 +147,21 @@ class Engine:
     """
 
     def __init__(
-        self, peer: str, weights: str, model: Path, threads: int, folder: Path, converted: Path
+        self,
+        peer: str,
+        weights: str,
+        model: Path,
+        threads: int,
+        folder: Path,
+        converted: Path,
+        isa: str | None = None,
     ):
         self.peer, self.weights = peer, weights
-        python = _python(peer, folder)
+        python, switches = _python(peer, folder, isa)
+        self.held = isa is None or switches is not None or not machine.has_more_than(isa)
+        """Whether it uses no more than `isa`."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        environment |= switches or {}
         words = [
             python, _HERE / "serve.py", peer, "--model", model, "--weights", weights,
             "--threads", threads, "--converted", converted,
@@ -199,24 +244,35 @@ def _busy_seconds(process: int) -> tuple[float, float] | None:
     return (user + nice + system + irq + soft) / tick, (int(own[11]) + int(own[12])) / tick
 
 
-def _python(peer: str, folder: Path) -> Path:
-    """The interpreter to run a peer with: its own environment's, or this one's if it has it."""
+def _python(peer: str, folder: Path, isa: str | None) -> tuple[Path, dict[str, str] | None]:
+    """The interpreter to run a peer with, its own environment's or this one's if it has it; and the
+    variables that hold it to `isa`, None where nothing does."""
+    built = python_of(peer, folder, isa) if isa else None
+    if built is not None:
+        return built, {}
+    switches = SWITCHES[isa].get(peer) if isa else None
     found = python_of(peer, folder)
     if found is not None:
-        return found
+        return found, switches
     if all(importlib.util.find_spec(name) for name in _MODULES[peer]):
-        return Path(sys.executable)
+        return Path(sys.executable), switches
     raise PeerError(f"{peer} is not installed: see setup_peers.py")
 
 
 def start(
-    weights: str, model: Path, threads: int, folder: Path, converted: Path
+    weights: str,
+    model: Path,
+    threads: int,
+    folder: Path,
+    converted: Path,
+    isa: str | None = None,
 ) -> tuple[list[Engine], list[str]]:
-    """The engines of a group that run here, ours first, and why the others do not."""
+    """The engines of a group that run here, ours first, and why the others do not; held to an
+    instruction set, as far as they can be, with `isa`."""
     engines, missing = [], []
     for peer, own in FORMATS[weights]:
         try:
-            engines.append(Engine(peer, own, model, threads, folder, converted))
+            engines.append(Engine(peer, own, model, threads, folder, converted, isa))
         except PeerError as error:
             missing.append(str(error))
     return engines, missing
@@ -261,6 +317,8 @@ def measure(
         "others": others,
         "step_bytes": step_bytes,
         "speeds": speeds,
+        "free": sorted({engine.peer for engine in engines if not engine.held}),
+        "commit": machine.commit(),
     }
 
 
@@ -324,10 +382,24 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
+    rows = results["rows"].values()
+    memory = [speed / 1e9 for row in rows for speed in row["bandwidth"]]
+    commits = sorted({row["commit"] for row in rows if row.get("commit")})
+    held = ""
+    if results.get("isa"):
+        held = (
+            f"Engines were held to {results['isa']}; a dagger marks those that cannot be, and use "
+            "all that this processor has. "
+        )
     lines = [
-        f"{results['machine']}, {results['threads']} threads, model {results['model']}. Tokens per "
-        "second, medians; in brackets our speed over theirs, the median of neighboring runs. A "
-        "star marks cases without a round in which nothing else is known to have run.",
+        f"{results['machine']}, {results['threads']} threads, model {results['model']}. {held}"
+        "Tokens per second, medians; in brackets our speed over theirs, the median of neighboring "
+        "runs. A star marks cases without a round in which nothing else is known to have run.",
+        "",
+        f"- Processor: {results.get('flags') or 'unknown'}",
+        f"- Memory, read by all threads: {min(memory):.1f} to {max(memory):.1f} GB/s",
+        f"- Commit: {', '.join(commits) or 'unknown'}",
+        *(f"- {peer}: {version}" for peer, version in sorted(results["versions"].items())),
         "",
         "| weights | case | gpt2fast | share of the floor | memory GB/s | others |",
         "|---|---|---|---|---|---|",
@@ -343,6 +415,7 @@ def table(results: dict[str, Any]) -> str:
             else:
                 peer, own = label.split()
                 shown = peer if own == weights else label
+                shown += "†" if peer in row.get("free", ()) else ""
                 beside = f" ({ratio:.2f} x)" if ratio else ""
                 others.append(f"{shown} {speed:,.0f}{beside}")
         share = "–"
@@ -394,14 +467,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--converted", type=Path, help="converted models; default: `models` in the peers' folder"
     )
+    parser.add_argument("--isa", choices=SWITCHES, help="hold the engines to an instruction set")
     parser.add_argument(
-        "--results",
-        type=Path,
-        default=_HERE.parent / "results" / "cpu.json",
-        help="default: %(default)s",
+        "--results", type=Path, help="default: cpu.json, or cpu_ISA.json, in benchmarks/results"
     )
     parser.add_argument("--check", action="store_true", help="compare tokens instead of speed")
     options = parser.parse_args(argv)
+    if options.results is None:
+        name = f"cpu_{options.isa}.json" if options.isa else "cpu.json"
+        options.results = _HERE.parent / "results" / name
     try:
         _run(options)
     except PeerError as error:
@@ -416,7 +490,9 @@ def _run(options: argparse.Namespace) -> None:
     groups = ["float32"] if options.check else options.weights
     results = _earlier(options)
     for weights in groups:
-        engines, missing = start(weights, options.model, options.threads, options.peers, converted)
+        engines, missing = start(
+            weights, options.model, options.threads, options.peers, converted, options.isa
+        )
         for reason in missing:
             print(f"left out: {reason}", file=sys.stderr)
         try:
@@ -442,8 +518,12 @@ def _earlier(options: argparse.Namespace) -> dict[str, Any]:
     if options.results.is_file():
         results = json.loads(options.results.read_text())
     results.update(
-        machine=machine.name(), threads=options.threads, model=options.model.name
-    )  # fmt: skip
+        machine=machine.name(),
+        flags=machine.instruction_sets(),
+        isa=options.isa,
+        threads=options.threads,
+        model=options.model.name,
+    )
     return results
 
 

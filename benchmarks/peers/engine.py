@@ -9,8 +9,8 @@ A module of a peer has
         version: str
         def generate(self, prompts, new) -> Run: ...
 
-and imports nothing outside its environment but `checkpoint` and this file. A peer without a format
-of its own (it reads the directory itself) leaves `convert` out.
+and imports nothing outside its environment but `checkpoint`, `gguf_file` and this file. A peer
+without a format of its own (it reads the directory itself) leaves `convert` out.
 """
 
 from __future__ import annotations

@@ -11,15 +11,21 @@ import gpt2fast
 from gpt2fast import GPT2
 from gpt2fast.inference.decoding import Timing, decode
 from gpt2fast.inference.stopping import StopCriteria
+from gpt2fast.ops import native
 from gpt2fast.sampling import SamplingOptions
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 
 
+def _kernels() -> str:
+    library = native.loaded()
+    return f"{library.isa} kernels" if library else "torch's operations"
+
+
 class Engine:
     """A model in evaluation mode."""
 
-    version = f"{gpt2fast.__version__}, torch {torch.__version__}"
+    version = f"{gpt2fast.__version__}, {_kernels()}, torch {torch.__version__}"
 
     def __init__(self, target: Path, weights: str, threads: int):
         torch.set_num_threads(threads)

@@ -27,7 +27,15 @@ from typing import Any
 
 from checkpoint import Checkpoint, PeerError
 
-PEERS = ("gpt2fast", "transformers", "ctranslate2", "onnxruntime", "llama_cpp")
+PEERS = (
+    "gpt2fast",
+    "transformers",
+    "ctranslate2",
+    "onnxruntime",
+    "openvino",
+    "llama_cpp",
+    "xllamacpp",
+)
 
 
 def main() -> int:

@@ -76,7 +76,10 @@ constexpr int64_t resident_tiles = 1024 * 1024;
 // Whether a product with `rows` rows is faster on tiles. Measured; integers have to be unpacked.
 constexpr bool tiles_pay(Format format, int64_t rows) {
     if (format == Format::float32) return false;
-    return rows >= (format == Format::bfloat16 ? few_tokens + 1 : 32);
+    const int64_t least = format == Format::bfloat16 ? few_tokens + 1
+                          : format == Format::int8   ? 32
+                                                     : 48;
+    return rows >= least;
 }
 #endif
 

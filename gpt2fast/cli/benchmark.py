@@ -3,8 +3,9 @@
 gpt2fast benchmark
 
 Decoding reads every weight once a token, so the memory's speed bounds it. Both are measured in
-turns, for each format of the weights. Without --model the weights are random, which changes no
-speed.
+turns, for each format of the weights, and so is what else could be the limit: what one core loads,
+and how fast the cores multiply weights that lie in their caches. Without --model the weights are
+random, which changes no speed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,13 @@ from ..inference.packed import PackedGPT2
 from ..inference.stopping import StopCriteria
 from ..model import GPT2
 from ..ops import native
+from ..ops.packed import MatrixFormat
 from ..sampling import SamplingOptions
 from .arguments import CommandParser, count
 from .command import command, memory_advice
+from .regime import MemorySpeed, advice, bound, computing_speed, memory_speed, read_bandwidth
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
-
-_READ_BYTES = 512 << 20
-_READ_PASSES = 5
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Speed:
     """Tokens per second that this bandwidth allows."""
     share: float | None
     """decode / allowed, of runs next to each other."""
+    computing: float | None
+    """Bytes of weights per second that the cores multiply from their own caches, if known."""
+    bound: str | None
+    """What holds decoding up: memory, loading, computing or other (`regime.bound`), if known."""
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -113,11 +117,13 @@ def _run(options: argparse.Namespace) -> int:
         deliver(f"gpt2fast {__version__}, {kernels}, {about['threads']} threads: {about['model']}")
         deliver(f"{options.batch} x ({prompt} tokens read + {new} written)\n")
         deliver(f"{'weights':<10}{'decoding':>16}{'memory':>16}{'allows':>18}{'share':>8}  reading")
+    memory = memory_speed()
     found: list[Speed] = []
     missing: dict[str, str] = {}
     for weights in formats:
         try:
-            found.append(_measure(_converted(options, weights), weights, options, prompt, new))
+            model = _converted(options, weights)
+            found.append(_measure(model, weights, options, prompt, new, memory))
         except Error as error:
             missing[weights] = str(error)
             if not options.json:
@@ -127,9 +133,10 @@ def _run(options: argparse.Namespace) -> int:
                 deliver(_row(found[-1]))
     if options.json:
         rows = [asdict(speed) for speed in found]
-        deliver(json.dumps({**about, "speeds": rows, "missing": missing}))
+        machine = asdict(memory) if memory else None
+        deliver(json.dumps({**about, "memory": machine, "speeds": rows, "missing": missing}))
     else:
-        deliver(_summary(found))
+        deliver(_summary(found, memory))
     return 0
 
 
@@ -149,7 +156,12 @@ def _converted(options: argparse.Namespace, weights: str) -> GPT2 | PackedGPT2:
 
 
 def _measure(
-    model: GPT2 | PackedGPT2, weights: str, options: argparse.Namespace, prompt: int, new: int
+    model: GPT2 | PackedGPT2,
+    weights: str,
+    options: argparse.Namespace,
+    prompt: int,
+    new: int,
+    memory: MemorySpeed | None,
 ) -> Speed:
     prompts = torch.randint(model.config.vocab_size, (options.batch, prompt)).tolist()
     _time(model, prompts, 2)
@@ -162,15 +174,32 @@ def _measure(
     known = [speed for speed in bandwidths if speed is not None]
     allowed = [options.batch * speed / step_bytes for speed in known]
     shares = [mine / most for mine, most in zip(decode, allowed, strict=False)]
+    speed = statistics.median(decode)
+    bandwidth = statistics.median(known) if known else None
+    computing, limit = None, None
+    if memory is not None and bandwidth is not None:
+        computing = computing_speed(_format(model, weights), options.batch)
+        if computing is not None:
+            reached = speed * step_bytes / options.batch
+            limit = bound(reached, bandwidth, memory, computing)
     return Speed(
         weights=weights,
         prefill=statistics.median(t.prefill_tokens / t.prefill_seconds for t in timings),
-        decode=statistics.median(decode),
+        decode=speed,
         step_bytes=step_bytes,
-        bandwidth=statistics.median(known) if known else None,
+        bandwidth=bandwidth,
         allowed=statistics.median(allowed) if known else None,
         share=statistics.median(shares) if known else None,
+        computing=computing,
+        bound=limit,
     )
+
+
+def _format(model: GPT2 | PackedGPT2, weights: str) -> MatrixFormat:
+    """The format of most matrices."""
+    if isinstance(model, PackedGPT2):
+        return model.weights.formats["h.0.attn.c_attn.weight"]
+    return MatrixFormat(weights)
 
 
 def _time(model: GPT2 | PackedGPT2, prompts: Sequence[Sequence[int]], new: int) -> Timing:
@@ -180,15 +209,6 @@ def _time(model: GPT2 | PackedGPT2, prompts: Sequence[Sequence[int]], new: int) 
     for _ in decode(model, prompts, limits, options, criteria, timing=timing):  # type: ignore[arg-type]
         pass
     return timing
-
-
-def read_bandwidth() -> float | None:
-    """Bytes per second that torch's threads read from memory; None without compiled kernels."""
-    if native.loaded() is None:
-        return None
-    return torch.ops.gpt2fast_native.read_bandwidth(
-        torch.get_num_threads(), _READ_BYTES, _READ_PASSES
-    )
 
 
 def _row(speed: Speed) -> str:
@@ -203,7 +223,7 @@ def _row(speed: Speed) -> str:
     )
 
 
-def _summary(speeds: Sequence[Speed]) -> str:
+def _summary(speeds: Sequence[Speed], memory: MemorySpeed | None) -> str:
     known = [speed for speed in speeds if speed.share is not None]
     if not known:
         return f"\nthe memory's speed is unknown: {native.unavailable() or 'nothing was measured'}"
@@ -216,4 +236,15 @@ def _summary(speeds: Sequence[Speed]) -> str:
             " (more than all of it: the memory changed its speed meanwhile, or the model fits the "
             "processor's caches)"
         )
-    return line
+    return "\n".join([line, *_bounds(known, memory)])
+
+
+def _bounds(speeds: Sequence[Speed], memory: MemorySpeed | None) -> list[str]:
+    """A line for each format: what holds it up, and what would help."""
+    lines = []
+    for speed in speeds:
+        if memory and speed.bound and speed.bandwidth and speed.computing:
+            reached = (speed.share or 0.0) * speed.bandwidth
+            words = advice(speed.bound, reached, speed.bandwidth, memory, speed.computing)
+            lines.append(f"{speed.weights}: {words}")
+    return lines
