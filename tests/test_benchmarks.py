@@ -72,4 +72,4 @@ def test_unequal_work_is_noticed(contender, monkeypatch, change):
 
 @torch.no_grad()
 def _grow(model: torch.nn.Module) -> None:
-    model.wte.weight[:8] *= 1.5
+    model.get_parameter("wte.weight")[:8] *= 1.5
