@@ -160,7 +160,7 @@ struct AdamWPiece {
     void* first;
     void* second;
     int64_t size;
-    DType dtype;
+    DType dtype, moment_dtype;
 };
 
 struct AdamW {
