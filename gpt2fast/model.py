@@ -28,6 +28,7 @@ from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
 from .nn.plain import is_plain, why_not_plain_within
 from .nn.vocabulary import resize_token_embeddings
+from .ops.embedding import tied_embedding
 
 
 class GPT2(nn.Module):
@@ -146,8 +147,15 @@ class GPT2(nn.Module):
                 count. Give labels or targets, not both.
         """
         wanted, columns = predicted(self.config, input_ids, labels, targets)
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         kept = kept_columns(logits_to_keep)
+        if wanted is not None and cache is None and self._reads_one_table():
+            check_held(self.wte)
+            placed = place(self.config, input_ids, attention_mask, position_ids, cache)
+            x, table = tied_embedding(input_ids, placed.positions, self.wte.weight, self.wpe.weight)
+            hidden = self._run_blocks(drop(self.drop, x), placed.mask, repeat(None))
+            loss = self.loss(hidden[:, columns], table, wanted)
+            return GPT2Output(loss, hidden[:, kept], self.projection)
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         if self._reads_projection():
             weight, loss = self.projection, None
             if wanted is not None:
@@ -181,7 +189,12 @@ class GPT2(nn.Module):
         mask: Tensor | None,
         caches: Iterable[LayerCache | None],
     ) -> Tensor:
-        x, residual = self._embed(input_ids, positions), None
+        return self._run_blocks(self._embed(input_ids, positions), mask, caches)
+
+    def _run_blocks(
+        self, x: Tensor, mask: Tensor | None, caches: Iterable[LayerCache | None]
+    ) -> Tensor:
+        residual = None
         for block, cache in zip(self.blocks, caches, strict=False):
             fused = is_plain(block, Block)
             run: Callable[..., Any] = block.forward_open_residual if fused else block
@@ -211,6 +224,17 @@ class GPT2(nn.Module):
         """True if logits are a product with `projection`, and no module has to be called."""
         plain = is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
         return plain and getattr(self.lm_head, "model", self) is self
+
+    def _reads_one_table(self) -> bool:
+        """True if the loss is one op on the very table that is looked up."""
+        return (
+            self.config.tie_word_embeddings
+            and is_plain(self.wte, Embedding)
+            and is_plain(self.wpe, Embedding)
+            and is_plain(self.loss, LinearCrossEntropy)
+            and self.loss.is_one_op
+            and self._reads_projection()
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> GPT2:
         super()._apply(fn, recurse)  # called by .to(), .cuda(), .half() and the like

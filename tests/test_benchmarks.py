@@ -1,14 +1,16 @@
-"""Benchmarks: what pytest says where packages are not installed; how peers are held to an
-instruction set and what their table says of it."""
+"""Benchmarks: messages where packages are missing, equal work of what is compared, how peers are held
+to an instruction set and what their table says of it."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
@@ -96,3 +98,48 @@ def test_the_table_of_peers_says_what_was_held_and_what_it_ran_on():
         assert fact in shown
     shown = compare.table({**results, "isa": None, "rows": {"int8/decode-1": {**row, "free": []}}})
     assert "held" not in shown and "†" not in shown
+
+
+@pytest.fixture
+def contender(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("contender")
+    # A setting of the whole process.
+    allocator = importlib.import_module("gpt2fast.training.machine.allocator")
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
+    return module
+
+
+def _losses(contender, name: str, dtype: str, steps: int = 4) -> list[float]:
+    shape = contender.Shape(2, 4, 64, 301, 48, 3, 47)
+    step = contender.stepper(name, shape, dtype)
+    return [step() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_contenders_in_training_do_equal_work(contender, dtype):
+    pytest.importorskip("transformers")
+    losses = {name: _losses(contender, name, dtype) for name in ("ours", "transformers")}
+    contender.check_equal_work(losses, dtype)
+
+
+@pytest.mark.parametrize("change", ["weights", "batch", "rate", "betas"])
+def test_unequal_work_is_noticed(contender, monkeypatch, change):
+    wanted = _losses(contender, "ours", "float32")
+    if change == "weights":
+        draw = contender.initialize
+        monkeypatch.setattr(contender, "initialize", lambda model: (draw(model), _grow(model)))
+    elif change == "batch":
+        draw_tokens = torch.randint
+        monkeypatch.setattr(torch, "randint", lambda high, size: draw_tokens(high - 1, size))
+    else:
+        changed = {"rate": ("_RATE", 2.9e-4), "betas": ("_BETAS", (0.5, 0.99))}
+        monkeypatch.setattr(contender, *changed[change])
+    found = _losses(contender, "ours", "float32")
+    with pytest.raises(AssertionError, match="does other work"):
+        contender.check_equal_work({"ours": wanted, "changed": found}, "float32")
+
+
+@torch.no_grad()
+def _grow(model: torch.nn.Module) -> None:
+    model.get_parameter("wte.weight")[:8] *= 1.5

@@ -213,7 +213,7 @@ def test_state_is_weights_gradients_and_averages():
     sharded = memory.predict(shape, 1024, parallel="zero", processes=4)
     assert sharded.state == 8 * count + 2 * count
     assert memory.predict(shape, 1024, parallel="fsdp", processes=4).state == 4 * count
-    assert memory.predict(shape, 1024, optimizer_state=count).state == 12 * count
+    assert memory.predict(shape, 1024, optimizer_state=4 * count).state == 12 * count
 
 
 def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, told):

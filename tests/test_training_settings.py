@@ -64,6 +64,7 @@ CHANGES: dict[str, tuple[dict[str, object], object]] = {
     "warmup_steps": ({}, 0),
     "beta1": ({}, 0.5),
     "beta2": ({}, 0.5),
+    "moments": ({}, "bfloat16"),
     "weight_decay": ({}, 1.0),
     "grad_clip": ({}, 1e-3),
     "eval_interval": ({}, 1),

@@ -160,7 +160,7 @@ struct AdamWPiece {
     void* first;
     void* second;
     int64_t size;
-    DType dtype;
+    DType dtype, moment_dtype;
 };
 
 struct AdamW {
@@ -184,7 +184,8 @@ struct Embedding {
     DType dtype;
 };
 
-// out[r] = sum of grad[i] over i in order[starts[r]] .. order[starts[r + 1] - 1], in that order.
+// out[r] = sum of grad[i] over i in order[starts[r]] .. order[starts[r + 1] - 1], in that order, or
+// out[r] plus that sum.
 struct EmbeddingBackward {
     const void* grad;
     const int64_t* starts;
@@ -192,7 +193,8 @@ struct EmbeddingBackward {
     void* out;
     int64_t columns;
     int64_t grad_stride;
-    DType dtype;
+    DType dtype, out_dtype;
+    bool add;
 };
 
 // attention_with_cache. One item is a block of `attention_queries` queries of one head; heads

@@ -48,6 +48,11 @@ class LinearCrossEntropy(nn.Module):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
 
+    @property
+    def is_one_op(self) -> bool:
+        """True if `forward` is `ops.linear_cross_entropy` on the weight, scaled at most."""
+        return not self.label_smoothing and self.reduction != "none"
+
     def forward(self, hidden: Tensor, weight: Tensor | None, targets: Tensor) -> Tensor:
         """The loss of hidden states.
 
@@ -62,7 +67,7 @@ class LinearCrossEntropy(nn.Module):
         if weight is None:
             return self.of_logits(hidden, targets)
         rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        if self.label_smoothing or self.reduction == "none":
+        if not self.is_one_op:
             return self._reduced(self._chunked(rows, weight, flat), targets)
         mean = ops.linear_cross_entropy(rows, weight, flat, self.ignore_index)
         if self.reduction == "mean":

@@ -374,6 +374,14 @@ class Op:
             'gpt2fast.backend("auto") falls back to one that can'
         )
 
+    def chosen(self, call: Arguments) -> str:
+        """The backend that runs a call, for a kernel that takes the op's place; `record_calls`
+        collects it as if the op had been called, unless another backend than `native` is chosen."""
+        name, _, refused = self._choose(call)
+        for record in _records if name == "native" else ():
+            record.append(Call(self.name, name, tuple(refused)))
+        return name
+
     def require(self, *args: Any) -> None:
         """The op's checks, for arguments that torch itself will compute with."""
         call = self.bind(*args)

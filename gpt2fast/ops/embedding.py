@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .backend import Arguments, Op
 from .cuda import by_device, cuda, kernels
-from .native import native, rows
+from .derivatives import is_transformed, wants_graph
+from .native import DTYPES, native, rows
 from .requirements import check_floating, check_indices, check_shape
 from .support import Tensors
 from .triton import triton
@@ -32,11 +33,36 @@ def embedding(tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Te
     Returns:
         (B, T, C). The gradient is summed in a fixed order: equal runs give equal bits.
     """
+    return _forward.call(tokens, _expanded(positions, tokens), wte, wpe)
+
+
+def _expanded(positions: Tensor, tokens: Tensor) -> Tensor:
+    """Positions of shape (1, T) or (B, 1) for each token."""
     if positions.dim() == tokens.dim() > 1:
         pairs = zip(positions.shape, tokens.shape, strict=True)
         if all(given in (1, wanted) for given, wanted in pairs):
-            positions = positions.expand(tokens.shape)
-    return _forward.call(tokens, positions, wte, wpe)
+            return positions.expand(tokens.shape)
+    return positions
+
+
+def tied_embedding(
+    tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`embedding`, and `wte` again for an output projection that is tied to it.
+
+    The two are one node of autograd's graph: its backward pass adds the look-ups' gradient to the
+    projection's, in the same memory, where autograd would add two matrices of the table's size. So
+    nothing but `linear_cross_entropy` may take the second result.
+    """
+    tensors = tokens, _expanded(positions, tokens), wte, wpe
+    if (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or not (torch.is_grad_enabled() and wte.requires_grad)
+        or not {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
+    ):
+        return embedding(*tensors), wte
+    return _Tied.apply(*tensors)
 
 
 def _check(call: Arguments) -> None:
@@ -178,6 +204,42 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_differentiate, _setup_context)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.sizes = len(wte), len(wpe)
+        ctx.save_for_backward(tokens, positions)
+        return embedding(tokens, positions, wte, wpe), wte
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, total: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, total, None
+        call = _backward.bind(grad, *ctx.saved_tensors, *ctx.sizes)
+        if total is not None and _adds_look_ups(call, total):
+            tokens, positions = _each(call)
+            torch.ops.gpt2fast_native.embedding_backward_add(rows(grad), tokens, total)
+            native_gradient = torch.ops.gpt2fast_native.embedding_backward.default
+            return None, None, total, native_gradient(rows(grad), positions, call.n_positions)
+        grad_wte, grad_wpe = _backward.gradient(*call)
+        return None, None, grad_wte if total is None else total + grad_wte, grad_wpe
+
+
+def _adds_look_ups(call: Arguments, total: Tensor) -> bool:
+    """True if the CPU kernels may add the look-ups' gradient to `total`."""
+    return (
+        not wants_graph()
+        and type(total) is Tensor
+        and total.is_cpu
+        and total.dtype in DTYPES
+        and total.is_contiguous()
+        and _backward.chosen(call) == "native"
+    )
 
 
 @_forward.register_fake

@@ -40,7 +40,8 @@ def fused_adamw(
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: lists of equal length; the tensors at one index
-            share shape, dtype and device.
+            share shape, dtype and device, but moments may be bfloat16 beside float32 parameters:
+            they are rounded when they are stored, the update is computed before.
         masters: float32 parameters, as many, which are updated in place of `params`; those become
             their rounded copies, and the moments are float32, too. For training in 16 bits, where
             steps are smaller than what a parameter can be rounded to.
@@ -118,14 +119,18 @@ def _reference(
     weight_decay: float,
 ) -> None:
     updated = masters or params
-    for param, grad, exp_avg, exp_avg_sq in zip(updated, grads, exp_avgs, exp_avg_sqs, strict=True):
+    for param, grad, *moments in zip(updated, grads, exp_avgs, exp_avg_sqs, strict=True):
         if masters:
             grad = grad.float()
+        first, second = (x.to(torch.promote_types(x.dtype, param.dtype)) for x in moments)
         param.mul_(1.0 - lr * weight_decay)
-        exp_avg.mul_(beta1).add_(grad, alpha=1.0 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-        spread = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
-        param.addcdiv_(exp_avg, spread, value=-lr / (1.0 - beta1**step))
+        first.mul_(beta1).add_(grad, alpha=1.0 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        spread = (second / (1.0 - beta2**step)).sqrt_().add_(eps)
+        param.addcdiv_(first, spread, value=-lr / (1.0 - beta1**step))
+        for moment, computed in zip(moments, (first, second), strict=True):
+            if computed is not moment:
+                moment.copy_(computed)
     for param, master in zip(params, masters, strict=False):
         param.copy_(master)
 
@@ -201,6 +206,8 @@ def _torch_refuses(call: Arguments) -> str | None:
         return "torch's fused AdamW takes tensors of one dtype on one device"
     # torch's kernel walks through the memory of all tensors alike and ignores strides.
     for param, _, *moments in _updates(call):
+        if any(each.dtype != param.dtype for each in moments):
+            return "torch's fused AdamW takes moments in the parameters' dtype"
         if not _is_dense(param) or any(each.stride() != param.stride() for each in moments):
             return "torch's fused AdamW takes parameters and moments that lie alike, without gaps"
     return None
@@ -219,9 +226,12 @@ def _refuses_unlike(kernels: Kernels) -> Callable[[Arguments], str | None]:
             if reason is not None:
                 return reason
         for updated, _, *moments in _updates(call):
-            reason = kernels.unsuitable(_ALIKE, (updated, *moments))
-            if reason is not None:
-                return reason
+            narrow = updated.dtype == torch.float32 and moments[0].dtype == torch.bfloat16
+            apart = [(updated,), moments] if kernels is native and narrow else None
+            for tensors in apart or [(updated, *moments)]:
+                reason = kernels.unsuitable(_ALIKE, tensors)
+                if reason is not None:
+                    return reason
         return _refuses_strided(call, kernels.name.removesuffix(" kernels"))
 
     return refusal
@@ -244,6 +254,8 @@ def _triton_refuses(call: Arguments) -> str | None:
     devices = {x.device for x in call.params}
     if len(devices) > 1:
         return f"tensors are on {' and on '.join(map(str, devices))}"
+    if any(each.dtype != param.dtype for param, _, *both in _updates(call) for each in both):
+        return "the Triton AdamW takes moments in the parameters' dtype"
     return _refuses_strided(call, "Triton")
 
 

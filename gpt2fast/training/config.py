@@ -21,6 +21,7 @@ from typing import (
 from .._system.docstrings import field_docstrings
 from ..errors import ConfigError, shown, why_not_written
 from .optimizers import OPTIMIZERS
+from .optimizers.adamw import NARROW_BETA
 
 if TYPE_CHECKING:
     OptimizerName = str
@@ -128,6 +129,8 @@ class TrainConfig:
     """AdamW's decay of the gradient average, in [0, 1)."""
     beta2: float = 0.95
     """AdamW's decay of the squared-gradient average, in [0, 1)."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """AdamW's averages; bfloat16 takes half their memory, with beta1 and beta2 of 0.99 at most."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings (biases and layer norms have none)."""
     momentum: float = 0.95
@@ -233,6 +236,9 @@ class TrainConfig:
         )
         for name in ("dropout", "lora_dropout", "beta1", "beta2", "momentum"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        for name in ("beta1", "beta2") if self.moments == "bfloat16" else ():
+            limit = f"at most {NARROW_BETA} with moments in bfloat16, which would not follow"
+            self._require(getattr(self, name) <= NARROW_BETA, name, limit)
         for name in _FROM_ZERO:
             self._require(getattr(self, name) >= 0, name, "0 or more")
         fraction, clip = self.val_fraction, self.grad_clip

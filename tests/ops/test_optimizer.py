@@ -7,6 +7,8 @@ from torch.library import opcheck
 from comparison import BACKENDS, backend, random
 from gpt2fast import ops
 from gpt2fast.errors import BackendError
+from gpt2fast.ops.backend import record_calls
+from gpt2fast.ops.native import unavailable
 from gpt2fast.ops.optimizer import _adamw
 from tolerance import assert_close
 
@@ -63,6 +65,27 @@ def test_masters_keep_what_16_bits_round_away(name, dtype):
     assert_close(masters, run_torch(initial, gradients, torch.float32), exact, times=2.0)
     for param, master in zip(params, masters, strict=True):
         assert param.dtype == dtype and torch.equal(param, master.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(1,), (17, 3), (16411,)])
+def test_moments_in_bfloat16_are_rounded_after_the_update(name, shape):
+    param, grad = random(*shape).float(), random(*shape).float()
+    first, second = random(*shape).bfloat16() * 0.1, random(*shape).bfloat16().square() * 0.01
+    exact = [x.double() for x in (param, grad, first, second)]
+    with backend("reference"):
+        ops.fused_adamw(*([x] for x in exact), step=3, **SETTINGS)
+    theirs = [x.double().float() for x in (param, grad, first, second)]
+    with backend("reference"):
+        ops.fused_adamw(*([x] for x in theirs), step=3, **SETTINGS)
+    with backend(name), record_calls() as calls:
+        ops.fused_adamw([param], [grad], [first], [second], step=3, **SETTINGS)
+    if name == "auto" and unavailable() is None:
+        assert [call.backend for call in calls] == ["native"]
+    assert_close([param], [theirs[0]], [exact[0]], times=2)
+    for moment, right in ((first, exact[2]), (second, exact[3])):
+        assert moment.dtype == torch.bfloat16
+        torch.testing.assert_close(moment.double(), right, rtol=2**-8, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

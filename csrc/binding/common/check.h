@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -42,8 +44,42 @@ template <typename... Parts>
         if (!(condition)) ::gpt2fast::binding::refuse(__VA_ARGS__); \
     } while (false)
 
-inline Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
-    return torch::stable::new_empty(like, sizes, ScalarType::Float);
+// A tensor on the device of another one, contiguous and uninitialized. torch::stable::new_empty
+// would look its operator up by name, under a lock, in every call.
+inline Tensor allocated(const Tensor& like, const int64_t* sizes, size_t dims, int32_t dtype) {
+    int32_t device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    std::array<int64_t, 8> strides;
+    GPT2FAST_CHECK(dims <= strides.size(), "a tensor of ", dims, " dimensions");
+    int64_t stride = 1;
+    for (size_t i = dims; i-- > 0;) {
+        strides[i] = stride;
+        stride *= std::max<int64_t>(1, sizes[i]);
+    }
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dims), sizes, strides.data(), dtype,
+                                                    device_type, like.get_device_index(), &made));
+    return Tensor(made);
+}
+
+// The same in the dtype of `like`.
+template <typename Sizes>
+Tensor empty(const Tensor& like, const Sizes& sizes) {
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    return allocated(like, sizes.data(), sizes.size(), dtype);
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+    return empty(like, std::vector<int64_t>(sizes));
+}
+
+inline Tensor floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
+    return allocated(like, sizes.begin(), sizes.size(), aoti_torch_dtype_float32());
+}
+
+inline Tensor int64s(const Tensor& like, std::initializer_list<int64_t> sizes) {
+    return allocated(like, sizes.begin(), sizes.size(), aoti_torch_dtype_int64());
 }
 
 inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

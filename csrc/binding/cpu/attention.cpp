@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
                                      std::optional<Tensor> visible, double dropout, int64_t seed) {
     float_dtype_of(q);
     check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}});
-    Tensor out = torch::stable::new_empty(q, q.sizes());
+    Tensor out = empty(q, q.sizes());
     Tensor lse = floats(q, {q.size(0), q.size(2), q.size(1)});
     Attention args = attention_args(q, k, v, lse, scale, visible, dropout, seed);
     args.out = out.mutable_data_ptr();
@@ -48,9 +48,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
     check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}, {&grad, "grad"}, {&out, "out"}});
     check_contiguous(lse, "lse", {q.size(0), q.size(2), q.size(1)});
     check_floats(lse, "lse");
-    Tensor grad_q = torch::stable::new_empty(q, q.sizes());
-    Tensor grad_k = torch::stable::new_empty(k, k.sizes());
-    Tensor grad_v = torch::stable::new_empty(v, v.sizes());
+    Tensor grad_q = empty(q, q.sizes());
+    Tensor grad_k = empty(k, k.sizes());
+    Tensor grad_v = empty(v, v.sizes());
     const AttentionBackward args{attention_args(q, k, v, lse, scale, visible, dropout, seed),
                                  heads_of(grad, "grad"),
                                  heads_of(out, "out"),

@@ -27,7 +27,7 @@ Tensor attention_with_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor len
     args.scale = float(scale);
     args.dtype = float_dtype_of(q);
     args.cache_dtype = float_dtype_of(k_cache);
-    Tensor out = torch::stable::new_empty(q, q.sizes());
+    Tensor out = empty(q, q.sizes());
     args.out = out.mutable_data_ptr();
     int64_t longest = 0;
     for (int64_t i = 0; i < args.batch; ++i) longest = std::max(longest, args.lengths[i]);

@@ -229,8 +229,7 @@ Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<T
     GPT2FAST_CHECK(args.starts[0] == 0 && args.starts[args.sequences] == args.tokens,
                    "starts must lead from 0 to ", args.tokens);
     check_room(args, k_cache.size(1), k_cache.size(2));
-    Tensor logits =
-        torch::stable::new_empty(arena, {args.outputs, args.model->vocab}, ScalarType::Float);
+    Tensor logits = floats(arena, {args.outputs, args.model->vocab});
     if (args.tokens == 0) return logits;
     args.logits = floats_of(logits);
     run_step(args, [](Worker&) {});
@@ -258,10 +257,10 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
     args.token_ids = integers(tokens, "tokens", rows, 0, args.model->vocab - 1);
     args.positions = integers(positions, "positions", rows, 0, args.model->positions - 1);
     check_room(args, k_cache.size(1), k_cache.size(2));
-    Tensor logits = torch::stable::new_empty(arena, {rows, args.model->vocab}, ScalarType::Float);
+    Tensor logits = floats(arena, {rows, args.model->vocab});
     args.logits = floats_of(logits);
 
-    Tensor out = torch::stable::new_empty(arena, {rows}, ScalarType::Long);
+    Tensor out = int64s(arena, {rows});
     const Sample chosen = sample_args(logits, allowed, history, uniform, out, DType::float32,
                                       GPT2FAST_SAMPLING_VALUES);
     check_uniform(chosen);

@@ -13,9 +13,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Te
     check_contiguous(bias, "bias", {columns});
     check_same_type(bias, "bias", weight, "weight");
     for (const Tensor* each : {&x, residual ? &*residual : &x, &weight}) float_dtype_of(*each);
-    Tensor normed = torch::stable::new_empty(x, x.sizes());
-    Tensor summed = residual ? torch::stable::new_empty(*residual, x.sizes())
-                             : torch::stable::new_empty(x, {0});
+    Tensor normed = empty(x, x.sizes());
+    Tensor summed = residual ? empty(*residual, x.sizes()) : empty(x, {0});
     Tensor mean = floats(x, {rows}), rstd = floats(x, {rows});
     const LayerNorm args{x.const_data_ptr(),
                          residual ? residual->const_data_ptr() : nullptr,
@@ -56,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad,
                        " must hold a number for each of the ", rows, " rows, contiguous");
     }
     const Blocks blocks = blocks_of(rows);
-    Tensor grad_input = torch::stable::new_empty(summed, summed.sizes());
+    Tensor grad_input = empty(summed, summed.sizes());
     const Tensor sums = floats(summed, {blocks.count, 2 * columns});
     const LayerNormBackward args{grad.const_data_ptr(),
                                  grad_summed ? grad_summed->const_data_ptr() : nullptr,

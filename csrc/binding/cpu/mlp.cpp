@@ -10,7 +10,7 @@ Tensor bias_gelu(Tensor x, Tensor bias) {
     const int64_t columns = x.size(1);
     check_contiguous(bias, "bias", {columns});
     check_same_type(bias, "bias", x, "x");
-    Tensor out = torch::stable::new_empty(x, x.sizes());
+    Tensor out = empty(x, x.sizes());
     const BiasGelu args{
         x.const_data_ptr(), bias.const_data_ptr(), out.mutable_data_ptr(), columns, x.stride(0),
         dtype_of(x)};

@@ -15,23 +15,23 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
                        exp_avg_sqs.size() == params.size(),
                    "params, grads, exp_avgs and exp_avg_sqs must have equal lengths");
     for (size_t i = 0; i < params.size(); ++i) {
-        const DType dtype = float_dtype_of(params[i]);
+        const DType dtype = float_dtype_of(params[i]), moment_dtype = float_dtype_of(exp_avgs[i]);
+        check_same_type(grads[i], "gradients", params[i], "their parameter");
+        check_same_type(exp_avg_sqs[i], "averages of squares", exp_avgs[i], "the others");
         for (const Tensor* each : {&params[i], &grads[i], &exp_avgs[i], &exp_avg_sqs[i]}) {
             check_stored(*each, "a parameter, gradient or moment");
-            check_same_type(*each, "gradients and moments", params[i], "their parameter");
             GPT2FAST_CHECK(each->numel() == params[i].numel() && each->is_contiguous(),
                            "a parameter, its gradient and its moments must have one size and be "
                            "contiguous");
         }
-        const int64_t bytes = dtype == DType::float32 ? 4 : 2;
         for (int64_t at = 0; at < params[i].numel(); at += piece_size) {
             const auto place = [&](const Tensor& x) {
-                return static_cast<uint8_t*>(x.mutable_data_ptr()) + at * bytes;
+                return static_cast<uint8_t*>(x.mutable_data_ptr()) + at * int64_t(x.element_size());
             };
-            pieces.push_back({place(params[i]),
-                              static_cast<const uint8_t*>(grads[i].const_data_ptr()) + at * bytes,
+            const auto* grad = static_cast<const uint8_t*>(grads[i].const_data_ptr());
+            pieces.push_back({place(params[i]), grad + at * int64_t(grads[i].element_size()),
                               place(exp_avgs[i]), place(exp_avg_sqs[i]),
-                              std::min(piece_size, params[i].numel() - at), dtype});
+                              std::min(piece_size, params[i].numel() - at), dtype, moment_dtype});
         }
     }
     const AdamW args{pieces.data(),

@@ -8,7 +8,7 @@ Tensor sample(Tensor logits, Tensor history,
               std::optional<Tensor> uniform GPT2FAST_SAMPLING_PARAMETERS) {
     check_rows(logits, "logits", {-1, -1});
     const int64_t rows = logits.size(0);
-    Tensor out = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
+    Tensor out = int64s(logits, {rows});
     const Sample args = sample_args(logits, logits.size(1), history, uniform, out,
                                     float_dtype_of(logits), GPT2FAST_SAMPLING_VALUES);
     check_uniform(args);

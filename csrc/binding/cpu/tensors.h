@@ -67,7 +67,7 @@ inline Blocks blocks_of(int64_t rows) {
 
 // The sums of the blocks in `sums` (blocks, stride), from column `first` on, added up.
 inline Tensor added_blocks(const Tensor& sums, int64_t first, int64_t columns, const Tensor& like) {
-    Tensor out = torch::stable::new_empty(like, {columns});
+    Tensor out = empty(like, {columns});
     const AddBlocks args{floats_of(sums) + first, out.mutable_data_ptr(), sums.size(0),
                          sums.size(1), dtype_of(like)};
     spread(kernels().add_blocks, args, columns, sums.size(0));

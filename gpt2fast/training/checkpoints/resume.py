@@ -24,7 +24,7 @@ from .state import explain_state, restore_random_states, state_file
 
 _UNCHANGED = (
     *("n_layer", "n_head", "n_embd", "block_size", "init_from", "optimizer"),
-    *("sampling", "lora_rank", "lora_alpha", "lora_targets", "freeze"),
+    *("moments", "sampling", "lora_rank", "lora_alpha", "lora_targets", "freeze"),
 )
 
 

@@ -53,7 +53,7 @@ def _predicted_memory(training: TrainStep) -> Iterator[str]:
         len(rows) * config.block_size,
         dtype=config.dtype,
         trained=sum(p.numel() for p in training.optimizer.params),
-        optimizer_state=training.optimizer.state_numel(),
+        optimizer_state=training.optimizer.state_bytes(),
         checkpoint_activations=config.checkpoint_activations,
         parallel=config.parallel,
         processes=training.group.size,

@@ -52,15 +52,15 @@ def predict(
         tokens: of one forward pass in one process, batch x time.
         dtype: float32, bfloat16 or float16 (autocast; everything else stays float32).
         trained: parameters that are trained; None means all.
-        optimizer_state: numbers that the optimizer keeps; None means AdamW's two for each trained
-            parameter.
+        optimizer_state: bytes that the optimizer keeps; None means AdamW's two float32 averages for
+            each trained parameter.
         checkpoint_activations, parallel, processes: as in the run.
     """
     width = shape.n_embd
     count = shape.parameter_count
     trained = count if trained is None else trained
-    kept_numbers = 2 * trained if optimizer_state is None else optimizer_state
-    weights, gradients, moments = 4 * count, 4 * trained, 4 * kept_numbers
+    moments = 8 * trained if optimizer_state is None else optimizer_state
+    weights, gradients = 4 * count, 4 * trained
     if parallel == "fsdp":
         weights, gradients = weights // processes, gradients // processes
     if parallel in ("fsdp", "zero"):

@@ -31,6 +31,7 @@ class ModelOptimizer:
     ) -> None:
         trained = {name: param for name, param in named if param.requires_grad}
         self.params = list(trained.values())
+        self._settings = settings
         self.updates = 0
         """Steps taken."""
         self._names = {param: name for name, param in trained.items()}
@@ -63,10 +64,10 @@ class ModelOptimizer:
                 group["lr"] = lr
             optimizer.step()
 
-    def state_numel(self) -> int:
-        """Numbers that the state of all processes together consists of."""
+    def state_bytes(self) -> int:
+        """Bytes of the state of all processes together."""
         return sum(
-            len(entry.state) * param.numel()
+            len(entry.state) * param.numel() * entry.state_itemsize(self._settings)
             for entry, optimizer in self._optimizers
             for group in optimizer.param_groups
             for param in group["params"]

@@ -27,6 +27,8 @@ class Entry:
     help: str
     takes: Callable[[str, nn.Parameter], bool] = lambda name, param: True
     """True for the parameters that it updates; AdamW updates the others."""
+    state_itemsize: Callable[[Any], int] = lambda settings: 4
+    """Bytes of a number of it, for a run's settings."""
     why_no_adapters: str | None = None
     """The reason that LoRA adapters cannot be trained with it; None if they can."""
 
@@ -36,8 +38,12 @@ _HIDDEN_MATRIX = re.compile(r"(.*\.)?h\.\d+\..*\.weight")
 OPTIMIZERS = {
     "adamw": Entry(
         AdamW,
-        lambda settings: {"betas": (settings.beta1, settings.beta2)},
+        lambda settings: {
+            "betas": (settings.beta1, settings.beta2),
+            "moments": torch.bfloat16 if settings.moments == "bfloat16" else None,
+        },
         state=("exp_avg", "exp_avg_sq"),
+        state_itemsize=lambda settings: getattr(torch, settings.moments).itemsize,
         help="AdamW for everything",
     ),
     # Jordan et al., 2024; its steps scaled to the size of AdamW's (Liu et al., 2025, section 2.2),
