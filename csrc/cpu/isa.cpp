@@ -7,6 +7,9 @@
 #include "isa/compiler.h"
 #include "kernels.h"
 
+#ifdef GPT2FAST_HAS_AMX
+#include <cpuid.h>
+#endif
 #if defined(GPT2FAST_HAS_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,6 +38,14 @@ struct Candidate {
 };
 
 #ifdef GPT2FAST_HAS_AMX
+// Asked of the processor itself: the names of its parts are not known to all compilers.
+bool has_tiles() {
+    constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+           (edx & (bfloat16 | tile | int8)) == (bfloat16 | tile | int8);
+}
+
 // Linux saves AMX's tiles for processes that ask for it, for all their threads and children.
 bool may_use_tiles() {
 #ifdef __linux__
@@ -68,10 +79,7 @@ const Kernels& choose() {
 #endif
     const Candidate candidates[] = {
 #ifdef GPT2FAST_HAS_AMX
-        {&avx512_amx,
-         avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-             __builtin_cpu_supports("amx-bf16"),
-         true},
+        {&avx512_amx, avx512_bf16 && has_tiles(), true},
 #endif
         {&kernels_avx512_bf16, avx512_bf16},
         {&kernels_avx512, avx512},
