@@ -3,9 +3,9 @@
     python benchmarks/microkernels.py
     python benchmarks/microkernels.py --isa avx2 --threads 1
 
-One row is decoding: its floor is the speed at which its level of the cache, or memory, can be read.
-Many rows are prompts and batches: their floor is the processor's multiply-adds. From memory also with
-the prefetching of a decoding step, which pays on some processors and costs on others.
+One row is decoding: its floor is the speed at which its level of the cache, or memory, can be
+read. Many rows are prompts and batches: their floor is the processor's multiply-adds. From memory
+also with the prefetching of a decoding step, which pays on some processors and costs on others.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Benchmarks: messages where packages are missing, equal work of what is compared, how peers are held
-to an instruction set and what their table says of it."""
+"""Benchmarks: messages where packages are missing, equal work of what is compared, how peers are
+held to an instruction set and what their table says of it."""
 
 from __future__ import annotations
 
