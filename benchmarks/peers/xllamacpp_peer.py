@@ -46,22 +46,28 @@ class Engine:
         if self._rows != rows:
             self._server = None  # its memory first
             self._server, self._rows = self._start(rows), rows
-        together = threading.Barrier(rows + 1)
-        arrivals: list[list[float]] = [[] for _ in prompts]
-        with ThreadPoolExecutor(rows) as pool:
+        # Tokens reach Python in bursts: a request for the first ones tells when they are there.
+        prefill, tokens = self._timed(prompts, 1)
+        if new == 1:
+            return Run(prefill, 0.0, tokens)
+        whole, tokens = self._timed(prompts, new)
+        return Run(prefill, whole - prefill, tokens)
+
+    def _timed(self, prompts: Prompts, new: int) -> tuple[float, list[list[int]]]:
+        """Continue every row; returns the seconds until all are done, and the tokens."""
+        together = threading.Barrier(len(prompts) + 1)
+        with ThreadPoolExecutor(len(prompts)) as pool:
             waiting = [
-                pool.submit(self._continue, list(prompt), new, together, arrivals[row])
-                for row, prompt in enumerate(prompts)
+                pool.submit(self._continue, list(prompt), new, together) for prompt in prompts
             ]
             together.wait()
             start = time.perf_counter()
             tokens = [future.result() for future in waiting]
+            seconds = time.perf_counter() - start
         for row in tokens:
             if len(row) != new:
                 raise PeerError(f"xllamacpp wrote {len(row)} tokens, not {new}")
-        first = max(times[0] for times in arrivals)
-        end = max(times[-1] for times in arrivals)
-        return Run(first - start, end - first, tokens)
+        return seconds, tokens
 
     def _start(self, rows: int) -> Any:
         params = xllamacpp.CommonParams()
@@ -77,16 +83,13 @@ class Engine:
         params.verbosity = 0
         return xllamacpp.Server(params)
 
-    def _continue(
-        self, prompt: list[int], new: int, together: threading.Barrier, arrivals: list[float]
-    ) -> list[int]:
+    def _continue(self, prompt: list[int], new: int, together: threading.Barrier) -> list[int]:
         tokens: list[int] = []
 
         def note(part: Any) -> bool:
             text = part["choices"][0]["text"]
             if text:
                 tokens.extend(map(int, text.split()))
-                arrivals.append(time.perf_counter())
             return False
 
         together.wait()
