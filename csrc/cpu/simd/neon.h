@@ -117,6 +117,18 @@ inline Vec reduce_add_each(const Vec (&x)[8]) {
     return {vpaddq_f32(pair(0), pair(2)), vpaddq_f32(pair(4), pair(6))};
 }
 
+// The exchange of math.h.
+template <int stage, bool upper>
+Vec exchange(Vec a, Vec b, std::integer_sequence<int, 0, 1, 2, 3, 4, 5, 6, 7>) {
+    if constexpr (stage == 4) return upper ? Vec(a.high, b.high) : Vec(a.low, b.low);
+    const auto quads = [](float32x4_t x, float32x4_t y) {
+        if constexpr (stage == 1) return upper ? vtrn2q_f32(x, y) : vtrn1q_f32(x, y);
+        const float64x2_t v = vreinterpretq_f64_f32(x), w = vreinterpretq_f64_f32(y);
+        return vreinterpretq_f32_f64(upper ? vtrn2q_f64(v, w) : vtrn1q_f64(v, w));
+    };
+    return {quads(a.low, b.low), quads(a.high, b.high)};
+}
+
 // 8 words of 4 bytes: one float, two bfloat16, or four int8 each.
 struct Words {
     uint32x4_t low, high;
