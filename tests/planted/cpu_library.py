@@ -9,6 +9,7 @@ it none does. One library for all is compiled in the time that one bug would tak
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from hashlib import sha256
@@ -32,8 +33,8 @@ def instruction_set() -> str:
 
 _STUB = """#include "../kernels.h"
 namespace gpt2fast {{
-extern const Kernels kernels_{0};
-const Kernels kernels_{0} = {{}};
+extern const KernelTable kernels_{0};
+const KernelTable kernels_{0} = {{"{0}", nullptr, {{}}}};
 }}
 """
 
@@ -62,8 +63,10 @@ def _write_sources(folder: Path, isa: str) -> None:
         + "int gpt2fast_planted = planted == nullptr ? 0 : std::atoi(planted);\n"
     )
     # One instruction set is enough, and the others take as long to compile.
-    for path in (folder / "cpu" / "isa").glob("*.cpp"):
-        if path.stem != isa:
+    own = folder / "cpu" / "isa" / f"{isa}.cpp"
+    needed = {isa, *re.findall(r"#define GPT2FAST_OPS_OF (\w+)", own.read_text())}
+    for path in own.parent.glob("*.cpp"):
+        if path.stem not in needed:
             path.write_text(_STUB.format(path.stem))
 
 

@@ -1,5 +1,5 @@
-// Vectors of 8 floats as two of 4: NEON on AArch64, with dot products where the compiler was told
-// that the processor has them.
+// Vectors of 8 floats as two of 4: NEON on AArch64, with dot products of signed bytes where
+// GPT2FAST_NEON_DOTPROD is set, and of unsigned by signed ones where GPT2FAST_NEON_I8MM is.
 #pragma once
 
 #include <arm_neon.h>
@@ -181,19 +181,29 @@ inline Words flip_signs(Words w) {
     return {veorq_u32(w.low, signs), veorq_u32(w.high, signs)};
 }
 
-// Unsigned bytes of w times signed bytes of x: (w - 128) * x in signed arithmetic, and 128 times
-// the sum of x, which is the same for all the columns that a word of x meets.
+// What dot_int8 subtracts from each unsigned byte of w: without I8MM the products are of signed
+// bytes.
+#ifdef GPT2FAST_NEON_I8MM
+constexpr int dot_offset = 0;
+#else
+constexpr int dot_offset = 128;
+#endif
+
+// Bytes of w, less dot_offset, times signed bytes of x, none of which is -128.
 inline int32x4_t dot_int8(int32x4_t sum, uint32x4_t w, uint32x4_t x) {
-    const int8x16_t a = vreinterpretq_s8_u32(veorq_u32(w, vdupq_n_u32(0x80808080u)));
     const int8x16_t b = vreinterpretq_s8_u32(x);
-    const int32x4_t offset = vshlq_n_s32(vpaddlq_s16(vpaddlq_s8(b)), 7);
-#ifdef __ARM_FEATURE_DOTPROD
-    return vdotq_s32(vaddq_s32(sum, offset), a, b);
+#ifdef GPT2FAST_NEON_I8MM
+    return vusdotq_s32(sum, vreinterpretq_u8_u32(w), b);
+#else
+    const int8x16_t a = vreinterpretq_s8_u32(veorq_u32(w, vdupq_n_u32(0x80808080u)));
+#ifdef GPT2FAST_NEON_DOTPROD
+    return vdotq_s32(sum, a, b);
 #else
     // Two products, at most 128 * 127 each, fit into 16 bits.
     const int16x8_t pairs =
         vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
-    return vpadalq_s16(vaddq_s32(sum, offset), pairs);
+    return vpadalq_s16(sum, pairs);
+#endif
 #endif
 }
 inline IntVec dot_int8(IntVec sum, Words w, Words x) {
