@@ -53,6 +53,7 @@ BACKEND_PARTS = {
 LONG = (
     "test_distributed.py", "test_kills.py", "test_triton_compiles.py", "test_readme.py",
     "test_build.py", "test_native_training.py", "test_bundled_model.py", "test_cuda_build.py",
+    "test_instruction_sets.py",
     "test_tuning.py", "test_streams.py", "test_fork.py", "test_fuzz.py", "test_report.py",
     "test_benchmarks.py", "test_gpu_check.py", "test_triton_", "simulator/", "triton]", "-triton-",
     "passes_opcheck", "pass_opcheck",

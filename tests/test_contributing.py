@@ -21,6 +21,7 @@ MARKERS = {
     "A sampling option": r"\bmin_p\b",
     "An optimizer": r"\bmuon\b",
     "A dtype": r"DType::bfloat16|ScalarType::BFloat16|torch\.bfloat16",
+    "An instruction set": r"\bavx2_vnni\b|AVX_VNNI",
     "A command": r"\bgpt2fast\.doctor\b|\bcli\.doctor\b",
 }
 """By kind of change, the name of an existing example, which all source files it touches contain."""

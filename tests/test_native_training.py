@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -130,26 +125,3 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-@pytest.mark.parametrize(
-    "name", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon"]
-)
-def test_ops_are_right_on_every_instruction_set(name):
-    environment = {**os.environ, "GPT2FAST_ISA": name, "OMP_NUM_THREADS": "1"}
-    tests = Path(__file__).parent
-    probe = (
-        "import torch; from gpt2fast.ops.native import unavailable; unavailable(); "
-        "print(torch.ops.gpt2fast_native.isa())"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True
-    )
-    if "cannot run on this processor" in found.stderr:
-        pytest.skip(f"no {name} here")
-    assert found.stdout.split()[-1:] == [name], found.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", str(tests / "ops")],
-        env=environment, capture_output=True, text=True, cwd=tests.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]

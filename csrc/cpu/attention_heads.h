@@ -70,7 +70,7 @@ struct Query {
             int sum = 0;
             for (int d = 0; d < head_dim; ++d) sum += narrow[d];
             // Keys enter as unsigned bytes, 128 too large.
-            offset = -128.0f * float(sum);
+            offset = float(dot_offset - 128) * float(sum);
             scale = most / 127.0f;
         }
     }

@@ -144,7 +144,7 @@ inline float narrow_group(const float* x, int count, int8_t* narrow) {
 
 inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, uint8_t* tile,
                           int rows, int r) {
-    const int offset = to.format == Format::int8 ? 128 : 8;
+    const int offset = (to.format == Format::int8 ? 128 : 8) - dot_offset;
     uint32_t* words = reinterpret_cast<uint32_t*>(tile);
     float* scales = reinterpret_cast<float*>(words + to.words() * rows);
     int32_t* corrections = reinterpret_cast<int32_t*>(scales + to.padded_inputs / to.group * rows);

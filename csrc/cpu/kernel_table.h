@@ -1,14 +1,14 @@
 // All kernels, compiled for one instruction set, and their table. A file of isa/ names the
 // instruction set (GPT2FAST_ISA), the header of its vectors (GPT2FAST_SIMD) and, unless the
 // compiler may use it everywhere, what to switch on (GPT2FAST_TARGET), then includes this. With
-// GPT2FAST_STEP_OF only the step is compiled; all other kernels are those of the table it names.
+// GPT2FAST_OPS_OF only the step is compiled; the ops' kernels are those of the set named there.
 #include "prelude.h"
 
 #define GPT2FAST_PRAGMA(text) _Pragma(#text)
 #define GPT2FAST_STRING_(text) #text
 #define GPT2FAST_STRING(text) GPT2FAST_STRING_(text)
-#define GPT2FAST_TABLE_(isa) kernels_##isa
-#define GPT2FAST_TABLE(isa) GPT2FAST_TABLE_(isa)
+#define GPT2FAST_JOIN_(prefix, isa) prefix##isa
+#define GPT2FAST_JOIN(prefix, isa) GPT2FAST_JOIN_(prefix, isa)
 
 #if defined(GPT2FAST_TARGET) && defined(__clang__)
 #define GPT2FAST_SWITCH_ON(sets) \
@@ -25,13 +25,13 @@ GPT2FAST_SWITCH_ON(GPT2FAST_TARGET)
 #include "simd/math.h"
 
 #include "decode.h"
-#ifndef GPT2FAST_STEP_OF
+
+#ifndef GPT2FAST_OPS_OF
 #include "attention_backward.h"
 #include "cache.h"
 #include "cached_attention.h"
 #include "cross_entropy.h"
 #include "embedding.h"
-#include "gemm.h"
 #include "layer_norm.h"
 #include "matmul.h"
 #include "mlp.h"
@@ -41,20 +41,19 @@ GPT2FAST_SWITCH_ON(GPT2FAST_TARGET)
 
 namespace gpt2fast {
 
-#ifdef GPT2FAST_STEP_OF
-extern const Kernels GPT2FAST_TABLE(GPT2FAST_STEP_OF);
-extern const StepKernels GPT2FAST_TABLE(GPT2FAST_ISA);
-const StepKernels GPT2FAST_TABLE(GPT2FAST_ISA) = {GPT2FAST_STRING(GPT2FAST_ISA),
-                                                  &GPT2FAST_TABLE(GPT2FAST_STEP_OF),
-                                                  GPT2FAST_ISA::step, GPT2FAST_ISA::step_workspace};
-#else
-extern const Kernels GPT2FAST_TABLE(GPT2FAST_ISA);
-const Kernels GPT2FAST_TABLE(GPT2FAST_ISA) = {GPT2FAST_STRING(GPT2FAST_ISA),
 #define GPT2FAST_ENTRY(Result, kernel, arguments) GPT2FAST_ISA::kernel,
-                                              GPT2FAST_KERNELS(GPT2FAST_ENTRY)
-#undef GPT2FAST_ENTRY
-};
+#ifdef GPT2FAST_OPS_OF
+extern const OpKernels GPT2FAST_JOIN(ops_, GPT2FAST_OPS_OF);
+#else
+#define GPT2FAST_OPS_OF GPT2FAST_ISA
+extern const OpKernels GPT2FAST_JOIN(ops_, GPT2FAST_ISA);
+const OpKernels GPT2FAST_JOIN(ops_, GPT2FAST_ISA) = {GPT2FAST_OP_KERNELS(GPT2FAST_ENTRY)};
 #endif
+extern const KernelTable GPT2FAST_JOIN(kernels_, GPT2FAST_ISA);
+const KernelTable GPT2FAST_JOIN(kernels_, GPT2FAST_ISA) = {GPT2FAST_STRING(GPT2FAST_ISA),
+                                                           &GPT2FAST_JOIN(ops_, GPT2FAST_OPS_OF),
+                                                           {GPT2FAST_STEP_KERNELS(GPT2FAST_ENTRY)}};
+#undef GPT2FAST_ENTRY
 
 }  // namespace gpt2fast
 

@@ -1,4 +1,4 @@
-// The kernels of an instruction set: one table of functions, filled by isa/<name>.cpp.
+// The kernels of an instruction set: a table of functions, filled by isa/<name>.cpp.
 //
 // A kernel of a single op handles rows [begin, end) of its arguments and starts no thread: who
 // calls decides how ranges are spread. Only the whole-model step takes a thread team.
@@ -238,7 +238,7 @@ class Worker;
 // The kernels: what each returns, its name, its arguments. A new one is a line here and a function
 // of that name in a header that kernel_table.h includes.
 // clang-format off
-#define GPT2FAST_KERNELS(KERNEL)                                                                  \
+#define GPT2FAST_OP_KERNELS(KERNEL)                                                               \
     KERNEL(void, bias_gelu, (const BiasGelu&, int64_t begin, int64_t end))                        \
     KERNEL(void, bias_gelu_backward, (const BiasGeluBackward&, int64_t begin, int64_t end))       \
     KERNEL(void, add_blocks, (const AddBlocks&, int64_t begin, int64_t end))                      \
@@ -259,27 +259,36 @@ class Worker;
     KERNEL(void, append_to_cache, (const AppendToCache&, int64_t begin, int64_t end))             \
     KERNEL(void, reorder_cache, (const ReorderCache&, int64_t begin, int64_t end))                \
     KERNEL(void, sample, (const Sample&, int64_t begin, int64_t end, uint8_t* workspace))         \
-    KERNEL(int64_t, sample_workspace, (const Sample&))  /* bytes for a thread */                  \
+    KERNEL(int64_t, sample_workspace, (const Sample&))  /* bytes for a thread */
+
+// Those of the whole-model step, the only ones that multiply integers.
+#define GPT2FAST_STEP_KERNELS(KERNEL)                                                             \
     KERNEL(void, step, (const StepArgs&, Worker&))                                                \
     KERNEL(int64_t, step_workspace, (const StepArgs&, int threads))  /* bytes */
 // clang-format on
 
-struct Kernels {
-    const char* name;  // of the instruction set
 #define GPT2FAST_POINTER(Result, kernel, arguments) Result(*kernel) arguments;
-    GPT2FAST_KERNELS(GPT2FAST_POINTER)
-#undef GPT2FAST_POINTER
+struct OpKernels {
+    GPT2FAST_OP_KERNELS(GPT2FAST_POINTER)
 };
-
-// The kernels of an instruction set that only the step uses: all others are those of a table.
 struct StepKernels {
-    const char* name;
-    const Kernels* others;
-    decltype(Kernels::step) step;
-    decltype(Kernels::step_workspace) step_workspace;
+    GPT2FAST_STEP_KERNELS(GPT2FAST_POINTER)
+};
+#undef GPT2FAST_POINTER
+
+// What a file of isa/ compiles. Instruction sets that differ in products of integers alone share
+// the kernels of ops.
+struct KernelTable {
+    const char* name;  // of the instruction set
+    const OpKernels* ops;
+    StepKernels step;
 };
 
-// The table of the best instruction set that this processor has, or of the one that the
+struct Kernels : OpKernels, StepKernels {
+    const char* name;  // of the instruction set
+};
+
+// The kernels of the best instruction set that this processor has, or of the one that the
 // environment variable GPT2FAST_ISA names. Throws std::runtime_error if that one cannot run here.
 const Kernels& kernels();
 

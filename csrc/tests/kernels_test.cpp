@@ -81,6 +81,35 @@ void bytes_are_rounded_and_saturated() {
     }
 }
 
+// Every unsigned byte times every signed one that a row can hold, beside the largest products of
+// either sign: the sums are exact, hence the same on every instruction set.
+void products_of_bytes_are_exact() {
+    constexpr int lanes = Vec::width;
+    for (int a = 0; a < 256; ++a) {
+        uint8_t w[4 * lanes];
+        for (int i = 0; i < lanes; ++i) {
+            const int bytes[] = {a, 255 - a * (i & 1), a, (a + i) % 256};
+            for (int j = 0; j < 4; ++j) w[4 * i + j] = uint8_t(bytes[j]);
+        }
+        const Words words = Words::load(w), flipped = flip_signs(words);
+        for (int b = -127; b <= 127; ++b) {
+            const int8_t x[] = {int8_t(b), 127, int8_t(b / 2), -127};
+            float sums[lanes], of_flipped[lanes];
+            dot_int8(IntVec(b), words, Words::broadcast(x)).to_float().store(sums);
+            dot_int8(IntVec(0), flipped, Words::broadcast(x)).to_float().store(of_flipped);
+            for (int i = 0; i < lanes; ++i) {
+                int exact = b, exact_of_flipped = 0;
+                for (int j = 0; j < 4; ++j) {
+                    exact += (w[4 * i + j] - dot_offset) * x[j];
+                    exact_of_flipped += ((w[4 * i + j] ^ 128) - dot_offset) * x[j];
+                }
+                expect(sums[i] == float(exact) && of_flipped[i] == float(exact_of_flipped),
+                       "the sum of products of " + std::to_string(a) + " and " + std::to_string(b));
+            }
+        }
+    }
+}
+
 template <typename Ours, typename Exact>
 void check_function(const char* name, float low, float high, double units, Ours ours, Exact exact) {
     constexpr int steps = 40000;
@@ -272,6 +301,7 @@ bool test_kernels() {
     fine &= passes("bfloat16 keeps to its length", vectors_keep_to_their_length<bfloat16>);
     fine &= passes("bfloat16 is rounded", bfloat16_is_rounded_to_nearest_even);
     fine &= passes("bytes are rounded", bytes_are_rounded_and_saturated);
+    fine &= passes("products of bytes are exact", products_of_bytes_are_exact);
     fine &= passes("functions are accurate", functions_are_accurate);
     for (Format format : formats) {
         const std::string name = std::string("products of ") + name_of(format);

@@ -42,7 +42,7 @@ class Loaded:
 
     library: Library
     isa: str
-    """Instruction set: portable, avx2, avx512, avx512_bf16, avx512_amx or neon."""
+    """Instruction set: the name of a file in csrc/cpu/isa, such as avx512_bf16."""
 
 
 # Set by the first call of `unavailable`; the reason is empty where there is a library.

@@ -33,15 +33,8 @@ def instruction_set() -> str:
 
 _STUB = """#include "../kernels.h"
 namespace gpt2fast {{
-extern const Kernels kernels_{0};
-const Kernels kernels_{0} = {{"{0}"}};
-}}
-"""
-_STEP_STUB = """#include "../kernels.h"
-namespace gpt2fast {{
-extern const Kernels kernels_{1};
-extern const StepKernels kernels_{0};
-const StepKernels kernels_{0} = {{"{0}", &kernels_{1}, nullptr, nullptr}};
+extern const KernelTable kernels_{0};
+const KernelTable kernels_{0} = {{"{0}", nullptr, {{}}}};
 }}
 """
 
@@ -69,17 +62,12 @@ def _write_sources(folder: Path, isa: str) -> None:
         + 'static const char* planted = std::getenv("GPT2FAST_PLANTED");\n'
         + "int gpt2fast_planted = planted == nullptr ? 0 : std::atoi(planted);\n"
     )
-    # One instruction set is enough, and the others take as long to compile. One that has nothing
-    # but a step takes all other kernels from another's table.
-    tables = {path.stem: path.read_text() for path in (folder / "cpu" / "isa").glob("*.cpp")}
-    others = {
-        stem: found[1]
-        for stem, text in tables.items()
-        if (found := re.search(r"GPT2FAST_STEP_OF (\w+)", text))
-    }
-    for stem in tables.keys() - {isa, others.get(isa)}:
-        stub = _STEP_STUB if stem in others else _STUB
-        (folder / "cpu" / "isa" / f"{stem}.cpp").write_text(stub.format(stem, others.get(stem)))
+    # One instruction set is enough, and the others take as long to compile.
+    own = folder / "cpu" / "isa" / f"{isa}.cpp"
+    needed = {isa, *re.findall(r"#define GPT2FAST_OPS_OF (\w+)", own.read_text())}
+    for path in own.parent.glob("*.cpp"):
+        if path.stem not in needed:
+            path.write_text(_STUB.format(path.stem))
 
 
 def build(keep: Path) -> Path:

@@ -9,6 +9,6 @@
     ",f16c,amx-tile,amx-int8,amx-bf16"
 #define GPT2FAST_AVX512_BF16
 #define GPT2FAST_AMX
-#define GPT2FAST_STEP_OF avx512_bf16
+#define GPT2FAST_OPS_OF avx512_bf16
 #include "../kernel_table.h"
 #endif

@@ -1,4 +1,4 @@
-// Vectors of 8 floats: AVX2, FMA and F16C.
+// Vectors of 8 floats: AVX2, FMA and F16C, and AVX-VNNI where GPT2FAST_AVX_VNNI is set.
 #pragma once
 
 #include <immintrin.h>
@@ -164,18 +164,29 @@ inline Vec dot_bfloat16(Vec sum, Words w, Words x) {
                            _mm256_castsi256_ps(_mm256_and_si256(x.v, high)), even);
 }
 
-// Unsigned bytes of w times signed bytes of x. The product of two bytes is summed in 16 bits,
-// where 255 * 127 * 2 would saturate: the odd and even bytes are widened first.
+// What dot_int8 subtracts from each unsigned byte of w.
+constexpr int dot_offset = 0;
+
+// Unsigned bytes of w times signed bytes of x. Without VNNI the products of two bytes are summed in
+// 16 bits, where 255 * 127 * 2 would saturate: the odd and even bytes are widened first.
 inline IntVec dot_int8(IntVec sum, Words w, Words x) {
+#ifdef GPT2FAST_AVX_VNNI
+    return _mm256_dpbusd_avx_epi32(sum.v, w.v, x.v);
+#else
     const __m256i low = _mm256_set1_epi16(0xff);
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w.v, low),
                                            _mm256_srai_epi16(_mm256_slli_epi16(x.v, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w.v, 8), _mm256_srai_epi16(x.v, 8));
     return _mm256_add_epi32(sum.v, _mm256_add_epi32(even, odd));
+#endif
 }
 
 // Whether the processor multiplies bfloat16, and sums products of four bytes.
-constexpr bool multiplies_bfloat16 = false, multiplies_bytes = false;
+constexpr bool multiplies_bfloat16 = false;
+#ifdef GPT2FAST_AVX_VNNI
+constexpr bool multiplies_bytes = true;
+#else
+constexpr bool multiplies_bytes = false;
 
 // Keeps the compiler from adding products to each other before it adds them to the sums: it would
 // run out of registers.
@@ -220,6 +231,7 @@ struct NibbleSums {
     // The sum before, and what was added.
     IntVec end(IntVec before) const { return before + _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 };
+#endif
 
 // Signed bytes + 128, as unsigned ones.
 inline Words flip_signs(Words w) { return {_mm256_xor_si256(w.v, _mm256_set1_epi8(char(0x80)))}; }
@@ -236,3 +248,7 @@ inline Words high_nibbles(Words w) {
 }
 
 }  // namespace gpt2fast::GPT2FAST_ISA
+
+#ifdef GPT2FAST_AVX_VNNI
+#include "byte_dots.h"
+#endif

@@ -1,4 +1,5 @@
-// Vectors of 16 floats: AVX-512 F, BW, DQ, VL, VNNI, and BF16 where GPT2FAST_AVX512_BF16 is set.
+// Vectors of 16 floats: AVX-512 F, BW, DQ, VL, VNNI unless GPT2FAST_WITHOUT_VNNI is set, and BF16
+// where GPT2FAST_AVX512_BF16 is.
 #pragma once
 
 #include <immintrin.h>
@@ -150,9 +151,21 @@ inline Vec dot_bfloat16(Vec sum, Words w, Words x) {
 #endif
 }
 
-// Unsigned bytes of w times signed bytes of x.
+// What dot_int8 subtracts from each unsigned byte of w.
+constexpr int dot_offset = 0;
+
+// Unsigned bytes of w times signed bytes of x. Without VNNI the odd and even bytes are widened
+// first: in 16 bits 255 * 127 * 2 would saturate.
 inline IntVec dot_int8(IntVec sum, Words w, Words x) {
+#ifdef GPT2FAST_WITHOUT_VNNI
+    const __m512i low = _mm512_set1_epi16(0xff);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w.v, low),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(x.v, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w.v, 8), _mm512_srai_epi16(x.v, 8));
+    return _mm512_add_epi32(sum.v, _mm512_add_epi32(even, odd));
+#else
     return _mm512_dpbusd_epi32(sum.v, w.v, x.v);
+#endif
 }
 
 // Whether the processor multiplies bfloat16, and sums products of four bytes.

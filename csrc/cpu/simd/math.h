@@ -41,16 +41,17 @@ inline Vec gelu(Vec z) {
 }
 
 // Elements of a where bit `stage` of their place is clear and those of b, moved down by `stage`
-// places, where it is set; with `upper`, a's are moved and b's are not.
-template <int stage, bool upper, int... l>
-Vec exchange(Vec a, Vec b, std::integer_sequence<int, l...>) {
-    constexpr int width = Vec::width;
+// places, where it is set; with `upper`, a's are moved and b's are not. A header whose vectors are
+// several has its own.
+template <int stage, bool upper, typename V, int... l>
+V exchange(V a, V b, std::integer_sequence<int, l...>) {
+    constexpr int width = V::width;
 #if defined(__clang__)
-    return Vec(__builtin_shufflevector(
+    return V(__builtin_shufflevector(
         a.v, b.v, ((l & stage) ? width + l - (upper ? 0 : stage) : l + (upper ? stage : 0))...));
 #else
     typedef int Places __attribute__((vector_size(4 * width)));
-    return Vec(__builtin_shuffle(
+    return V(__builtin_shuffle(
         a.v, b.v,
         Places{((l & stage) ? width + l - (upper ? 0 : stage) : l + (upper ? stage : 0))...}));
 #endif

@@ -1,5 +1,5 @@
-// Vectors of 8 floats as two of 4: NEON on AArch64, with dot products where the compiler was told
-// that the processor has them.
+// Vectors of 8 floats as two of 4: NEON on AArch64, with dot products of signed bytes where
+// GPT2FAST_NEON_DOTPROD is set, and of unsigned by signed ones where GPT2FAST_NEON_I8MM is.
 #pragma once
 
 #include <arm_neon.h>
@@ -120,6 +120,18 @@ inline Vec reduce_add_each(const Vec (&x)[8]) {
     return {vpaddq_f32(pair(0), pair(2)), vpaddq_f32(pair(4), pair(6))};
 }
 
+// The exchange of math.h.
+template <int stage, bool upper>
+Vec exchange(Vec a, Vec b, std::integer_sequence<int, 0, 1, 2, 3, 4, 5, 6, 7>) {
+    if constexpr (stage == 4) return upper ? Vec(a.high, b.high) : Vec(a.low, b.low);
+    const auto quads = [](float32x4_t x, float32x4_t y) {
+        if constexpr (stage == 1) return upper ? vtrn2q_f32(x, y) : vtrn1q_f32(x, y);
+        const float64x2_t v = vreinterpretq_f64_f32(x), w = vreinterpretq_f64_f32(y);
+        return vreinterpretq_f32_f64(upper ? vtrn2q_f64(v, w) : vtrn1q_f64(v, w));
+    };
+    return {quads(a.low, b.low), quads(a.high, b.high)};
+}
+
 // 8 words of 4 bytes: one float, two bfloat16, or four int8 each.
 struct Words {
     uint32x4_t low, high;
@@ -176,19 +188,29 @@ inline Words flip_signs(Words w) {
     return {veorq_u32(w.low, signs), veorq_u32(w.high, signs)};
 }
 
-// Unsigned bytes of w times signed bytes of x: (w - 128) * x in signed arithmetic, and 128 times
-// the sum of x, which is the same for all the columns that a word of x meets.
+// What dot_int8 subtracts from each unsigned byte of w: without I8MM the products are of signed
+// bytes.
+#ifdef GPT2FAST_NEON_I8MM
+constexpr int dot_offset = 0;
+#else
+constexpr int dot_offset = 128;
+#endif
+
+// Bytes of w, less dot_offset, times signed bytes of x, none of which is -128.
 inline int32x4_t dot_int8(int32x4_t sum, uint32x4_t w, uint32x4_t x) {
-    const int8x16_t a = vreinterpretq_s8_u32(veorq_u32(w, vdupq_n_u32(0x80808080u)));
     const int8x16_t b = vreinterpretq_s8_u32(x);
-    const int32x4_t offset = vshlq_n_s32(vpaddlq_s16(vpaddlq_s8(b)), 7);
-#ifdef __ARM_FEATURE_DOTPROD
-    return vdotq_s32(vaddq_s32(sum, offset), a, b);
+#ifdef GPT2FAST_NEON_I8MM
+    return vusdotq_s32(sum, vreinterpretq_u8_u32(w), b);
+#else
+    const int8x16_t a = vreinterpretq_s8_u32(veorq_u32(w, vdupq_n_u32(0x80808080u)));
+#ifdef GPT2FAST_NEON_DOTPROD
+    return vdotq_s32(sum, a, b);
 #else
     // Two products, at most 128 * 127 each, fit into 16 bits.
     const int16x8_t pairs =
         vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
-    return vpadalq_s16(vaddq_s32(sum, offset), pairs);
+    return vpadalq_s16(sum, pairs);
+#endif
 #endif
 }
 inline IntVec dot_int8(IntVec sum, Words w, Words x) {

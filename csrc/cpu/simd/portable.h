@@ -144,6 +144,9 @@ inline Vec dot_bfloat16(Vec sum, Words w, Words x) {
     return Floats(w.v & 0xffff0000u) * Floats(x.v & 0xffff0000u) + even;
 }
 
+// What dot_int8 subtracts from each unsigned byte of w.
+constexpr int dot_offset = 0;
+
 // Unsigned bytes of w times signed bytes of x.
 inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     for (int i = 0; i < 32; i += 8) {

@@ -1,0 +1,10 @@
+// The step for AArch64 with dot products of signed bytes (Armv8.2).
+#include "compiler.h"
+#ifdef GPT2FAST_HAS_NEON_DOTS
+#define GPT2FAST_ISA neon_dotprod
+#define GPT2FAST_SIMD "simd/neon.h"
+#define GPT2FAST_TARGET "+dotprod"
+#define GPT2FAST_NEON_DOTPROD
+#define GPT2FAST_OPS_OF neon
+#include "../kernel_table.h"
+#endif
