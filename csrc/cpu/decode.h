@@ -268,7 +268,8 @@ private:
         const int64_t blocks = (tiles.count + block - 1) / block;
         worker_.for_each(panels * blocks, [&](int64_t item) {
             const int64_t panel = item % panels, first = item / panels * block;
-            alignas(64) float sums[most_rows(Format::float32) * panel_columns];
+            constexpr int most = std::max(most_rows(Format::float32), most_rows(Format::float16));
+            alignas(64) float sums[most * panel_columns];
             const int64_t last = std::min(first + block, tiles.count);
             for (int64_t tile = first; tile < last; ++tile) {
                 const int size = tiles.size(tile);

@@ -12,16 +12,21 @@ namespace gpt2fast::GPT2FAST_ISA {
 
 constexpr int panel_vectors = panel_columns / Vec::width;
 
-// The most rows in a tile, by the registers: sums, one word of a panel's column, one of a row.
+// The most rows in a tile, by the registers: sums, one word of a panel's column, one of a row. Of
+// float16 more than fit beside a whole panel, which passes in parts then (`vectors_at_once`): a
+// weight is widened once for all of them.
 constexpr int most_rows(Format format) {
+    if (format == Format::float16) return Vec::width == 16 ? 14 : Vec::width == 8 ? 6 : 8;
     const bool quantized = format == Format::int8 || format == Format::int4;
     if (Vec::width == 16) return quantized ? 6 : 14;
     if (Vec::width == 8) return quantized ? 2 : 3;
     return 1;
 }
 
+// Inputs that share a word of a packed row; float16 weights are multiplied by float32 rows.
 constexpr int inputs_per_word(Format format) {
-    return format == Format::float32 ? 1 : format == Format::bfloat16 ? 2 : 4;
+    const bool wide = format == Format::float32 || format == Format::float16;
+    return wide ? 1 : format == Format::bfloat16 ? 2 : 4;
 }
 
 // How `count` rows are cut into tiles of nearly equal size.
@@ -121,7 +126,8 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
 inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8_t* tile, int rows,
                      int r) {
     switch (to.format) {
-        case Format::float32: return pack_row_float32(x, inputs, to, tile, rows, r);
+        case Format::float32:
+        case Format::float16: return pack_row_float32(x, inputs, to, tile, rows, r);
         case Format::bfloat16: return pack_row_bfloat16(x, inputs, to, tile, rows, r);
         case Format::int8:
         case Format::int4: return pack_row_int8(x, inputs, to, tile, rows, r);
@@ -214,6 +220,52 @@ void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* o
     sums.store(out);
 }
 
+// Vectors of a float16 panel's columns that `sums` sums each leave room for in the registers.
+constexpr int vectors_at_once(int sums) {
+    const int fit = Vec::width == 16 ? 28 : Vec::width == 8 ? 12 : 8;
+    int vectors = panel_vectors;
+    while (vectors * sums > fit) vectors /= 2;
+    return vectors;
+}
+
+// out (R, 32) = panel * tile for float16, in float32.
+template <int R>
+void multiply_float16(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows, float* out,
+                      Ahead ahead) {
+    // The sums of a single row are so few that each waits for itself: odd inputs have their own.
+    constexpr int chains = R == 1 ? 2 : 1;
+    constexpr int vectors = vectors_at_once(R * chains);
+    for (int begin = 0; begin < panel_columns; begin += vectors * Vec::width) {
+        const float16* w = reinterpret_cast<const float16*>(panel) + begin;
+        const float* x = reinterpret_cast<const float*>(tile);
+        Vec sums[chains][R][vectors];
+        for (auto& chain : sums) {
+            for (auto& row : chain) {
+                for (Vec& sum : row) sum = Vec(0.0f);
+            }
+        }
+        for (int64_t k = 0; k < rows.padded_inputs; k += 2) {
+            if (begin == 0) ahead.ask();
+            for (int i = 0; i < 2; ++i, x += R, w += panel_columns) {
+                Vec wide[vectors];
+                for (int c = 0; c < vectors; ++c) wide[c] = Vec::load(w + c * Vec::width);
+                for (int r = 0; r < R; ++r) {
+                    Vec* to = sums[i % chains][r];
+                    const Vec value(x[r]);
+                    for (int c = 0; c < vectors; ++c) to[c] = fma(wide[c], value, to[c]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < vectors; ++c) {
+                Vec sum = sums[0][r][c];
+                if constexpr (chains == 2) sum = sum + sums[1][r][c];
+                sum.store(out + r * panel_columns + begin + c * Vec::width);
+            }
+        }
+    }
+}
+
 // out (R, 32) = panel * tile for int8 and int4. The sums of a group are exact; its two scales are
 // applied in float32.
 template <Format format, int R>
@@ -287,6 +339,8 @@ void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
         sums.clear();
         add_floats<format, R>(sums, panel, {tile, 4, 4 * R}, rows.words(), ahead);
         sums.store(out);
+    } else if constexpr (format == Format::float16) {
+        multiply_float16<R>(panel, tile, rows, out, ahead);
     } else {
         multiply_quantized<format, R>(panel, tile, rows, out, ahead);
     }
@@ -326,6 +380,7 @@ inline Multiply multiply_for(Format format, int rows) {
     switch (format) {
         case Format::float32: return multiply_for<Format::float32>(rows);
         case Format::bfloat16: return multiply_for<Format::bfloat16>(rows);
+        case Format::float16: return multiply_for<Format::float16>(rows);
         case Format::int8: return multiply_for<Format::int8>(rows);
         default: return multiply_for<Format::int4>(rows);
     }
@@ -345,6 +400,13 @@ inline void unpack_column(const PackedMatrix& w, const uint8_t* data, int64_t co
             for (int64_t k = 0; k < w.inputs; ++k) {
                 bfloat16 x;
                 std::memcpy(&x, panel + 4 * (k / 2 * panel_columns + lane) + 2 * (k % 2), 2);
+                out[k] = to_float(x);
+            }
+            return;
+        case Format::float16:
+            for (int64_t k = 0; k < w.inputs; ++k) {
+                float16 x;
+                std::memcpy(&x, panel + 2 * (k * panel_columns + lane), 2);
                 out[k] = to_float(x);
             }
             return;
