@@ -13,7 +13,7 @@ from gpt2fast.inference.decoding import Timing, decode
 from gpt2fast.inference.stopping import StopCriteria
 from gpt2fast.sampling import SamplingOptions
 
-WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+WEIGHTS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
 class Engine:
