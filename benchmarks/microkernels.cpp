@@ -41,10 +41,10 @@ constexpr int64_t row_counts[] = {1, 2, 8, 64};
 
 PackedMatrix matrix(Format format, int64_t inputs) {
     const bool quantized = format == Format::int8 || format == Format::int4;
-    const int64_t bits = format == Format::float32    ? 32
-                         : format == Format::bfloat16 ? 16
-                         : format == Format::int8     ? 8
-                                                      : 4;
+    const int64_t bits = format == Format::float32 ? 32
+                         : format == Format::int8  ? 8
+                         : format == Format::int4  ? 4
+                                                   : 16;
     const int64_t scales = quantized ? 2 * (inputs / group) : 0;
     return {format,
             inputs,
@@ -57,7 +57,7 @@ PackedMatrix matrix(Format format, int64_t inputs) {
 }
 
 const char* name_of(Format format) {
-    constexpr const char* names[] = {"float32", "bfloat16", "int8", "int4"};
+    constexpr const char* names[] = {"float32", "bfloat16", "int8", "int4", "float16"};
     return names[int64_t(format)];
 }
 
@@ -143,7 +143,8 @@ int main(int count, char** arguments) {
     if (count != 3) return 2;
     const int threads = std::atoi(arguments[1]);
     const double seconds = std::atof(arguments[2]);
-    for (const Format format : {Format::float32, Format::bfloat16, Format::int8, Format::int4}) {
+    for (const Format format :
+         {Format::float32, Format::bfloat16, Format::float16, Format::int8, Format::int4}) {
         for (const Level& level : levels) {
             const PackedMatrix w = matrix(format, level.inputs);
             const int64_t panels = std::max<int64_t>(1, level.bytes / w.panel_size);

@@ -12,7 +12,7 @@ import torch
 import machine
 from gpt2fast import GPT2, GPT2Config, backend, ops
 
-FORMATS = ("float32", "bfloat16", "int8", "int4")
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -21,8 +21,8 @@ def packed(request):
     model = GPT2(GPT2Config()).eval()
     if request.param == "float32":
         return model.pack(release=True)
-    if request.param == "bfloat16":
-        return model.bfloat16().pack(release=True)
+    if request.param in ("bfloat16", "float16"):
+        return model.to(getattr(torch, request.param)).pack(release=True)
     return model.quantize(request.param, method="nearest", release=True)
 
 
@@ -52,9 +52,10 @@ def test_prompt(benchmark, packed, entries):
 
     benchmark.pedantic(read, rounds=7, warmup_rounds=1)
     benchmark.extra_info["tokens_per_second"] = entries / benchmark.stats.stats.median
-    if packed.format in ("float32", "bfloat16"):
+    if not packed.format.startswith("int"):
+        multiplied = torch.bfloat16 if packed.format == "bfloat16" else torch.float32
         config = packed.config
         operations = 24 * config.n_layer * config.n_embd**2 * entries  # of the layers' matrices
-        rate = machine.product_rate(getattr(torch, packed.format), torch.get_num_threads())
+        rate = machine.product_rate(multiplied, torch.get_num_threads())
         share = operations / rate / benchmark.stats.stats.median
         benchmark.extra_info.update(product_rate=rate, share=share)

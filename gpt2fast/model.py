@@ -283,7 +283,7 @@ class GPT2(nn.Module):
                 copy of them; only the result can be used then.
 
         Raises:
-            ArgumentError: not on the CPU, or of another dtype than float32 and bfloat16.
+            ArgumentError: not on the CPU, or of another dtype than float32, bfloat16 and float16.
         """
         return above("inference.packing").pack(self, release=release)
 

@@ -41,10 +41,12 @@ def run(model_dir, capsys, monkeypatch):
 
 
 def test_every_format_has_a_line(run):
-    code, out, _ = run("--weights", "float32", "bfloat16")
+    formats = ("float32", "bfloat16", "float16")
+    code, out, _ = run("--weights", *formats)
     assert code == 0
-    rows = [line.split() for line in out.splitlines() if line.startswith(("float32 ", "bfloat16 "))]
-    assert [row[0] for row in rows] == ["float32", "bfloat16"]
+    starts = tuple(f"{name} " for name in formats)
+    rows = [line.split() for line in out.splitlines() if line.startswith(starts)]
+    assert [row[0] for row in rows] == list(formats)
     assert all(row[2] == "tokens/s" and float(row[1].replace(",", "")) > 0 for row in rows)
 
 

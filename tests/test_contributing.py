@@ -22,6 +22,7 @@ MARKERS = {
     "An optimizer": r"\bmuon\b",
     "A dtype": r"DType::bfloat16|ScalarType::BFloat16|torch\.bfloat16",
     "An instruction set": r"\bavx2_vnni\b|AVX_VNNI",
+    "A format of packed weights": r"Format::float16\b",
     "A command": r"\bgpt2fast\.doctor\b|\bcli\.doctor\b",
 }
 """By kind of change, the name of an existing example, which all source files it touches contain."""
@@ -94,8 +95,8 @@ def test_files_for_every_case_name_the_neighbor(kind: str):
     bold = re.findall(r"\*\*`([^`]+)`\*\*", SECTIONS[kind])
     assert bold
     neighbor = MARKERS[kind]
-    if kind in ("A dtype", "A head size", "A command"):  # tests and pages name it otherwise
-        neighbor += r"|bfloat16|head_dim|doctor"
+    if kind in ("A dtype", "A head size", "A format of packed weights", "A command"):
+        neighbor += r"|float16|head_dim|doctor"  # tests and pages name it otherwise
     idle = [path for path in bold if not re.search(neighbor, (ROOT / path).read_text("utf-8"))]
     assert not idle, f"CONTRIBUTING.md, {kind}: {idle} do not name it"
 

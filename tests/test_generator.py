@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from comparison import needs_native
 from gpt2fast.errors import GenerationError
 from gpt2fast.inference import teacher_forcing
 from gpt2fast.inference.continuation import Generation
@@ -405,6 +406,22 @@ def test_half_precision_weights_are_widened_on_a_cpu_unless_asked_for(tmp_path):
     assert Generator.from_pretrained(tmp_path).model.dtype == torch.float32
     kept = Generator.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert kept.model.dtype == torch.bfloat16
+
+
+@needs_native
+def test_float16_weights_stay_float16_where_they_are_packed(tmp_path):
+    tokenizer = BPETokenizer.train(["ab " * 20], vocab_size=270)
+    model = small_model(vocab_size=270, bos_token_id=269, eos_token_id=269)
+    model.half().save_pretrained(tmp_path, tokenizer)
+    generator = Generator.from_pretrained(tmp_path, pack=True)
+    wide = Generator.from_pretrained(tmp_path, dtype="float32", pack=True)
+    assert (generator.model.format, wide.model.format) == ("float16", "float32")
+    options = {"max_new_tokens": 30, "seed": 3, "eos_token_id": None}
+    assert generator("ab", **options).tokens == wide("ab", **options).tokens
+    # Without packed weights the modules run, and bfloat16 rounds what it is multiplied with.
+    assert Generator.from_pretrained(tmp_path).model.dtype == torch.float32
+    model.bfloat16().save_pretrained(tmp_path, tokenizer)
+    assert Generator.from_pretrained(tmp_path, pack=True).model.format == "float32"
 
 
 def test_an_unknown_option_is_named_with_the_one_that_was_meant(generator):

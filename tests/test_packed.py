@@ -22,7 +22,7 @@ ODD = dataclasses.replace(
     CONFIG, n_embd=51, n_inner=70, tie_word_embeddings=False, activation_function="gelu",
     scale_attn_by_inverse_layer_idx=True, dropout=None,
 )  # fmt: skip
-FORMATS = {"float32": 0, "bfloat16": 0, "int8": 64, "int4": 32}
+FORMATS = {"float32": 0, "bfloat16": 0, "float16": 0, "int8": 64, "int4": 32}
 
 
 def random_model(config, seed=0):
@@ -38,8 +38,8 @@ def in_format(model, name):
     """The model packed in a format."""
     if name == "float32":
         return model.pack()
-    if name == "bfloat16":
-        copy = GPT2(model.config, dtype=torch.bfloat16)
+    if name in ("bfloat16", "float16"):
+        copy = GPT2(model.config, dtype=getattr(torch, name))
         copy.load_state_dict(model.state_dict())
         return copy.eval().pack()
     return model.quantize(name, method="nearest")
@@ -80,7 +80,7 @@ def test_what_is_packed_comes_out_again(form, inputs, outputs):
 
 @needs_native
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
-@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "float16"])
 def test_a_step_is_as_exact_as_torch(config, form):
     """Prompts of several lengths in one call, then single tokens, against float64."""
     packed = in_format(random_model(config), form)
@@ -112,6 +112,36 @@ def test_a_step_is_as_exact_as_torch(config, form):
 
 
 @needs_native
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
+def test_float16_weights_decode_as_in_transformers_float32(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    random_model(config).half().save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).float().eval()
+    model = GPT2.from_pretrained(tmp_path)
+    packed = model.pack()
+    assert packed.format == "float16" and packed.new_cache(1).k.dtype == torch.float32
+    ids = torch.randint(config.vocab_size, (5, 30))
+    with torch.no_grad():
+        assert_allclose(packed(ids).logits, theirs(ids).logits, atol=1e-4)
+        for decoder in (model, packed):
+            written = decoder.generate(ids, max_new_tokens=25, do_sample=False, eos_token_id=None)
+            assert_equal(theirs(written).logits[:, 29:-1].argmax(-1), written[:, 30:])
+
+
+@needs_native
+def test_a_float16_model_takes_steps_with_either_cache():
+    model = random_model(CONFIG).half()
+    tokens = torch.tensor([3, 5])
+    with record_calls() as calls:
+        wide = model.decode_step(tokens, packed_cache := model.pack().new_cache(2, 8))
+        assert {call.op for call in calls} == {"packed_step"}
+        own = model.decode_step(tokens, own_cache := model.new_cache(2, 8))
+    assert (packed_cache.k.dtype, own_cache.k.dtype) == (torch.float32, torch.float16)
+    assert wide.dtype == own.dtype == torch.float16
+    assert (wide - own).float().norm() < 0.02 * wide.float().norm()
+
+
+@needs_native
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
 def test_quantized_activations_cost_little(config, form):
@@ -134,7 +164,7 @@ def test_native_and_reference_steps_agree(form, cache_dtype):
         with backend(name):
             found[name] = [packed.prefill(ids, [40, 23], [0, 0], cache)]
             found[name] += [packed.decode_step(ids[:, step], cache) for step in range(3)]
-    exact = cache_dtype == torch.float32 and form == "float32"
+    exact = cache_dtype == torch.float32 and form in ("float32", "float16")
     for ours, theirs in zip(found["native"], found["reference"], strict=True):
         assert (ours - theirs).norm() < (1e-5 if exact else 0.06) * theirs.norm()
 
@@ -284,6 +314,18 @@ def test_packed_models_are_saved_and_loaded(form, tmp_path):
             GPT2.from_pretrained(tmp_path, dtype="float32")
     else:
         assert_equal(loaded.pack().weights.arena, packed.weights.arena)
+
+
+def test_vectors_too_large_for_float16_are_saved_beside_wider_matrices(tmp_path):
+    model = random_model(CONFIG).half()
+    model.ln_f.bias = torch.nn.Parameter(torch.full((48,), 1e6))
+    packed = pack_weights(model)
+    assert packed.format == "float16"
+    packed.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert_equal(loaded.get_parameter(name), parameter.float())
 
 
 def test_forward_takes_what_the_plain_model_takes():

@@ -165,6 +165,18 @@ def test_the_dtype_asked_for_is_had(tmp_path, dtype):
     assert_same_parameters(GPT2.from_pretrained(tmp_path, dtype=dtype), model.to(wanted))
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_beyond_float16_are_refused_where_it_is_asked_for(tmp_path, stored):
+    model = random_model(dtype=stored)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.bias[3] = -131072.0
+    model.save_pretrained(tmp_path)
+    says = r"mlp\.c_fc\.bias holds -131072, and float16 ends at 65504: .* float32 or bfloat16"
+    with pytest.raises(WeightsError, match=says):
+        GPT2.from_pretrained(tmp_path, dtype="float16")
+    assert_same_parameters(GPT2.from_pretrained(tmp_path, dtype="bfloat16"), model.bfloat16())
+
+
 def test_of_several_dtypes_the_widest_is_taken(tmp_path):
     state = random_model(dtype=torch.bfloat16).state_dict()
     state["ln_f.weight"] = state["ln_f.weight"].float()

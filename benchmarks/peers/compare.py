@@ -84,6 +84,7 @@ FORMATS = {
         ("xllamacpp", "bfloat16"),
         ("xllamacpp", "float16"),
     ],
+    "float16": [(OURS, "float16"), ("llama_cpp", "float16")],
     "int8": [
         (OURS, "int8"),
         ("ctranslate2", "int8"),
@@ -103,7 +104,7 @@ FORMATS = {
 }
 """The engines that are compared with each other, ours first, and their formats of the weights."""
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}
 """Bytes a weight, for the floor where our engine does not say what it reads."""
 
 _MODULES = {

@@ -14,7 +14,7 @@ from gpt2fast.inference.stopping import StopCriteria
 from gpt2fast.ops import native
 from gpt2fast.sampling import SamplingOptions
 
-WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+WEIGHTS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
 def _kernels() -> str:

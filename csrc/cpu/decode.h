@@ -75,7 +75,7 @@ constexpr int64_t resident_tiles = 1024 * 1024;
 
 // Whether a product with `rows` rows is faster on tiles. Measured; integers have to be unpacked.
 constexpr bool tiles_pay(Format format, int64_t rows) {
-    if (format == Format::float32) return false;
+    if (format == Format::float32 || format == Format::float16) return false;
     const int64_t least = format == Format::bfloat16 ? few_tokens + 1
                           : format == Format::int8   ? 32
                                                      : 48;

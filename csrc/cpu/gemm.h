@@ -36,8 +36,10 @@ constexpr int vectors_at_once(Format format, int rows) {
     return Vec::width == 8 && rows > most_rows(format) / 2 ? panel_vectors / 2 : panel_vectors;
 }
 
+// Inputs that share a word of a packed row; float16 weights are multiplied by float32 rows.
 constexpr int inputs_per_word(Format format) {
-    return format == Format::float32 ? 1 : format == Format::bfloat16 ? 2 : 4;
+    const bool wide = format == Format::float32 || format == Format::float16;
+    return wide ? 1 : format == Format::bfloat16 ? 2 : 4;
 }
 
 // Words of 4 bytes that a row has for every so many inputs of a word of the weights.
@@ -170,7 +172,8 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
 inline void pack_row(const float* x, int64_t inputs, const PackedRows& to, uint8_t* tile, int rows,
                      int r) {
     switch (to.format) {
-        case Format::float32: return pack_row_float32(x, inputs, to, tile, rows, r);
+        case Format::float32:
+        case Format::float16: return pack_row_float32(x, inputs, to, tile, rows, r);
         case Format::bfloat16: return pack_row_bfloat16(x, inputs, to, tile, rows, r);
         case Format::int8:
         case Format::int4: return pack_row_int8(x, inputs, to, tile, rows, r);
@@ -345,6 +348,32 @@ inline void add_widened(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* t
     }
 }
 
+// sums += panel * tile for float16 weights and float32 rows; of a single row again in two chains.
+template <int R, int C>
+inline void add_float16(Sums<R, C>& sums, const float16* w, const float* x, int64_t inputs,
+                        Ahead ahead) {
+    const auto add = [&](Sums<R, C>& to) {
+        Vec wide[C];
+        for (int c = 0; c < C; ++c) wide[c] = Vec::load(w + c * Vec::width);
+        for (int r = 0; r < R; ++r) {
+            const Vec factor(x[r]);
+            for (int c = 0; c < C; ++c) to.v[r][c] = fma(wide[c], factor, to.v[r][c]);
+        }
+        w += panel_columns;
+        x += R;
+    };
+    Sums<R, C> others;
+    if (R == 1) others.clear();
+    for (int64_t k = 0; k < inputs; k += 2) {
+        ahead.ask();
+        add(sums);
+        add(R == 1 ? others : sums);
+    }
+    if (R == 1) {
+        for (int c = 0; c < C; ++c) sums.v[0][c] = sums.v[0][c] + others.v[0][c];
+    }
+}
+
 // Calls part(column, ahead) for each part of a panel of so many bytes that is multiplied at once,
 // `column` being its first one.
 template <Format format, int R, typename Part>
@@ -463,6 +492,15 @@ void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
               Ahead ahead) {
     if constexpr (is_quantized(format)) {
         multiply_quantized<format, R>(panel, tile, rows, out, ahead);
+    } else if constexpr (format == Format::float16) {
+        const int64_t panel_size = rows.padded_inputs * 2 * panel_columns;
+        for_parts<format, R>(ahead, panel_size, [&](int column, Ahead asking) {
+            Sums<R, vectors_at_once(format, R)> sums;
+            sums.clear();
+            add_float16(sums, reinterpret_cast<const float16*>(panel) + column,
+                        reinterpret_cast<const float*>(tile), rows.padded_inputs, asking);
+            sums.store(out + column);
+        });
     } else {
         const int64_t panel_size = rows.weight_words() * 4 * panel_columns;
         for_parts<format, R>(ahead, panel_size, [&](int column, Ahead asking) {
@@ -513,6 +551,7 @@ inline Multiply multiply_for(Format format, int rows) {
     switch (format) {
         case Format::float32: return multiply_for<Format::float32>(rows);
         case Format::bfloat16: return multiply_for<Format::bfloat16>(rows);
+        case Format::float16: return multiply_for<Format::float16>(rows);
         case Format::int8: return multiply_for<Format::int8>(rows);
         default: return multiply_for<Format::int4>(rows);
     }
@@ -532,6 +571,13 @@ inline void unpack_column(const PackedMatrix& w, const uint8_t* data, int64_t co
             for (int64_t k = 0; k < w.inputs; ++k) {
                 bfloat16 x;
                 std::memcpy(&x, panel + 4 * (k / 2 * panel_columns + lane) + 2 * (k % 2), 2);
+                out[k] = to_float(x);
+            }
+            return;
+        case Format::float16:
+            for (int64_t k = 0; k < w.inputs; ++k) {
+                float16 x;
+                std::memcpy(&x, panel + 2 * (k * panel_columns + lane), 2);
                 out[k] = to_float(x);
             }
             return;

@@ -12,17 +12,18 @@ namespace gpt2fast {
 
 constexpr int panel_columns = 32;
 
-enum class Format : int64_t { float32, bfloat16, int8, int4 };
+enum class Format : int64_t { float32, bfloat16, int8, int4, float16 };
 
 // A weight matrix (inputs, outputs) as panels of 32 columns. Within a panel, for each unit of
 // inputs in turn, the 32 columns' words of 4 bytes: one float32, two bfloat16 or four int8, in the
-// order of the inputs. Of quantized matrices each group of inputs begins with the columns' scales,
-// 32 float16; weights are stored as unsigned bytes q + 128, or two to a byte as q + 8: inputs
-// 8i .. 8i + 3 in the low halves of a word, 8i + 4 .. 8i + 7 in the high ones.
+// order of the inputs. float16 is not paired: each input's 32 columns follow each other, so that
+// one instruction widens a vector of them. Of quantized matrices each group of inputs begins with
+// the columns' scales, 32 float16; weights are stored as unsigned bytes q + 128, or two to a byte
+// as q + 8: inputs 8i .. 8i + 3 in the low halves of a word, 8i + 4 .. 8i + 7 in the high ones.
 struct PackedMatrix {
     Format format;
     int64_t inputs;
-    int64_t padded_inputs;  // a multiple of the unit, or of the group; what is added is zero
+    int64_t padded_inputs;  // a multiple of the group, of 2 in 16 bits; what is added is zero
     int64_t outputs;
     int64_t group;       // inputs that share a scale; 0 without quantization
     int64_t data;        // bytes from the arena's begin, as all offsets here

@@ -12,6 +12,7 @@ namespace {
 
 using namespace gpt2fast::GPT2FAST_ISA;
 using gpt2fast::bfloat16;
+using gpt2fast::float16;
 using gpt2fast::Format;
 using testing::expect;
 using testing::expect_close;
@@ -63,6 +64,28 @@ void bfloat16_is_rounded_to_nearest_even() {
             expect(std::isnan(x) ? std::isnan(gpt2fast::to_float(narrow[j]))
                                  : narrow[j].bits == gpt2fast::to_bfloat16(x).bits,
                    "bfloat16 of " + std::to_string(x));
+        }
+    }
+}
+
+void every_float16_is_widened_exactly() {
+    for (int bits = 0; bits < 65536; bits += Vec::width) {
+        float16 halves[Vec::width];
+        float wide[Vec::width];
+        for (int j = 0; j < Vec::width; ++j) halves[j].bits = uint16_t(bits + j);
+        Vec::load(halves).store(wide);
+        for (int j = 0; j < Vec::width; ++j) {
+            const int exponent = (bits + j) >> 10 & 31, rest = (bits + j) & 1023;
+            double exact =
+                exponent == 0 ? std::ldexp(rest, -24) : std::ldexp(1024 + rest, exponent - 25);
+            if (exponent == 31) exact = rest ? NAN : std::numeric_limits<double>::infinity();
+            const bool negative = (bits + j) >> 15;
+            if (negative) exact = -exact;
+            for (const float x : {wide[j], gpt2fast::to_float(halves[j])}) {
+                expect(std::isnan(exact) ? std::isnan(x)
+                                         : double(x) == exact && std::signbit(x) == negative,
+                       "the float16 of bits " + std::to_string(bits + j));
+            }
         }
     }
 }
@@ -300,6 +323,7 @@ bool test_kernels() {
     bool fine = passes("float32 keeps to its length", vectors_keep_to_their_length<float>);
     fine &= passes("bfloat16 keeps to its length", vectors_keep_to_their_length<bfloat16>);
     fine &= passes("bfloat16 is rounded", bfloat16_is_rounded_to_nearest_even);
+    fine &= passes("float16 is widened", every_float16_is_widened_exactly);
     fine &= passes("bytes are rounded", bytes_are_rounded_and_saturated);
     fine &= passes("products of bytes are exact", products_of_bytes_are_exact);
     fine &= passes("functions are accurate", functions_are_accurate);

@@ -18,13 +18,24 @@ inline const char* name_of(Format format) {
         case Format::bfloat16: return "bfloat16";
         case Format::int8: return "int8";
         case Format::int4: return "int4";
+        case Format::float16: return "float16";
     }
     return "";
 }
 
-constexpr Format formats[] = {Format::float32, Format::bfloat16, Format::int8, Format::int4};
+constexpr Format formats[] = {Format::float32, Format::bfloat16, Format::int8, Format::int4,
+                              Format::float16};
 
 inline bool is_quantized(Format format) { return format == Format::int8 || format == Format::int4; }
+inline bool is_half(Format format) {
+    return format == Format::bfloat16 || format == Format::float16;
+}
+
+// Weights of some tenths; of sixteen one is subnormal or zero.
+inline gpt2fast::float16 random_float16(Random& random) {
+    const int64_t exponent = random.below(16) == 0 ? 0 : 9 + random.below(6);  // biased by 15
+    return {uint16_t(random.below(2) << 15 | exponent << 10 | random.below(1024))};
+}
 
 // In [2^-5, 2^-4) for four bits, in [2^-10, 2^-9) for eight: weights of some tenths.
 inline gpt2fast::float16 random_scale(Random& random, bool coarse) {
@@ -45,7 +56,7 @@ struct Matrix {
     Integers integers;
 
     int64_t padded_inputs() const {
-        const int64_t unit = group ? group : format == Format::bfloat16 ? 2 : 1;
+        const int64_t unit = group ? group : is_half(format) ? 2 : 1;
         return (inputs + unit - 1) / unit * unit;
     }
 
@@ -53,10 +64,10 @@ struct Matrix {
            Integers integers = Integers::any)
         : format(format), inputs(inputs), outputs(outputs), group(is_quantized(format) ? group : 0),
           values(static_cast<size_t>(inputs * outputs)), integers(integers) {
-        const int64_t bits = format == Format::float32    ? 32
-                             : format == Format::bfloat16 ? 16
-                             : format == Format::int8     ? 8
-                                                          : 4;
+        const int64_t bits = format == Format::float32 ? 32
+                             : is_half(format)         ? 16
+                             : format == Format::int8  ? 8
+                                                       : 4;
         const int64_t padded = padded_inputs();
         const int64_t groups = this->group ? padded / this->group : 0;
         panel_size = panel_columns * (padded * bits / 8 + 2 * groups);
@@ -76,16 +87,22 @@ struct Matrix {
 private:
     void fill_floats(Random& random, uint8_t* panel, int64_t lane, int64_t n, int64_t padded) {
         for (int64_t k = 0; k < padded; ++k) {
-            const float x = k < inputs && n < outputs ? 0.3f * random.normal() : 0.0f;
+            const bool there = k < inputs && n < outputs;
+            const float x = there ? 0.3f * random.normal() : 0.0f;
             double stored = x;
             if (format == Format::float32) {
                 std::memcpy(panel + 4 * (k * panel_columns + lane), &x, 4);
+            } else if (format == Format::float16) {
+                const gpt2fast::float16 half =
+                    there ? random_float16(random) : gpt2fast::float16{0};
+                std::memcpy(panel + 2 * (k * panel_columns + lane), &half, 2);
+                stored = gpt2fast::to_float(half);
             } else {
                 const gpt2fast::bfloat16 narrow = gpt2fast::to_bfloat16(x);
                 std::memcpy(panel + 4 * (k / 2 * panel_columns + lane) + 2 * (k % 2), &narrow, 2);
                 stored = gpt2fast::to_float(narrow);
             }
-            if (k < inputs && n < outputs) values[size_t(k * outputs + n)] = stored;
+            if (there) values[size_t(k * outputs + n)] = stored;
         }
     }
 

@@ -361,9 +361,8 @@ void the_faster_distance_is_kept() {
 
 double tolerance_of(Format format, DType cache) {
     // Rows are rounded to what the weights' format multiplies with; the model amplifies that.
-    const double weights = format == Format::float32    ? 3e-6
-                           : format == Format::bfloat16 ? 2e-2
-                                                        : 3e-2;
+    const bool exact = format == Format::float32 || format == Format::float16;
+    const double weights = exact ? 3e-6 : format == Format::bfloat16 ? 2e-2 : 3e-2;
     const double entries = cache == DType::float32 ? 0 : cache == DType::bfloat16 ? 2e-2 : 3e-2;
     return weights + entries;
 }

@@ -30,7 +30,7 @@ from ..config import CONFIG_FILE, PRESETS, GPT2Config
 from ..errors import ConfigError, WeightsError, shown
 from ..inference.packed import PackedGPT2, model_shape
 from ..model import GPT2
-from ..ops.packed import MatrixFormat, PackedWeights
+from ..ops.packed import MatrixFormat, PackedWeights, beyond_float16
 from ..quantization.storage import from_tensors, is_quantized
 from . import nanogpt
 from .folders import find_weights
@@ -79,7 +79,8 @@ def from_pretrained(
     "gelu_new" (save the model, and edit config.json).
 
     Raises:
-        WeightsError: nothing found, unreadable, or tensors missing, unexpected or misshapen.
+        WeightsError: nothing found, unreadable, or tensors missing, unexpected or misshapen; or
+            numbers that are too large for float16, which was asked for.
         ConfigError: config.json, the preset, or nanoGPT's model_args cannot be used.
     """
     target = _device(device)
@@ -131,7 +132,7 @@ def from_pretrained(
             file,
             listed([with_shape(*item) for item in found.left_out.items()]),
         )
-    model = _build(named, config, target, wanted or widest)
+    model = _build(named, config, target, wanted or widest, file)
     model.generation_config = settings
     return model
 
@@ -230,12 +231,22 @@ def _advice(missing: list[str], problems: list[str]) -> str:
 
 
 def _build(
-    named: dict[str, Tensor], config: GPT2Config, device: torch.device, dtype: torch.dtype
+    named: dict[str, Tensor],
+    config: GPT2Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    file: Path,
 ) -> GPT2:
     storages: set[int] = set()
     state: dict[str, Tensor] = {}
     for name in list(named):
-        tensor = named.pop(name).to(device=device, dtype=dtype).contiguous()
+        stored = named.pop(name)
+        if dtype == torch.float16 and (found := beyond_float16(stored)) is not None:
+            raise WeightsError(
+                f"{file}: {name} holds {found:g}, and float16 ends at 65504: load it with dtype "
+                "float32 or bfloat16"
+            )
+        tensor = stored.to(device=device, dtype=dtype).contiguous()
         # Two parameters must not share memory, and addresses must suit the dtype.
         start = tensor.untyped_storage().data_ptr()
         if start in storages or tensor.data_ptr() % tensor.element_size():

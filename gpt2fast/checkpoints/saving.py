@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from .._system.files import atomic_write_text
@@ -19,7 +20,7 @@ from ..inference.structure import why_not_configured
 from ..model import GPT2
 from ..nn.inputs import check_held
 from ..nn.projection import merged
-from ..ops.packed import QuantizedMatrix
+from ..ops.packed import QuantizedMatrix, beyond_float16
 from ..quantization.storage import to_tensors
 from ..tokenizer.foreign import save_tokenizer, tokenizer_of
 from .folders import WEIGHTS
@@ -102,6 +103,10 @@ def save_packed(
             tensor = cast("Tensor", matrix)
             tensors[name] = tensor if name.startswith("h.") else tensor.t()
         dtype = tensors["h.0.attn.c_attn.weight"].dtype
+        if dtype == torch.float16 and any(
+            beyond_float16(tensor) is not None for tensor in tensors.values()
+        ):
+            dtype = torch.float32  # a bias or norm that was wider than the matrices
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     _save(
         model,

@@ -34,7 +34,7 @@ from .arguments import CommandParser, count
 from .command import command, memory_advice
 from .regime import MemorySpeed, advice, bound, computing_speed, memory_speed, read_bandwidth
 
-WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+WEIGHTS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _load(options: argparse.Namespace, dtype: str) -> GPT2 | PackedGPT2:
 
 def _converted(options: argparse.Namespace, weights: str) -> GPT2 | PackedGPT2:
     """The model with its weights in this format; fresh, so that two never share the memory."""
-    model = _load(options, "bfloat16" if weights == "bfloat16" else "float32")
+    model = _load(options, "float32" if weights.startswith("int") else weights)
     if isinstance(model, PackedGPT2) or not weights.startswith("int"):
         return model
     # Speed does not depend on how well the weights are rounded: round them the quick way.

@@ -30,7 +30,8 @@ def add_model_flags(parser: argparse._ActionsContainer) -> None:
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     add(
         "--dtype", choices=DTYPES,
-        help="of the weights; default: as stored, but at least float32 on a CPU",
+        help="of the weights; default: as stored, but at least float32 on a CPU, unless they are "
+        "float16 and packed (as generate does)",
     )  # fmt: skip
     add(
         "--quantize", choices=QUANTIZED,

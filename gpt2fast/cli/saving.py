@@ -45,6 +45,6 @@ def save(generator: Generator, args: argparse.Namespace) -> None:
         raise GenerationError(
             f"--save {folder}: the model cannot be saved there: {error}"
         ) from error
-    # On a CPU, 16 bits are read as 32 unless they are asked for.
+    # On a CPU, 16 bits are read as 32 unless they are asked for, or are float16 and packed.
     halves = args.dtype in ("bfloat16", "float16") and args.quantize is None
     note(f"the model is saved in {folder}" + f"; it was read with --dtype {args.dtype}" * halves)

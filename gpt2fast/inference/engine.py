@@ -158,8 +158,8 @@ def decode_step(
     if why_not_read(model) is not None:
         places = None if position_ids is None else position_ids[:, None]
         return _call(model, tokens[:, None], None, places, cache)
-    packed = packed_copy(model, thorough=False)
-    if packed is not None and cache.k.dtype in CACHE_DTYPES:
+    packed = packed_copy(model, thorough=False) if cache.k.dtype in CACHE_DTYPES else None
+    if packed is not None:
         return packed.decode_step(tokens, cache, position_ids).to(model.dtype)
     positions = cache.positions if position_ids is None else position_ids
     check_tokens(model.config, tokens)

@@ -107,7 +107,8 @@ class Generator:
                 `checkpoints.gpt2.from_pretrained`, which takes device, revision,
                 local_files_only and preset too.
             dtype: of the weights; None means as stored, but float32 on a CPU where a half type
-                is stored, since many CPUs only emulate those.
+                is stored, since many CPUs only emulate those. With `pack`, float16 stays as it is:
+                packed, it is multiplied in float32.
             tokenizer: where the tokenizer is, if not with the model; or a tokenizer.
             adapter: directory, or name on the hub, of LoRA adapters in PEFT's format, which are
                 merged into the model.

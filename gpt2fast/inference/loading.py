@@ -36,7 +36,10 @@ def load_pair(
         local_files_only=local_files_only,
         preset=preset,
     )
-    if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4:
+    packs = pack and quantize is None and isinstance(model, GPT2) and model.can_be_packed()
+    # Packed float16 weights are multiplied in float32: nothing is gained by widening them.
+    keeps = packs and adapter is None and model.dtype == torch.float16
+    if dtype is None and model.device.type == "cpu" and model.dtype.itemsize < 4 and not keeps:
         model = model.float()
     if adapter is not None:
         lora = above("lora")
@@ -48,7 +51,7 @@ def load_pair(
                 f"{name_or_path} is quantized already ({model.format}); leave quantize out"
             )
         model = model.quantize(quantize, release=True)
-    elif pack and isinstance(model, GPT2) and model.can_be_packed():
+    elif packs:
         model = model.pack(release=True)
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return model, tokenizer

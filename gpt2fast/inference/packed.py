@@ -31,7 +31,10 @@ from ..quantization.quantized import QuantizedWeights
 
 # Tokens in one pass through the model; more would need more memory and be no faster.
 _BLOCK = 512
-_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Products with float16 weights are float32's, and so are their keys and values.
+_CACHE_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32,
+}  # fmt: skip
 
 
 class PackedGPT2(nn.Module):
@@ -72,7 +75,7 @@ class PackedGPT2(nn.Module):
 
     @property
     def format(self) -> str:
-        """The format of most weights: float32, bfloat16, int8 or int4."""
+        """The format of most weights: float32, bfloat16, float16, int8 or int4."""
         return self.weights.formats["h.0.attn.c_attn.weight"].name
 
     @property
@@ -109,7 +112,7 @@ class PackedGPT2(nn.Module):
             batch_size: rows.
             max_length: entries per row; None means `n_positions`.
             dtype: of keys and values: float32, bfloat16 or int8. None means that of float weights,
-                and int8 beside quantized ones.
+                float32 beside float16 and int8 beside quantized ones.
         """
         config = self.config
         if dtype is None:

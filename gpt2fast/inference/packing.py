@@ -17,8 +17,8 @@ from ..nn.changes import on_moved_weights
 from ..nn.inputs import check_held
 from ..nn.projection import merged
 from ..ops.backend import requested_backend
-from ..ops.native import DTYPES, fingerprint, unavailable
-from ..ops.packed import Matrix, MatrixFormat, PackedWeights
+from ..ops.native import fingerprint, unavailable
+from ..ops.packed import DTYPES, Matrix, MatrixFormat, PackedWeights
 from ..quantization import QuantizedWeights, quantize_weights
 from .packed import PackedGPT2, model_shape
 from .structure import why_not_read
@@ -49,7 +49,7 @@ def _why_not_packed(model: GPT2) -> str | None:
     if model.device.type != "cpu":
         return f"it is on {model.device}; move it with .cpu()"
     if model.dtype not in DTYPES:
-        return f"it is in {model.dtype}; use .float() or .bfloat16()"
+        return f"it is in {model.dtype}; use .float(), .half() or .bfloat16()"
     return why_not_read(model)
 
 

@@ -5,6 +5,7 @@ and holds every matrix as panels of 32 output columns:
 
     float32    [panel][input][32]
     bfloat16   [panel][input / 2][32][2]
+    float16    [panel][input][32]
     int8       [panel][group] of 32 float16 scales, then [input / 4][32][4] bytes of q + 128
     int4       [panel][group] of 32 float16 scales, then [input / 8][32][4] bytes: q + 8 of inputs
                8i + j in the low half, of 8i + 4 + j in the high one
@@ -31,7 +32,11 @@ from .activations import ACTIVATIONS
 
 _PANEL = 32
 _MAGIC = int.from_bytes(b"gt2fast1", "little")
-_FORMATS = ("float32", "bfloat16", "int8", "int4")
+_FORMATS = ("float32", "bfloat16", "int8", "int4", "float16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of matrices that are packed as they are."""
+_FLOAT16_END = 65520.0
+"""From here on float16 rounds to infinity; its largest number is 65504."""
 _GROUPS = (32, 64)
 """Sizes of groups that the kernels can read."""
 _ACTIVATIONS = tuple(ACTIVATIONS)
@@ -70,26 +75,31 @@ class MatrixFormat:
     """Storage format of a matrix's elements."""
 
     name: str
-    """float32, bfloat16, int8 or int4."""
+    """float32, bfloat16, float16, int8 or int4."""
     group: int = 0
     """Inputs that share a scale; 0 without quantization."""
 
     @classmethod
     def of(cls, matrix: Matrix) -> MatrixFormat:
-        """The format that holds `matrix` as it is; float16 becomes float32."""
+        """The format that holds `matrix` as it is; float64 becomes float32."""
         if isinstance(matrix, QuantizedMatrix):
             return cls(f"int{matrix.bits}", matrix.group)
-        return cls("bfloat16" if matrix.dtype == torch.bfloat16 else "float32")
+        return cls(str(matrix.dtype if matrix.dtype in DTYPES else torch.float32)[6:])
+
+    @property
+    def neighbors(self) -> int:
+        """Inputs of one column that lie side by side, of float formats."""
+        return 2 if self.name == "bfloat16" else 1
 
     def padded(self, inputs: int) -> int:
-        """`inputs` rounded up to whole words, or to whole groups."""
-        unit = self.group or (2 if self.name == "bfloat16" else 1)
+        """`inputs` rounded up to whole groups, or to an even number in 16 bits."""
+        unit = self.group or (1 if self.name == "float32" else 2)
         return -(-inputs // unit) * unit
 
     def panel_size(self, inputs: int) -> int:
         """Bytes of a panel."""
         padded = self.padded(inputs)
-        bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[self.name]
+        bits = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}[self.name]
         scales = 2 * (padded // self.group) if self.group else 0
         return _PANEL * (padded * bits // 8 + scales)
 
@@ -250,7 +260,7 @@ class PackedWeights:
         """Store a vector, wpe, or a matrix (in, out) in its format from `formats`.
 
         Raises:
-            ArgumentError: a matrix has another format or shape, or integers too large for it.
+            ArgumentError: a matrix has another format or shape, or numbers too large for it.
         """
         if name not in self._sizes:
             self._floats(name).copy_(value if isinstance(value, Tensor) else value.dequantize())
@@ -260,6 +270,10 @@ class PackedWeights:
         if given != form and form.group:
             raise ArgumentError(f"{name} was announced as {form}, not {given}")
         _check_matrix(name, value, *self._sizes[name])
+        if form.name == "float16" and (found := beyond_float16(value)) is not None:
+            raise ArgumentError(
+                f"{name} holds {found:g}, and float16 ends at 65504: pack it as float32 or bfloat16"
+            )
         for panels, begin, end in self._chunks(name):
             panels.copy_(_pack(_columns(value, begin, end), form))
 
@@ -342,6 +356,17 @@ class PackedWeights:
             form.panel_size(inputs),
             self._offsets.get(name.replace(".weight", ".bias"), -1) if name[0] == "h" else -1,
         ]
+
+
+def beyond_float16(values: Matrix) -> float | None:
+    """A finite number among `values` that float16 would turn into infinity, or None."""
+    if isinstance(values, QuantizedMatrix) or values.dtype == torch.float16 or not values.numel():
+        return None
+    least, most = (float(x) for x in values.detach().aminmax())
+    if least > -_FLOAT16_END and most < _FLOAT16_END:
+        return None
+    found = values[values.isfinite() & (values.abs() >= _FLOAT16_END)]
+    return float(found[0]) if found.numel() else None
 
 
 def check_arena(arena: Tensor) -> None:
@@ -440,7 +465,7 @@ def _pack(matrix: Matrix, form: MatrixFormat) -> Tensor:
         values = values.to(getattr(torch, form.name))
     values = F.pad(values, (0, count * _PANEL - outputs, 0, padded - inputs))
     if not isinstance(matrix, QuantizedMatrix):
-        unit = 4 // values.element_size()
+        unit = form.neighbors
         words = values.view(padded // unit, unit, count, _PANEL).permute(2, 0, 3, 1)
         return words.reshape(count, -1).view(torch.uint8)
     groups, group = padded // form.group, form.group
@@ -460,7 +485,7 @@ def _unpack(panels: Tensor, form: MatrixFormat, inputs: int, outputs: int) -> Ma
     count, padded = len(panels), form.padded(inputs)
     if not form.group:
         words = panels.view(getattr(torch, form.name))
-        unit = 4 // words.element_size()
+        unit = form.neighbors
         words = words.view(count, padded // unit, _PANEL, unit).permute(1, 3, 0, 2)
         return words.reshape(padded, -1)[:inputs, :outputs]
     groups, group = padded // form.group, form.group

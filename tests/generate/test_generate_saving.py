@@ -20,6 +20,7 @@ from gpt2fast.lora import add_adapters, save_adapter
     [
         ([], []),
         (["--dtype", "bfloat16"], ["--dtype", "bfloat16"]),
+        (["--dtype", "float16"], ["--dtype", "float16"]),
         (["--dtype", "float64"], []),
         (["--quantize", "int8"], []),
         (["--quantize", "int8", "--dtype", "bfloat16"], []),

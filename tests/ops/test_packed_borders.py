@@ -1,7 +1,7 @@
 """Steps of packed weights where sizes fill no vector, panel, group or word, against float64.
 
-What a packed step rounds is rounded here as well: the inputs of 16-bit and quantized matrices, and
-what enters the cache. So little is left to a tolerance that one element of a group shows.
+What a packed step rounds is rounded here as well: the inputs of bfloat16 and quantized matrices,
+and what enters the cache. So little is left to a tolerance that one element of a group shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, Quantiz
 from tolerance import assert_equal, assert_near
 
 FORMATS = [
-    MatrixFormat("float32"), MatrixFormat("bfloat16"),
+    MatrixFormat("float32"), MatrixFormat("bfloat16"), MatrixFormat("float16"),
     MatrixFormat("int8", 64), MatrixFormat("int8", 32),
     MatrixFormat("int4", 64), MatrixFormat("int4", 32),
 ]  # fmt: skip
@@ -61,7 +61,7 @@ def random_weights(form, heads, size, inner, vocab, tied):
 
 def rounded_inputs(x, form):
     """x (N, K) in float64 as a product with a matrix of this format takes it."""
-    if form.name == "float32":
+    if form.name in ("float32", "float16"):
         return x
     if form.name == "bfloat16":
         return x.float().bfloat16().double()
@@ -156,7 +156,7 @@ def test_a_step_of_odd_sizes(one_thread_afterward, form, dtype, sizes):
     exact = [exact_logits(weights, prompt, dtype) for prompt in prompts]
     # One rounding that falls otherwise moves many that follow.
     share = 3e-2 if form.group else 2e-2
-    if (form.name, dtype) == ("float32", torch.float32):
+    if form.name in ("float32", "float16") and dtype == torch.float32:
         share = 1e-5
     # With two threads the entries of few rows are read in parts, some of them empty.
     for threads in (1, 2):
@@ -187,7 +187,8 @@ SHAPE = ModelShape(1, 24, 40, 20, 4, "relu", 1e-5, (1.0,), True)
         (MatrixFormat("int8", 0), "int8 in groups of 0"),
         (MatrixFormat("int8", -32), "int8 in groups of -32"),
         (MatrixFormat("float32", 32), "float32 in groups of 32"),
-        (MatrixFormat("float16"), "float16; these can: float32, bfloat16, int8, int4"),
+        (MatrixFormat("float16", 32), "float16 in groups of 32"),
+        (MatrixFormat("float64"), "float64; these can: float32, bfloat16, int8, int4, float16"),
     ],
     ids=str,
 )
@@ -220,6 +221,35 @@ def test_a_matrix_that_does_not_fit_is_refused(bits, matrix, says):
     with pytest.raises(ArgumentError, match=f"wte.weight .*{says}"):
         weights.put("wte.weight", matrix)
     assert_equal(weights.arena, before)
+
+
+FLOAT16 = MatrixFormat("float16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [65520.0, -1e6])
+def test_what_float16_cannot_hold_is_refused(dtype, value):
+    weights = PackedWeights(SHAPE, dict.fromkeys(SHAPE.matrices(), FLOAT16))
+    before = weights.arena.clone()
+    matrix = torch.zeros(24, 20, dtype=dtype)
+    matrix[5, 7] = value
+    matrix[0, 0] = math.inf
+    given = f"{float(matrix[5, 7]):g}".replace("+", r"\+")
+    with pytest.raises(ArgumentError, match=f"wte.weight holds {given}, .* 65504: .* bfloat16"):
+        weights.put("wte.weight", matrix)
+    assert_equal(weights.arena, before)
+
+
+def test_float16_holds_numbers_up_to_its_largest_and_infinity_and_nan():
+    weights = PackedWeights(SHAPE, dict.fromkeys(SHAPE.matrices(), FLOAT16))
+    matrix = torch.zeros(24, 20)
+    matrix[:3, 0] = torch.tensor([65519.0, -65504.0, 2.0**-24])
+    weights.put("wte.weight", matrix)
+    assert_equal(weights.get("wte.weight"), matrix.half())
+    matrix[4, 4], matrix[5, 5] = math.inf, math.nan
+    weights.put("wte.weight", matrix)
+    found = weights.get("wte.weight")
+    assert found[4, 4] == math.inf and found[5, 5].isnan() and found.isfinite().sum() == 478
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -316,12 +316,12 @@ def test_native_ops_refuse_what_does_not_fit():
 
 
 @needs_native
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_native_step_reads_no_arena_whose_header_is_damaged(bits):
+@pytest.mark.parametrize("form", ["bfloat16", "float16", "int8", "int4"])
+def test_a_native_step_reads_no_arena_whose_header_is_damaged(form):
     """Every word of the header in turn, set to small and large numbers that it must not be."""
-    shape = ModelShape(2, 64, 64, 40, 16, "gelu_new", 1e-5, (0.25,), bits is None)
-    form = MatrixFormat(f"int{bits}", 64) if bits else MatrixFormat("bfloat16")
-    formats = dict.fromkeys(shape.matrices(), form)
+    group = 64 if form.startswith("int") else 0
+    shape = ModelShape(2, 64, 64, 40, 16, "gelu_new", 1e-5, (0.25,), not group)
+    formats = dict.fromkeys(shape.matrices(), MatrixFormat(form, group))
     weights = PackedWeights(shape, formats)
     vector = torch.tensor([0])
     given = {

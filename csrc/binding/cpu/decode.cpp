@@ -90,14 +90,15 @@ private:
     void matrix(const PackedMatrix& w, int64_t inputs, int64_t outputs, bool has_bias) const {
         require(w.inputs == inputs && w.outputs == outputs && w.data % 64 == 0);
         const bool quantized = w.format == Format::int8 || w.format == Format::int4;
-        require(quantized || w.format == Format::float32 || w.format == Format::bfloat16);
+        const bool halves = w.format == Format::bfloat16 || w.format == Format::float16;
+        require(quantized || halves || w.format == Format::float32);
         require(quantized ? w.group == 32 || w.group == 64 : w.group == 0);
-        const int64_t unit = quantized ? w.group : w.format == Format::bfloat16 ? 2 : 1;
+        const int64_t unit = quantized ? w.group : halves ? 2 : 1;
         require(w.padded_inputs == ceil_div(inputs, unit) * unit);
-        const int64_t bits = w.format == Format::float32    ? 32
-                             : w.format == Format::bfloat16 ? 16
-                             : w.format == Format::int8     ? 8
-                                                            : 4;
+        const int64_t bits = w.format == Format::float32 ? 32
+                             : halves                    ? 16
+                             : w.format == Format::int8  ? 8
+                                                         : 4;
         const int64_t scales = quantized ? 2 * (w.padded_inputs / w.group) : 0;
         require(w.panel_size == panel_columns * (w.padded_inputs * bits / 8 + scales));
         require(w.panels() <= model_.size / w.panel_size);

@@ -10,6 +10,7 @@ namespace gpt2fast::GPT2FAST_ISA {
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t UInts __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
 
 struct Mask {
     Ints m;
@@ -31,6 +32,18 @@ struct Vec {
         Vec x;
         std::memcpy(&x.v, p, sizeof x.v);
         return x;
+    }
+    static Vec load(const float16* p) {
+        Halves bits;
+        std::memcpy(&bits, p, sizeof bits);
+        const UInts x = __builtin_convertvector(bits, UInts), rest = x & 0x7fffu;
+        const UInts moved = (rest << 13) + (112u << 23);  // the exponent's bias is 127, not 15
+        // What is below 2^-14 has no leading one: as if it had, and then without it.
+        const UInts small = UInts(Floats(moved + (1u << 23)) - 0x1p-14f);
+        const UInts large = moved + (112u << 23);  // infinity and NaN keep the largest exponent
+        const UInts below = UInts(rest < 0x0400u), above = UInts(rest >= 0x7c00u);
+        const UInts found = (small & below) | (large & above) | (moved & ~(below | above));
+        return Floats(found | (x & 0x8000u) << 16);
     }
     static Vec load(const int8_t* p) {
         return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
