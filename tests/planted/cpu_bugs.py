@@ -270,8 +270,11 @@ BUGS = (
     Bug(
         "float16 weights: of a single row the odd inputs are left out",
         "csrc/cpu/gemm.h",
-        "if constexpr (chains == 2) sum = «sum + sums[1][r][c]»;",
-        "sum",
+        """add(R == 1 ? others : sums);
+    }
+    if (R == 1) {
+        for (int c = 0; c < C; ++c) sums.v[0][c] = «sums.v[0][c] + others.v[0][c]»;""",
+        "sums.v[0][c]",
         (PACKED,),
     ),
 )
