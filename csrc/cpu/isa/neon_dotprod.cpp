@@ -3,7 +3,7 @@
 #ifdef GPT2FAST_HAS_NEON_DOTS
 #define GPT2FAST_ISA neon_dotprod
 #define GPT2FAST_SIMD "simd/neon.h"
-#define GPT2FAST_TARGET "+dotprod"
+#define GPT2FAST_TARGET "arch=armv8.2-a+dotprod"
 #define GPT2FAST_NEON_DOTPROD
 #define GPT2FAST_OPS_OF neon
 #include "../kernel_table.h"
