@@ -51,7 +51,12 @@ def gradients(model: GPT2, **arguments: Any) -> list[Tensor]:
     return list(torch.autograd.grad(loss_of(model, **arguments), list(model.parameters())))
 
 
-@pytest.mark.parametrize("name", ["auto", "torch", "reference"])
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+)
+
+
+@pytest.mark.parametrize("name", ["auto", NATIVE, "torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("positions", [None, "row", "each"])
 def test_it_is_the_sum_of_both(name, dtype, positions):

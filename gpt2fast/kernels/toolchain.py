@@ -66,7 +66,7 @@ class Part:
 
 
 _SHARED = ("common", "binding/common")
-CPU = Part("native", (*_SHARED, "binding/cpu", "cpu"), 55)
+CPU = Part("native", (*_SHARED, "binding/cpu", "cpu"), 90)
 CUDA = Part("cuda", (*_SHARED, "binding/cuda", "launch", "kernels", "device"), 240)
 SIMULATED = Part("simulated", CUDA.folders, 60)
 """The CUDA part on a CPU, for tests: its kernels run in the simulator, its ops take CPU tensors."""
