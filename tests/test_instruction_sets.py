@@ -32,16 +32,9 @@ GREEDY = """
 import json
 from gpt2fast import Generator, GPT2, Tokenizer
 tokenizer = Tokenizer.from_pretrained("adventures")
-written = {}
-for weights in ("float32", "int8", "int4"):
-    model = GPT2.from_pretrained("adventures").eval()
-    packed = model.pack() if weights == "float32" else model.quantize(weights, method="nearest")
-    generator = Generator(packed, tokenizer)
-    prompts = ["Once upon a time there was an old wolf.", "The captain", "It was a dark night and"]
-    written[weights] = [
-        generator(prompt, max_new_tokens=40, temperature=0.0).text for prompt in prompts
-    ]
-print(json.dumps(written))
+generator = Generator(GPT2.from_pretrained("adventures").eval().pack(), tokenizer)
+prompts = ["Once upon a time there was an old wolf.", "The captain", "It was a dark night and"]
+print(json.dumps([generator(p, max_new_tokens=40, temperature=0.0).text for p in prompts]))
 """
 
 
@@ -62,7 +55,7 @@ def need(isa: str) -> None:
 
 
 @cache
-def greedy(isa: str) -> dict[str, list[str]]:
+def greedy(isa: str) -> list[str]:
     done = run(isa, "-c", GREEDY)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -85,5 +78,7 @@ def test_ops_are_right_on_every_instruction_set(isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_writes_the_same_text(isa):
+    """In float32. Sums of int8 and int4 are exact, but a last bit of a float sum between them can
+    change how an activation is rounded to 8 bits, and so a close choice."""
     need(isa)
     assert greedy(isa) == greedy("portable")
