@@ -214,7 +214,9 @@ class _Tied(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.sizes = len(wte), len(wpe)
         ctx.save_for_backward(tokens, positions)
-        return embedding(tokens, positions, wte, wpe), wte
+        # Not wte itself, of which it would be a view: torch's message where weights change before
+        # the backward pass would speak of views.
+        return embedding(tokens, positions, wte, wpe), wte.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, total: Tensor | None) -> tuple[Tensor | None, ...]:
