@@ -35,7 +35,7 @@ def give_gradients(*models: GPT2, seed: int) -> None:
     for params in zip(*(m.parameters() for m in models), strict=True):
         grad = torch.randn(params[0].shape, generator=generator)
         for param in params:
-            param.grad = grad.clone()
+            param.grad = grad.to(param.dtype, copy=True)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
@@ -211,6 +211,21 @@ def test_narrow_moments_take_half_the_memory_and_are_kept_by_a_state():
     narrow, wide = (ModelOptimizer(ours.named_parameters(), each) for each in settings)
     assert 2 * narrow.state_bytes() == wide.state_bytes()
     assert narrow.state_bytes() == sum(tensor.nbytes for tensor in narrow.tensors().values())
+
+
+def test_a_model_may_change_its_dtype_between_optimizer_and_first_step():
+    ours, theirs = model(), model().to(torch.bfloat16)
+    optimizer = AdamW(ours.parameters(), lr=1e-2)
+    ours.to(torch.bfloat16)
+    expected = AdamW(theirs.parameters(), lr=1e-2)
+    for each, steps in ((ours, optimizer), (theirs, expected)):
+        give_gradients(each, seed=0)
+        steps.step()
+        assert {x.dtype for state in steps.state.values() for x in state.values()} == {
+            torch.bfloat16
+        }
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_averages_that_bfloat16_would_not_follow_are_refused():

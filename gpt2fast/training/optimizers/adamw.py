@@ -30,7 +30,7 @@ class AdamW(torch.optim.Optimizer):
 
     A sharded parameter (DTensor) is updated by the process that holds the shard. The averages are
     allocated here, not in the first step, so that what stays lies together and steps find their
-    freed memory in one piece: parameters have to be on their device already.
+    freed memory in one piece; and once more in the first step where parameters have moved since.
     """
 
     def __init__(
@@ -64,6 +64,13 @@ class AdamW(torch.optim.Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             self.state[param][name] = torch.zeros_like(param, dtype=group.get("moments"))
 
+    def _lacks_averages(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """True in the first step if the parameter moved, and if a loaded state lacked them."""
+        if not self.state[param]:
+            return True
+        average, dtype = self.state[param]["exp_avg"], group.get("moments") or param.dtype
+        return group["step"] == 1 and (average.device, average.dtype) != (param.device, dtype)
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; see `torch.optim.Optimizer`."""
@@ -85,7 +92,7 @@ class AdamW(torch.optim.Optimizer):
             group["step"] += 1
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
-                if not self.state[param]:  # loaded from a state that lacked it
+                if self._lacks_averages(param, group):
                     self._allocate(param, group)
             ops.fused_adamw(
                 _local(params),
