@@ -22,24 +22,28 @@ std::unique_ptr<void, Free> workspace_of(int64_t bytes, int64_t tokens) {
     return memory;
 }
 
+ReadAheads& read_aheads() {
+    static ReadAheads found;
+    return found;
+}
+
 // Runs the step, then after(worker), on a team.
 template <typename After>
 void run_step(StepArgs& args, After after) {
-    static ReadAheads read_aheads;
     using Clock = std::chrono::steady_clock;
     const int team = threads();
     const auto workspace = workspace_of(kernels().step_workspace(args, team), args.tokens);
     args.workspace = static_cast<uint8_t*>(workspace.get());
     constexpr int64_t most = 16;  // of more tokens a panel meets several tiles
     const ReadAheads::Kind kind(args.tokens, args.model->size, team);
-    if (args.tokens <= most) args.read_ahead = read_aheads.distance(kind);
+    if (args.tokens <= most) args.read_ahead = read_aheads().distance(kind);
     const Clock::time_point begin = Clock::now();
     run_team(team, [&](Worker& worker) {
         kernels().step(args, worker);
         after(worker);
     });
     const std::chrono::duration<double> taken = Clock::now() - begin;
-    if (args.tokens <= most) read_aheads.took(kind, args.read_ahead, taken.count());
+    if (args.tokens <= most) read_aheads().took(kind, args.read_ahead, taken.count());
 }
 
 // Checks that offsets and sizes in the header of an arena lie inside it.
