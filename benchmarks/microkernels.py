@@ -1,7 +1,7 @@
 """How fast the kernels of each instruction set multiply packed weights, by where those lie.
 
     python benchmarks/microkernels.py
-    python benchmarks/microkernels.py --isa avx2 --threads 1
+    python benchmarks/microkernels.py --isa avx2 avx512 --threads 1
 
 One row is decoding: its floor is the speed at which its level of the cache, or memory, can be
 read. Many rows are prompts and batches: their floor is the processor's multiply-adds. From memory
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import machine
 from gpt2fast.kernels.toolchain import source_folder
+from gpt2fast.ops import native
 
 TOOL = Path(__file__).with_suffix(".cpp")
 
@@ -30,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--isa", nargs="+", choices=every, default=["avx2"], help="default: %(default)s"
-    )
+    parser.add_argument("--isa", nargs="+", choices=every, help="default: the one that runs here")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--seconds", type=float, default=0.1, help="for each measurement; default: %(default)s"
@@ -40,11 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.threads < 1 or options.seconds <= 0:
         parser.error("--threads and --seconds must be positive")
-    for isa in options.isa:
+    sets = options.isa
+    if sets is None:
+        here = native.loaded()
+        if here is None:
+            print(f"error: {native.unavailable()}; name an instruction set: --isa", file=sys.stderr)
+            return 1
+        sets = [here.isa]
+    for isa in sets:
         try:
             lines = measure(isa, options.threads, options.seconds)
-        except subprocess.CalledProcessError as error:
-            print(f"error: {isa}: {error}\n{error.stderr or ''}", file=sys.stderr)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or ""
+            print(f"error: {isa}: {error}\n{said}".rstrip(), file=sys.stderr)
             return 1
         print(f"{isa}, {options.threads} threads, memory reads "
               f"{machine.read_bandwidth(options.threads) / 1e9:.1f} GB/s")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Benchmarks: messages where packages are missing, equal work of what is compared, how peers are
+"""Benchmarks: messages where something is missing, equal work of what is compared, how peers are
 held to an instruction set and what their table says of it."""
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import compare  # noqa: E402
 from checkpoint import PeerError  # noqa: E402
 
 import machine  # noqa: E402
+import microkernels  # noqa: E402
 
 
 @pytest.mark.parametrize("options", [["--benchmark-only"], ["--benchmark-json=x.json"], []])
@@ -143,3 +144,17 @@ def test_unequal_work_is_noticed(contender, monkeypatch, change):
 @torch.no_grad()
 def _grow(model: torch.nn.Module) -> None:
     model.get_parameter("wte.weight")[:8] *= 1.5
+
+
+@pytest.mark.parametrize("options", [["--threads", "0"], ["--seconds", "-1"], ["--isa", "sse"]])
+def test_measuring_microkernels_with_bad_arguments_is_wrong_usage(options: list[str]):
+    with pytest.raises(SystemExit) as stopped:
+        microkernels.main(options)
+    assert stopped.value.code == 2
+
+
+def test_measuring_microkernels_without_a_compiler_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert microkernels.main(["--isa", "portable"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: portable:") and "no-such-compiler" in said
