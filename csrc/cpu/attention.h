@@ -213,13 +213,7 @@ void multiply_keys(const uint32_t* panel, int words, Strided keys, int count, fl
         }
     }
 #endif
-    const Tiles tiles(format, count - done);
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-        const int64_t key = done + tiles.begin(tile);
-        multiply_floats_for<format>(tiles.size(tile))(
-            queries, {keys.data + key * keys.row_stride, keys.row_stride, keys.word_stride}, words,
-            scores + key * panel_columns, false);
-    }
+    multiply_rows<format>(queries, keys, done, count, words, scores, false);
 }
 
 // sums (head_dim, 32) += the values of `count` keys by `weights`, which pack_weights packed.
@@ -237,14 +231,8 @@ void add_values(float* weights, Strided values, int count, int head_dim, float* 
         if (done == head_dim) return;
     }
 #endif
-    const Tiles tiles(format, head_dim - done);
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-        const int64_t d = done + tiles.begin(tile);
-        multiply_floats_for<format>(tiles.size(tile))(
-            reinterpret_cast<const uint8_t*>(weights),
-            {values.data + d * values.row_stride, values.row_stride, values.word_stride}, words,
-            sums + d * panel_columns, true);
-    }
+    multiply_rows<format>(reinterpret_cast<const uint8_t*>(weights), values, done, head_dim, words,
+                          sums, true);
 }
 
 // Attention of `queries` <= 32 queries, packed in `panel`, to entries 0 .. first + i. keys(begin)

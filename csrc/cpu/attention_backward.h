@@ -33,15 +33,9 @@ template <Format format>
 void add_products(const uint32_t* panels, int count, Strided rows, int keys, float* sums,
                   int64_t time) {
     constexpr int words = panel_columns / inputs_per_word(format);
-    const Tiles tiles(format, keys);
     for (int p = 0; p < count; ++p) {
-        for (int64_t tile = 0; tile < tiles.count; ++tile) {
-            const int64_t key = tiles.begin(tile);
-            multiply_floats_for<format>(tiles.size(tile))(
-                reinterpret_cast<const uint8_t*>(panels + p * words * panel_columns),
-                {rows.data + key * rows.row_stride, rows.row_stride, rows.word_stride}, words,
-                sums + (p * time + key) * panel_columns, true);
-        }
+        multiply_rows<format>(reinterpret_cast<const uint8_t*>(panels + p * words * panel_columns),
+                              rows, 0, keys, words, sums + p * time * panel_columns, true);
     }
 }
 
@@ -113,18 +107,14 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
             const int64_t entries = first + queries;
             for (int64_t key = 0; key < entries; key += key_block) {
                 const int keys = int(std::min<int64_t>(key_block, entries - key));
-                const Tiles key_tiles(format, keys);
-                for (int64_t t = 0; t < key_tiles.count; ++t) {
-                    const int64_t j = key_tiles.begin(t);
-                    const auto multiply = multiply_floats_for<format>(key_tiles.size(t));
-                    const int64_t offset = (key + j) * words;
-                    multiply(reinterpret_cast<const uint8_t*>(q_across),
-                             {reinterpret_cast<const uint8_t*>(k_along + offset), 4 * words, 4},
-                             words, weights + j * n, false);
-                    multiply(reinterpret_cast<const uint8_t*>(grad_across),
-                             {reinterpret_cast<const uint8_t*>(v_along + offset), 4 * words, 4},
-                             words, slopes + j * n, false);
-                }
+                const auto along_of = [&](const uint32_t* rows) {
+                    return Strided{reinterpret_cast<const uint8_t*>(rows + key * words), 4 * words,
+                                   4};
+                };
+                multiply_rows<format>(reinterpret_cast<const uint8_t*>(q_across), along_of(k_along),
+                                      0, keys, words, weights, false);
+                multiply_rows<format>(reinterpret_cast<const uint8_t*>(grad_across),
+                                      along_of(v_along), 0, keys, words, slopes, false);
                 const bool drops = weighting.dropout > 0.0f;
                 for (int j = 0; drops && j < keys; j += 4) {
                     dropout_factors(weighting, first, key + j, factors + j * n);
@@ -164,15 +154,10 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
                                      {static_cast<const uint8_t*>(slope_data), 4 * n / u, 4}, keys,
                                      grad_k + key * n, time);
                 pack_weights<format>(slopes, keys);
-                const Tiles dim_tiles(format, size);
-                for (int64_t t = 0; t < dim_tiles.count; ++t) {
-                    const int64_t d = dim_tiles.begin(t);
-                    multiply_floats_for<format>(dim_tiles.size(t))(
-                        reinterpret_cast<const uint8_t*>(slopes),
-                        {reinterpret_cast<const uint8_t*>(k_across + key / u * size + d), 4,
-                         4 * size},
-                        (keys + u - 1) / u, grad_q + d * n, true);
-                }
+                multiply_rows<format>(
+                    reinterpret_cast<const uint8_t*>(slopes),
+                    {reinterpret_cast<const uint8_t*>(k_across + key / u * size), 4, 4 * size}, 0,
+                    size, (keys + u - 1) / u, grad_q, true);
             }
             T* to = static_cast<T*>(args.grad_q) + (place + first * heads) * size;
             alignas(64) float ones[n];

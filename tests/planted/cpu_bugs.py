@@ -255,7 +255,7 @@ BUGS = (
     ),
     Bug(
         "int8 weights: of a partial group the elements that fill no vector are not scaled",
-        "csrc/cpu/gemm.h",
+        "csrc/cpu/packed_rows.h",
         "if («k < count») largest = max(largest, abs(Vec::load(x + k, count - k)));",
         "false",
         (PACKED,),
@@ -270,11 +270,34 @@ BUGS = (
     Bug(
         "float16 weights: of a single row the odd inputs are left out",
         "csrc/cpu/gemm.h",
-        """add(R == 1 ? others : sums);
+        """for (int64_t k = 0; k < inputs; k += 2) {
+        ahead.ask();
+        add(sums);
+        add(R == 1 ? others : sums);
     }
-    if (R == 1) {
-        for (int c = 0; c < C; ++c) sums.v[0][c] = «sums.v[0][c] + others.v[0][c]»;""",
-        "sums.v[0][c]",
+    if («R == 1») sums.add(others);""",
+        "false",
+        (PACKED,),
+    ),
+    Bug(
+        "AVX2, bfloat16 weights: the odd inputs meet the even ones of the rows",
+        "csrc/cpu/gemm.h",
+        "add_halves<true>(R == 1 ? others : sums, panel, «x + R»);",
+        "x",
+        (PACKED,),
+    ),
+    Bug(
+        "AVX2, int8 weights: the odd bytes meet the even ones of the rows",
+        "csrc/cpu/simd/avx2.h",
+        "add_half_bytes<true>(sums, panel, «tile + 4 * R»);",
+        "tile",
+        (PACKED,),
+    ),
+    Bug(
+        "AVX2, int4 weights: what is summed in 16 bits is not added to the sum before",
+        "csrc/cpu/simd/avx2.h",
+        "return «before + _mm256_madd_epi16(v, _mm256_set1_epi16(1))»;",
+        "_mm256_madd_epi16(v, _mm256_set1_epi16(1))",
         (PACKED,),
     ),
 )
