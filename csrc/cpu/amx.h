@@ -92,7 +92,8 @@ inline void pack_tiled_row(const float* x, int64_t inputs, const TiledRows& to, 
     for (int64_t g = 0; g < to.steps(); ++g) {
         const int64_t begin = g * to.group, end = std::min(begin + to.group, inputs);
         int8_t narrow[64 + Vec::width] = {};
-        to.scales(tile)[g * tile_rows + r] = narrow_group(x + begin, int(end - begin), narrow);
+        to.scales(tile)[g * tile_rows + r] =
+            narrow_group(x + begin, int(end - begin), narrow).scale;
         std::memcpy(tile + (g * tile_rows + r) * bytes, narrow, size_t(bytes));
     }
 }

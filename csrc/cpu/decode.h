@@ -11,11 +11,7 @@
 
 #include "attention.h"
 #include "attention_heads.h"
-#include "gemm.h"
-#ifdef GPT2FAST_AMX
-#include "amx.h"
-#include "simd/amx.h"
-#endif
+#include "row_products.h"
 
 namespace gpt2fast::GPT2FAST_ISA {
 
@@ -63,82 +59,50 @@ inline Vec activate(Activation activation, Vec z) {
     return Vec::load(values);
 }
 
-// Up to so many tokens, every thread normalizes and packs all rows for itself.
-constexpr int64_t few_tokens = 2;
-// Up to so many tokens, each matrix is read once, by all rows together.
-constexpr int64_t single_pass_tokens = 64;
-// Bytes of packed rows that stay in a core's own cache while panels pass by.
-constexpr int64_t resident_rows = 384 * 1024;
-#ifdef GPT2FAST_AMX
-// The same on tiles: processors that have them have a second level of 2 MB.
-constexpr int64_t resident_tiles = 1024 * 1024;
-
-// Whether a product with `rows` rows is faster on tiles. Measured; integers have to be unpacked.
-constexpr bool tiles_pay(Format format, int64_t rows) {
-    if (format == Format::float32 || format == Format::float16) return false;
-    const int64_t least = format == Format::bfloat16 ? few_tokens + 1
-                          : format == Format::int8   ? 32
-                                                     : 48;
-    return rows >= least;
-}
-#endif
-
 class Step {
 public:
     Step(const StepArgs& args, Worker& worker)
         : args_(args), model_(*args.model), worker_(worker), width_(model_.width),
-          shared_packing_(args.tokens > few_tokens || worker.threads() == 1),
           parts_(parts(args, worker.threads())) {
         uint8_t* next = args.workspace;
         hidden_ = floats(next, args.tokens * width_);
         qkv_ = floats(next, args.tokens * 3 * width_);
         attended_ = floats(next, args.tokens * width_);
         inner_ = floats(next, args.tokens * model_.inner_width);
-        const int64_t packed = packed_size(args);
-        const int64_t scratch = scratch_size(args);
-        packed_ = take(next, packed * (shared_packing_ ? 1 : worker.threads())) +
-                  (shared_packing_ ? 0 : packed * worker.index());
+        const bool shared = args.tokens > few_tokens || worker.threads() == 1;
+        const int64_t packed = packed_size(args), scratch = scratch_size(args);
+        uint8_t* rows = take(next, packed * (shared ? 1 : worker.threads()));
         scratch_ = floats(next, scratch * worker.threads()) + scratch * worker.index();
+        products_ = RowProducts(args, worker, shared, rows + (shared ? 0 : packed * worker.index()),
+                                scratch_);
         wide_ = take(next, wide_size(args));
         partial_ = floats(next, partial_size(args, worker.threads()));
     }
 
     void run() {
+        const auto set = [](Vec, Vec sum) { return sum; };
+        const auto add = [](Vec before, Vec sum) { return before + sum; };
         embed();
         for (int64_t layer = 0; layer < model_.layers; ++layer) {
             const PackedLayer& at = model_.layer(layer);
             pack_normalized(at.qkv, at.ln_1_weight, at.ln_1_bias);
-            multiply_rows(at.qkv, at.attention_out, args_.tokens,
-                          [&](int64_t row, int64_t column, Vec sum) {
-                              store(qkv_ + row * 3 * width_, at.qkv, column, sum);
-                          });
+            multiply(at.qkv, at.attention_out, qkv_, set);
             attend(layer, float(at.scale));
             pack_attended(at.attention_out);
-            multiply_rows(at.attention_out, at.inner, args_.tokens,
-                          [&](int64_t row, int64_t column, Vec sum) {
-                              add(hidden_ + row * width_, at.attention_out, column, sum);
-                          });
+            multiply(at.attention_out, at.inner, hidden_, add);
             pack_normalized(at.inner, at.ln_2_weight, at.ln_2_bias);
-            multiply_rows(at.inner, at.mlp_out, args_.tokens,
-                          [&](int64_t row, int64_t column, Vec sum) {
-                              store(inner_ + row * model_.inner_width, at.inner, column,
-                                    activate(model_.activation, sum));
-                          });
+            multiply(at.inner, at.mlp_out, inner_,
+                     [&](Vec, Vec sum) { return activate(model_.activation, sum); });
             pack_plain(at.mlp_out, inner_, model_.inner_width);
             const PackedMatrix& next =
                 layer + 1 < model_.layers ? model_.layer(layer + 1).qkv : model_.projection;
-            multiply_rows(at.mlp_out, next, args_.tokens,
-                          [&](int64_t row, int64_t column, Vec sum) {
-                              add(hidden_ + row * width_, at.mlp_out, column, sum);
-                          });
+            multiply(at.mlp_out, next, hidden_, add);
         }
         if (args_.outputs == 0) return;
         pack_normalized(model_.projection, model_.ln_f_weight, model_.ln_f_bias,
                         args_.output_tokens, args_.outputs);
-        multiply_rows(model_.projection, model_.layer(0).qkv, args_.outputs,
-                      [&](int64_t row, int64_t column, Vec sum) {
-                          store(args_.logits + row * model_.vocab, model_.projection, column, sum);
-                      });
+        products_.multiply(model_.projection, model_.layer(0).qkv, args_.outputs, args_.logits,
+                           set);
     }
 
     static int64_t workspace(const StepArgs& args, int threads) {
@@ -162,22 +126,16 @@ private:
     // Bytes for the packed rows of any of the model's matrices.
     static int64_t packed_size(const StepArgs& args) {
         const PackedModel& model = *args.model;
-        int64_t most = packed_size(model.projection, std::max<int64_t>(1, args.outputs));
+        int64_t most =
+            RowProducts::packed_size(model.projection, std::max<int64_t>(1, args.outputs));
         for (int64_t layer = 0; layer < model.layers; ++layer) {
             const PackedLayer& at = model.layer(layer);
             for (const PackedMatrix* w : {&at.qkv, &at.attention_out, &at.inner, &at.mlp_out}) {
-                most = std::max(most, packed_size(*w, args.tokens));
+                most = std::max(most, RowProducts::packed_size(*w, args.tokens));
             }
         }
         return (most + 63) / 64 * 64;
     }
-    static int64_t packed_size(const PackedMatrix& w, int64_t rows) {
-#ifdef GPT2FAST_AMX
-        if (tiles_pay(w.format, rows)) return TiledRows::size(w, rows);
-#endif
-        return PackedRows::size(w, rows);
-    }
-
     // Floats of each thread's own scratch: a normalized row, an attention's scores, a panel.
     static int64_t scratch_size(const StepArgs& args) {
         const PackedModel& model = *args.model;
@@ -187,15 +145,13 @@ private:
         }
         int64_t most = std::max({model.width, attend_heads_scratch(model.heads, longest),
                                  attention_scratch(model.head_dim)});
-#ifdef GPT2FAST_AMX
-        most = std::max(most, TiledPanel::size(model.projection) / 4);
+        most = std::max(most, RowProducts::scratch_size(model.projection));
         for (int64_t layer = 0; layer < model.layers; ++layer) {
             const PackedLayer& at = model.layer(layer);
             for (const PackedMatrix* w : {&at.qkv, &at.attention_out, &at.inner, &at.mlp_out}) {
-                most = std::max(most, TiledPanel::size(*w) / 4);
+                most = std::max(most, RowProducts::scratch_size(*w));
             }
         }
-#endif
         return (most + 15) / 16 * 16;
     }
 
@@ -240,36 +196,21 @@ private:
         });
     }
 
-    // Packs rows for a product with w; `row(i)` is the i-th one's `inputs` floats.
-    template <typename Row>
-    void pack(const PackedMatrix& w, int64_t rows, Row row) {
-#ifdef GPT2FAST_AMX
-        if (tiles_pay(w.format, rows)) return pack_tiled(w, rows, row);
-#endif
-        const PackedRows to = packed_rows(w, packed_);
-        const Tiles tiles(w.format, rows);
-        const auto pack_tile = [&](int64_t tile) {
-            const int size = tiles.size(tile);
-            for (int r = 0; r < size; ++r) {
-                pack_row(row(tiles.begin(tile) + r), w.inputs, to, to.tile(tiles, tile), size, r);
-            }
-        };
-        if (shared_packing_) {
-            worker_.for_each(tiles.count, pack_tile);
-        } else {
-            for (int64_t tile = 0; tile < tiles.count; ++tile) pack_tile(tile);
-        }
+    // out (tokens, w's outputs) = combine(out, packed rows times w); `next` is the matrix after w.
+    template <typename Combine>
+    void multiply(const PackedMatrix& w, const PackedMatrix& next, float* out, Combine combine) {
+        products_.multiply(w, next, args_.tokens, out, combine);
     }
 
     void pack_plain(const PackedMatrix& w, const float* x, int64_t stride) {
-        pack(w, args_.tokens, [&](int64_t row) { return x + row * stride; });
+        products_.pack(w, args_.tokens, [&](int64_t row) { return x + row * stride; });
     }
 
     // Packs the attention's result, adding up its parts.
     void pack_attended(const PackedMatrix& w) {
         if (parts_ == 1) return pack_plain(w, attended_, width_);
         const int64_t dim = model_.head_dim, size = part_size(model_);
-        pack(w, args_.tokens, [&](int64_t row) {
+        products_.pack(w, args_.tokens, [&](int64_t row) {
             const float* first = partial_ + row * parts_ * size;
             for (int64_t head = 0; head < model_.heads; ++head) {
                 const auto* sums = reinterpret_cast<const PartSum*>(first + width_) + head;
@@ -284,137 +225,11 @@ private:
     // Packs the layer normalization of hidden rows: of all, or of the chosen ones.
     void pack_normalized(const PackedMatrix& w, int64_t weight, int64_t bias,
                          const int64_t* chosen = nullptr, int64_t count = -1) {
-        pack(w, count < 0 ? args_.tokens : count, [&](int64_t row) {
+        products_.pack(w, count < 0 ? args_.tokens : count, [&](int64_t row) {
             normalize(hidden_ + (chosen ? chosen[row] : row) * width_, width_,
                       model_.floats(weight), model_.floats(bias), float(model_.eps), scratch_);
             return scratch_;
         });
-    }
-
-    // Where this thread's share of the panels begins and ends.
-    const uint8_t* share(const PackedMatrix& w, int thread) const {
-        return model_.at(w.data) + w.panels() * thread / worker_.threads() * w.panel_size;
-    }
-
-    // What to prefetch while a panel meets its only tile of rows: of w, and of the matrix after it.
-    Ahead ahead_of(const uint8_t* panel, const PackedMatrix& w, const PackedMatrix& next) const {
-        const uint8_t *begin = share(w, worker_.index()), *end = share(w, worker_.index() + 1);
-        if (args_.read_ahead == 0 || panel < begin || panel >= end) return {};
-        return read_ahead(panel, end, share(next, worker_.index()), args_.read_ahead);
-    }
-
-    // Calls finish(row, column, sums + bias) for every vector of packed rows times w; `next` is the
-    // matrix that follows.
-    template <typename Finish>
-    void multiply_rows(const PackedMatrix& w, const PackedMatrix& next, int64_t rows,
-                       Finish finish) {
-#ifdef GPT2FAST_AMX
-        if (tiles_pay(w.format, rows)) return multiply_on_tiles(w, next, rows, finish);
-#endif
-        const PackedRows x = packed_rows(w, packed_);
-        const Tiles tiles(w.format, rows);
-        const uint8_t* data = model_.at(w.data);
-        const float* bias = w.bias < 0 ? nullptr : model_.floats(w.bias);
-        // Few rows: the weights are read once. Many: a block of rows stays in cache, panels stream
-        // by.
-        int64_t block = tiles.count;
-        if (rows > single_pass_tokens) {
-            const int64_t tile_size = x.row_size() * most_rows(w.format);
-            block = std::max<int64_t>(1, std::min(block, resident_rows / tile_size));
-        }
-        const int64_t panels = w.panels();
-        const int64_t blocks = (tiles.count + block - 1) / block;
-        worker_.for_each(panels * blocks, [&](int64_t item) {
-            const int64_t first = item / panels * block;
-            const uint8_t* panel = data + item % panels * w.panel_size;
-            alignas(64) float sums[most_rows(Format::float32) * panel_columns];
-            const int64_t last = std::min(first + block, tiles.count);
-            for (int64_t tile = first; tile < last; ++tile) {
-                const int size = tiles.size(tile);
-                const Ahead ahead = last - first > 1 ? next_panel(panel, w.panel_size, tile - first)
-                                                     : ahead_of(panel, w, next);
-                multiply_for(w.format, size)(panel, x.tile(tiles, tile), x, sums, ahead);
-                finish_rows(w, bias, item % panels, tiles.begin(tile), size, sums, finish);
-            }
-        });
-    }
-
-    // Hands a panel's sums (size, 32) on to `finish`, from row `begin` on.
-    template <typename Finish>
-    static void finish_rows(const PackedMatrix& w, const float* bias, int64_t panel, int64_t begin,
-                            int size, const float* sums, Finish finish) {
-        for (int r = 0; r < size; ++r) {
-            for (int c = 0; c < panel_columns; c += Vec::width) {
-                const int64_t column = panel * panel_columns + c;
-                if (column >= w.outputs) break;
-                Vec sum = Vec::load(sums + r * panel_columns + c);
-                if (bias != nullptr) sum = sum + Vec::load(bias + column);
-                finish(begin + r, column, sum);
-            }
-        }
-    }
-
-#ifdef GPT2FAST_AMX
-    template <typename Row>
-    void pack_tiled(const PackedMatrix& w, int64_t rows, Row row) {
-        const TiledRows to = tiled_rows(w, packed_);
-        const auto pack_one = [&](int64_t i) {
-            pack_tiled_row(row(i), w.inputs, to, to.tile(i / tile_rows), int(i % tile_rows));
-        };
-        if (shared_packing_) {
-            worker_.for_each(rows, pack_one);
-        } else {
-            for (int64_t i = 0; i < rows; ++i) pack_one(i);
-        }
-    }
-
-    template <typename Finish>
-    void multiply_on_tiles(const PackedMatrix& w, const PackedMatrix& next, int64_t rows,
-                           Finish finish) {
-        const TiledRows x = tiled_rows(w, packed_);
-        const uint8_t* data = model_.at(w.data);
-        const float* bias = w.bias < 0 ? nullptr : model_.floats(w.bias);
-        const int64_t tiles = TiledRows::tiles(rows), panels = w.panels();
-        // Blocks of nearly equal numbers of pairs of tiles.
-        const int64_t pairs = (tiles + 1) / 2;
-        const int64_t room = std::max<int64_t>(1, resident_tiles / (2 * x.tile_size()));
-        const int64_t blocks = (pairs + room - 1) / room;
-        Amx::configure(tile_config(x.row_bytes()));
-        worker_.for_each(panels * blocks, [&](int64_t item) {
-            const int64_t index = item % panels, block = item / panels;
-            const uint8_t* from = data + index * w.panel_size;
-            const TiledPanel panel(w, from, static_cast<uint8_t*>(static_cast<void*>(scratch_)));
-            const int64_t first = pairs * block / blocks, last = pairs * (block + 1) / blocks;
-            alignas(64) float sums[2 * tile_rows * panel_columns];
-            for (int64_t pair = first; pair < last; ++pair) {
-                const int64_t begin = 2 * pair * tile_rows;
-                const Ahead ahead = last - first > 1 ? next_panel(from, w.panel_size, pair - first)
-                                                     : ahead_of(from, w, next);
-                multiply_tiled<Amx>(panel, x, x.tile(2 * pair),
-                                    int(std::min<int64_t>(2, tiles - 2 * pair)), sums, ahead);
-                finish_rows(w, bias, index, begin,
-                            int(std::min<int64_t>(2 * tile_rows, rows - begin)), sums, finish);
-            }
-        });
-        Amx::release();
-    }
-#endif
-
-    static void store(float* row, const PackedMatrix& w, int64_t column, Vec x) {
-        if (column + Vec::width <= w.outputs) {
-            x.store(row + column);
-        } else {
-            x.store(row + column, int(w.outputs - column));
-        }
-    }
-
-    static void add(float* row, const PackedMatrix& w, int64_t column, Vec x) {
-        if (column + Vec::width <= w.outputs) {
-            (Vec::load(row + column) + x).store(row + column);
-        } else {
-            const int n = int(w.outputs - column);
-            (Vec::load(row + column, n) + x).store(row + column, n);
-        }
     }
 
     void attend(int64_t layer, float scale) {
@@ -630,10 +445,10 @@ private:
     const PackedModel& model_;
     Worker& worker_;
     int64_t width_;
-    bool shared_packing_;
     int64_t parts_;
     float *hidden_, *qkv_, *attended_, *inner_, *scratch_, *partial_;
-    uint8_t *packed_, *wide_;
+    uint8_t* wide_;
+    RowProducts products_;
 };
 
 inline void step(const StepArgs& args, Worker& worker) { Step(args, worker).run(); }

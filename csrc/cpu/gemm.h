@@ -71,7 +71,8 @@ inline void add_word(Sums<R, C>& sums, const uint8_t* panel, const Strided& rows
     }
 }
 
-// sums += panel * tile for words that the processor multiplies.
+// sums += panel * tile for words that the processor multiplies. Of many rows a word at a time: with
+// two the compiler would spill sums.
 template <Format format, int R, int C>
 inline void add_words(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile, int64_t words,
                       Ahead ahead) {
@@ -81,15 +82,17 @@ inline void add_words(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* til
         panel += 4 * panel_columns;
         tile += 4 * R;
     };
-    Sums<R, C> others;
-    if (R == 1) others.clear();
     int64_t k = 0;
-    for (; k + 2 <= words; k += 2) {
-        add(sums);
-        add(R == 1 ? others : sums);
+    if constexpr (R == 1) {
+        Sums<R, C> others;
+        others.clear();
+        for (; k + 2 <= words; k += 2) {
+            add(sums);
+            add(others);
+        }
+        sums.add(others);
     }
-    if (k < words) add(sums);
-    if (R == 1) sums.add(others);
+    for (; k < words; ++k) add(sums);
 }
 
 // sums += the even or the odd inputs of a word of each column times a float of each row.
@@ -239,7 +242,7 @@ void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedR
     const uint8_t* after = tile + rows.words() * 4 * R;
     const float* x_scales = reinterpret_cast<const float*>(after);
     const int32_t* corrections = reinterpret_cast<const int32_t*>(after + groups * 4 * R);
-    for_parts<format, R>(ahead, groups * panel_size, [&](int column, Ahead asking) {
+    for_parts<format, R>(ahead, groups * panel_size, [=](int column, Ahead asking) {
         const uint8_t* group = panel;
         Sums<R, C> sums;
         sums.clear();

@@ -122,19 +122,31 @@ inline void widen_bytes(const int8_t* x, uint32_t* even, uint32_t* odd) {
     *odd = uint32_t(uint16_t(x[1])) | uint32_t(uint16_t(x[3])) << 16;
 }
 
-// Rounds `count` floats to int8, the largest to 127; returns the factor. Whole vectors are written.
-inline float narrow_group(const float* x, int count, int8_t* narrow) {
+// What narrow_group made of its floats: the factor of the bytes, and their sum.
+struct NarrowGroup {
+    float scale;
+    int32_t sum;
+};
+
+// Rounds `count` floats to int8, the largest to 127. Whole vectors are written.
+inline NarrowGroup narrow_group(const float* x, int count, int8_t* narrow) {
     Vec largest(0.0f);
     int k = 0;
     for (; k + Vec::width <= count; k += Vec::width) largest = max(largest, abs(Vec::load(x + k)));
     if (k < count) largest = max(largest, abs(Vec::load(x + k, count - k)));
     const float most = reduce_max(largest);
     const Vec inverse(most > 0.0f ? 127.0f / most : 0.0f);
-    for (k = 0; k + Vec::width <= count; k += Vec::width) {
-        (Vec::load(x + k) * inverse).store(narrow + k);
-    }
-    if (k < count) (Vec::load(x + k, count - k) * inverse).store(narrow + k);
-    return most / 127.0f;
+    // Summed as floats, which hold such integers exactly: bytes that were just written would have
+    // to be waited for.
+    Vec sum(0.0f);
+    const auto write = [&](Vec values) {
+        const Vec rounded = round(values * inverse);
+        rounded.store(narrow + k);
+        sum = sum + rounded;
+    };
+    for (k = 0; k + Vec::width <= count; k += Vec::width) write(Vec::load(x + k));
+    if (k < count) write(Vec::load(x + k, count - k));
+    return {most / 127.0f, int32_t(reduce_add(sum))};
 }
 
 inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, uint8_t* tile,
@@ -146,9 +158,7 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
     for (int64_t g = 0; g * to.group < to.padded_inputs; ++g) {
         const int64_t begin = g * to.group, end = std::min(begin + to.group, inputs);
         int8_t narrow[64 + Vec::width] = {};
-        const float scale = narrow_group(x + begin, int(end - begin), narrow);
-        int32_t sum = 0;
-        for (int i = 0; i < int(to.group); ++i) sum += narrow[i];
+        const NarrowGroup made = narrow_group(x + begin, int(end - begin), narrow);
         for (int i = 0; i < int(to.group) / 4; ++i) {
             uint32_t* word = words + (begin / 4 + i) * row_words(to.format) * rows + r;
             if (row_words(to.format) == 2) {
@@ -157,8 +167,8 @@ inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, 
                 std::memcpy(word, narrow + 4 * i, 4);
             }
         }
-        scales[g * rows + r] = scale;
-        corrections[g * rows + r] = -offset * sum;
+        scales[g * rows + r] = made.scale;
+        corrections[g * rows + r] = -offset * made.sum;
     }
 }
 

@@ -164,7 +164,9 @@ inline IntVec dot_int8(IntVec sum, Words w, Words x) {
     const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w.v, 8), _mm512_srai_epi16(x.v, 8));
     return _mm512_add_epi32(sum.v, _mm512_add_epi32(even, odd));
 #else
-    return _mm512_dpbusd_epi32(sum.v, w.v, x.v);
+    // Not the intrinsic: GCC copies each sum there and back around it.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(x.v));
+    return sum;
 #endif
 }
 
