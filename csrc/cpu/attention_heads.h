@@ -112,22 +112,24 @@ struct Query {
 };
 
 // Into the second-level cache: in the first, prefetched lines would evict the entries that are in
-// use.
+// use. Only of entries that there are: behind them lie pages that nothing has touched yet, and a
+// prefetch from those walks the page tables for nothing.
 inline void prefetch_range(const void* begin, int64_t bytes) {
     const auto* next = static_cast<const uint8_t*>(begin);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
 // sums += weights[t] * entry t over some entries, for `vectors` x width elements. bfloat16 entries
-// are read as words, so that the sums of two vectors hold the even and the odd elements.
+// are read as words, so that the sums of two vectors hold the even and the odd elements. Beside
+// each of the first `asked` entries the one `ahead` elements behind it is prefetched.
 template <typename T, int vectors>
 inline void add_entries(const T* data, int64_t stride, int count, const float* weights,
-                        int64_t ahead, float* sums) {
+                        int64_t ahead, int asked, float* sums) {
     Vec sum[vectors];
     for (int c = 0; c < vectors; ++c) sum[c] = Vec::load(sums + c * Vec::width);
     for (int t = 0; t < count; ++t) {
         const T* value = data + t * stride;
-        prefetch_range(value + ahead, vectors * Vec::width * int64_t(sizeof(T)));
+        if (t < asked) prefetch_range(value + ahead, vectors * Vec::width * int64_t(sizeof(T)));
         const Vec weight(weights[t]);
         if constexpr (std::is_same_v<T, bfloat16> && vectors % 2 == 0) {
             for (int c = 0; c < vectors; c += 2) {
@@ -149,13 +151,13 @@ constexpr int value_vectors = 4;  // vectors of one head that are summed at once
 // The same for a whole head.
 template <typename T>
 inline void add_head(const T* data, int64_t stride, int count, const float* weights, int64_t ahead,
-                     int head_dim, float* sums) {
+                     int asked, int head_dim, float* sums) {
     int d = 0;
     for (; d + value_vectors * Vec::width <= head_dim; d += value_vectors * Vec::width) {
-        add_entries<T, value_vectors>(data + d, stride, count, weights, ahead, sums + d);
+        add_entries<T, value_vectors>(data + d, stride, count, weights, ahead, asked, sums + d);
     }
     for (; d + Vec::width <= head_dim; d += Vec::width) {
-        add_entries<T, 1>(data + d, stride, count, weights, ahead, sums + d);
+        add_entries<T, 1>(data + d, stride, count, weights, ahead, asked, sums + d);
     }
     if (const int n = head_dim - d) {
         Vec sum = Vec::load(sums + d, n);
@@ -217,6 +219,7 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
         }
         for (int64_t t = 0; t < entries; t += width) {
             const int n = int(std::min<int64_t>(width, entries - t));
+            const int asked = int(std::min<int64_t>(width, entries - t - n));
             for (int h = 0; h < count; ++h) {
                 const T* keys = k.data + t * k.stride + (first + h) * head_dim;
                 Vec products[width];
@@ -225,7 +228,9 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
                     // Past the end the last entry is read again: its score is left out below.
                     const int64_t at = std::min(i, n - 1);
                     const T* key = keys + at * k.stride;
-                    prefetch_range(key + width * k.stride, head_dim * int64_t(sizeof(T)));
+                    if (i < asked) {
+                        prefetch_range(key + width * k.stride, head_dim * int64_t(sizeof(T)));
+                    }
                     products[i] = queries[h].times(key);
                     if (scaled) scales[i] = k.scales[(t + at) * k.scale_stride + first + h];
                 }
@@ -261,9 +266,11 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
         std::memset(values, 0, size_t(count) * size_t(head_dim) * sizeof(float));
         for (int64_t t = 0; t < entries; t += width) {
             const int n = int(std::min<int64_t>(width, entries - t));
+            const int asked = int(std::min<int64_t>(width, entries - t - n));
             for (int h = 0; h < count; ++h) {
                 add_head(v.data + t * v.stride + (first + h) * head_dim, v.stride, n,
-                         scratch + h * row + t, width * v.stride, head_dim, values + h * head_dim);
+                         scratch + h * row + t, width * v.stride, asked, head_dim,
+                         values + h * head_dim);
             }
         }
         for (int h = 0; h < count; ++h) order_head<T>(head_dim, values + h * head_dim);
