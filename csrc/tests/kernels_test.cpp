@@ -189,6 +189,36 @@ std::vector<double> as_multiplied(const std::vector<float>& x, const Matrix& w) 
     return row;
 }
 
+// The product of a row with column n of quantized weights bit by bit as every instruction set with
+// fused multiply-adds has it: exact sums of integers in each group, scaled in float32 in the order
+// of the groups.
+float scaled_sum(const std::vector<float>& x, const Matrix& w, int64_t n) {
+    const int64_t size = 2 * gpt2fast::panel_columns +
+                         w.group * gpt2fast::panel_columns / (w.format == Format::int8 ? 1 : 2);
+    float sum = 0.0f;
+    for (int64_t begin = 0; begin < w.inputs; begin += w.group) {
+        const int64_t end = std::min(begin + w.group, w.inputs);
+        gpt2fast::float16 half;
+        std::memcpy(&half,
+                    w.panels.data() + n / gpt2fast::panel_columns * w.panel_size +
+                        begin / w.group * size + 2 * (n % gpt2fast::panel_columns),
+                    2);
+        const float scale = gpt2fast::to_float(half);
+        float most = 0.0f;
+        for (int64_t k = begin; k < end; ++k) most = std::max(most, std::fabs(x[size_t(k)]));
+        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+        double dot = 0.0;
+        for (int64_t k = begin; k < end; ++k) {
+            dot += std::nearbyint(x[size_t(k)] * inverse) *
+                   std::nearbyint(w.values[size_t(k * w.outputs + n)] / scale);
+        }
+        float lanes[Vec::width];  // portable code may round the product
+        fma(Vec(float(dot)), Vec(scale * (most / 127.0f)), Vec(sum)).store(lanes);
+        sum = lanes[0];
+    }
+    return sum;
+}
+
 // With integers of one sign the rows are -2, so that no sum can be larger.
 void matmuls_are_exact(Format format, testing::Integers integers) {
     Random random;
@@ -203,6 +233,7 @@ void matmuls_are_exact(Format format, testing::Integers integers) {
                 const PackedRows to = packed_rows(packed, tile.data());
                 std::vector<float> ours(size_t(rows * 64));
                 std::vector<double> exact(size_t(rows * 64));
+                std::vector<float> bits(size_t(rows * 64));
                 for (int r = 0; r < rows; ++r) {
                     // A row of zeros has no scale.
                     const std::vector<float> x = any ? random.normals(inputs, r == 1 ? 0.0f : 2.0f)
@@ -210,6 +241,9 @@ void matmuls_are_exact(Format format, testing::Integers integers) {
                     pack_row(x.data(), inputs, to, tile.data(), rows, r);
                     const std::vector<double> row = as_multiplied(x, w);
                     for (int64_t n = 0; n < w.outputs; ++n) {
+                        if (w.group)
+                            bits[size_t(n / 32 * rows * 32 + r * 32 + n % 32)] =
+                                scaled_sum(x, w, n);
                         for (int64_t k = 0; k < inputs; ++k) {
                             exact[size_t(n / 32 * rows * 32 + r * 32 + n % 32)] +=
                                 row[size_t(k)] * w.values[size_t(k * w.outputs + n)];
@@ -221,8 +255,12 @@ void matmuls_are_exact(Format format, testing::Integers integers) {
                     multiply_for(format, rows)(begin, tile.data(), to,
                                                ours.data() + panel * rows * 32, {});
                 }
-                expect_close(ours, exact, 1e-6,
-                             std::to_string(rows) + " rows of " + std::to_string(inputs));
+                const std::string what =
+                    std::to_string(rows) + " rows of " + std::to_string(inputs);
+                expect_close(ours, exact, 1e-6, what);
+                if (w.group) {
+                    expect(ours == bits, what + ": not the bits that integers give");
+                }
             }
             for (int64_t column : {int64_t(0), int64_t(33), w.outputs - 1}) {
                 std::vector<float> ours(static_cast<size_t>(inputs));
