@@ -171,7 +171,9 @@ constexpr int dot_offset = 0;
 // 16 bits, where 255 * 127 * 2 would saturate: the odd and even bytes are widened first.
 inline IntVec dot_int8(IntVec sum, Words w, Words x) {
 #ifdef GPT2FAST_AVX_VNNI
-    return _mm256_dpbusd_avx_epi32(sum.v, w.v, x.v);
+    // Not the intrinsic: GCC copies each sum there and back around it.
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.v) : "x"(w.v), "x"(x.v));
+    return sum;
 #else
     const __m256i low = _mm256_set1_epi16(0xff);
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w.v, low),
