@@ -4,8 +4,9 @@
 // operations of the sums of 16 keys at a time; per value a multiply-add a vector, after widening
 // where it is not float32.
 //
-// Head by head, each a strided walk through the cache, 32 rows of 129 bfloat16 entries were read at
-// 16 GB/s beside 29 that the memory gives (2 cores of an EPYC, Zen 4).
+// Entry by entry, all heads of one before the next: head by head, each a strided walk through the
+// cache, 32 rows of 129 bfloat16 entries were read at 16 GB/s beside 29 that the memory gives (2
+// cores of an EPYC, Zen 4).
 #pragma once
 
 #include "gemm.h"
@@ -57,59 +58,54 @@ struct Query {
                 Vec::load(q + d).store(reinterpret_cast<bfloat16*>(words) + d);
             }
         } else if constexpr (std::is_same_v<T, int8_t>) {
-            Vec largest(0.0f);
-            for (int d = 0; d < head_dim; d += Vec::width) {
-                largest = max(largest, abs(Vec::load(q + d)));
-            }
-            const float most = reduce_max(largest);
-            const Vec inverse(most > 0.0f ? 127.0f / most : 0.0f);
-            int8_t* narrow = reinterpret_cast<int8_t*>(words);
-            for (int d = 0; d < head_dim; d += Vec::width) {
-                (Vec::load(q + d) * inverse).store(narrow + d);
-            }
-            int sum = 0;
-            for (int d = 0; d < head_dim; ++d) sum += narrow[d];
+            const NarrowGroup made = narrow_group(q, head_dim, reinterpret_cast<int8_t*>(words));
             // Keys enter as unsigned bytes, 128 too large.
-            offset = float(dot_offset - 128) * float(sum);
-            scale = most / 127.0f;
+            offset = float(dot_offset - 128) * float(made.sum);
+            scale = made.scale;
         }
     }
 
-    // Products with one key, to be summed over the elements.
+    // Products with one key, to be summed over the elements. `vectors` is that many of a head's, or
+    // 0 where the compiler does not know.
+    template <int vectors>
     Vec times(const T* key) const {
         if constexpr (!std::is_same_v<T, float>) {
-            if (whole) {
+            if (vectors > 0 || whole) {
                 const uint8_t* bytes = reinterpret_cast<const uint8_t*>(key);
-                const int size = head_dim * int(sizeof(T));
-                if constexpr (std::is_same_v<T, bfloat16>) {
-                    Vec sum(0.0f);
-                    for (int i = 0; i < size; i += 4 * Vec::width) {
-                        sum = dot_bfloat16(sum, Words::load(bytes + i), Words::load(words + i));
+                const int count = vectors > 0 ? vectors : head_dim / vector_inputs;
+                Vec sum(0.0f);
+                IntVec dots(0);
+                for (int i = 0; i < count; ++i) {
+                    const Words from = Words::load(bytes + 4 * Vec::width * i);
+                    const Words with = Words::load(words + 4 * Vec::width * i);
+                    if constexpr (std::is_same_v<T, bfloat16>) {
+                        sum = dot_bfloat16(sum, from, with);
+                    } else {
+                        dots = dot_int8(dots, flip_signs(from), with);
                     }
-                    return sum;
-                } else {
-                    IntVec sum(0);
-                    for (int i = 0; i < size; i += 4 * Vec::width) {
-                        sum = dot_int8(sum, flip_signs(Words::load(bytes + i)),
-                                       Words::load(words + i));
-                    }
-                    return sum.to_float();
                 }
+                return std::is_same_v<T, bfloat16> ? sum : dots.to_float();
             }
         }
+        const int size = vectors > 0 ? vectors * vector_inputs : head_dim;
         Vec even(0.0f), odd(0.0f);
         int d = 0;
-        for (; d + 2 * Vec::width <= head_dim; d += 2 * Vec::width) {
+        for (; d + 2 * Vec::width <= size; d += 2 * Vec::width) {
             even = fma(Vec::load(q + d), Vec::load(key + d), even);
             odd = fma(Vec::load(q + d + Vec::width), Vec::load(key + d + Vec::width), odd);
         }
-        for (; d < head_dim; d += Vec::width) {
-            const int n = std::min(Vec::width, head_dim - d);
+        for (; d < size; d += Vec::width) {
+            const int n = std::min(Vec::width, size - d);
             even = fma(Vec::load(q + d, n), Vec::load(key + d, n), even);
         }
         return even + odd;
     }
 };
+
+// How many entries ahead to prefetch, so that they are 8 KB away.
+inline int64_t entries_ahead(int64_t entry_bytes) {
+    return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, entry_bytes));
+}
 
 // Into the second-level cache: in the first, prefetched lines would evict the entries that are in
 // use. Only of entries that there are: behind them lie pages that nothing has touched yet, and a
@@ -187,6 +183,8 @@ inline void order_head(int head_dim, float* sums) {
 
 // Heads whose scores are computed in one pass over the keys.
 constexpr int heads_at_once = 16;
+// Entries whose values are added to one head before the next.
+constexpr int entries_at_once = 8;
 
 // Floats of scratch that attend_heads needs.
 inline int64_t attend_heads_scratch(int64_t heads, int64_t entries) {
@@ -199,6 +197,31 @@ struct PartSum {
     float largest, total;
 };
 
+// products[h][i] = those of the query of head h with entry i of `count`, whose keys begin at
+// `keys`; beside each of the first `asked` entries the one `ahead` elements behind it is
+// prefetched.
+template <typename T, int vectors>
+void multiply_entries(const Query<T>* queries, int heads, const T* keys, int64_t stride, int count,
+                      int64_t ahead, int asked, Vec (*products)[Vec::width]) {
+    const int dim = vectors > 0 ? vectors * Query<T>::vector_inputs : queries->head_dim;
+    for (int i = 0; i < count; ++i, keys += stride) {
+        for (int h = 0; h < heads; ++h) {
+            const T* key = keys + h * dim;
+            if (i < asked) prefetch_range(key + ahead, dim * int64_t(sizeof(T)));
+            products[h][i] = queries[h].template times<vectors>(key);
+        }
+    }
+}
+
+// The same for heads of any size: of 64 and 128 elements in a loop of its own.
+template <typename T>
+auto multiply_entries_for(int head_dim) {
+    constexpr int inputs = Query<T>::vector_inputs;
+    if (head_dim == 64) return multiply_entries<T, 64 / inputs>;
+    if (head_dim == 128) return multiply_entries<T, 128 / inputs>;
+    return multiply_entries<T, 0>;
+}
+
 // Attention of one query of each of some heads, which lie side by side in q and out as in the
 // cache, to the first `entries` entries. The heads take turns with every few entries, so that
 // memory is read in the order in which it lies. With `sums`, one for each head, these are a part of
@@ -209,6 +232,9 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
     constexpr bool scaled = std::is_same_v<T, int8_t>;
     constexpr int width = Vec::width;
     const int64_t row = entries + width;  // floats of a head's weights
+    const auto multiply = multiply_entries_for<T>(head_dim);
+    const int64_t keys_ahead = entries_ahead(k.stride * int64_t(sizeof(T)));
+    const int64_t values_ahead = entries_ahead(v.stride * int64_t(sizeof(T)));
     for (int first = 0; first < heads; first += heads_at_once) {
         const int count = std::min(heads_at_once, heads - first);
         Query<T> queries[heads_at_once];
@@ -219,24 +245,22 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
         }
         for (int64_t t = 0; t < entries; t += width) {
             const int n = int(std::min<int64_t>(width, entries - t));
-            const int asked = int(std::min<int64_t>(width, entries - t - n));
+            Vec products[heads_at_once][width];
+            multiply(queries, count, k.data + t * k.stride + first * head_dim, k.stride, n,
+                     keys_ahead * k.stride,
+                     int(std::clamp<int64_t>(entries - t - keys_ahead, 0, n)), products);
             for (int h = 0; h < count; ++h) {
-                const T* keys = k.data + t * k.stride + (first + h) * head_dim;
-                Vec products[width];
-                float scales[width] = {};
-                for (int i = 0; i < width; ++i) {
-                    // Past the end the last entry is read again: its score is left out below.
-                    const int64_t at = std::min(i, n - 1);
-                    const T* key = keys + at * k.stride;
-                    if (i < asked) {
-                        prefetch_range(key + width * k.stride, head_dim * int64_t(sizeof(T)));
-                    }
-                    products[i] = queries[h].times(key);
-                    if (scaled) scales[i] = k.scales[(t + at) * k.scale_stride + first + h];
-                }
-                Vec score = (reduce_add_each(products) + Vec(queries[h].offset)) *
+                // Past the end the last entry counts again: its score is left out below.
+                for (int i = n; i < width; ++i) products[h][i] = products[h][n - 1];
+                Vec score = (reduce_add_each(products[h]) + Vec(queries[h].offset)) *
                             Vec(scale * queries[h].scale);
-                if (scaled) score = score * Vec::load(scales);
+                if (scaled) {
+                    float scales[width];
+                    const float* from = k.scales + t * k.scale_stride + first + h;
+                    for (int i = 0; i < n; ++i) scales[i] = from[i * k.scale_stride];
+                    for (int i = n; i < width; ++i) scales[i] = scales[n - 1];
+                    score = score * Vec::load(scales);
+                }
                 score.store(scratch + h * row + t, n);
                 largest[h] = max(largest[h], score);
             }
@@ -264,12 +288,12 @@ void attend_heads(const float* q, int heads, int64_t entries, CachedHeads<T> k, 
         }
         float* values = out + first * head_dim;
         std::memset(values, 0, size_t(count) * size_t(head_dim) * sizeof(float));
-        for (int64_t t = 0; t < entries; t += width) {
-            const int n = int(std::min<int64_t>(width, entries - t));
-            const int asked = int(std::min<int64_t>(width, entries - t - n));
+        for (int64_t t = 0; t < entries; t += entries_at_once) {
+            const int n = int(std::min<int64_t>(entries_at_once, entries - t));
+            const int asked = int(std::clamp<int64_t>(entries - t - values_ahead, 0, n));
             for (int h = 0; h < count; ++h) {
                 add_head(v.data + t * v.stride + (first + h) * head_dim, v.stride, n,
-                         scratch + h * row + t, width * v.stride, asked, head_dim,
+                         scratch + h * row + t, values_ahead * v.stride, asked, head_dim,
                          values + h * head_dim);
             }
         }
