@@ -108,15 +108,15 @@ BUGS = (
     Bug(
         "one query: the last element of an odd head size is left out",
         "csrc/cpu/attention_heads.h",
-        "const int n = «std::min(Vec::width, head_dim - d)»;\n"
+        "const int n = «std::min(Vec::width, size - d)»;\n"
         "            even = fma(Vec::load(q + d, n), Vec::load(key + d, n), even);",
-        "std::min(Vec::width, head_dim - d) & ~1",
+        "std::min(Vec::width, size - d) & ~1",
         (CACHED,),
     ),
     Bug(
         "int8 cache: heads past the 16th take the first ones' factors",
         "csrc/cpu/attention_heads.h",
-        "k.scales[(t + at) * k.scale_stride + «first + h»];",
+        "const float* from = k.scales + t * k.scale_stride + «first + h»;",
         "h",
         (PACKED,),
     ),
