@@ -79,6 +79,25 @@ def test_a_processor_without_more_needs_no_switch(flags, more, monkeypatch):
     assert machine.has_more_than("avx2") is more
 
 
+class _Standing:
+    """An engine that is asked nothing but whether it can."""
+
+    def __init__(self, peer: str, error: str | None = None):
+        self.peer, self.label, self._error = peer, f"{peer} float32", error
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        if self._error:
+            raise PeerError(self._error)
+
+
+def test_a_peer_that_cannot_do_a_case_is_left_out_of_it_and_named(capsys):
+    assert compare._warm_up(_Standing("xllamacpp"), [[1, 2]], 1)
+    assert not compare._warm_up(_Standing("xllamacpp", "wrote 0 tokens, not 1"), [[1, 2]], 1)
+    assert "prompts of 1 x 2: xllamacpp float32: wrote 0 tokens" in capsys.readouterr().err
+    with pytest.raises(PeerError, match="no memory"):
+        compare._warm_up(_Standing("gpt2fast", "no memory"), [[1, 2]], 1)
+
+
 def test_the_table_of_peers_says_what_was_held_and_what_it_ran_on():
     row = {
         "case": {"rows": 1, "prompt": 8, "new": 5, "kind": "decode"},

@@ -288,10 +288,10 @@ def prompts_of(case: Case, vocabulary: int) -> list[list[int]]:
 def measure(
     engines: Sequence[Engine], case: Case, rounds: int, threads: int, checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    """Tokens per second of each engine and the memory's speed, round by round."""
+    """Tokens per second of each engine and the memory's speed, round by round; without the peers
+    that cannot do the case, which is said."""
     prompts = prompts_of(case, checkpoint.config["vocab_size"])
-    for engine in engines:
-        engine.generate(prompts, min(case.new, 4))
+    engines = [engine for engine in engines if _warm_up(engine, prompts, min(case.new, 4))]
     bandwidths: list[float] = []
     others: list[float | None] = []
     speeds: dict[str, list[float]] = {engine.label: [] for engine in engines}
@@ -321,6 +321,19 @@ def measure(
         "free": sorted({engine.peer for engine in engines if not engine.held}),
         "commit": machine.commit(),
     }
+
+
+def _warm_up(engine: Engine, prompts: list[list[int]], new: int) -> bool:
+    """Whether the engine can do it. Ours has to."""
+    try:
+        engine.generate(prompts, new)
+    except PeerError as error:
+        if engine.peer == OURS:
+            raise
+        shape = f"{len(prompts)} x {len(prompts[0])}"
+        print(f"left out of prompts of {shape}: {engine.label}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def completed(row: dict[str, Any], weights: str, checkpoint: Checkpoint) -> dict[str, Any]:
