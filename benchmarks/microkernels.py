@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,9 +68,11 @@ def measure(isa: str, threads: int, seconds: float) -> list[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         tool = Path(folder, "microkernels")
         kernels = csrc / "cpu" / "isa" / f"{isa}.cpp"
+        others = re.findall(r"#define GPT2FAST_OPS_OF (\w+)", kernels.read_text())
         command = [
             os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-pthread", f"-I{csrc}",
             f'-DGPT2FAST_KERNELS_FILE="{kernels}"', str(TOOL), str(csrc / "cpu" / "team.cpp"),
+            *(str(kernels.with_name(f"{other}.cpp")) for other in others),
             "-o", str(tool),
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, text=True)

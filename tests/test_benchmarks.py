@@ -87,7 +87,7 @@ class _Standing:
 
     def generate(self, prompts: list[list[int]], new: int) -> None:
         if self._error:
-            raise PeerError(self._error)
+            raise PeerError(f"{self.label}: {self._error}")
 
 
 def test_a_peer_that_cannot_do_a_case_is_left_out_of_it_and_named(capsys):

@@ -18,6 +18,7 @@ marks those that have neither.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -210,7 +211,8 @@ class Engine:
     def close(self) -> None:
         """End the process."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+                self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -331,7 +333,7 @@ def _warm_up(engine: Engine, prompts: list[list[int]], new: int) -> bool:
         if engine.peer == OURS:
             raise
         shape = f"{len(prompts)} x {len(prompts[0])}"
-        print(f"left out of prompts of {shape}: {engine.label}: {error}", file=sys.stderr)
+        print(f"left out of prompts of {shape}: {error}", file=sys.stderr)
         return False
     return True
 

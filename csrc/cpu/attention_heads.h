@@ -4,9 +4,9 @@
 // operations of the sums of 16 keys at a time; per value a multiply-add a vector, after widening
 // where it is not float32.
 //
-// Entry by entry, all heads of one before the next: head by head, each a strided walk through the
-// cache, 32 rows of 129 bfloat16 entries were read at 16 GB/s beside 29 that the memory gives (2
-// cores of an EPYC, Zen 4).
+// Entry by entry, the keys of up to 16 heads before the next, values 8 entries at a time: head by
+// head, each a strided walk through the cache, 32 rows of 129 bfloat16 entries were read at 16 GB/s
+// beside 29 that the memory gives (2 cores of an EPYC, Zen 4).
 #pragma once
 
 #include "gemm.h"

@@ -136,6 +136,7 @@ private:
         }
         return (most + 63) / 64 * 64;
     }
+
     // Floats of each thread's own scratch: a normalized row, an attention's scores, a panel.
     static int64_t scratch_size(const StepArgs& args) {
         const PackedModel& model = *args.model;

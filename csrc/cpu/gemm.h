@@ -7,9 +7,10 @@
 // Floor of a product with one row: the panel's bytes at the speed of memory. With many rows: the
 // multiply-adds, against R broadcasts and 32 / width loads a unit.
 //
-// A single row of packed weights has two chains of sums, or it would wait for each multiply-add:
-// its last bits are not those of the same row among others. Products of two computed matrices
-// (multiply_floats) have one chain, and the same bits in every tile and instruction set.
+// A single row of float weights has two chains of sums, or it would wait for each multiply-add: its
+// last bits are not those of the same row among others. Products of quantized weights have the same
+// bits in every tile and every instruction set with fused multiply-adds; those of two computed
+// matrices (multiply_floats), which have one chain, in every tile of an instruction set.
 #pragma once
 
 #include "packed_rows.h"
@@ -109,7 +110,7 @@ inline void add_halves(Sums<R, C>& sums, const uint8_t* panel, const float* x) {
     }
 }
 
-// The same for bfloat16 weights and float32 rows.
+// As add_words, for bfloat16 weights and float32 rows.
 template <int R, int C>
 inline void add_widened(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile, int64_t words,
                         Ahead ahead) {
@@ -126,7 +127,7 @@ inline void add_widened(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* t
     if (R == 1) sums.add(others);
 }
 
-// The same for float16 weights and float32 rows.
+// As add_words, for float16 weights and float32 rows.
 template <int R, int C>
 inline void add_float16(Sums<R, C>& sums, const float16* w, const float* x, int64_t inputs,
                         Ahead ahead) {

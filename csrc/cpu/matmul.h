@@ -1,7 +1,7 @@
 // Products of two matrices as training needs them: out = a b + bias, each of a and b a view whose
 // rows or whose columns are contiguous, so that one kernel serves x w, grad w^T and x^T grad.
 //
-// The rows of a are packed once, as tiles of the words of gemm.h; then each item packs some panels
+// The rows of a are packed once, as tiles of packed_rows.h; then each item packs some panels
 // of b into the core's own cache and takes them past all tiles. What is packed may be float32 where
 // bfloat16 is multiplied: it is rounded on the way, so that weights need no copy in bfloat16.
 //

@@ -42,7 +42,7 @@ constexpr int row_words(Format format) {
     return widened ? 2 : 1;
 }
 
-// How `count` rows are cut into tiles of nearly equal size.
+// How `rows` rows are cut into `count` tiles of nearly equal size.
 struct Tiles {
     int64_t rows, count;
 
@@ -135,7 +135,8 @@ inline NarrowGroup narrow_group(const float* x, int count, int8_t* narrow) {
     for (; k + Vec::width <= count; k += Vec::width) largest = max(largest, abs(Vec::load(x + k)));
     if (k < count) largest = max(largest, abs(Vec::load(x + k, count - k)));
     const float most = reduce_max(largest);
-    const Vec inverse(most > 0.0f ? 127.0f / most : 0.0f);
+    // Of less the inverse would overflow: all are zeros then.
+    const Vec inverse(most >= 1e-36f ? 127.0f / most : 0.0f);
     // Summed as floats, which hold such integers exactly: bytes that were just written would have
     // to be waited for.
     Vec sum(0.0f);
@@ -146,7 +147,10 @@ inline NarrowGroup narrow_group(const float* x, int count, int8_t* narrow) {
     };
     for (k = 0; k + Vec::width <= count; k += Vec::width) write(Vec::load(x + k));
     if (k < count) write(Vec::load(x + k, count - k));
-    return {most / 127.0f, int32_t(reduce_add(sum))};
+    const float total = reduce_add(sum);
+    // Infinity and NaN, which no byte holds, make NaN of the row's products.
+    if (!std::isfinite(total)) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    return {most / 127.0f, int32_t(total)};
 }
 
 inline void pack_row_int8(const float* x, int64_t inputs, const PackedRows& to, uint8_t* tile,

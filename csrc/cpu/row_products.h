@@ -209,7 +209,7 @@ private:
     int64_t read_ahead_ = 0;
     bool shared_ = false;
     uint8_t* packed_ = nullptr;
-    float* scratch_ = nullptr;
+    [[maybe_unused]] float* scratch_ = nullptr;
 };
 
 }  // namespace gpt2fast::GPT2FAST_ISA

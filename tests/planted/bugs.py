@@ -24,6 +24,8 @@ class Bug:
     """The expression that replaces it."""
     tests: tuple[str, ...]
     """Node ids below tests/ops, or below tests/ if they have a slash; one at least must fail."""
+    isa: str = ""
+    """The instruction set that has the place, if others have not."""
 
     def span(self, text: str) -> tuple[int, int]:
         """Begin and end of the expression in `text`."""

@@ -285,6 +285,7 @@ BUGS = (
         "add_halves<true>(R == 1 ? others : sums, panel, «x + R»);",
         "x",
         (PACKED,),
+        isa="avx2",
     ),
     Bug(
         "AVX2, int8 weights: the odd bytes meet the even ones of the rows",
@@ -292,6 +293,7 @@ BUGS = (
         "add_half_bytes<true>(sums, panel, «tile + 4 * R»);",
         "tile",
         (PACKED,),
+        isa="avx2",
     ),
     Bug(
         "AVX2, int4 weights: what is summed in 16 bits is not added to the sum before",
@@ -299,6 +301,7 @@ BUGS = (
         "return «before + _mm256_madd_epi16(v, _mm256_set1_epi16(1))»;",
         "_mm256_madd_epi16(v, _mm256_set1_epi16(1))",
         (PACKED,),
+        isa="avx2",
     ),
 )
 """The number of a bug is its place here, from 1 on: one library holds all, and shows one."""

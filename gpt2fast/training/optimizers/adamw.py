@@ -90,10 +90,10 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["step"] += 1
-            params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
+            for param in group["params"]:
                 if self._lacks_averages(param, group):
                     self._allocate(param, group)
+            params = [param for param in group["params"] if param.grad is not None]
             ops.fused_adamw(
                 _local(params),
                 _local(param.grad for param in params),
