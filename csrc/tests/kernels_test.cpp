@@ -274,6 +274,19 @@ void matmuls_are_exact(Format format, testing::Integers integers) {
     }
 }
 
+// No byte holds NaN or infinity: the products of such a row are NaN, and those of tiny numbers
+// tiny.
+void narrowed_groups_keep_what_no_byte_holds() {
+    for (const float x : {float(NAN), float(INFINITY), -float(INFINITY), 1e-40f}) {
+        float values[32] = {x, 1e-39f};
+        int8_t narrow[32 + Vec::width];
+        const NarrowGroup made = narrow_group(values, 32, narrow);
+        expect(std::isfinite(x) ? made.scale < 1e-30f : std::isnan(made.scale),
+               "the scale of a group with " + std::to_string(x));
+        expect(made.sum == 0, "the sum of a group with " + std::to_string(x));
+    }
+}
+
 template <typename T>
 std::vector<T> stored(const std::vector<float>& values) {
     std::vector<T> out(values.size());
@@ -365,6 +378,7 @@ bool test_kernels() {
     fine &= passes("bytes are rounded", bytes_are_rounded_and_saturated);
     fine &= passes("products of bytes are exact", products_of_bytes_are_exact);
     fine &= passes("functions are accurate", functions_are_accurate);
+    fine &= passes("narrowed groups keep NaN", narrowed_groups_keep_what_no_byte_holds);
     for (Format format : formats) {
         const std::string name = std::string("products of ") + name_of(format);
         fine &= passes(name.c_str(), [&] { matmuls_are_exact(format, testing::Integers::any); });
