@@ -213,7 +213,7 @@ void multiply_entries(const Query<T>* queries, int heads, const T* keys, int64_t
     }
 }
 
-// The same for heads of any size: of 64 and 128 elements in a loop of its own.
+// multiply_entries for heads of any size; sizes 64 and 128 are known to the compiler.
 template <typename T>
 auto multiply_entries_for(int head_dim) {
     constexpr int inputs = Query<T>::vector_inputs;

@@ -365,6 +365,63 @@ void attention_is_exact(double tolerance) {
     }
 }
 
+// One query of each of some heads whose size fills vectors of words, against entries of bytes.
+void attention_to_bytes_is_exact() {
+    Random random;
+    for (int dim : {64, 96, 128}) {
+        for (int heads : {1, 3, 17}) {
+            for (int64_t entries : {1, 5, 40}) {
+                const int64_t width = int64_t(heads) * dim;
+                const std::vector<float> q = random.normals(width);
+                std::vector<int8_t> k(size_t(entries * width)), v(k.size());
+                std::vector<float> k_scales(size_t(entries * heads)), v_scales(k_scales.size());
+                for (size_t i = 0; i < k.size(); ++i) {
+                    k[i] = int8_t(random.below(255) - 127);
+                    v[i] = int8_t(random.below(255) - 127);
+                }
+                for (size_t i = 0; i < k_scales.size(); ++i) {
+                    k_scales[i] = 0.002f * float(1 + random.below(5));
+                    v_scales[i] = 0.004f * float(1 + random.below(5));
+                }
+                const float scale = 0.3f;
+                std::vector<float> scratch(size_t(attend_heads_scratch(heads, entries)));
+                std::vector<float> out(q.size());
+                attend_heads<int8_t>(q.data(), heads, entries,
+                                     {k.data(), width, k_scales.data(), heads},
+                                     {v.data(), width, v_scales.data(), heads}, dim, scale,
+                                     scratch.data(), out.data());
+                std::vector<double> exact(out.size());
+                for (int h = 0; h < heads; ++h) {
+                    const float* query = q.data() + h * dim;
+                    float most = 0.0f;
+                    for (int d = 0; d < dim; ++d) most = std::max(most, std::fabs(query[d]));
+                    const bool whole = dim % Query<int8_t>::vector_inputs == 0;
+                    double total = 0.0;
+                    for (int64_t t = 0; t < entries; ++t) {
+                        double score = 0.0;
+                        for (int d = 0; d < dim; ++d) {
+                            const double x = whole ? std::nearbyint(query[d] * (127.0f / most)) *
+                                                         double(most / 127.0f)
+                                                   : double(query[d]);
+                            score += x * k[size_t(t * width + h * dim + d)];
+                        }
+                        const size_t at = size_t(t * heads + h);
+                        const double weight = std::exp(score * double(k_scales[at]) * scale);
+                        total += weight;
+                        for (int d = 0; d < dim; ++d) {
+                            exact[size_t(h * dim + d)] +=
+                                weight * double(v_scales[at]) * v[size_t(t * width + h * dim + d)];
+                        }
+                    }
+                    for (int d = 0; d < dim; ++d) exact[size_t(h * dim + d)] /= total;
+                }
+                expect_close(out, exact, 1e-4,
+                             std::to_string(heads) + " heads of " + std::to_string(dim));
+            }
+        }
+    }
+}
+
 }  // namespace
 
 bool test_kernels() {
@@ -378,6 +435,7 @@ bool test_kernels() {
     fine &= passes("bytes are rounded", bytes_are_rounded_and_saturated);
     fine &= passes("products of bytes are exact", products_of_bytes_are_exact);
     fine &= passes("functions are accurate", functions_are_accurate);
+    fine &= passes("attention to bytes", attention_to_bytes_is_exact);
     fine &= passes("narrowed groups keep NaN", narrowed_groups_keep_what_no_byte_holds);
     for (Format format : formats) {
         const std::string name = std::string("products of ") + name_of(format);
