@@ -252,7 +252,8 @@ private:
                head;
     }
 
-    // Rounds x to int8, the largest element to 127; returns the factor.
+    // Rounds x to int8, the largest element to 127; returns the factor, which is NaN or infinite if
+    // an element is. gpt2fast/ops/int8_cache.py defines both.
     static float narrow(const float* x, int64_t size, int8_t* to) {
         const int64_t whole = size / Vec::width * Vec::width;
         Vec largest(0.0f);
@@ -260,12 +261,23 @@ private:
             largest = max(largest, abs(Vec::load(x + i)));
         float most = reduce_max(largest);
         for (int64_t i = whole; i < size; ++i) most = std::max(most, std::fabs(x[i]));
-        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+        const float inverse = 127.0f / std::max(most, 1e-30f);
+        Vec sum(0.0f);  // keeps what a maximum may ignore
         for (int64_t i = 0; i < whole; i += Vec::width) {
-            (Vec::load(x + i) * Vec(inverse)).store(to + i);
+            const Vec scaled = Vec::load(x + i) * Vec(inverse);
+            scaled.store(to + i);
+            sum = sum + scaled;
         }
-        for (int64_t i = whole; i < size; ++i) to[i] = int8_t(std::lrint(x[i] * inverse));
-        return most / 127.0f;
+        float total = reduce_add(sum);
+        for (int64_t i = whole; i < size; ++i) {
+            const float scaled = x[i] * inverse;
+            to[i] = int8_t(std::lrint(scaled));
+            total += scaled;
+        }
+        if (std::isfinite(total)) return most / 127.0f;
+        std::memset(to, 0, size_t(size));
+        const bool unknown = std::any_of(x, x + size, [](float v) { return std::isnan(v); });
+        return unknown ? std::numeric_limits<float>::quiet_NaN() : most;
     }
 
     // Stores one head's keys or values of tokens [begin, end) behind the row's end.

@@ -91,6 +91,44 @@ def test_what_is_no_number_makes_a_factor_none(name):
     assert (cache[:, 0, 0, 2] == 127).all() and (scales[:, 0, 0, 2] * 127 == 1).all()
 
 
+@needs_native
+@pytest.mark.parametrize("width", [20, 64])
+@pytest.mark.parametrize("part", [1, 2], ids=["keys", "values"])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17])
+def test_packed_models_keep_what_is_no_number(width, part, odd, place):
+    config = GPT2Config(vocab_size=97, n_positions=16, n_embd=2 * width, n_layer=1, n_head=2)
+    model = GPT2(config).eval()
+    with torch.no_grad():
+        model.h[0].attn.c_attn.bias[part * 2 * width + width + place] = odd
+    packed, unpacked = (model.new_cache(1, 8, torch.int8) for _ in range(2))
+    model.pack().prefill(torch.tensor([[5, 9, 70]]), [3], [0], packed)
+    ModelDecoder(model).prefill(torch.tensor([[5, 9, 70]]), [3], [0], unpacked)
+    scales, expected = ([x.k_scales, x.v_scales][part - 1] for x in (packed, unpacked))
+    assert not expected[..., :3, 1].isfinite().any()
+    assert_allclose(scales[..., :3, 0], expected[..., :3, 0], rtol=1e-4)
+    assert_equal(scales[..., :3, 1].isinf(), expected[..., :3, 1].isinf())
+    written = ([x.k, x.v][part - 1][..., :3, 1, :] for x in (packed, unpacked))
+    assert all((entries == 0).all() for entries in written)
+    # A step of one token meets them in the cache.
+    assert model.pack().decode_step(torch.tensor([2]), packed).isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize("width", [20, 64])
+def test_packed_models_store_tiny_entries(width):
+    config = GPT2Config(vocab_size=97, n_positions=16, n_embd=2 * width, n_layer=1, n_head=2)
+    model = GPT2(config).eval()
+    tiny = 1e-38 * torch.randn(2 * width)
+    with torch.no_grad():
+        model.h[0].attn.c_attn.weight[:, 4 * width :] = 0.0
+        model.h[0].attn.c_attn.bias[4 * width :] = tiny
+    cache = model.new_cache(1, 8, torch.int8)
+    model.pack().prefill(torch.tensor([[5]]), [1], [0], cache)
+    assert (cache.v[0, 0, 0] == 0).all()
+    assert_allclose(cache.v_scales[0, 0, 0], tiny.view(2, width).abs().amax(-1) / 127.0, atol=1e-42)
+
+
 def compare(name, dtype, time, lengths, entries, heads, width):
     """Against float64 that reads the same bytes; what lies behind the rows' ends is no number."""
     q = random(len(lengths), time, heads, width)
