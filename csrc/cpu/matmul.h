@@ -199,9 +199,13 @@ void pack(const View& view, int64_t inputs, Format format, int64_t begin, int64_
 }
 
 // Measured: faster with vectors of 16 floats and, for bfloat16, its dot-product instruction; not on
-// processors with AMX, whose tiles torch uses.
+// processors with AMX, whose tiles torch uses, nor in float32 on Intel's, for which MKL is written.
 inline bool matmul_pays(bool narrow) {
+#ifdef __x86_64__
+    if (!narrow) return Vec::width == 16 && !__builtin_cpu_is("intel");
+#else
     if (!narrow) return Vec::width == 16;
+#endif
 #ifdef GPT2FAST_AVX512_BF16
     return !__builtin_cpu_supports("amx-bf16");
 #else
