@@ -10,6 +10,7 @@ from ._system.openmp import spin_briefly_if_busy, survive_forks
 if TYPE_CHECKING:
     from .config import PRESETS, GPT2Config
     from .errors import Error
+    from .hf import fuse, unfuse
     from .inference.generator import Generator
     from .model import GPT2, GPT2Output
     from .nn.kv_cache import KVCache
@@ -26,6 +27,8 @@ __all__ = [
     "KVCache",
     "Tokenizer",
     "backend",
+    "fuse",
+    "unfuse",
 ]
 __version__ = "0.1.0"
 
@@ -39,12 +42,17 @@ _HOMES = {
     "Error": "errors",
     "Tokenizer": "tokenizer",
     "backend": "ops.backend",
+    "fuse": "hf",
+    "unfuse": "hf",
 }
 
 spin_briefly_if_busy()
 survive_forks()
 
-_ROOMS = ("data", "evaluation", "lora", "nn", "ops", "quantization", "training", "tuning")
+_ROOMS = (
+    *("data", "doctor", "evaluation", "generate", "hf", "lora"),
+    *("nn", "ops", "quantization", "training", "tuning"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -311,6 +311,15 @@ class GPT2(nn.Module):
         """Load a checkpoint; see `gpt2fast.checkpoints.gpt2.from_pretrained` for the options."""
         return above("checkpoints.gpt2").from_pretrained(name_or_path, **options)
 
+    @classmethod
+    def from_hf(cls, model: Any) -> GPT2:
+        """The model of transformers as a `GPT2` with its parameters; see `gpt2fast.hf.from_hf`."""
+        return cast("GPT2", above("hf.conversion").from_hf(model))
+
+    def to_hf(self) -> Any:
+        """A `GPT2LMHeadModel` with these parameters; see `gpt2fast.hf.to_hf`."""
+        return above("hf.conversion").to_hf(self)
+
     def save_pretrained(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Write a directory that transformers loads; see `checkpoints.saving.save_pretrained`."""
         above("checkpoints.saving").save_pretrained(self, directory, tokenizer)

@@ -28,6 +28,7 @@ BEGIN_WITH_A_MINUTE = (
     "inference",
     "logs",
     "training",
+    "transformers",
     "tuning",
 )
 """Pages for people who use gpt2fast."""
@@ -43,6 +44,7 @@ INSTEAD = {
 EXTRAS = {
     'pip install "gpt2fast[logs]"': ("matplotlib", "tensorboard"),
     'pip install "gpt2fast[tune]"': ("matplotlib", "optuna"),
+    'pip install "gpt2fast[hf]"': ("transformers",),
 }
 """Commands that install, which are not run, and what is there afterward."""
 

@@ -1,0 +1,260 @@
+"""Attention of transformers' models on our kernels: `attn_implementation="gpt2fast"`.
+
+transformers calls two functions: one makes the masks of a step, the other attends in each layer.
+Masks are SDPA's, (B, 1, T, S) bool. Where one says no more than "causal, without these keys", a
+note beside it says so to the kernels. A mask that was changed on the way is another tensor, without
+a note, and SDPA takes it as it is; so does it take whatever the kernels do not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .. import ops
+from ..ops.native import DTYPES
+from ..ops.support import GPU_DTYPES, MAX_HEAD_SIZE
+
+NAME = "gpt2fast"
+"""The value of `attn_implementation`."""
+
+_NOTE = "_gpt2fast_causal"
+_told: set[str] = set()
+
+
+class Causal(NamedTuple):
+    """What a mask says: query t sees the keys 0 .. offset + t, but for those that are hidden."""
+
+    offset: int
+    keys: Tensor | None = None
+    """(B, S) bool, false at hidden keys; None hides none."""
+    version: int | None = None
+    """The mask's count of changes when this was noted; tensors of inference mode have none."""
+
+
+def register() -> None:
+    """Make `attn_implementation="gpt2fast"` known to transformers."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """The mask of a step, as transformers' `sdpa_mask` makes it, with a note of what it says.
+
+    Args:
+        batch_size: B.
+        q_length: T, the number of new positions.
+        kv_length: S, the number of keys, those of a static cache that are not filled yet included.
+        q_offset: the keys before the first new position.
+        kv_offset: the keys that a sliding cache has dropped.
+        mask_function: what is visible.
+        attention_mask: (B, S) bool, false at padding.
+        options: as of `sdpa_mask`.
+
+    Returns:
+        (B, 1, T, S) bool; None if SDPA needs none.
+    """
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,  # type: ignore[arg-type]
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **options,
+    )
+    if mask is None or mask_function is not causal_mask_function or kv_offset or _is_traced():
+        return mask
+    if isinstance(q_offset, Tensor):
+        if q_offset.device.type != "cpu":  # reading it would be a wait
+            return mask
+        q_offset = int(q_offset)
+    keys = attention_mask
+    if keys is not None:
+        last = q_offset + q_length
+        keys = F.pad(keys.bool(), (0, max(0, last - keys.shape[1])))[:, :last]
+        keys = None if bool(keys.all()) else keys
+    setattr(mask, _NOTE, Causal(q_offset, keys, _version(mask)))
+    return mask
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a layer, as transformers calls it.
+
+    Args:
+        module: the layer.
+        query: (B, heads, T, D).
+        key, value: (B, key heads, S, D); each serves as many heads of the query as one another.
+        attention_mask: (B, 1, T, S), true or 0 where a key is seen; None: all that `is_causal` lets
+            be seen.
+        dropout: probability of dropping a weight.
+        scaling: factor on the scores; None means 1 / sqrt(D).
+        is_causal: hide later keys where there is no mask; None means the layer's own `is_causal`.
+        options: `softcap` and `s_aux` (a score of each head that takes part in the softmax alone);
+            what else a model may give.
+
+    Returns:
+        (B, T, heads, D), and the weights, which are None.
+    """
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    if softcap is not None or sinks is not None:
+        _tell("its scores are capped" if sinks is None else "its softmax has sinks", "torch")
+        mask = _explicit_mask(query, key, attention_mask, is_causal)
+        return _attend_explicitly(query, key, value, mask, dropout, scaling, softcap, sinks), None
+    seen = _visible(query, key, attention_mask, is_causal)
+    reason = seen if isinstance(seen, str) else _refusal(query, key, value, seen, dropout, options)
+    if isinstance(seen, str) or reason is not None:
+        _tell(str(reason), "SDPA")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
+        )
+    last = seen.offset + query.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (query, key[:, :, :last], value[:, :, :last]))
+    if seen.offset:
+        lengths = torch.full((len(q),), seen.offset, dtype=torch.int64, device=q.device)
+        return ops.attention_with_cache(q, k, v, lengths, scaling), None
+    if groups > 1:
+        k, v = (repeat_kv(x.transpose(1, 2), groups).transpose(1, 2) for x in (k, v))
+    seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
+    return ops.causal_attention(q, k, v, scaling, seen.keys, dropout, seed), None
+
+
+def _visible(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Causal | str:
+    """What the queries see; or why the kernels cannot be told."""
+    length, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        if length == 1:
+            return Causal(keys - 1)
+        return Causal(0) if is_causal else "it is not causal"
+    note = getattr(mask, _NOTE, None)
+    if not isinstance(note, Causal) or note.version != _version(mask):
+        return "its mask is not just causal, or it is traced"
+    if mask.shape[2] != length or mask.shape[3] != keys:
+        return "its mask is not that of these keys"
+    return note
+
+
+def _refusal(
+    query: Tensor, key: Tensor, value: Tensor, seen: Causal, dropout: float, options: dict[str, Any]
+) -> str | None:
+    """Why the kernels cannot run this; None if they can."""
+    if torch.jit.is_tracing():
+        return "it is traced"
+    if options.get("position_bias") is not None:
+        return "its scores have a bias"
+    if options.get("cache") is not None:
+        return "its cache is paged"
+    if not query.dtype == key.dtype == value.dtype or key.shape != value.shape:
+        return "keys and values differ in dtype or shape"
+    if len(query) != len(key) or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+        return "queries and keys differ in their batch or head size"
+    device, size = query.device.type, query.shape[3]
+    if device not in ("cpu", "cuda"):
+        return f"it is on the device {device}"
+    if query.dtype not in (DTYPES if device == "cpu" else GPU_DTYPES):
+        return f"it computes in {str(query.dtype).removeprefix('torch.')}"
+    if device == "cuda" and size > MAX_HEAD_SIZE:
+        return f"its heads have size {size}, above {MAX_HEAD_SIZE}"
+    if seen.offset + query.shape[2] > key.shape[2]:
+        return "it has fewer keys than positions"
+    if not seen.offset:
+        return None
+    if seen.keys is not None:
+        return "there is padding beside its cache"
+    if query.shape[1] != key.shape[1]:
+        return "several heads share the keys of its cache"
+    if dropout or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+        return "it trains with a cache"
+    return None
+
+
+def _explicit_mask(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    """The mask (B or 1, 1, T, S) that SDPA would take, causality included."""
+    length, keys = query.shape[2], key.shape[2]
+    if mask is not None or length == 1 or not is_causal:
+        return mask
+    return torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()[None, None]
+
+
+def _attend_explicitly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention (B, T, heads, D) in torch's operations, its weights in at least float32.
+
+    scores = softcap * tanh(scores / softcap)                      (Gemma 2, section 2)
+    weights = exp(scores) / (exp(sink) + sum of exp(scores))       (Xiao et al., 2023, section 3.1)
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        # Not -inf: the softmax of a row that sees nothing would be NaN.
+        least = torch.finfo(dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        sink = sinks.to(dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    out = F.dropout(weights, dropout) @ value
+    return out.transpose(1, 2).contiguous()
+
+
+def _version(mask: Tensor) -> int | None:
+    return None if mask.is_inference() else mask._version
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _tell(reason: str, runs: str) -> None:
+    """Say once why something does not run on the kernels."""
+    if reason in _told or _is_traced():
+        return
+    _told.add(reason)
+    warnings.warn(
+        f'attn_implementation="{NAME}": {runs} runs this attention, since {reason}', stacklevel=2
+    )

@@ -1,0 +1,183 @@
+"""`fuse` and `unfuse`: GPT-2 models of transformers on fused ops, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+from transformers import pytorch_utils
+from transformers.activations import NewGELUActivation
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.gpt2 import modeling_gpt2 as theirs
+
+from ..errors import ArgumentError
+from . import attention, generation, gpt2
+from .plain import why_called
+from .versions import check_version
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    pytorch_utils.Conv1D: gpt2.Conv1D,
+    nn.LayerNorm: gpt2.LayerNorm,
+    theirs.GPT2MLP: gpt2.GPT2MLP,
+    theirs.GPT2Block: gpt2.GPT2Block,
+    theirs.GPT2LMHeadModel: gpt2.GPT2LMHeadModel,
+}
+_PLAIN = {fused: kind for kind, fused in _FUSED.items()}
+_PLAIN[generation.GPT2LMHeadModel] = theirs.GPT2LMHeadModel
+_HEADS = (theirs.GPT2LMHeadModel, gpt2.GPT2LMHeadModel, generation.GPT2LMHeadModel)
+_FROM = "sdpa"
+"""The attention that `fuse` replaces; others were asked for."""
+
+
+def fuse(model: _Model, *, generate: bool = False) -> _Model:
+    """Run the GPT-2 within `model` on fused ops; everything else about it stays as it is.
+
+    Its blocks, MLPs, projections and layer norms get the classes of `gpt2fast.hf.gpt2`, and
+    attention becomes `attn_implementation="gpt2fast"` where it was SDPA. A language model computes
+    its loss without holding all logits, and those when they are first read. A part that has hooks
+    or adapters, or was replaced, runs as before: `doctor` says which.
+
+    Args:
+        model: a GPT-2 of transformers with any head, or a model with one inside (an
+            encoder-decoder, PEFT's); a model that is fused already stays so.
+        generate: `model.generate` reads a packed copy of the weights, made when it is first called
+            and again after they have changed, wherever tokens are the same (float32 on a CPU); for
+            language models.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ArgumentError: there is no GPT-2 of transformers within `model`, or none that could
+            generate; it is unchanged.
+        VersionError: this version of transformers was not tried, and computes something else.
+    """
+    check_version(_fuse)
+    return _fuse(model, generate)
+
+
+def _fuse(model: _Model, generate: bool = False) -> _Model:
+    stacks = _stacks(model)
+    if not stacks:
+        raise ArgumentError(
+            f"{type(model).__name__} has no GPT-2 of transformers inside: fuse takes GPT2Model, "
+            "GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, "
+            "GPT2ForTokenClassification, GPT2ForQuestionAnswering and models that contain one; "
+            f"for other causal models import gpt2fast.hf and load them with "
+            f'attn_implementation="{attention.NAME}"'
+        )
+    heads = [head for head in model.modules() if type(head) in _HEADS]
+    if generate and not heads:
+        raise ArgumentError(
+            f"{type(model).__name__} has no GPT2LMHeadModel that could generate; "
+            "leave generate=True out"
+        )
+    attention.register()
+    for stack in stacks:
+        if stack.config._attn_implementation == _FROM:
+            stack.set_attn_implementation(attention.NAME)
+    for module in _parts(model, stacks):
+        kind = _FUSED.get(type(module))
+        if kind is not None and _why_not(module) is None:
+            module.__class__ = kind
+    for head in heads if generate else []:
+        head.__class__ = generation.GPT2LMHeadModel
+    return model
+
+
+def unfuse(model: _Model) -> _Model:
+    """Undo `fuse`; returns `model` itself."""
+    stacks = _stacks(model)
+    for module in _parts(model, stacks):
+        module.__class__ = _PLAIN.get(type(module), type(module))
+    for stack in stacks:
+        if stack.config._attn_implementation == attention.NAME:
+            stack.set_attn_implementation(_FROM)
+    return model
+
+
+class Part(NamedTuple):
+    """How a module of a model runs."""
+
+    name: str
+    """Its name within the model."""
+    kind: str
+    """Its class."""
+    fused: bool
+    """True if it runs on fused ops."""
+    reason: str | None
+    """Why it does not."""
+
+
+def doctor(model: nn.Module) -> list[Part]:
+    """Say for each part of the GPT-2 within `model` whether it runs fused and, if not, why."""
+    found = []
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in _parts(model, _stacks(model)):
+        kind = type(module)
+        reason: str | None
+        if kind in _FUSED:
+            reason = _why_not(module) or "it has not been fused"
+        elif kind in _PLAIN or isinstance(module, theirs.GPT2Attention):
+            reason = _why_not_now(module)
+        else:
+            continue
+        found.append(Part(names[id(module)], kind.__name__, reason is None, reason))
+    return found
+
+
+def _stacks(model: nn.Module) -> list[theirs.GPT2Model]:
+    return [module for module in model.modules() if isinstance(module, theirs.GPT2Model)]
+
+
+def _parts(model: nn.Module, stacks: list[theirs.GPT2Model]) -> Iterator[nn.Module]:
+    """The modules that `fuse` knows: language models, and all within the stacks of blocks."""
+    for module in model.modules():
+        if isinstance(module, theirs.GPT2LMHeadModel):
+            yield module
+    for stack in stacks:
+        yield from stack.modules()
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """A reason to leave a module of a known class as it is; None if there is none."""
+    if "forward" in module.__dict__:
+        return "it has another forward"
+    if isinstance(module, nn.LayerNorm) and (
+        module.weight is None or module.bias is None or len(module.normalized_shape) != 1
+    ):
+        return "it has no weight or no bias, or normalizes several dimensions"
+    if isinstance(module, pytorch_utils.Conv1D) and module.bias is None:
+        return "it has no bias"
+    return None
+
+
+def _why_not_now(module: nn.Module) -> str | None:
+    """Why a fused module calls what it would fuse; None if it does not."""
+    if isinstance(module, theirs.GPT2Attention):
+        return _why_attention_is_plain(module)
+    parts: dict[str, type[nn.Module]]
+    if isinstance(module, theirs.GPT2MLP):
+        if not isinstance(module.act, NewGELUActivation):
+            return f"its activation is {type(module.act).__name__}, and fused is gelu_new"
+        parts = {"c_fc": gpt2.Conv1D, "act": NewGELUActivation, "c_proj": gpt2.Conv1D}
+    elif isinstance(module, theirs.GPT2Block):
+        parts = {"ln_2": gpt2.LayerNorm}
+    elif isinstance(module, theirs.GPT2LMHeadModel):
+        if module.loss_function is not ForCausalLMLoss:
+            return "its loss function is another one"
+        parts = {"lm_head": nn.Linear}
+    else:
+        return None
+    reasons = ((name, why_called(getattr(module, name), kind)) for name, kind in parts.items())
+    return next((f"{name} {reason}" for name, reason in reasons if reason is not None), None)
+
+
+def _why_attention_is_plain(module: theirs.GPT2Attention) -> str | None:
+    chosen = module.config._attn_implementation
+    if chosen != attention.NAME:
+        return f"the model attends with {chosen!r}"
+    return None if module.is_causal else "it is cross-attention, which SDPA computes"
