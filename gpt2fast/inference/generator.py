@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from ..errors import GenerationError
 from ..model import GPT2
@@ -27,6 +28,7 @@ from .generation import (
     end_tokens,
 )
 from .loading import load_pair
+from .reading import TextScores, check_pooling, embed_texts, score_texts
 from .sampling import Draw, Draws
 from .scores import Scores
 from .stopping import StopCriteria
@@ -256,6 +258,69 @@ class Generator:
             request,
             None if draws is None else draws[0].seed,
         )
+
+    def score(
+        self, texts: Sequence[str], *, stride: int | None = None, start: bool = True
+    ) -> list[TextScores]:
+        """Log-probabilities of the tokens of texts, of any length.
+
+        Args:
+            texts: a list of texts.
+            stride: new tokens in each window of a text that has more than `n_positions`; half of
+                those by default. Fewer give every token a longer past, and take more time.
+            start: read the tokenizer's end-of-text token, if it has one, before each text, so that
+                the first token has a log-probability, too.
+
+        Raises:
+            GenerationError: not a list of texts, a stride that is not in 1 .. `n_positions`, or
+                output that is not a number.
+        """
+        room = self.model.config.n_positions
+        stride = max(1, room // 2) if stride is None else stride
+        if type(stride) is not int or not 1 <= stride <= room:
+            raise GenerationError(
+                f"stride is {stride!r:.80}; it must be a whole number from 1 to the model's "
+                f"n_positions, {room}"
+            )
+        first = self.tokenizer.start_token_id if start else None
+        return score_texts(self.model, self._encode_all(texts), first, stride)
+
+    def embed(self, texts: Sequence[str], *, pooling: str = "mean") -> Tensor:
+        """(N, width) float32: a vector for each text, of the model's last hidden states.
+
+        Args:
+            texts: a list of texts of at most `n_positions` tokens each.
+            pooling: "mean" over a text's tokens, or the state of its "last" one.
+
+        Raises:
+            GenerationError: not a list of texts, an empty or too long one, an unknown pooling, a
+                packed model, or output that is not a number.
+        """
+        check_pooling(pooling)
+        if not isinstance(self.model, GPT2):
+            raise GenerationError(
+                "packed and quantized models have no hidden states to read: load the model without "
+                "pack and quantize"
+            )
+        found, room = self._encode_all(texts), self.model.config.n_positions
+        for number, tokens in enumerate(found, start=1):
+            if not 1 <= len(tokens) <= room:
+                raise GenerationError(
+                    f"text {number} has {len(tokens)} tokens; a vector is made of 1 to the model's "
+                    f"n_positions, {room}: " + ("cut it" if tokens else "leave it out")
+                )
+        return embed_texts(self.model, found, pooling)
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise GenerationError(f"texts is {texts!r:.80}; it must be a list of texts")
+        found = []
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise GenerationError(f"text {number} is {text!r:.80}; it must be a text (str)")
+            found.append(self.tokenizer.encode(text))
+            check_vocabulary(self.model, found[-1], f"text {number}", self.tokenizer)
+        return found
 
     def _continue(
         self,
