@@ -8,15 +8,18 @@ a note, and SDPA takes it as it is; so does it take whatever the kernels do not.
 
 from __future__ import annotations
 
+import sys
 import warnings
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from .. import ops
 from ..ops.native import DTYPES
@@ -35,8 +38,8 @@ class Causal(NamedTuple):
     offset: int
     keys: Tensor | None = None
     """(B, S) bool, false at hidden keys; None hides none."""
-    version: int | None = None
-    """The mask's count of changes when this was noted; tensors of inference mode have none."""
+    version: int = 0
+    """The mask's count of changes when this was noted."""
 
 
 def register() -> None:
@@ -70,17 +73,18 @@ def attention_mask(
     Returns:
         (B, 1, T, S) bool; None if SDPA needs none.
     """
-    mask = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **options,
-    )
-    if mask is None or mask_function is not causal_mask_function or kv_offset or _is_traced():
+    given: dict[str, Any] = {
+        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length,
+        "q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function,
+        "attention_mask": attention_mask, **options,
+    }  # fmt: skip
+    config: Any = type(options.get("config"))
+    if _attends_itself(config):
+        _tell("its modules know no other", "the model")
+        return eager_mask(**given)
+    with torch.inference_mode(False):  # so that torch counts the mask's changes
+        mask = sdpa_mask(**given)
+    if mask is None or mask_function is not causal_mask_function or kv_offset or _is_traced(mask):
         return mask
     if isinstance(q_offset, Tensor):
         if q_offset.device.type != "cpu":  # reading it would be a wait
@@ -91,7 +95,7 @@ def attention_mask(
         last = q_offset + q_length
         keys = F.pad(keys.bool(), (0, max(0, last - keys.shape[1])))[:, :last]
         keys = None if bool(keys.all()) else keys
-    setattr(mask, _NOTE, Causal(q_offset, keys, _version(mask)))
+    setattr(mask, _NOTE, Causal(q_offset, keys, mask._version))
     return mask
 
 
@@ -156,8 +160,8 @@ def _visible(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -
         if length == 1:
             return Causal(keys - 1)
         return Causal(0) if is_causal else "it is not causal"
-    note = getattr(mask, _NOTE, None)
-    if not isinstance(note, Causal) or note.version != _version(mask):
+    note = None if _is_traced(mask) else getattr(mask, _NOTE, None)
+    if not isinstance(note, Causal) or note.version != mask._version:
         return "its mask is not just causal, or it is traced"
     if mask.shape[2] != length or mask.shape[3] != keys:
         return "its mask is not that of these keys"
@@ -170,6 +174,8 @@ def _refusal(
     """Why the kernels cannot run this; None if they can."""
     if torch.jit.is_tracing():
         return "it is traced"
+    if seen.offset and _has_tangent(query, key, value):
+        return "its derivative is taken forward, with a cache"
     if options.get("position_bias") is not None:
         return "its scores have a bias"
     if options.get("cache") is not None:
@@ -178,13 +184,9 @@ def _refusal(
         return "keys and values differ in dtype or shape"
     if len(query) != len(key) or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
         return "queries and keys differ in their batch or head size"
-    device, size = query.device.type, query.shape[3]
-    if device not in ("cpu", "cuda"):
-        return f"it is on the device {device}"
-    if query.dtype not in (DTYPES if device == "cpu" else GPU_DTYPES):
-        return f"it computes in {str(query.dtype).removeprefix('torch.')}"
-    if device == "cuda" and size > MAX_HEAD_SIZE:
-        return f"its heads have size {size}, above {MAX_HEAD_SIZE}"
+    reason = why_not_on(query, query.shape[3])
+    if reason is not None:
+        return reason
     if seen.offset + query.shape[2] > key.shape[2]:
         return "it has fewer keys than positions"
     if not seen.offset:
@@ -195,6 +197,18 @@ def _refusal(
         return "several heads share the keys of its cache"
     if dropout or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
         return "it trains with a cache"
+    return None
+
+
+def why_not_on(x: Tensor, head_size: int) -> str | None:
+    """Why there are no kernels for x's device and dtype; None if there are."""
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return f"it is on the device {device}"
+    if x.dtype not in (DTYPES if device == "cpu" else GPU_DTYPES):
+        return f"it computes in {str(x.dtype).removeprefix('torch.')}"
+    if device == "cuda" and head_size > MAX_HEAD_SIZE:
+        return f"its heads have size {head_size}, above {MAX_HEAD_SIZE}"
     return None
 
 
@@ -242,12 +256,31 @@ def _attend_explicitly(
     return out.transpose(1, 2).contiguous()
 
 
-def _version(mask: Tensor) -> int | None:
-    return None if mask.is_inference() else mask._version
+@cache
+def _attends_itself(config: type) -> bool:
+    """True if a model of this configuration adds masks to scores by itself, whatever is chosen."""
+    name = config.__module__.replace(".configuration_", ".modeling_")
+    knows = "_can_set_attn_implementation"
+    return any(
+        isinstance(kind, type)
+        and issubclass(kind, PreTrainedModel)
+        and kind.__module__ == name
+        and not getattr(kind, knows, lambda: True)()
+        for kind in vars(sys.modules.get(name, torch)).values()
+    )
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _has_tangent(*tensors: Tensor) -> bool:
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(x).tangent is not None for x in tensors)
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or any(isinstance(x, FakeTensor) for x in tensors)
+    )
 
 
 def _tell(reason: str, runs: str) -> None:

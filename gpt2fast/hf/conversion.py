@@ -9,12 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config as TheirConfig
-from transformers import GPT2LMHeadModel, PreTrainedModel
-from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel, pytorch_utils
+from transformers.activations import ACT2FN
+from transformers.models.gpt2 import modeling_gpt2 as theirs
 
 from ..config import as_config
 from ..errors import ArgumentError
 from ..model import GPT2
+from . import gpt2
+from .plain import is_plain
+
+PARTS: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(theirs.GPT2Model, theirs.GPT2Block, theirs.GPT2Attention, theirs.GPT2MLP),
+        *(pytorch_utils.Conv1D, nn.LayerNorm, nn.Embedding, nn.Dropout),
+        *(gpt2.GPT2Block, gpt2.GPT2MLP, gpt2.Conv1D, gpt2.LayerNorm),
+    }
+)
+"""The classes of a `GPT2Model`'s modules, activations aside."""
 
 
 def from_hf(model: PreTrainedModel) -> GPT2:
@@ -26,10 +38,11 @@ def from_hf(model: PreTrainedModel) -> GPT2:
         model: a GPT-2 of transformers, of any head, which is left out.
 
     Raises:
-        ArgumentError: not a GPT-2 of transformers, or one with cross-attention or adapters.
+        ArgumentError: not a GPT-2 of transformers, or one with cross-attention, adapters, hooks, or
+            parts that its config does not describe.
         ConfigError: its config has something that no GPT2 computes.
     """
-    if not isinstance(model, GPT2PreTrainedModel):
+    if not isinstance(model, theirs.GPT2PreTrainedModel):
         raise ArgumentError(
             f"from_hf takes a GPT-2 of transformers, such as GPT2LMHeadModel, not "
             f"{type(model).__name__}"
@@ -37,6 +50,9 @@ def from_hf(model: PreTrainedModel) -> GPT2:
     if model.config.add_cross_attention:
         raise ArgumentError("from_hf takes no model with cross-attention: GPT2 is decoder-only")
     stack: Any = getattr(model, "transformer", model)
+    reason = why_not_described(stack)
+    if reason is not None:
+        raise ArgumentError(f"from_hf takes a model that is what its config says, and {reason}")
     given = dict(stack.named_parameters())
     head: Any = getattr(model, "lm_head", None)
     config = as_config(model.config)
@@ -50,6 +66,42 @@ def from_hf(model: PreTrainedModel) -> GPT2:
     return ours.train(model.training)
 
 
+def parameters_of(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a `GPT2LMHeadModel` by the names of ours."""
+    found = dict(model.transformer.named_parameters())
+    if model.lm_head.weight is not model.transformer.wte.weight:
+        found["lm_head.weight"] = model.lm_head.weight
+    return found
+
+
+def why_not_described(stack: Any) -> str | None:
+    """Why a `GPT2Model` computes something else than its config says, in words; None if it does
+    not.
+
+    A head around it is not looked at.
+    """
+    config = stack.config
+    activation = type(ACT2FN[config.activation_function])
+    for name, module in stack.named_modules():
+        kind = type(module)
+        if kind is nn.ModuleList:
+            continue
+        if not (kind is activation or kind in PARTS) or not is_plain(module, kind):
+            return f"{name or 'the model'} is watched, or is no part of GPT-2"
+        if isinstance(module, nn.LayerNorm) and module.eps != config.layer_norm_epsilon:
+            return f"{name} has another epsilon"
+    for index, block in enumerate(stack.h):
+        attn = block.attn
+        scaling = attn.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scaling /= index + 1
+        if (attn.layer_idx, attn.num_heads) != (index, config.n_head) or attn.scaling != scaling:
+            return f"h.{index}.attn has another scaling, other heads, or another place"
+        if type(block.mlp.act) is not activation:
+            return f"h.{index}.mlp has another activation"
+    return None
+
+
 def to_hf(model: GPT2) -> GPT2LMHeadModel:
     """A `GPT2LMHeadModel` that has the parameters of a `GPT2` for its own: nothing is copied.
 
@@ -58,13 +110,13 @@ def to_hf(model: GPT2) -> GPT2LMHeadModel:
     """
     config = TheirConfig(**model.config.to_dict())
     with torch.device("meta"):
-        theirs = GPT2LMHeadModel(config)
+        made = GPT2LMHeadModel(config)
     given = {f"transformer.{name}": x for name, x in model.named_parameters()}
     head = given.pop("transformer.lm_head.weight", given.get("transformer.wte.weight"))
     if head is not None:
         given["lm_head.weight"] = head
-    _share(theirs, given)
-    return theirs.train(model.training)
+    _share(made, given)
+    return made.train(model.training)
 
 
 def _share(model: nn.Module, given: Mapping[str, Tensor]) -> None:

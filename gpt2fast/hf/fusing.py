@@ -72,8 +72,8 @@ def _fuse(model: _Model, generate: bool = False) -> _Model:
     heads = [head for head in model.modules() if type(head) in _HEADS]
     if generate and not heads:
         raise ArgumentError(
-            f"{type(model).__name__} has no GPT2LMHeadModel that could generate; "
-            "leave generate=True out"
+            f"{type(model).__name__} has no GPT2LMHeadModel that could generate (classes of your "
+            "own keep their loops); leave generate=True out"
         )
     attention.register()
     for stack in stacks:
@@ -123,6 +123,8 @@ def doctor(model: nn.Module) -> list[Part]:
             reason = _why_not(module) or "it has not been fused"
         elif kind in _PLAIN or isinstance(module, theirs.GPT2Attention):
             reason = _why_not_now(module)
+        elif isinstance(module, tuple(_FUSED)) and not kind.__module__.startswith("torch."):
+            reason = "its class is not transformers' own"
         else:
             continue
         found.append(Part(names[id(module)], kind.__name__, reason is None, reason))
@@ -169,6 +171,10 @@ def _why_not_now(module: nn.Module) -> str | None:
     elif isinstance(module, theirs.GPT2LMHeadModel):
         if module.loss_function is not ForCausalLMLoss:
             return "its loss function is another one"
+        if module.lm_head.bias is not None:
+            return "lm_head has a bias"
+        if len(module.lm_head.weight) != module.config.vocab_size:
+            return f"lm_head has not vocab_size={module.config.vocab_size} rows"
         parts = {"lm_head": nn.Linear}
     else:
         return None
@@ -180,4 +186,8 @@ def _why_attention_is_plain(module: theirs.GPT2Attention) -> str | None:
     chosen = module.config._attn_implementation
     if chosen != attention.NAME:
         return f"the model attends with {chosen!r}"
-    return None if module.is_causal else "it is cross-attention, which SDPA computes"
+    if not module.is_causal:
+        return "it is cross-attention, which SDPA computes"
+    weight = module.c_proj.weight if hasattr(module.c_proj, "weight") else None
+    reason = None if weight is None else attention.why_not_on(weight, module.head_dim)
+    return None if reason is None else f"SDPA attends, since {reason}"

@@ -19,20 +19,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, pytorch_utils
-from transformers.activations import ACT2CLS
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as theirs
 
 from .._system.output import tell
-from ..errors import Error
+from ..errors import ArgumentError, Error
 from ..inference.packed import PackedGPT2
 from ..inference.packing import can_be_packed, packed_copy
 from ..model import GPT2
 from ..nn.kv_cache import KVCache
 from . import gpt2
-from .conversion import from_hf
+from .conversion import from_hf, parameters_of, why_not_described
 from .plain import is_plain
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +44,10 @@ _OF_THE_LOOP = {
     "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
 }  # fmt: skip
 """Arguments of the loop itself."""
+_ROOM = 256
+"""Entries of a cache beyond the prompt, before it grows."""
+_OF_THE_STEPS = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"}
+"""Methods of a model that steps of ours take the place of; PEFT replaces some."""
 
 _ours: WeakKeyDictionary[nn.Module, GPT2] = WeakKeyDictionary()
 """A GPT2 with the parameters of each model that has generated."""
@@ -76,6 +79,8 @@ def generate(
         generation_config = model.generation_config
     mode = generation_config.get_generation_mode(options.get("assistant_model"))
     loop = GENERATION_MODES_MAPPING[mode]
+    if "/" in loop:  # a repository
+        raise ArgumentError(f"transformers has moved {mode.value} to {loop}: pass that instead")
     return run(
         model,
         loop,
@@ -134,15 +139,6 @@ class GPT2LMHeadModel(gpt2.GPT2LMHeadModel):
         return run(self, "_beam_search", theirs.GPT2LMHeadModel._beam_search, input_ids, **options)
 
 
-_PARTS: set[Any] = {
-    *(kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()),
-    *(theirs.GPT2LMHeadModel, theirs.GPT2Model, theirs.GPT2Block, theirs.GPT2Attention),
-    *(theirs.GPT2MLP, pytorch_utils.Conv1D, nn.LayerNorm, nn.Linear, nn.Embedding, nn.Dropout),
-    *(GPT2LMHeadModel, gpt2.GPT2LMHeadModel, gpt2.GPT2Block, gpt2.GPT2MLP),
-    *(gpt2.Conv1D, gpt2.LayerNorm),
-}
-
-
 class _RowOrder:
     """The cache of our steps as transformers' loops see it: its rows can be reordered."""
 
@@ -157,9 +153,9 @@ class _RowOrder:
 class _Engine:
     """A model as transformers' loops see it, whose steps are ours; all else is the model's own."""
 
-    def __init__(self, model: Any, packed: PackedGPT2, lengths: list[int], capacity: int):
+    def __init__(self, model: Any, packed: PackedGPT2, lengths: list[int], most: int):
         self._model, self._packed = model, packed
-        self._lengths, self._capacity = lengths, capacity
+        self._lengths, self._most = lengths, most
         self.cache: _RowOrder | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -168,10 +164,15 @@ class _Engine:
     def __call__(self, tokens: Tensor, **options: Any) -> CausalLMOutputWithCrossAttentions:
         """The logits after one more token (B,) for each row."""
         assert self.cache is not None
-        return self._output(self._packed.decode_step(tokens, self.cache.entries))
+        entries = self.cache.entries
+        if int(entries.lengths.max()) == entries.max_length:
+            entries.grow(min(2 * entries.max_length, self._most))
+        return self._output(self._packed.decode_step(tokens, entries))
 
     def _prefill(self, input_ids: Tensor, *args: Any, **options: Any) -> Any:
-        entries = self._packed.new_cache(len(input_ids), self._capacity)
+        # Texts may end long before they have to.
+        room = min(max(self._lengths) + _ROOM, self._most)
+        entries = self._packed.new_cache(len(input_ids), room)
         self.cache = _RowOrder(entries)
         starts = [0] * len(input_ids)
         return self._output(self._packed.prefill(input_ids, self._lengths, starts, entries))
@@ -211,11 +212,17 @@ def _packed(model: Any) -> PackedGPT2 | str:
         return f"{type(model).__name__} is not transformers' GPT2LMHeadModel"
     if model.device.type != "cpu" or model.dtype != torch.float32:
         return f"it is in {model.dtype} on {model.device}, and exact are float32 steps on the CPU"
-    for name, module in model.named_modules():
-        kind = type(module)
-        if kind is nn.ModuleList or (kind in _PARTS and is_plain(module, kind)):
-            continue
-        return f"{name or 'the model'} is watched, or is no part of GPT-2"
+    kind = type(model)
+    heads = (theirs.GPT2LMHeadModel, gpt2.GPT2LMHeadModel, GPT2LMHeadModel)
+    if kind not in heads or not is_plain(model, kind) or not is_plain(model.lm_head, nn.Linear):
+        return "the model or its head is watched, or a class of the user's own"
+    odd = sorted(_OF_THE_STEPS & model.__dict__.keys())
+    if odd:
+        return f"{odd[0]} was replaced"
+    if any(module.training for module in model.modules()):
+        return "the model or a part of it is in training mode"
+    if torch.is_autocast_enabled("cpu"):
+        return "it runs under autocast"
     ours = _ours.get(model)
     if ours is None or not _shares(ours, model):
         try:
@@ -226,15 +233,18 @@ def _packed(model: Any) -> PackedGPT2 | str:
             gigabytes = sum(p.nbytes for p in ours.parameters()) / 1e9
             tell(_LOG, f"packing a copy of the weights to generate with: {gigabytes:.1f} GB")
         _ours[model] = ours
+    changed = why_not_described(model.transformer)
+    if changed is not None:
+        return changed
     return packed_copy(ours, thorough=True) or "there are no kernels here that read packed weights"
 
 
-def _shares(ours: GPT2, model: nn.Module) -> bool:
+def _shares(ours: GPT2, model: Any) -> bool:
     """True if `ours` still has the parameters of `model`, and they their sizes."""
     if len(ours.wte.weight) != ours.config.vocab_size:  # resized in place
         return False
-    mine = {id(parameter) for parameter in ours.parameters()}
-    return mine == {id(parameter) for parameter in model.parameters()}
+    mine, given = dict(ours.named_parameters()), parameters_of(model)
+    return mine.keys() == given.keys() and all(mine[name] is given[name] for name in mine)
 
 
 def _why_not(model: Any, name: str, input_ids: Tensor, options: dict[str, Any]) -> str | None:
@@ -242,8 +252,8 @@ def _why_not(model: Any, name: str, input_ids: Tensor, options: dict[str, Any]) 
     config, criteria = options["generation_config"], options["stopping_criteria"]
     if name not in _LOOPS:
         return f"{name} is not one of {', '.join(_LOOPS)}"
-    if model.training:
-        return "the model is in training mode"
+    if input_ids.dtype != torch.int64:
+        return f"its tokens are {input_ids.dtype}"
     odd = [
         each
         for each in options.keys() - _UNDERSTOOD - _OF_THE_LOOP
@@ -261,6 +271,7 @@ def _why_not(model: Any, name: str, input_ids: Tensor, options: dict[str, Any]) 
     if len(caches) != 1 or type(caches[0]) is not DynamicCache or caches[0].get_seq_length():
         return "its cache is not an empty DynamicCache"
     mask = options.get("attention_mask")
+    mask = None if mask is None else mask.long()
     kept = config.return_dict_in_generate or getattr(caches[0], "_is_user_defined", False)
     if mask is not None and not bool((mask.diff(dim=1) >= 0).all() & (mask[:, -1] == 1).all()):
         return "its padding is not on the left alone"

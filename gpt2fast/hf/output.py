@@ -37,8 +37,17 @@ class CausalLMOutput(CausalLMOutputWithCrossAttentions):
             return self.loss
         return super().__getitem__(key)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "logits":
+            self.__dict__.pop("_source", None)
+        super().__setattr__(name, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key == "logits":
+            self.__dict__.pop("_source", None)
+        super().__setitem__(key, value)
+
     def _compute(self) -> None:
         source = self.__dict__.get("_source")
         if source is not None:
             self["logits"] = source.logits
-            del self.__dict__["_source"]

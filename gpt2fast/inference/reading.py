@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import GenerationError
 from ..model import GPT2
 from .decoding import check_numbers, evaluating
-from .packed import PackedGPT2
 from .teacher_forcing import score_sequences
 
 POOLINGS = ("mean", "last")
@@ -37,7 +36,7 @@ class TextScores:
 
 
 def score_texts(
-    model: GPT2 | PackedGPT2, texts: Sequence[list[int]], first: int | None, stride: int
+    model: GPT2, texts: Sequence[list[int]], first: int | None, stride: int
 ) -> list[TextScores]:
     """Score the tokens of texts of any length.
 

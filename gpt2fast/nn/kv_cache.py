@@ -239,6 +239,16 @@ class KVCache:
         self.lengths = self.lengths.repeat_interleave(times)
         self.positions = self.positions.repeat_interleave(times)
 
+    def grow(self, max_length: int) -> None:
+        """Make room for `max_length` entries a row, at least as many as there are."""
+        for name in ("k", "v", "k_scales", "v_scales"):
+            before: Tensor | None = getattr(self, name)
+            if before is not None:
+                shape = (*before.shape[:2], max_length, *before.shape[3:])
+                longer = zeros(shape, before.dtype, before.device)
+                longer[:, :, : self._longest] = before[:, :, : self._longest]
+                setattr(self, name, longer)
+
     def _check_rows(self, rows: Tensor) -> None:
         if rows.device.type == "cpu" and len(rows):
             low, high = (int(bound) for bound in rows.aminmax())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import ArgumentError
+from ..ops.derivatives import is_transformed
 
 
 class GPT2Output:
@@ -34,6 +36,7 @@ class GPT2Output:
             # Traced programs and tensors made in inference mode have no count of changes.
             counted = not torch.compiler.is_compiling() and not projection.is_inference()
             self._version = projection._version if counted else None
+            self._sample = _sample(projection) if counted else None
 
     @classmethod
     def computed(cls, loss: Tensor | None, logits: Tensor) -> GPT2Output:
@@ -50,7 +53,7 @@ class GPT2Output:
             ArgumentError: read for the first time after the weights were changed.
         """
         if self._logits is None:
-            if self._version is not None and self._projection._version != self._version:
+            if self._weights_changed():
                 raise ArgumentError(
                     "the weights were changed after this forward pass, which did not need its "
                     "logits until now: read .logits before the optimizer's step"
@@ -67,3 +70,21 @@ class GPT2Output:
     @logits.setter
     def logits(self, logits: Tensor) -> None:
         self._logits = logits
+
+    def _weights_changed(self) -> bool:
+        if self._version is None:
+            return False
+        if self._projection._version != self._version:
+            return True
+        # Changes through `.data` are not counted.
+        before, now = self._sample, _sample(self._projection)
+        return before is not None and (now is None or not torch.equal(now, before))
+
+
+def _sample(weight: Tensor) -> Tensor | None:
+    """The bytes of some thousand elements of a matrix, spread over its rows and columns; None if it
+    has no memory of its own to read."""
+    if type(weight) not in (Tensor, Parameter) or weight.is_meta or is_transformed():
+        return None
+    flat = weight.detach().flatten()
+    return flat[:: max(1, len(flat) // 4093)].clone().view(torch.uint8)

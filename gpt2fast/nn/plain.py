@@ -37,10 +37,11 @@ def _is_untouched(module: nn.Module) -> bool:
     return _FORWARDS.get(kind) is kind.forward and _has_no_hook(module)
 
 
-def _has_no_hook(module: nn.Module) -> bool:
+def _has_no_hook(module: nn.Module, inert: str | None = None) -> bool:
     state = module.__dict__
+    hooks = state["_forward_hooks"]
     return not (
-        state["_forward_hooks"]
+        (hooks and any(getattr(hook, "__module__", None) != inert for hook in hooks.values()))
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
@@ -52,9 +53,15 @@ def _has_no_hook(module: nn.Module) -> bool:
     )
 
 
-def is_unwatched(module: nn.Module, base: type[nn.Module]) -> bool:
-    """True if a call of `module`, an instance of `base`, runs `base.forward` and no more."""
-    return type(module).forward is base.forward and _has_no_hook(module)
+def is_unwatched(module: nn.Module, base: type[nn.Module], inert: str | None = None) -> bool:
+    """True if a call of `module`, an instance of `base`, runs `base.forward` and no more.
+
+    Args:
+        module: the module.
+        base: a class.
+        inert: name of a Python module whose forward hooks do nothing.
+    """
+    return type(module).forward is base.forward and _has_no_hook(module, inert)
 
 
 def why_not_plain_within(model: nn.Module) -> str | None:

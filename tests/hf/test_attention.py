@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    CompileConfig,
     DynamicCache,
     Gemma2Config,
     GemmaConfig,
@@ -19,9 +23,12 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     Qwen2Config,
     Qwen3Config,
+    RoFormerConfig,
     StaticCache,
+    XGLMConfig,
 )
 
 import gpt2fast.hf
@@ -180,6 +187,43 @@ def test_generation_writes_the_same_tokens(name):
     assert torch.equal(ours.generate(tokens, **options), other.generate(tokens, **options))
 
 
+TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4}
+THEIR_OWN = {
+    "bloom": BloomConfig(**TINY, n_layer=2),
+    "codegen": CodeGenConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "mpt": MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "xglm": XGLMConfig(
+        vocab_size=97, d_model=32, num_layers=2, attention_heads=4, ffn_dim=48,
+        max_position_embeddings=64,
+    ),
+    "roformer": RoFormerConfig(
+        **TINY, num_hidden_layers=2, intermediate_size=48, is_decoder=True, embedding_size=32
+    ),
+}  # fmt: skip
+"""Models that know no attention but their own."""
+
+
+@pytest.mark.parametrize("name", THEIR_OWN)
+@pytest.mark.parametrize("side", [None, "left"])
+def test_models_that_attend_by_themselves(name, side):
+    torch.manual_seed(0)
+    other = AutoModelForCausalLM.from_config(THEIR_OWN[name]).eval()
+    for parameter in other.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    ours = AutoModelForCausalLM.from_config(THEIR_OWN[name], attn_implementation="gpt2fast").eval()
+    ours.load_state_dict(other.state_dict())
+    tokens = torch.randint(3, 97, (3, 9))
+    mask = None if side is None else padded((side,) * 3, 9)
+    real = torch.ones_like(tokens) if mask is None else mask
+    with torch.no_grad():
+        found = [m(tokens, attention_mask=mask).logits for m in (ours, other)]
+    for each in found:
+        each.masked_fill_(real[..., None] == 0, 0.0)
+    assert torch.equal(*found)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": real}
+    assert torch.equal(ours.generate(tokens, **options), other.generate(tokens, **options))
+
+
 def test_packed_sequences_are_kept_apart():
     tokens = torch.randint(3, 97, (1, 17))
     positions = torch.cat([torch.arange(6), torch.arange(11)])[None]
@@ -199,7 +243,13 @@ def test_a_mask_of_the_users_own():
     assert_close([ours], [other], [exact], times=3.0)
 
 
-def test_a_mask_that_was_changed_is_taken_as_it_is():
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_was_changed_is_taken_as_it_is(inference):
+    with torch.inference_mode(inference):
+        _change_a_mask()
+
+
+def _change_a_mask() -> None:
     mask = attention.attention_mask(
         batch_size=2, q_length=5, kv_length=5, attention_mask=padded(("none", "right"), 5).bool()
     )
@@ -253,6 +303,24 @@ def test_compiled_models():
         found = [compiled(tokens).logits, compiled(tokens, attention_mask=None).logits]
         for each in found:
             assert_close([each], [other(tokens).logits], [exact(tokens).logits], times=3.0)
+
+
+def test_a_compiled_step_of_generation():
+    # Its mask is made outside of the compiled program.
+    tokens = torch.randint(3, 97, (1, 9))
+    ours, other, _ = models("gpt2")
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    config = CompileConfig(fullgraph=True, backend="aot_eager")
+    config._compile_all_devices = True
+    found = ours.generate(tokens, **options, compile_config=config)
+    assert torch.equal(found, other.generate(tokens, **options))
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"], attn_implementation="gpt2fast")
+        tokens = torch.ones(2, 9, dtype=torch.int64)
+        assert model(tokens, attention_mask=torch.ones_like(tokens)).logits.shape == (2, 9, 97)
 
 
 def test_it_is_known_to_transformers(tmp_path):

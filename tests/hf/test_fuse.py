@@ -300,12 +300,27 @@ def test_logits_come_when_they_are_read():
     (right.loss + right.logits.sin().mean()).backward()
     for ours, other in zip(model.parameters(), plainly.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, other.grad)
-    output = model(tokens, labels=tokens)
-    with torch.no_grad():
-        model.lm_head.weight.add_(1)
-    for _ in range(2):
-        with pytest.raises(ArgumentError, match="weights were changed"):
-            output.logits  # noqa: B018
+    for change in (
+        lambda weight: weight.detach().add_(1),
+        lambda weight: weight.data.mul_(0.5),
+        lambda weight: setattr(weight, "data", weight.data.bfloat16()),
+    ):
+        output = model(tokens, labels=tokens)
+        change(model.lm_head.weight)
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="weights were changed"):
+                output.logits  # noqa: B018
+
+
+def test_logits_that_are_set_stay():
+    model, tokens = fuse(build().float()), torch.randint(3, 97, (2, 9))
+    for put in (
+        lambda output, logits: setattr(output, "logits", logits),
+        lambda output, logits: output.__setitem__("logits", logits),
+    ):
+        output, mine = model(tokens, labels=tokens), torch.zeros(2, 9, 97)
+        put(output, mine)
+        assert output.logits is mine is output["logits"]
 
 
 @pytest.mark.parametrize(
@@ -342,6 +357,23 @@ def test_no_label_counts():
             found.append([output.loss.detach(), model.transformer.wpe.weight.grad])
         for ours, other in zip(*found, strict=True):
             torch.testing.assert_close(ours, other, equal_nan=True)
+
+
+def test_doctor_knows_what_does_not_run_fused():
+    model = fuse(build())
+    reasons = {part.name: part.reason for part in doctor(model)}
+    assert reasons["transformer.h.0.attn"] == "SDPA attends, since it computes in float64"
+    model = fuse(build().float())
+    model.lm_head = nn.Linear(48, 97)
+    assert {p.name: p.reason for p in doctor(model)}[""] == "lm_head has a bias"
+
+    class Mine(transformers.GPT2LMHeadModel):
+        pass
+
+    model = fuse(Mine(GPT2Config(**SIZES)))
+    assert {p.name: p.reason for p in doctor(model)}[""] == "its class is not transformers' own"
+    with pytest.raises(ArgumentError, match="classes of your own keep their loops"):
+        fuse(model, generate=True)
 
 
 def test_a_loss_of_the_users_own_is_used():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 from typing import Any
@@ -17,7 +18,7 @@ import gpt2fast
 from comparison import needs_native
 from gpt2fast import GPT2
 from gpt2fast.errors import ArgumentError
-from gpt2fast.hf import from_hf, fuse, to_hf, unfuse
+from gpt2fast.hf import from_hf, fuse, generation, to_hf, unfuse
 from gpt2fast.ops.backend import record_calls
 from tolerance import assert_allclose, assert_equal
 
@@ -234,6 +235,111 @@ def test_models_that_our_steps_are_not_exact_for(change):
     assert_equal(found, ops_of(unfuse(model), **options)[0])
 
 
+def _replace_act(model: Any) -> None:
+    model.transformer.h[0].mlp.act = torch.nn.Threshold(1.0, 5.0)
+
+
+def _replace_eps(model: Any) -> None:
+    model.transformer.h[1].ln_2.eps = 1.0
+
+
+def _replace_scaling(model: Any) -> None:
+    model.transformer.h[1].attn.scaling *= 3.0
+
+
+def _swap_blocks(model: Any) -> None:
+    blocks = model.transformer.h
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+def _drop(model: Any) -> None:
+    model.transformer.drop.train().p = 0.5
+
+
+def _learn_a_prompt(model: Any) -> None:
+    inner = model.prepare_inputs_for_generation
+
+    @functools.wraps(inner)
+    def prepare(*args: Any, **options: Any) -> Any:
+        found = inner(*args, **options)
+        found["position_ids"] = found["position_ids"] + 5
+        return found
+
+    model.prepare_inputs_for_generation = prepare
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change",
+    [_replace_act, _replace_eps, _replace_scaling, _swap_blocks, _drop, _learn_a_prompt],
+)
+@pytest.mark.parametrize("way", ["generate=True", "custom_generate"])
+def test_what_a_model_became_after_its_config_is_generated_with(change, way):
+    model = build()
+    if way == "generate=True":
+        fuse(model, generate=True)
+    options = {**prompts(), "max_new_tokens": 8, "do_sample": False}
+    before, _ = ops_of(model, **options)
+    change(model)
+    if way == "custom_generate":
+        options["custom_generate"] = gpt2fast.generate
+    found, called = ops_of(model, **options)
+    assert "packed_step" not in called or change is _swap_blocks
+    options.pop("custom_generate", None)
+    right, _ = ops_of(unfuse(model), **options)
+    assert_equal(found, right)
+    assert not torch.equal(found, before)
+
+
+@needs_native
+def test_autocast_is_the_models():
+    model, options = build(), {**prompts(), "max_new_tokens": 8, "do_sample": True}
+    ours = fuse(copy.deepcopy(model), generate=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, called = ops_of(ours, **options)
+        right, _ = ops_of(model, **options)
+    assert "packed_step" not in called
+    assert found.shape[0] == right.shape[0]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32])
+def test_masks_of_every_dtype(dtype):
+    model = build()
+    ours = fuse(copy.deepcopy(model), generate=True)
+    for holes in (False, True):
+        options = {**prompts(), "max_new_tokens": 8, "do_sample": False}
+        mask = options["attention_mask"].clone()
+        if holes:
+            mask[:, 6] = 0
+        options["attention_mask"] = mask.to(dtype)
+        found, called = ops_of(ours, **options)
+        assert ("packed_step" in called) == (not holes)
+        assert_equal(found, ops_of(model, **options)[0])
+
+
+@needs_native
+def test_asking_for_hidden_states_once_costs_no_later_request():
+    model = fuse(build(), generate=True)
+    tokens = prompts(padded=False)["input_ids"]
+    assert len(model(tokens, output_hidden_states=True).hidden_states) == 3
+    _, called = ops_of(model, input_ids=tokens, max_new_tokens=4, do_sample=False)
+    assert "packed_step" in called
+    assert len(model(tokens, output_hidden_states=True).hidden_states) == 3
+
+
+@needs_native
+@pytest.mark.parametrize("beams", [1, 3])
+def test_caches_grow_with_the_text(beams, monkeypatch):
+    monkeypatch.setattr(generation, "_ROOM", 2)
+    model = build(eos_token_id=None)
+    ours = fuse(copy.deepcopy(model), generate=True)
+    options = {**prompts(), "max_new_tokens": 50, "do_sample": False, "num_beams": beams}
+    found, called = ops_of(ours, **options)
+    assert "packed_step" in called and found.shape[1] == 59
+    assert_equal(found, ops_of(model, **options)[0])
+
+
 @needs_native
 @pytest.mark.parametrize("way", ["optimizer", "data", "assignment", "resize"])
 def test_weights_that_change_are_packed_again(way):
@@ -288,8 +394,13 @@ def test_what_cannot_be_shared_is_refused():
     adapted = peft.get_peft_model(
         build(), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
     )
-    with pytest.raises(ArgumentError, match="lora_A.*merge adapters first"):
+    with pytest.raises(ArgumentError, match="c_attn is watched, or is no part of GPT-2"):
         from_hf(adapted.base_model.model)
+    for change in (_replace_act, _replace_eps, _replace_scaling):
+        changed = build()
+        change(changed)
+        with pytest.raises(ArgumentError, match="what its config says"):
+            from_hf(changed)
     with pytest.raises(ArgumentError, match="cross-attention"):
         from_hf(build(add_cross_attention=True))
     with pytest.raises(ArgumentError, match="takes a GPT-2 of transformers.*Linear"):
