@@ -12,8 +12,8 @@ runs on the model itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -115,7 +115,8 @@ def run(model: Any, name: str, loop: Callable[..., Any], input_ids: Tensor, **op
     for each in _CACHES:
         if each in options:
             options[each] = engine.cache
-    found = loop(engine, input_ids, **options)
+    with engine.alone(_compute_little(options["logits_processor"])):
+        found = loop(engine, input_ids, **options)
     if config.return_dict_in_generate or getattr(given, "_is_user_defined", False):
         engine.fill(given)
     if config.return_dict_in_generate:
@@ -156,6 +157,7 @@ class _Engine:
     def __init__(self, model: Any, packed: PackedGPT2, lengths: list[int], most: int):
         self._model, self._packed = model, packed
         self._lengths, self._most = lengths, most
+        self._threads = torch.get_num_threads()
         self.cache: _RowOrder | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -167,7 +169,8 @@ class _Engine:
         entries = self.cache.entries
         if int(entries.lengths.max()) == entries.max_length:
             entries.grow(min(2 * entries.max_length, self._most))
-        return self._output(self._packed.decode_step(tokens, entries))
+        with self._on(self._threads):
+            return self._output(self._packed.decode_step(tokens, entries))
 
     def _prefill(self, input_ids: Tensor, *args: Any, **options: Any) -> Any:
         # Texts may end long before they have to.
@@ -175,7 +178,8 @@ class _Engine:
         entries = self._packed.new_cache(len(input_ids), room)
         self.cache = _RowOrder(entries)
         starts = [0] * len(input_ids)
-        return self._output(self._packed.prefill(input_ids, self._lengths, starts, entries))
+        with self._on(self._threads):
+            return self._output(self._packed.prefill(input_ids, self._lengths, starts, entries))
 
     def _output(self, logits: Tensor) -> CausalLMOutputWithCrossAttentions:
         return CausalLMOutputWithCrossAttentions(logits=logits[:, None])
@@ -195,6 +199,25 @@ class _Engine:
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def alone(self, little: bool) -> AbstractContextManager[None]:
+        """Run torch's operations on one thread while the loop runs, where they compute `little`.
+
+        Those of torch's threads that wait for work would keep ours from their processors.
+        """
+        return self._on(1 if little else self._threads)
+
+    @contextmanager
+    def _on(self, threads: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        if before == threads:
+            yield
+            return
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def fill(self, cache: DynamicCache) -> None:
         """Store all keys and values, of rows of one length, in a cache of transformers."""
@@ -288,6 +311,14 @@ def _why_not(model: Any, name: str, input_ids: Tensor, options: dict[str, Any]) 
     if positions.shape[1] != input_ids.shape[1] or not bool((positions == usual)[seen].all()):
         return "its positions are others than the usual"
     return None
+
+
+def _compute_little(processors: Any) -> bool:
+    """True if all are transformers' own, and none runs a model."""
+    return all(
+        type(each).__module__.startswith("transformers.") and not hasattr(each, "model")
+        for each in processors or []
+    )
 
 
 def _lengths(input_ids: Tensor, mask: Tensor | None) -> list[int]:

@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import pytorch_utils
 from transformers.activations import NewGELUActivation
@@ -25,12 +26,22 @@ from .. import ops
 from .output import CausalLMOutput
 from .plain import is_plain
 
+_FEW_ROWS = 8
+
+
+def _is_a_step(x: Tensor) -> bool:
+    """True for the few rows of a decoding step on a CPU: calling an op costs more than it saves."""
+    few = x.numel() <= _FEW_ROWS * x.shape[-1]
+    return few and x.device.type == "cpu" and not torch.is_grad_enabled()
+
 
 class Conv1D(pytorch_utils.Conv1D):
     """`x @ weight + bias`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if _is_a_step(x):
+            return super().forward(x)
         return ops.projection(x, self.weight, self.bias)
 
 
@@ -39,7 +50,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """(..., width) -> (..., width)."""
-        return self.add(input, None)[0]
+        return super().forward(input) if _is_a_step(input) else self.add(input, None)[0]
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The normalized sum of two tensors (..., width), and the sum."""
@@ -58,7 +69,10 @@ class GPT2MLP(theirs.GPT2MLP):
             and is_plain(self.act, NewGELUActivation)
         ):
             return super().forward(hidden_states)
-        x = ops.gelu_mlp(hidden_states, fc.weight, fc.bias, proj.weight, proj.bias)
+        if _is_a_step(hidden_states):
+            x = proj(F.gelu(fc(hidden_states), approximate="tanh"))
+        else:
+            x = ops.gelu_mlp(hidden_states, fc.weight, fc.bias, proj.weight, proj.bias)
         return self.dropout(x)
 
 
@@ -78,7 +92,11 @@ class GPT2Block(theirs.GPT2Block):
     ) -> Tensor:
         """(B, T, width) -> (B, T, width)."""
         given = dict(zip(_BLOCK_ARGUMENTS, args, strict=False)) | options
-        if given.get("encoder_hidden_states") is not None or not is_plain(self.ln_2, LayerNorm):
+        if (
+            given.get("encoder_hidden_states") is not None
+            or not is_plain(self.ln_2, LayerNorm)
+            or _is_a_step(hidden_states)
+        ):
             return super().forward(hidden_states, *args, **options)
         for name in ("encoder_hidden_states", "encoder_attention_mask"):
             given.pop(name, None)
