@@ -137,7 +137,7 @@ def attention(
     seen = _visible(query, key, attention_mask, is_causal)
     if query.shape[2] == 1 and query.device.type == "cpu":
         # A step of one token reads keys head by head, which SDPA does faster than an op is called.
-        if isinstance(seen, Causal):
+        if isinstance(seen, Causal) and options.get("position_bias") is None:
             last = seen.offset + 1
             key, value = key[:, :, :last], value[:, :, :last]
             attention_mask = None if seen.keys is None else attention_mask[..., :last]  # type: ignore[index]
@@ -183,7 +183,7 @@ def _refusal(
     """Why the kernels cannot run this; None if they can."""
     if torch.jit.is_tracing():
         return "it is traced"
-    if seen.offset and _has_tangent(query, key, value):
+    if seen.offset and not _is_traced() and _has_tangent(query, key, value):
         return "its derivative is taken forward, with a cache"
     if options.get("position_bias") is not None:
         return "its scores have a bias"

@@ -31,8 +31,9 @@ _FEW_ROWS = 8
 
 def _is_a_step(x: Tensor) -> bool:
     """True for the few rows of a decoding step on a CPU: calling an op costs more than it saves."""
-    few = x.numel() <= _FEW_ROWS * x.shape[-1]
-    return few and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False  # a traced program is for all numbers of rows
+    return x.numel() <= _FEW_ROWS * x.shape[-1]
 
 
 class Conv1D(pytorch_utils.Conv1D):

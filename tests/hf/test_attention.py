@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import warnings
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -321,6 +323,20 @@ def test_fake_tensors():
         model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"], attn_implementation="gpt2fast")
         tokens = torch.ones(2, 9, dtype=torch.int64)
         assert model(tokens, attention_mask=torch.ones_like(tokens)).logits.shape == (2, 9, 97)
+
+
+@pytest.mark.parametrize("found", [None, "5.19.3"])
+def test_another_transformers_is_named(found, monkeypatch):
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    with pytest.raises(
+        ImportError, match=r'needs transformers 5\.20 or later: pip install -U "gpt'
+    ):
+        runpy.run_path(gpt2fast.hf.__file__)
 
 
 def test_it_is_known_to_transformers(tmp_path):

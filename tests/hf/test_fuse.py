@@ -410,6 +410,29 @@ def test_compiled(options):
     assert_close(*results, times=3.0)
 
 
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, use_cache=False).logits
+
+
+def test_exported_for_every_length():
+    ours, other, exact = three(build())
+    lengths = {"tokens": {1: torch.export.Dim("length", min=2, max=60)}}
+    with torch.no_grad():
+        program = torch.export.export(
+            _Logits(ours), (torch.randint(3, 97, (2, 9)),), dynamic_shapes=lengths
+        )
+    exported = program.module()
+    for length in (2, 9, 33):
+        tokens = torch.randint(3, 97, (2, length))
+        found = [exported(tokens), other(tokens).logits, exact(tokens).logits]
+        assert_close(*([each.detach()] for each in found), times=3.0)
+
+
 def test_adapters_before_and_after():
     peft = pytest.importorskip("peft")
     tokens = torch.randint(3, 97, (2, 9))
