@@ -16,6 +16,7 @@ from torch import Tensor
 from ..model import GPT2
 from ..ops.sampling import process
 from ..sampling import SamplingOptions
+from .callables import NONE, Callables
 from .decoding import Timing, check_numbers, evaluating
 from .engine import DecodeState
 from .stopping import StopCriteria
@@ -34,12 +35,14 @@ def beam_search(
     use_cache: bool = True,
     vocab_size: int | None = None,
     timing: Timing | None = None,
+    callables: Callables = NONE,
 ) -> list[list[int]]:
     """The best continuations of every prompt.
 
     Args:
         vocab_size: allow only token ids below this; None allows all.
         timing: filled in as the search goes on.
+        callables: functions of the user's to call in each step.
 
     Returns:
         For each prompt its `num_return_sequences` best continuations, the best one first; each
@@ -55,7 +58,7 @@ def beam_search(
         check_numbers(logits)
         state.expand(options.num_beams)
         logits = logits.repeat_interleave(options.num_beams, dim=0)
-        search = _Search(len(prompts), options, criteria, model.device)
+        search = _Search(prompts, options, criteria, callables, model.device)
         searched = list(range(len(prompts)))
         while True:
             scores = process(
@@ -63,6 +66,7 @@ def beam_search(
                 state.history,
                 **options.history_processors(),
             )
+            scores = callables.process(state.history, scores)
             origins = search.extend(scores)
             ended = search.ended()
             seconds = time.perf_counter() - start
@@ -90,10 +94,16 @@ class _Search:
     """Running and finished beams of every prompt; all tensors are (prompts, beams, …)."""
 
     def __init__(
-        self, prompts: int, options: SamplingOptions, criteria: StopCriteria, device: torch.device
+        self,
+        texts: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        criteria: StopCriteria,
+        callables: Callables,
+        device: torch.device,
     ):
-        beams = options.num_beams
-        self.options, self.criteria = options, criteria
+        prompts, beams = len(texts), options.num_beams
+        self.options, self.criteria, self.callables = options, criteria, callables
+        self.texts = list(texts)
         self.length = 0
         shape = (prompts, beams, options.max_new_tokens)
         self.running = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -150,6 +160,7 @@ class _Search:
 
     def keep(self, prompts: Tensor) -> None:
         """Keep only these prompts."""
+        self.texts = [self.texts[index] for index in prompts.tolist()]
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[prompts])
@@ -161,9 +172,14 @@ class _Search:
     def _ends(self, candidates: Tensor) -> Tensor:
         if self.length == self.options.max_new_tokens:
             return torch.ones(candidates.shape[:2], dtype=torch.bool, device=candidates.device)
+        found = candidates[:, :, : self.length].tolist()
         ends = [
-            [self.criteria.reason(tokens) is not None for tokens in prompt]
-            for prompt in candidates[:, :, : self.length].tolist()
+            [
+                self.criteria.reason(tokens) is not None
+                or self.callables.stop([*text, *tokens], candidates.device)
+                for tokens in prompt
+            ]
+            for text, prompt in zip(self.texts, found, strict=True)
         ]
         return torch.tensor(ends, device=candidates.device)
 

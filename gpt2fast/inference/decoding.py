@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import GenerationError
 from ..model import GPT2
+from ..ops.sampling import process
 from ..sampling import SamplingOptions
 from .async_decoder import AsyncDecoder
+from .callables import NONE, Callables
 from .engine import DecodeState, choose
 from .sampling import Draw, Draws, RowRandom
 from .scores import Scores, score
@@ -75,6 +77,7 @@ def decode(
     vocab_size: int | None = None,
     draws: Sequence[Draw] | None = None,
     timing: Timing | None = None,
+    callables: Callables = NONE,
 ) -> Iterator[Step]:
     """Continue every prompt `options.num_return_sequences` times, greedily or by sampling.
 
@@ -87,6 +90,7 @@ def decode(
         vocab_size: allow only token ids below this; None allows all.
         draws: the draw of each prompt's first continuation; by default from `Draws`.
         timing: filled in as decoding goes on.
+        callables: functions of the user's to call in each step.
     """
     timing = Timing() if timing is None else timing
     copies, most = options.num_return_sequences, max(limits)
@@ -107,7 +111,8 @@ def decode(
         state.expand(copies)
         logits = logits.repeat_interleave(copies, dim=0)
         scoring = alternatives is not None
-        with closing(_Chooser(state, logits, options, random, vocab_size, scoring)) as chooser:
+        chooser = _Chooser(state, logits, options, random, vocab_size, scoring, callables)
+        with closing(chooser):
             for step in range(most):
                 chosen = chooser.next(most - step)
                 seconds = time.perf_counter() - start
@@ -120,6 +125,9 @@ def decode(
                 for row, token in zip(rows, chosen, strict=True):
                     continuations[row].append(token)
                     reason = criteria.reason(continuations[row])
+                    if reason is None and callables.criteria:
+                        text = [*prompts[row // copies], *continuations[row]]
+                        reason = "stop" if callables.stop(text, model.device) else None
                     if reason is None and step + 1 == limits[row // copies]:
                         reason = "length"
                     reasons.append(reason)
@@ -147,6 +155,7 @@ class _Chooser:
         random: the numbers to draw with; None takes the likeliest tokens.
         vocab_size: allow only token ids below this; None allows all.
         scoring: the caller reads `logits` after each step.
+        callables: functions of the user's; with processors, every token is chosen by itself.
     """
 
     def __init__(
@@ -157,14 +166,16 @@ class _Chooser:
         random: RowRandom | None,
         vocab_size: int | None,
         scoring: bool,
+        callables: Callables,
     ):
         self.logits = logits
         """(rows, vocab): the logits that the newest tokens were chosen from."""
         self._state, self._random = state, random
         self._choice = {**options.processors(), "vocab_size": vocab_size}
+        self._callables, self._history_processors = callables, options.history_processors()
         self._reads_history = options.reads_history
         self._tokens: Tensor | None = None
-        self._may_run_ahead = not scoring and not options.reads_history
+        self._may_run_ahead = not (scoring or options.reads_history or callables.processors)
         self._ahead: AsyncDecoder | None = None
 
     def next(self, remaining: int) -> list[int]:
@@ -177,13 +188,25 @@ class _Chooser:
             state.count(1)
             return self._ahead.next(remaining)
         uniform = None if random is None else random.take(1)[:, 0]
-        if self._tokens is None:
+        if self._callables.processors:
+            if self._tokens is not None:
+                self.logits = state.append(self._tokens)
+            self._tokens = self._choose_among_processed(uniform)
+        elif self._tokens is None:
             self._tokens = choose(self.logits, state.history, uniform, **choice)
         else:
             self.logits, self._tokens = state.next(
                 self._tokens, uniform, self._reads_history, **choice
             )
         return self._tokens.tolist()
+
+    def _choose_among_processed(self, uniform: Tensor | None) -> Tensor:
+        """The next tokens; the user's processors come after those that read the history."""
+        history = self._state.history
+        scores = process(self.logits.float(), history, **self._history_processors)
+        scores = self._callables.process(history, scores.clone())
+        rest = {n: x for n, x in self._choice.items() if n not in self._history_processors}
+        return choose(scores, history, uniform, **rest)
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..model import GPT2
 from ..sampling import SamplingOptions
 from ..tokenizer import Tokenizer
 from .beam_search import beam_search
+from .callables import Callables
 from .decoding import decode
 from .packed import PackedGPT2
 from .stopping import StopCriteria
@@ -57,6 +58,8 @@ def generate(
     tokenizer: Any = None,
     seed: int | None = None,
     use_cache: bool = True,
+    logits_processor: Iterable[Callable[[Tensor, Tensor], Tensor]] | None = None,
+    stopping_criteria: Iterable[Callable[..., Any]] | None = None,
 ) -> Tensor:
     """Continue each row of `input_ids`.
 
@@ -83,6 +86,12 @@ def generate(
         tokenizer: decodes tokens to look for the strings of `stop` in; one of transformers will do.
         use_cache: keep keys and values; without, every step computes everything again, to the
             same result.
+        logits_processor: functions of (input_ids, scores) that return other scores (rows, vocab)
+            for the next tokens, transformers' `LogitsProcessor`s for example; called after
+            `repetition_penalty` and `no_repeat_ngram_size`, before temperature and the like.
+        stopping_criteria: functions of (input_ids, None) that are true for a row that ends,
+            transformers' `StoppingCriteria` for example. Neither these nor the processors see
+            padding.
 
     Returns:
         (B * num_return_sequences, T + new) int64 on the device of `input_ids`: prompt and
@@ -111,6 +120,7 @@ def generate(
     ends = end_tokens(model, eos_token_id)
     padding = _padding(model, ends, pad_token_id, num_beams)
     criteria = StopCriteria(ends, stop, tokenizer)
+    callables = Callables(logits_processor, stopping_criteria)
     input_ids, attention_mask = _with_beginning(model, input_ids, attention_mask)
     prompts = _real_tokens(model, input_ids, attention_mask)
     for index, prompt in enumerate(prompts):
@@ -118,11 +128,15 @@ def generate(
     if max_new_tokens == 0:
         continuations: list[list[int]] = [[] for _ in range(len(prompts) * num_return_sequences)]
     elif num_beams > 1:
-        continuations = beam_search(model, prompts, options, criteria, use_cache=use_cache)
+        continuations = beam_search(
+            model, prompts, options, criteria, use_cache=use_cache, callables=callables
+        )
     else:
         continuations = [[] for _ in range(len(prompts) * num_return_sequences)]
         limits = [max_new_tokens] * len(prompts)
-        for step in decode(model, prompts, limits, options, criteria, use_cache=use_cache):
+        for step in decode(
+            model, prompts, limits, options, criteria, use_cache=use_cache, callables=callables
+        ):
             for row, token in zip(step.rows, step.tokens, strict=True):
                 continuations[row].append(token)
 
