@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,9 @@ class GPT2Output:
     With labels or targets the logits are computed when they are first read, so that the loss alone
     never needs a (B, T, vocab) tensor. They are what the forward pass would have computed, under
     its gradient mode and autocast; changing the weights in between is an error.
+
+    As of transformers' outputs, `output["loss"]`, `output[0]`, `output[:2]`, `output.to_tuple()`
+    and `dict(output)` have what is not None, the loss first.
 
     Args:
         loss: scalar, or None.
@@ -70,6 +76,30 @@ class GPT2Output:
     @logits.setter
     def logits(self, logits: Tensor) -> None:
         self._logits = logits
+
+    def keys(self) -> list[str]:
+        """Names of what is not None, in order."""
+        return ["logits"] if self.loss is None else ["loss", "logits"]
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """What is not None, in order."""
+        return tuple(self[name] for name in self.keys())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        names = self.keys()
+        if isinstance(key, str):
+            if key not in names:
+                raise KeyError(key)
+            return getattr(self, key)
+        if isinstance(key, slice):
+            return tuple(getattr(self, name) for name in names[key])
+        return getattr(self, names[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
 
     def _weights_changed(self) -> bool:
         if self._version is None:

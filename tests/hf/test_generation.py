@@ -389,6 +389,31 @@ def test_models_share_parameters_both_ways(tied):
     assert back.config.eos_token_id == 2
 
 
+def test_outputs_are_read_alike():
+    model, tokens = build(), prompts(padded=False)["input_ids"]
+    ours = GPT2.from_hf(model)
+    for options in ({}, {"labels": tokens}):
+        found, right = ours(tokens, **options), model(tokens, use_cache=False, **options)
+        assert list(found.keys()) == list(right.keys()) == list(found) and len(found) == len(right)
+        for read in (
+            lambda output: output[0],
+            lambda output: output[-1],
+            lambda output: output[:2][-1],
+            lambda output: output["logits"],
+            lambda output: output.to_tuple()[-1],
+            lambda output: dict(output)["logits"],
+            lambda output: {**output}["logits"],
+        ):
+            assert_allclose(read(found), read(right), rtol=1e-4, atol=1e-4)
+        assert ("loss" in found) == ("loss" in right)
+        with pytest.raises(KeyError):
+            found["loss" if not options else "hidden_states"]
+        with pytest.raises(IndexError):
+            found[2]
+    output = ours(tokens, labels=tokens)
+    assert output[0] is output["loss"] is output.loss and output._logits is None
+
+
 def test_what_cannot_be_shared_is_refused():
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(
