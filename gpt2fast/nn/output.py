@@ -82,7 +82,7 @@ class GPT2Output:
         return ["logits"] if self.loss is None else ["loss", "logits"]
 
     def to_tuple(self) -> tuple[Tensor, ...]:
-        """What is not None, in order."""
+        """The scalar loss, if there is one, and the logits (B, T, vocab)."""
         return tuple(self[name] for name in self.keys())
 
     def __getitem__(self, key: str | int | slice) -> Any:
