@@ -17,7 +17,7 @@ import gpt2fast
 from gpt2fast.errors import ArgumentError
 from gpt2fast.hf import VersionError, doctor, fuse, gpt2, unfuse, versions
 from gpt2fast.ops.backend import record_calls
-from tolerance import assert_close, assert_equal
+from tolerance import assert_close, assert_equal, step_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 64,
@@ -127,7 +127,10 @@ def test_autocast():
         found = [model(tokens, labels=tokens) for model in (ours, other)]
     assert [each.logits.dtype for each in found] == [torch.bfloat16] * 2
     right = exact(tokens, labels=tokens)
-    assert_close(*([x.loss.detach(), x.logits.detach()] for x in (*found, right)), times=3.0)
+    assert_close(*([x.logits.detach()] for x in (*found, right)), times=3.0)
+    # A single number: the other's error may be nothing, by chance.
+    losses = ([x.loss.detach()] for x in (*found, right))
+    assert_close(*losses, times=3.0, least=step_of(torch.bfloat16))
 
 
 def test_steps_with_a_cache():
