@@ -514,7 +514,8 @@ def test_the_package_has_them():
 @pytest.mark.parametrize("right", [True, False])
 def test_versions_that_nobody_tried_are_looked_at_once(right, monkeypatch, caplog):
     versions.check_version.cache_clear()
-    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    # Not the version of the module: transformers replaces itself while it is imported.
+    monkeypatch.setattr(versions, "installed", lambda: "5.99")
     if not right:
         monkeypatch.setattr(gpt2.LayerNorm, "add", lambda self, x, residual: (x, x))
     model = build().float()
