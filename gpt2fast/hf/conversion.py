@@ -27,6 +27,8 @@ PARTS: frozenset[type[nn.Module]] = frozenset(
     }
 )
 """The classes of a `GPT2Model`'s modules, activations aside."""
+_ENDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+"""What of a generation_config.json decides where texts begin and end."""
 
 
 def from_hf(model: PreTrainedModel) -> GPT2:
@@ -53,24 +55,25 @@ def from_hf(model: PreTrainedModel) -> GPT2:
     reason = why_not_described(stack)
     if reason is not None:
         raise ArgumentError(f"from_hf takes a model that is what its config says, and {reason}")
-    given = dict(stack.named_parameters())
-    head: Any = getattr(model, "lm_head", None)
-    config = as_config(model.config)
-    tied = head is None or head.weight is stack.wte.weight
+    given, config = parameters_of(model), as_config(model.config)
+    tied = "lm_head.weight" not in given
     if tied != config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=tied)
-    if head is not None and not tied:
-        given["lm_head.weight"] = head.weight
     ours = GPT2(config, device="meta")
     _share(ours, given)
+    theirs_too = getattr(model, "generation_config", None)
+    named = {name: getattr(theirs_too, name, None) for name in _ENDS}
+    ours.generation_config = {name: id for name, id in named.items() if id is not None}
     return ours.train(model.training)
 
 
 def parameters_of(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of a `GPT2LMHeadModel` by the names of ours."""
-    found = dict(model.transformer.named_parameters())
-    if model.lm_head.weight is not model.transformer.wte.weight:
-        found["lm_head.weight"] = model.lm_head.weight
+    """The parameters of a GPT-2 of transformers by the names of ours, a tied head's left out."""
+    stack = getattr(model, "transformer", model)
+    found = dict(stack.named_parameters())
+    head = getattr(model, "lm_head", None)
+    if head is not None and head.weight is not stack.wte.weight:
+        found["lm_head.weight"] = head.weight
     return found
 
 
@@ -116,6 +119,8 @@ def to_hf(model: GPT2) -> GPT2LMHeadModel:
     if head is not None:
         given["lm_head.weight"] = head
     _share(made, given)
+    for name in _ENDS & model.generation_config.keys():
+        setattr(made.generation_config, name, model.generation_config[name])
     return made.train(model.training)
 
 

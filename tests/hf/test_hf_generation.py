@@ -389,6 +389,18 @@ def test_models_share_parameters_both_ways(tied):
     assert back.config.eos_token_id == 2
 
 
+def test_texts_end_where_the_generation_config_says():
+    model, tokens = build(), prompts(padded=False)["input_ids"]
+    free = model.generate(tokens, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    ends = sorted({int(free[0, 11]), int(free[1, 13])})
+    model.generation_config.eos_token_id = ends
+    right = model.generate(tokens, max_new_tokens=12, do_sample=False)
+    assert not torch.equal(right, free)
+    ours = GPT2.from_hf(model)
+    assert_equal(ours.generate(tokens, max_new_tokens=12, pad_token_id=0), right)
+    assert ours.to_hf().generation_config.eos_token_id == ends
+
+
 def test_outputs_are_read_alike():
     model, tokens = build(), prompts(padded=False)["input_ids"]
     ours = GPT2.from_hf(model)
