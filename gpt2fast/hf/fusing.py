@@ -114,9 +114,9 @@ class Part(NamedTuple):
 
 def doctor(model: nn.Module) -> list[Part]:
     """Say for each part of the GPT-2 within `model` whether it runs fused and, if not, why."""
-    found = []
+    found, stacks = [], _stacks(model)
     names = {id(module): name for name, module in model.named_modules()}
-    for module in _parts(model, _stacks(model)):
+    for module in _parts(model, stacks):
         kind = type(module)
         reason: str | None
         if kind in _FUSED:
@@ -132,6 +132,8 @@ def doctor(model: nn.Module) -> list[Part]:
 
 
 def _stacks(model: nn.Module) -> list[theirs.GPT2Model]:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{model!r:.80} is no model: load one with from_pretrained first")
     return [module for module in model.modules() if isinstance(module, theirs.GPT2Model)]
 
 

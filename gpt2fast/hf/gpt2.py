@@ -27,6 +27,7 @@ from .output import CausalLMOutput
 from .plain import is_plain
 
 _FEW_ROWS = 8
+"""Rows of a decoding step. Measured with one (docs/performance.md); where ours win is not."""
 
 
 def _is_a_step(x: Tensor) -> bool:

@@ -497,6 +497,12 @@ def test_what_is_no_gpt2_is_left_alone():
     assert classes == [type(m) for m in llama.modules()]
 
 
+@pytest.mark.parametrize("call", [fuse, unfuse, doctor])
+def test_a_name_is_no_model(call):
+    with pytest.raises(ArgumentError, match="'gpt2' is no model: load one"):
+        call("gpt2")
+
+
 def test_attention_that_was_asked_for_stays():
     config = GPT2Config(**SIZES)
     model = fuse(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
