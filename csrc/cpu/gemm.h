@@ -178,10 +178,20 @@ void multiply_floats(const uint8_t* panel, Strided rows, int64_t words, float* o
     });
 }
 
+// Whether the sums of R rows need the registers that a loop around them would take for its own.
+template <int R>
+constexpr bool fills_registers = Vec::width == 8 && R > 1;
+
+// Has x in memory here, so that the loops that follow need not spill what they add up.
+template <typename T>
+inline void leave_in_memory(T& x) {
+    asm("" : "+m"(x));
+}
+
 // dots += the products of one group's weights and a tile's rows, as integers.
-template <Format format, int R, int C>
+template <Format format, int R, int C, typename Prefetch>
 inline void add_group(IntVec (&dots)[R][C], const uint8_t* panel, const uint8_t* tile, int words,
-                      Ahead& ahead) {
+                      Prefetch& ahead) {
     if constexpr (format == Format::int8) {
         for (int k = 0; k < words; ++k) {
             ahead.ask();
@@ -201,6 +211,7 @@ inline void add_group(IntVec (&dots)[R][C], const uint8_t* panel, const uint8_t*
                     others[r][c].begin(IntVec(0));
                 }
             }
+            if (fills_registers<R> && !multiplies_bytes) leave_in_memory(dots);
             for (int i = 0; i < nibble_words; ++i) {
                 ahead.ask();
                 Words low[C], high[C];
@@ -211,10 +222,12 @@ inline void add_group(IntVec (&dots)[R][C], const uint8_t* panel, const uint8_t*
                 }
                 for (int r = 0; r < R; ++r) {
                     const Words x = Words::broadcast(tile + 4 * r);
-                    const Words y = Words::broadcast(tile + 4 * (R + r));
+                    for (int c = 0; c < C; ++c) sums[r][c].add(low[c], x);
+                }
+                for (int r = 0; r < R; ++r) {
+                    const Words x = Words::broadcast(tile + 4 * (R + r));
                     for (int c = 0; c < C; ++c) {
-                        sums[r][c].add(low[c], x);
-                        (two_chains ? others : sums)[r][c].add(high[c], y);
+                        (two_chains ? others : sums)[r][c].add(high[c], x);
                     }
                 }
                 panel += 4 * panel_columns;
@@ -243,11 +256,12 @@ void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedR
     const uint8_t* after = tile + rows.words() * 4 * R;
     const float* x_scales = reinterpret_cast<const float*>(after);
     const int32_t* corrections = reinterpret_cast<const int32_t*>(after + groups * 4 * R);
-    for_parts<format, R>(ahead, groups * panel_size, [=](int column, Ahead asking) {
+    const auto multiply_part = [=](int column, auto asking) {
         const uint8_t* group = panel;
         Sums<R, C> sums;
         sums.clear();
         for (int64_t g = 0; g < groups; ++g) {
+            if (fills_registers<R>) leave_in_memory(sums);
             const float16* w_scales = reinterpret_cast<const float16*>(group) + column;
             group += 2 * panel_columns;
             asking.template ask<panel_columns * 2 / 64>();
@@ -266,6 +280,10 @@ void multiply_quantized(const uint8_t* panel, const uint8_t* tile, const PackedR
             }
         }
         sums.store(out + column);
+    };
+    for_parts<format, R>(ahead, groups * panel_size, [=](int column, Ahead asking) {
+        if (fills_registers<R> && asking.far == nullptr) return multiply_part(column, NoPrefetch{});
+        multiply_part(column, asking);
     });
 }
 

@@ -40,6 +40,12 @@ struct Ahead {
     }
 };
 
+// An Ahead that asks for nothing, which takes no registers.
+struct NoPrefetch {
+    template <int lines = 0>
+    void ask() {}
+};
+
 constexpr int64_t near_ahead = 4096;  // bytes
 
 // What to prefetch while a panel meets its only tile of rows: what is read `distance` bytes later,
