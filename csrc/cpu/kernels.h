@@ -243,7 +243,7 @@ class Worker;
     KERNEL(void, bias_gelu_backward, (const BiasGeluBackward&, int64_t begin, int64_t end))       \
     KERNEL(void, add_blocks, (const AddBlocks&, int64_t begin, int64_t end))                      \
     /* Whether a product of float32 (of bfloat16, if narrow) here is faster than torch's own. */  \
-    KERNEL(bool, matmul_pays, (bool narrow))                                                      \
+    KERNEL(bool, matmul_pays, (bool narrow, bool awkward))                                        \
     KERNEL(MatmulPlan, matmul_plan, (const Matmul&, int threads))                                 \
     KERNEL(void, matmul_pack, (const Matmul&, int64_t begin, int64_t end))                        \
     KERNEL(void, matmul, (const Matmul&, int64_t begin, int64_t end))                             \

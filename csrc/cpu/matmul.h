@@ -200,12 +200,16 @@ void pack(const View& view, int64_t inputs, Format format, int64_t begin, int64_
 
 // Measured: faster with vectors of 16 floats and, for bfloat16, its dot-product instruction; not on
 // processors with AMX, whose tiles torch uses, nor in float32 on Intel's, for which MKL is written.
-inline bool matmul_pays(bool narrow) {
+// With vectors of 8, torch's float32 is as fast as the processor but where results are awkward, and
+// bfloat16, which torch then widens, is no better.
+inline bool matmul_pays(bool narrow, bool awkward) {
 #ifdef __x86_64__
-    if (!narrow) return Vec::width == 16 && !__builtin_cpu_is("intel");
+    const bool intel = __builtin_cpu_is("intel");
 #else
-    if (!narrow) return Vec::width == 16;
+    const bool intel = false;
 #endif
+    if (Vec::width == 8) return awkward && !intel;
+    if (!narrow) return Vec::width == 16 && !intel;
 #ifdef GPT2FAST_AVX512_BF16
     return !__builtin_cpu_supports("amx-bf16");
 #else

@@ -23,7 +23,7 @@ from ..errors import ArgumentError
 from .backend import Arguments, Op, autocast, statistics_dtype
 from .cuda import by_device, cuda
 from .derivatives import outside_autocast, wants_graph
-from .matmul import matmul, reads_wider_weights
+from .matmul import matmul, product, reads_wider_weights
 from .native import native
 from .requirements import check_floating, check_indices, check_integers
 from .support import Tensors
@@ -88,7 +88,7 @@ def _reference(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     narrow = weight.to(hidden.dtype)
-    logits = (hidden @ narrow.t()).to(statistics_dtype(hidden.dtype))
+    logits = product(hidden, narrow.t()).to(statistics_dtype(hidden.dtype))
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index)
     if not (hidden_grad or weight_grad):
         return loss, hidden.new_empty(0), weight.new_empty(0)
@@ -100,8 +100,8 @@ def _reference(
     grad_logits = (excess * counted / counted.sum().clamp(min=1)).to(hidden.dtype)
     return (
         loss,
-        grad_logits @ narrow if hidden_grad else hidden.new_empty(0),
-        (grad_logits.t() @ hidden).to(weight.dtype) if weight_grad else weight.new_empty(0),
+        product(grad_logits, narrow) if hidden_grad else hidden.new_empty(0),
+        product(grad_logits.t(), hidden).to(weight.dtype) if weight_grad else weight.new_empty(0),
     )
 
 
@@ -161,15 +161,15 @@ def _chunked(
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
         chunk = logits[: len(hidden[rows])]
-        torch.mm(hidden[rows], weight.t(), out=chunk)
+        product(hidden[rows], weight.t(), out=chunk)
         grad_logits = turn(chunk, targets[rows], losses[rows])
         if call.hidden_grad:
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            product(grad_logits, weight, out=grad_hidden[rows])
         if call.weight_grad:
             if start > 0 and total is grad_weight:
                 total.addmm_(grad_logits.t(), hidden[rows])
             else:
-                torch.mm(grad_logits.t(), hidden[rows], out=grad_weight)
+                product(grad_logits.t(), hidden[rows], out=grad_weight)
                 if start > 0:
                     add(total, grad_weight)
                 elif total is not grad_weight:

@@ -1,7 +1,9 @@
 """Matrix products of the CPU ops: our kernels where they are the faster ones, else torch's.
 
 Ours read float32 weights where bfloat16 is multiplied, rounding them on the way, and keep sums in
-float32. Which are the faster ones was measured (docs/performance.md).
+float32. Which are the faster ones was measured (docs/performance.md). Where a processor has no
+instructions for 16-bit products, torch multiplies such matrices an element at a time, up to a
+hundred times slower than in float32: there they are widened, which changes no product.
 """
 
 from __future__ import annotations
@@ -19,19 +21,39 @@ _LEAST_SIDE = 512
 """From this size on, in all three dimensions, our kernel is faster than torch."""
 _LEAST_SIDE_FLOAT32 = 256
 """The same for float32 where the rows of the first matrix are contiguous."""
+_LONG_ROW = 16384
+"""Columns of results from which torch's kernel is slower on AVX2."""
+
+
+def _has_kernel(name: str) -> bool:
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is None or bool(supported())
+
+
+_WIDENED = {
+    dtype
+    for dtype, name in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if not _has_kernel(name)
+}
+"""Dtypes that torch multiplies an element at a time on this processor."""
 
 
 @cache
-def _multiplied_here(narrow: bool) -> bool:
+def _multiplied_here(narrow: bool, awkward: bool) -> bool:
     """True if our kernels were measured to beat torch's on this kind of processor."""
-    return unavailable() is None and torch.ops.gpt2fast_native.multiplies(narrow)
+    return unavailable() is None and torch.ops.gpt2fast_native.multiplies(narrow, awkward)
 
 
-def _is_faster(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+def _is_faster(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype) -> bool:
     """True if our kernel is the faster one for a (rows, inputs) and b (inputs, columns)."""
     in_rows = dtype == torch.float32 and a.stride(1) == 1
     least = _LEAST_SIDE_FLOAT32 if in_rows else _LEAST_SIDE
-    return min(*a.shape, b.shape[1]) >= least and _multiplied_here(dtype == torch.bfloat16)
+    # GPT-2's vocabulary is odd, so that no row of logits is aligned as the one before it.
+    awkward = out.stride(0) % 8 != 0 or b.shape[1] >= _LONG_ROW
+    return min(*a.shape, b.shape[1]) >= least and _multiplied_here(dtype == torch.bfloat16, awkward)
 
 
 def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> bool:
@@ -44,8 +66,24 @@ def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> b
         and out.dtype in written
         and a.device.type == "cpu"
         and unavailable() is None
-        and _is_faster(a, b, dtype)
+        and _is_faster(a, b, out, dtype)
     )
+
+
+def _multiplied_by_torch(x: Tensor) -> torch.dtype:
+    """The dtype in which torch is to multiply x: float32 where it has no kernel for x's."""
+    return torch.float32 if x.dtype in _WIDENED and x.device.type == "cpu" else x.dtype
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`a @ b + bias` by torch, all of one dtype; with a bias or `out`, a has two dimensions."""
+    wide = _multiplied_by_torch(a)
+    if wide != a.dtype:
+        wider = product(a.to(wide), b.to(wide), None if bias is None else bias.to(wide))
+        return wider.to(a.dtype) if out is None else out.copy_(wider)
+    if bias is not None:
+        return torch.addmm(bias, a, b, out=out)
+    return torch.matmul(a, b, out=out)
 
 
 def reads_wider_weights(x: Tensor) -> bool:
@@ -102,11 +140,13 @@ def matmul(
     if column_sums is not None:
         torch.sum(b, 0, dtype=column_sums.dtype, out=column_sums)
     a, b = a.to(dtype), b.to(dtype)
+    wide = _multiplied_by_torch(a)
+    a, b = a.to(wide), b.to(wide)
     if add:
-        return out.addmm_(a, b) if out.dtype == dtype else out.add_(a @ b)
+        return out.addmm_(a, b) if out.dtype == wide else out.add_(a @ b)
     if bias is not None:
-        return out.copy_(torch.addmm(bias.to(dtype), a, b))
-    return torch.mm(a, b, out=out) if out.dtype == dtype else out.copy_(a @ b)
+        return out.copy_(torch.addmm(bias.to(dtype).to(wide), a, b))
+    return torch.mm(a, b, out=out) if out.dtype == wide else out.copy_(a @ b)
 
 
 def weight_gradient(

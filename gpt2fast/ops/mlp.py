@@ -23,7 +23,7 @@ from .backend import Arguments, Op, autocast, statistics_dtype
 from .cuda import by_device, cublaslt, cuda, kernels
 from .cuda import mlp as cuda_mlp
 from .derivatives import wants_graph
-from .matmul import matmul, reads_wider_weights, weight_gradient
+from .matmul import matmul, product, reads_wider_weights, weight_gradient
 from .native import native, rows
 from .requirements import check_floating, check_shape
 from .support import Tensors
@@ -159,8 +159,8 @@ def _inner(call: Arguments) -> tuple[Tensor, Tensor]:
     """x's rows through the first projection, and the bias not yet included in them."""
     x, w_fc, b_fc = rows(call.x), call.w_fc, call.b_fc
     if call.keep == "sum":
-        return torch.addmm(b_fc, x, w_fc), torch.zeros_like(b_fc)
-    return x @ w_fc, b_fc
+        return product(x, w_fc, b_fc), torch.zeros_like(b_fc)
+    return product(x, w_fc), b_fc
 
 
 def _kept(inner: Tensor, keep: str) -> Tensor:
@@ -177,7 +177,7 @@ def _gelu_mlp_reference(
 ) -> tuple[Tensor, Tensor]:
     w_fc, b_fc, w_proj, b_proj = (weight.to(x.dtype) for weight in (w_fc, b_fc, w_proj, b_proj))
     inner, bias = _inner(_gelu_mlp.bind(x, w_fc, b_fc, w_proj, b_proj, keep))
-    out = torch.addmm(b_proj, bias_gelu(inner, bias), w_proj)
+    out = product(bias_gelu(inner, bias), w_proj, b_proj)
     return out.reshape(*x.shape[:-1], w_proj.shape[1]), _kept(inner, keep)
 
 
@@ -193,10 +193,11 @@ def _gelu_mlp_backward_reference(
     grad, dtype = rows(grad), x.dtype
     bias = _bias_of(b_fc, kept).to(dtype)
     activated = bias_gelu(inner, bias)
-    grad_w_proj = (activated.t() @ grad).to(w_proj.dtype)
-    grad_inner, grad_b_fc = _bias_gelu_backward.call(grad @ w_proj.to(dtype).t(), inner, bias)
-    grad_w_fc = (rows(x).t() @ grad_inner).to(w_fc.dtype)
-    grad_x = (grad_inner @ w_fc.to(dtype).t()).reshape(x.shape)
+    grad_w_proj = product(activated.t(), grad).to(w_proj.dtype)
+    grad_inner = product(grad, w_proj.to(dtype).t())
+    grad_inner, grad_b_fc = _bias_gelu_backward.call(grad_inner, inner, bias)
+    grad_w_fc = product(rows(x).t(), grad_inner).to(w_fc.dtype)
+    grad_x = product(grad_inner, w_fc.to(dtype).t()).reshape(x.shape)
     grad_b_proj = grad.sum(0, dtype=statistics_dtype(dtype)).to(w_proj.dtype)
     return grad_x, grad_w_fc, grad_b_fc.to(b_fc.dtype), grad_w_proj, grad_b_proj
 
@@ -335,7 +336,7 @@ def _gelu_mlp_setup(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor]) -
 def _gelu_mlp_differentiate(ctx: Any, grad: Tensor, grad_inner: Any) -> tuple[Tensor | None, ...]:
     x, inner, w_fc, b_fc, w_proj = ctx.saved_tensors
     if wants_graph():  # the saved results are constants
-        inner = rows(x) @ w_fc.to(x.dtype)
+        inner = product(rows(x), w_fc.to(x.dtype))
         return _gelu_mlp_gradient.gradient(grad, x, inner, w_fc, b_fc, w_proj, "product")
     _, *weights_wanted = ctx.needs_input_grad[:5]
     if any(weights_wanted):

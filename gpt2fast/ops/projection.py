@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Arguments, Op, autocast, statistics_dtype
-from .matmul import matmul, reads_wider_weights, weight_gradient
+from .matmul import matmul, product, reads_wider_weights, weight_gradient
 from .native import native, rows
 from .requirements import check_floating, check_shape
 from .support import Tensors
@@ -64,12 +64,12 @@ def _check_backward(call: Arguments) -> None:
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.matmul(x, weight.to(x.dtype)) + bias.to(x.dtype)
+    return product(x, weight.to(x.dtype)) + bias.to(x.dtype)
 
 
 def _torch(call: Arguments) -> Tensor:
     x = call.x
-    out = torch.addmm(call.bias.to(x.dtype), rows(x), call.weight.to(x.dtype))
+    out = product(rows(x), call.weight.to(x.dtype), call.bias.to(x.dtype))
     return out.view(*x.shape[:-1], out.shape[1])
 
 
@@ -86,8 +86,8 @@ def _backward_reference(
     grad, nothing = rows(grad), grad.new_empty(0)
     sums = statistics_dtype(grad.dtype)
     return (
-        (grad @ weight.to(grad.dtype).t()).reshape(x.shape) if wanted[0] else nothing,
-        (rows(x).t() @ grad).to(weight.dtype) if wanted[1] else weight.new_empty(0),
+        product(grad, weight.to(grad.dtype).t()).reshape(x.shape) if wanted[0] else nothing,
+        product(rows(x).t(), grad).to(weight.dtype) if wanted[1] else weight.new_empty(0),
         grad.sum(0, dtype=sums).to(bias_dtype) if wanted[2] else nothing.to(bias_dtype),
     )
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison import DTYPES, LAYOUTS, backend, compare, needs_native, random
 from gpt2fast import ops
 from gpt2fast.nn import Projection
 from gpt2fast.ops import matmul as matmuls
-from gpt2fast.ops.matmul import matmul, weight_gradient
+from gpt2fast.ops.matmul import matmul, product, weight_gradient
 from gpt2fast.ops.projection import _projection
 from tolerance import assert_close
 
@@ -132,6 +133,47 @@ def test_adds_to_what_is_there(dtype, ours):
     expected = out.double() + a @ b
     matmul(a.to(dtype), b.to(dtype), dtype, out=out, add=True)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+class Multiplied(TorchDispatchMode):
+    """Notes the dtypes that torch multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=str)
+def test_16_bits_without_a_kernel_of_torchs_are_multiplied_in_32(dtype, out_dtype, monkeypatch):
+    monkeypatch.setattr(matmuls, "_WIDENED", {dtype})
+    monkeypatch.setattr(matmuls, "_is_faster", lambda *shape: False)
+    a, b, bias = inputs(19, 33, out=65)
+    a, b, bias = a.to(dtype), b.float(), bias.float()
+    rounded = b.to(dtype)
+    expected = a.double() @ rounded.double()
+    into = torch.ones(19, 65, dtype=out_dtype or dtype)
+    with Multiplied() as multiplied:
+        results = {
+            "plain": matmul(a, b, dtype, out_dtype=out_dtype),
+            "bias": matmul(a, b, dtype, out_dtype=out_dtype, bias=bias),
+            "add": matmul(a, b, dtype, out=into, add=True),
+            "product": product(a, rounded),
+            "product with a bias": product(a, rounded, bias.to(dtype)),
+        }
+    assert multiplied.dtypes == {torch.float32}
+    for name, result in results.items():
+        more = bias.to(dtype).double() if "bias" in name else 1.0 if name == "add" else 0.0
+        assert result.dtype == (dtype if "product" in name else out_dtype or dtype), name
+        error = 1e-5 if result.dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            result.double(), expected + more, rtol=error, atol=1e-5, msg=name
+        )
 
 
 @needs_native

@@ -71,8 +71,9 @@ View from(View view, int64_t line, int64_t input) {
     return view;
 }
 
-// True if the kernels here multiply float32, or bfloat16 if `narrow`, faster than torch's do.
-bool multiplies(bool narrow) { return kernels().matmul_pays(narrow); }
+// True if the kernels here multiply float32, or bfloat16 if `narrow`, faster than torch's do;
+// `awkward`: into rows of results that are long, or not aligned as the one before.
+bool multiplies(bool narrow, bool awkward) { return kernels().matmul_pays(narrow, awkward); }
 
 void multiply(Matmul args) {
     args.plan = kernels().matmul_plan(args, int(torch::stable::get_num_threads()));
@@ -142,7 +143,7 @@ void matmul(Tensor a, Tensor b, std::optional<Tensor> bias, Tensor out, bool add
 
 }  // namespace
 
-GPT2FAST_OP_EVERYWHERE(multiplies, "narrow");
+GPT2FAST_OP_EVERYWHERE(multiplies, "narrow, awkward");
 GPT2FAST_OP(matmul, "a, b, bias, out!, add, narrow, column_sums!");
 
 }  // namespace gpt2fast::binding
