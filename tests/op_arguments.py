@@ -55,6 +55,12 @@ def arguments() -> dict[str, dict[str, object]]:
             "v": heads.clone(),
             "scale": 0.5,
         },
+        "attention": {
+            "q": heads,
+            "k": torch.randn(2, 3, 1, 8),
+            "v": torch.randn(2, 3, 1, 8),
+            "scale": 0.5,
+        },
         "attention_with_cache": {
             "q": heads,
             "k_cache": cache,
@@ -126,5 +132,8 @@ def arguments() -> dict[str, dict[str, object]]:
 
 
 # Single ops on the CPU that have no compiled kernel there, or no Triton one.
-LACKS = {"native": {"decode_step"}, "triton": {"projection", "packed_step", "packed_next"}}
-LACKS["simulator"] = {"projection", "packed_step", "packed_next"}
+LACKS = {
+    "native": {"decode_step", "attention"},
+    "triton": {"projection", "packed_step", "packed_next", "attention"},
+    "simulator": {"projection", "packed_step", "packed_next", "attention"},
+}

@@ -99,7 +99,7 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
     q, k, v = some(batch, time, 3, heads, 64).unbind(2)
     out, lse = some(batch, time, heads, 64), torch.zeros(batch, heads, time)
     mask, seed = torch.ones(batch, time, dtype=torch.bool), integers(1)
-    for options in ((0.125, None, 0.0, None), (0.125, mask, 0.1, seed)):
+    for options in ((0.125, None, 0.0, None, True), (0.125, mask, 0.1, seed, True)):
         call("causal_attention", q, k, v, *options)
         call("causal_attention_backward", out, q, k, v, out, lse, *options)
     cache, lengths = some(batch, entries, heads, 64), integers(batch)

@@ -1,6 +1,6 @@
 """The ops: one meaning each, several implementations (see `gpt2fast.ops.backend`)."""
 
-from .attention import attention_with_cache, causal_attention
+from .attention import attention, attention_with_cache, causal_attention
 from .cache import append_to_cache, release_rows, reorder_cache
 from .cross_entropy import linear_cross_entropy
 from .decode import decode_step, packed_next, packed_step
@@ -13,6 +13,7 @@ from .sampling import sample
 
 __all__ = [
     "append_to_cache",
+    "attention",
     "attention_with_cache",
     "bias_gelu",
     "causal_attention",

@@ -1,10 +1,12 @@
-"""Causal attention, over whole sequences and against a cache (Vaswani et al., 2017, eq. 1).
+"""Attention over whole sequences and against a cache (Vaswani et al., 2017, eq. 1).
 
-    scores[b, h, t, s] = scale * sum_d q[b, t, h, d] * k[b, s, h, d]         for visible s
-    out[b, t, h, :]    = sum_s softmax_s(scores[b, h, t, :])[s] * v[b, s, h, :]
+    scores[b, h, t, s] = scale * sum_d q[b, t, h, d] * k[b, s, n, d]         for visible s
+    out[b, t, h, :]    = sum_s softmax_s(scores[b, h, t, :])[s] * v[b, s, n, :]
 
-Position s is visible from t when s <= t and, where a mask is given, mask[b, s] is true. A query
-that sees nothing gives zeros. Scores and softmax are computed in at least float32.
+Keys and values may have fewer heads than queries (Ainslie et al., 2023): query head h reads head
+n = h // (H // H_kv). Position s is visible from t when s <= t, if attention is causal, and where a
+mask is given, when mask[b, s] is true. A query that sees nothing gives zeros. Scores and softmax
+are computed in at least float32.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from .requirements import (
     check_integers,
     check_shape,
 )
-from .support import GPU_CACHE_DTYPES, MAX_HEAD_SIZE, Tensors
+from .support import GPU_CACHE_DTYPES, MAX_HEAD_SIZE, Tensors, causal_only
 from .triton import triton
 
 
@@ -50,8 +52,9 @@ def causal_attention(
     """Attention of each position to itself and the positions before it.
 
     Args:
-        q, k, v: (B, T, H, D), floating point; strided views of one packed (B, T, 3, H, D) tensor
-            are read in place.
+        q: (B, T, H, D), floating point; strided views of one packed (B, T, 3, H, D) tensor are
+            read in place.
+        k, v: (B, T, H_kv, D), where H_kv divides H.
         scale: finite factor on the scores; None means 1 / sqrt(D).
         mask: (B, T) bool or 0/1, false where a position must not be seen by any other.
         dropout_p: probability of dropping an attention weight, in [0, 1).
@@ -60,12 +63,39 @@ def causal_attention(
     Returns:
         (B, T, H, D) in q's dtype.
     """
+    return attention(q, k, v, scale, mask, dropout_p, seed, causal=True)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Attention of each position to all positions of its sequence.
+
+    Args:
+        q: (B, T, H, D), floating point; strided views are read in place.
+        k, v: (B, T, H_kv, D), where H_kv divides H: H // H_kv query heads read one head.
+        scale: finite factor on the scores; None means 1 / sqrt(D).
+        mask: (B, T) bool or 0/1, false where a position must not be seen by any, as padding.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        seed: (1,) int64, required with dropout; one seed always drops the same weights.
+        causal: a position sees only itself and those before it.
+
+    Returns:
+        (B, T, H, D) in q's dtype; zeros for a position that sees nothing.
+    """
     if mask is not None:
         mask = mask.bool()
     check_constants(scale=scale, dropout_p=dropout_p)
     q, k, v = autocast(q, k, v)
     scale = _usual_scale(q) if scale is None else scale
-    return _forward.call(q, k, v, scale, mask, dropout_p, seed)[0]
+    return _forward.call(q, k, v, scale, mask, dropout_p, seed, causal)[0]
 
 
 def attention_with_cache(
@@ -106,10 +136,21 @@ def _usual_scale(q: Tensor) -> float:
 def _check(call: Arguments) -> None:
     q, k, v, mask, seed = call.q, call.k, call.v, call.mask, call.seed
     check_floating(q=q, k=k, v=v)
-    if q.shape != k.shape or k.shape != v.shape or q.dim() != 4:
+    if (
+        q.dim() != 4
+        or k.shape != v.shape
+        or q.shape[:2] != k.shape[:2]
+        or q.shape[3:] != k.shape[3:]
+    ):
         raise ArgumentError(
-            f"q, k and v must share one shape (B, T, H, D), not {tuple(q.shape)}, "
-            f"{tuple(k.shape)} and {tuple(v.shape)}"
+            "q, k and v must share one shape (B, T, H, D), but for the heads of k and v, not "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    heads, key_heads = q.shape[2], k.shape[2]
+    if heads != key_heads and not (0 < key_heads < heads and heads % key_heads == 0):
+        raise ArgumentError(
+            f"the {key_heads} heads of k and v must divide the {heads} heads of q, each serving as "
+            "many query heads as the others"
         )
     check_finite(scale=call.scale)
     if mask is not None:
@@ -156,9 +197,23 @@ def _check_cached_values(call: Arguments) -> None:
     check_indices("lengths", call.lengths, 0, entries, of="what a row of the cache holds")
 
 
-def _visible(length: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal if mask is None else causal & mask[:, None, None, :]
+def _visible(length: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor:
+    visible = torch.ones(length, length, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible.tril()
+    return visible if mask is None else visible & mask[:, None, None, :]
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Heads of keys or values, once for each query head that reads them."""
+    if x.shape[2] == heads:
+        return x
+    return x[:, :, :, None].expand(-1, -1, -1, heads // x.shape[2], -1).flatten(2, 3)
+
+
+def _summed(grad: Tensor, key_heads: int) -> Tensor:
+    """Gradient of heads that `_repeated` repeated."""
+    return grad if grad.shape[2] == key_heads else grad.unflatten(2, (key_heads, -1)).sum(3)
 
 
 def _factors(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
@@ -174,10 +229,10 @@ def _factors(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 
 
 def _weights(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, lse: Tensor | None
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool, lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention weights (B, H, T, T) before dropout, and their log-normalizer (B, H, T)."""
-    visible = _visible(q.shape[1], mask, q.device)
+    visible = _visible(q.shape[1], mask, causal, q.device)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
     # The scores of a query that sees nothing stay finite, so that the sum has derivatives;
     # exp(score - inf) = 0 makes its weights vanish.
@@ -196,12 +251,14 @@ def _reference(
     mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = statistics_dtype(q.dtype)
-    weights, lse = _weights(q.to(dtype), k.to(dtype), scale, mask, None)
+    k, v = (_repeated(x.to(dtype), q.shape[2]) for x in (k, v))
+    weights, lse = _weights(q.to(dtype), k, scale, mask, causal, None)
     if seed is not None and dropout_p:
         weights = weights * _factors(weights, dropout_p, seed)
-    out = torch.einsum("bhts,bshd->bthd", weights, v.to(dtype))
+    out = torch.einsum("bhts,bshd->bthd", weights, v)
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -216,11 +273,13 @@ def _backward_reference(
     mask: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(q.dtype)
-    given = q.dtype
+    given, key_heads = q.dtype, k.shape[2]
     grad, q, k, v, out = (tensor.to(dtype) for tensor in (grad, q, k, v, out))
-    weights, _ = _weights(q, k, scale, mask, lse)
+    k, v = (_repeated(x, q.shape[2]) for x in (k, v))
+    weights, _ = _weights(q, k, scale, mask, causal, lse)
     grad_weights = torch.einsum("bthd,bshd->bhts", grad, v)
     dropped = weights
     if seed is not None and dropout_p:
@@ -232,6 +291,7 @@ def _backward_reference(
     grad_scores = weights * (grad_weights - inner[..., None]) * scale
     grad_q = torch.einsum("bhts,bshd->bthd", grad_scores, k)
     grad_k = torch.einsum("bhts,bthd->bshd", grad_scores, q)
+    grad_k, grad_v = (_summed(each, key_heads) for each in (grad_k, grad_v))
     return tuple(g.to(given).contiguous() for g in (grad_q, grad_k, grad_v))  # type: ignore
 
 
@@ -290,7 +350,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def _flash(call: Arguments) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(call.q, call.k, call.v), 0.0, True, scale=call.scale
+        *_heads_first(call.q, call.k, call.v), 0.0, call.causal, scale=call.scale
     )
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
@@ -300,7 +360,7 @@ def _flash_backward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         *_heads_first(call.grad, call.q, call.k, call.v, call.out),
         call.lse,
         0.0,
-        True,
+        call.causal,
         scale=call.scale,
     )
     return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)  # type: ignore
@@ -313,14 +373,14 @@ def _options(call: Arguments) -> tuple[float, Tensor | None, float, int]:
     return call.scale, mask, call.dropout_p, seed
 
 
-@native(Tensors("q", "k", "v", one_dtype=True))
+@native(Tensors("q", "k", "v", one_dtype=True), refuses=causal_only)
 def _native(call: Arguments) -> tuple[Tensor, Tensor]:
     return torch.ops.gpt2fast_native.attention.default(
         *_contiguous_heads(call.q, call.k, call.v), *_options(call)
     )
 
 
-@native(Tensors("grad", "q", "k", "v", "out", one_dtype=True))
+@native(Tensors("grad", "q", "k", "v", "out", one_dtype=True), refuses=causal_only)
 def _backward_native(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.gpt2fast_native.attention_backward.default(
         *_contiguous_heads(call.grad, call.q, call.k, call.v, call.out),
@@ -343,7 +403,7 @@ def _cached_native(call: Arguments) -> Tensor:
 _backward = Op(
     "causal_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
-    "Tensor? mask, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mask, float dropout_p, Tensor? seed, bool causal) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     native=by_device(cpu=_backward_native, cuda=on_cuda.backward),
     triton=triton(
@@ -351,14 +411,15 @@ _backward = Op(
         "backward",
         Tensors("grad", "q", "k", "v", "out", one_dtype=True, max_head_size=MAX_HEAD_SIZE),
         Tensors("lse", "mask", "seed"),
+        refuses=causal_only,
     ),
     torch=Implementation(_flash_backward, _flash_refuses),
     reference=_backward_reference,
 )
 _forward = Op(
     "causal_attention",
-    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed) "
-    "-> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, float dropout_p, Tensor? seed, "
+    "bool causal) -> (Tensor out, Tensor lse)",
     check=_check,
     native=by_device(cpu=_native, cuda=on_cuda.forward),
     triton=triton(
@@ -366,6 +427,7 @@ _forward = Op(
         "forward",
         Tensors("q", "k", "v", one_dtype=True, max_head_size=MAX_HEAD_SIZE),
         Tensors("mask", "seed"),
+        refuses=causal_only,
     ),
     torch=Implementation(_flash, _flash_refuses),
     reference=_reference,
@@ -391,15 +453,16 @@ _cached = Op(
 def _setup_context(ctx: Any, call: Arguments, results: tuple[Tensor, Tensor]) -> None:
     out, lse = results
     ctx.mark_non_differentiable(lse)
-    ctx.scale, ctx.dropout_p = call.scale, call.dropout_p
+    ctx.scale, ctx.dropout_p, ctx.causal = call.scale, call.dropout_p, call.causal
     ctx.save_for_backward(call.q, call.k, call.v, out, lse, call.mask, call.seed)
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, mask, seed = ctx.saved_tensors
+    options = ctx.scale, mask, ctx.dropout_p, seed, ctx.causal
     if wants_graph():  # the saved results are constants
-        out, lse = _forward.plain(q, k, v, ctx.scale, mask, ctx.dropout_p, seed)
-    return _backward.gradient(grad, q, k, v, out, lse, ctx.scale, mask, ctx.dropout_p, seed)
+        out, lse = _forward.plain(q, k, v, *options)
+    return _backward.gradient(grad, q, k, v, out, lse, *options)
 
 
 _forward.register_autograd(_differentiate, _setup_context)

@@ -113,7 +113,7 @@ def test_one_seed_drops_the_same_weights_forward_and_backward(name):
     padded = F.pad(identity, (0, 20)).clone().requires_grad_()
 
     def attend(p, seed):
-        return torch.ops.gpt2fast.causal_attention(q, k, padded, 0.2, None, p, seed)[0]
+        return torch.ops.gpt2fast.causal_attention(q, k, padded, 0.2, None, p, seed, True)[0]
 
     def weights(p, seed):
         return attend(p, seed)[..., :12].transpose(1, 2)
@@ -183,10 +183,10 @@ def test_gradient_with_dropout_passes_gradcheck():
 def test_passes_opcheck(name):
     q, k, v = (random(2, 7, 2, 32).float().requires_grad_() for _ in "qkv")
     with backend(name):
-        opcheck(_forward.call, (q, k, v, 0.2, None, 0.0, None))
+        opcheck(_forward.call, (q, k, v, 0.2, None, 0.0, None, True))
         detached = [x.detach() for x in (q, k, v)]
-        out, lse = _forward.call(*detached, 0.2, None, 0.0, None)
-        opcheck(_backward.call, (out, *detached, out, lse, 0.2, None, 0.0, None))
+        out, lse = _forward.call(*detached, 0.2, None, 0.0, None, True)
+        opcheck(_backward.call, (out, *detached, out, lse, 0.2, None, 0.0, None, True))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

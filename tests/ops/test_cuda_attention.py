@@ -24,8 +24,8 @@ def deterministic():
 def gradients(q, k, v, grad, mask=None, p=0.0):
     seed = torch.tensor([9])
     with backend("simulator"):
-        out, lse = _forward.call(q, k, v, 0.2, mask, p, seed)
-        return _backward.call(grad, q, k, v, out, lse, 0.2, mask, p, seed)
+        out, lse = _forward.call(q, k, v, 0.2, mask, p, seed, True)
+        return _backward.call(grad, q, k, v, out, lse, 0.2, mask, p, seed, True)
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -16,7 +16,7 @@ from op_arguments import CPU_BACKENDS
 
 def attention(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 CASES = {
@@ -52,6 +52,11 @@ CASES = {
         ops.causal_attention,
         attention,
         [[(0, 3, 2, 8)] * 3, [(2, 0, 2, 8)] * 3, [(2, 3, 0, 8)] * 3],
+    ),
+    "attention": (
+        ops.attention,
+        attention,
+        [[(0, 3, 4, 8), *[(0, 3, 2, 8)] * 2], [(2, 0, 4, 8), *[(2, 0, 2, 8)] * 2]],
     ),
 }  # fmt: skip
 

@@ -37,6 +37,8 @@ BAD = [
     ("causal_attention", "mask", [torch.ones(3, 2).bool(), torch.ones(2, 3, 1).bool()]),
     ("causal_attention", "dropout_p", [2.0, -1.0, nan, 1.0, 0.5]),
     ("causal_attention", "k", [torch.ones(2, 3, 2, 7), torch.ones(2, 3, 16)]),
+    ("attention", "mask", [torch.ones(3, 2).bool(), torch.ones(2, 3, 1).bool()]),
+    ("attention", "k", [torch.ones(2, 3, 2, 8), torch.ones(2, 3, 1, 7), torch.ones(2, 4, 1, 8)]),
     ("attention_with_cache", "lengths", [torch.tensor([0, 7]), torch.tensor([-1, 0]), one]),
     ("attention_with_cache", "lengths", [torch.tensor([0, 2**62]), torch.zeros(2), one.int()]),
     ("attention_with_cache", "scale", [nan, inf]),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import Arguments
-from ..support import MAX_HEAD_SIZE, Tensors
+from ..support import MAX_HEAD_SIZE, Tensors, causal_only
 from . import cuda
 
 MAX_SCALE = 1000.0
@@ -24,7 +24,7 @@ largest, which lie far apart where scores are beyond 10^8."""
 def _refuses(call: Arguments) -> str | None:
     if call.q.dtype != torch.float32 and abs(call.scale) > MAX_SCALE:
         return f"the CUDA kernels take scales up to {MAX_SCALE:g} in 16 bits, not {call.scale:g}"
-    return None
+    return causal_only(call)
 
 
 @cuda(
