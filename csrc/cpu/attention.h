@@ -1,4 +1,4 @@
-// Causal attention without a T x T matrix (Dao et al., 2022; Milakov & Gimelshein, 2018).
+// Attention without a T x T matrix (Dao et al., 2022; Milakov & Gimelshein, 2018).
 //
 // A block of 32 queries lies across the vectors: their scores with a key are one row of a panel,
 // maxima and sums over keys are elementwise, and the weights come out as the panel that the
@@ -6,7 +6,8 @@
 // queries, so that nothing is transposed but the queries and the result.
 //
 // For T queries and keys of head size D: 2 T^2 D multiply-adds a head with the masked half skipped
-// but for the diagonal's blocks, T^2 / 2 exponentials.
+// but for the diagonal's blocks, T^2 / 2 exponentials; twice as many where it is not causal. Keys
+// and values that several query heads share are unpacked once for all of them.
 #pragma once
 
 #include "attention_heads.h"
@@ -111,8 +112,9 @@ void pack_pairs(const T* x, int64_t stride, int64_t rows, int size, uint32_t* wo
     }
 }
 
-// Masks of attention weights besides the causal one: visible keys, and dropout.
+// Masks of attention weights, and dropout.
 struct Weighting {
+    bool causal = true;                // queries see no keys behind them
     const uint8_t* visible = nullptr;  // by key, or null: all of them
     float dropout = 0.0f;              // probability
     uint64_t seed = 0;
@@ -168,12 +170,12 @@ struct Lanes {
     }
 };
 
-// The scores of a block of queries, from `first` on, with one key; those that it hides are -inf.
+// The scores of a block of queries, from `first` on, with one key; those that are hidden are -inf.
 inline Vec visible_scores(Vec scores, const Lanes& lanes, int c, int64_t first, int64_t key,
                           const Weighting& weighting) {
     const Vec hidden(-std::numeric_limits<float>::infinity());
     if (weighting.visible != nullptr && !weighting.visible[key]) return hidden;
-    if (key <= first) return scores;
+    if (!weighting.causal || key <= first) return scores;
     return select(lanes.v[c] < Vec(float(key - first)), hidden, scores);
 }
 
@@ -235,16 +237,18 @@ void add_values(float* weights, Strided values, int count, int head_dim, float* 
                           sums, true);
 }
 
-// Attention of `queries` <= 32 queries, packed in `panel`, to entries 0 .. first + i. keys(begin)
-// gives the words of the keys from `begin` on, values(begin, count) those of the values with the
-// columns as rows and the entries as inputs. `sums` (head_dim, 32) receives the weighted values,
-// `inverse` (32) what they have to be multiplied with, `lse` (32) the logarithm of the sum of the
-// exponentials of the scores. A query that sees nothing has an inverse of 0 and an lse of infinity.
-// `scores` is scratch for key_block rows of 32, twice as many with dropout.
+// Attention of `queries` <= 32 queries, from `first` on, packed in `panel`, to `entries` entries;
+// if it is causal, of query i to entries 0 .. first + i. keys(begin) gives the words of the keys
+// from `begin` on, values(begin, count) those of the values with the columns as rows and the
+// entries as inputs. `sums` (head_dim, 32) receives the weighted values, `inverse` (32) what they
+// have to be multiplied with, `lse` (32) the logarithm of the sum of the exponentials of the
+// scores. A query that sees nothing has an inverse of 0 and an lse of infinity. `scores` is scratch
+// for key_block rows of 32, twice as many with dropout.
 template <Format format, typename Keys, typename Values>
-void attend_panel(const uint32_t* panel, int words, int queries, int64_t first, Keys keys_from,
-                  Values values_of, int head_dim, float scale, const Weighting& weighting,
-                  float* scores, float* sums, float* inverse, float* lse) {
+void attend_panel(const uint32_t* panel, int words, int queries, int64_t first, int64_t entries,
+                  Keys keys_from, Values values_of, int head_dim, float scale,
+                  const Weighting& weighting, float* scores, float* sums, float* inverse,
+                  float* lse) {
     constexpr int vectors = panel_vectors;
     std::memset(sums, 0, size_t(head_dim) * panel_columns * sizeof(float));
     const Lanes lanes;
@@ -254,7 +258,6 @@ void attend_panel(const uint32_t* panel, int words, int queries, int64_t first, 
         largest[c] = Vec(std::numeric_limits<float>::lowest());
         total[c] = Vec(0.0f);
     }
-    const int64_t entries = first + queries;
     for (int64_t begin = 0; begin < entries; begin += key_block) {
         const int keys = int(std::min<int64_t>(key_block, entries - begin));
         const Strided key_words = keys_from(begin);
@@ -363,8 +366,8 @@ void attend_block(const Q* q, int64_t q_stride, int queries, int64_t first, Entr
         }
     };
     alignas(64) float inverse[panel_columns], logarithms[panel_columns];
-    attend_panel<format>(panel, (head_dim + u - 1) / u, queries, first, keys, values, head_dim,
-                         scale, {}, scores, sums, inverse, logarithms);
+    attend_panel<format>(panel, (head_dim + u - 1) / u, queries, first, first + queries, keys,
+                         values, head_dim, scale, {}, scores, sums, inverse, logarithms);
 #ifdef GPT2FAST_AMX
     if constexpr (format == Format::bfloat16) Amx::release();
 #endif
@@ -394,11 +397,17 @@ Entries<T> head_of(const Heads<const void>& x, int64_t row, int64_t head) {
 }
 
 inline Weighting weighting_of(const Attention& args, int64_t row, int64_t head) {
-    return {args.visible == nullptr ? nullptr : args.visible + row * args.time, args.dropout,
-            args.seed, uint32_t(row * args.heads + head)};
+    const uint8_t* visible = args.visible == nullptr ? nullptr : args.visible + row * args.time;
+    return {args.causal, visible, args.dropout, args.seed, uint32_t(row * args.heads + head)};
 }
 
-// Keys and values of a head are packed as far as its blocks get, once for all blocks of the range.
+// The entries that some of `queries` queries from `first` on may see.
+inline int64_t entries_of(const Attention& args, int64_t first, int queries) {
+    return args.causal ? first + queries : args.time;
+}
+
+// Keys and values of a key head are packed as far as its queries' blocks get, once for all blocks
+// of the range and all heads that share it.
 template <typename T>
 void attention_blocks(const Attention& args, int64_t begin, int64_t end) {
     constexpr Format format = format_of<Factor<T>>;
@@ -415,22 +424,26 @@ void attention_blocks(const Attention& args, int64_t begin, int64_t end) {
     auto* panel = reinterpret_cast<uint32_t*>(scratch.take(words * panel_columns));
     float* sums = scratch.take(size * panel_columns);
     float* scores = scratch.take(weights);
-    int64_t packed = 0;
+    int64_t packed = 0, packed_head = -1;  // entries, of a head among those of all rows
     for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / blocks / args.heads, head = item / blocks % args.heads;
         const int64_t first = item % blocks * panel_columns;
         const int queries = int(std::min<int64_t>(panel_columns, args.time - first));
-        if (first == 0) packed = 0;
-        pack_entries<format>(head_of<T>(args.k, row, head), packed, first + queries, size, keys,
+        const int64_t entries = entries_of(args, first, queries), key_head = head / args.group();
+        if (packed_head != row * args.key_heads + key_head) {
+            packed_head = row * args.key_heads + key_head;
+            packed = 0;
+        }
+        pack_entries<format>(head_of<T>(args.k, row, key_head), packed, entries, size, keys,
                              nullptr);
-        pack_entries<format>(head_of<T>(args.v, row, head), packed, first + queries, size, nullptr,
+        pack_entries<format>(head_of<T>(args.v, row, key_head), packed, entries, size, nullptr,
                              values);
-        packed = first + queries;
+        packed = std::max(packed, entries);
         const Entries<T> q = head_of<T>(args.q, row, head);
         pack_queries<Factor<T>>(q.data + first * q.stride, q.stride, queries, size, panel);
         alignas(64) float inverse[panel_columns], lse[panel_columns];
         attend_panel<format>(
-            panel, words, queries, first,
+            panel, words, queries, first, entries,
             [&](int64_t key) {
                 return Strided{reinterpret_cast<const uint8_t*>(keys + key * words), 4 * words, 4};
             },

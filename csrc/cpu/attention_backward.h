@@ -1,11 +1,12 @@
-// The backward pass of causal attention, without a T x T matrix (Dao et al., 2022).
+// The backward pass of attention, without a T x T matrix (Dao et al., 2022).
 //
 // The weights of a block of 32 queries are computed again from their log-normalizers. Queries lie
 // across the vectors as in the forward pass, for P, dP and dQ; for dK and dV, sums over queries,
 // the rows of queries and gradients are the panels, and they are multiplied with the rows
-// of P and dS. So nothing but the queries' block is transposed, and dK and dV of a head are
-// summed in one pass by one thread: 5 T^2 D multiply-adds a head with the masked half skipped,
-// T^2 / 2 exponentials; memory sees q, k, v, out and the gradients once.
+// of P and dS. So nothing but the queries' block is transposed, and dK and dV of a key head are
+// summed in one pass by one thread over all query heads that share it, in their order: 5 T^2 D
+// multiply-adds a query head with the masked half skipped, T^2 / 2 exponentials; twice as many
+// where it is not causal. Memory sees q, k, v, out and the gradients once.
 #pragma once
 
 #include "attention.h"
@@ -45,10 +46,11 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
     constexpr int u = inputs_per_word(format);
     constexpr int n = panel_columns, vectors = panel_vectors;
     const Attention& forward = args.forward;
-    const int64_t time = forward.time, heads = forward.heads;
+    const int64_t time = forward.time, heads = forward.heads, key_heads = forward.key_heads;
     const int size = int(forward.head_dim);
     const int words = (size + u - 1) / u;
     const int panels = (size + n - 1) / n;
+    const int64_t blocks = (time + n - 1) / n;
     const int64_t along = time * words, across = (time + u - 1) / u * size;
     const int64_t sums = panels * time * n, block = panels * n * n, tile = key_block * n;
     Scratch scratch(2 * Scratch::size(along) + Scratch::size(across) + 2 * sums + 5 * block +
@@ -68,20 +70,21 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
     const Lanes lanes;
 
     for (int64_t item = begin; item < end; ++item) {
-        const int64_t row = item / heads, head = item % heads;
-        const Entries<T> q = head_of<T>(forward.q, row, head);
-        const Entries<T> k = head_of<T>(forward.k, row, head);
-        const Entries<T> v = head_of<T>(forward.v, row, head);
-        const Entries<T> grad = head_of<T>(args.grad, row, head);
-        const Entries<T> out = head_of<T>(args.out, row, head);
-        const Weighting weighting = weighting_of(forward, row, head);
-        const int64_t place = row * time * heads + head;  // of the head's results, in heads
+        const int64_t row = item / key_heads, key_head = item % key_heads;
+        const Entries<T> k = head_of<T>(forward.k, row, key_head);
+        const Entries<T> v = head_of<T>(forward.v, row, key_head);
         pack_entries<format>(k, 0, time, size, k_along, k_across);
         pack_entries<format>(v, 0, time, size, v_along, nullptr);
         std::memset(grad_k, 0, size_t(sums) * sizeof(float));
         std::memset(grad_v, 0, size_t(sums) * sizeof(float));
 
-        for (int64_t first = 0; first < time; first += n) {
+        for (int64_t part = 0; part < forward.group() * blocks; ++part) {
+            const int64_t head = key_head * forward.group() + part / blocks;
+            const int64_t first = part % blocks * n;
+            const Entries<T> q = head_of<T>(forward.q, row, head);
+            const Entries<T> grad = head_of<T>(args.grad, row, head);
+            const Entries<T> out = head_of<T>(args.out, row, head);
+            const Weighting weighting = weighting_of(forward, row, head);
             const int queries = int(std::min<int64_t>(n, time - first));
             const Entries<T> q_block{q.data + first * q.stride, q.stride};
             const Entries<T> grad_block{grad.data + first * grad.stride, grad.stride};
@@ -94,7 +97,7 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
             for (int i = 0; i < n; ++i) {
                 normalizer[i] = std::numeric_limits<float>::infinity();
                 if (i >= queries) continue;
-                normalizer[i] = forward.lse[item * time + first + i];
+                normalizer[i] = forward.lse[(row * heads + head) * time + first + i];
                 Sum sum;
                 for_columns(size, [&](int64_t d, auto step, auto chain) {
                     sum.v[chain] =
@@ -104,7 +107,7 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
                 inner[i] = sum.total();
             }
 
-            const int64_t entries = first + queries;
+            const int64_t entries = entries_of(forward, first, queries);
             for (int64_t key = 0; key < entries; key += key_block) {
                 const int keys = int(std::min<int64_t>(key_block, entries - key));
                 const auto along_of = [&](const uint32_t* rows) {
@@ -159,15 +162,15 @@ void attention_backward_heads(const AttentionBackward& args, int64_t begin, int6
                     {reinterpret_cast<const uint8_t*>(k_across + key / u * size), 4, 4 * size}, 0,
                     size, (keys + u - 1) / u, grad_q, true);
             }
-            T* to = static_cast<T*>(args.grad_q) + (place + first * heads) * size;
+            T* to = static_cast<T*>(args.grad_q) + ((row * time + first) * heads + head) * size;
             alignas(64) float ones[n];
             for (float& one : ones) one = 1.0f;
             write_queries(grad_q, ones, queries, size, to, heads * size);
         }
 
         const auto write = [&](const float* from, void* gradients) {
-            T* to = static_cast<T*>(gradients) + place * size;
-            for (int64_t t = 0; t < time; ++t, to += heads * size) {
+            T* to = static_cast<T*>(gradients) + (row * time * key_heads + key_head) * size;
+            for (int64_t t = 0; t < time; ++t, to += key_heads * size) {
                 for (int p = 0; p < panels; ++p) {
                     const float* panel = from + (p * time + t) * n;
                     for_columns(std::min(n, size - p * n), [&](int64_t d, auto step, auto) {

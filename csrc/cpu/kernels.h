@@ -121,24 +121,28 @@ struct LayerNormBackward {
 // causal_attention. One item is a block of `attention_queries` queries of one head; heads of a
 // batch row follow each other, the blocks of a head too.
 struct Attention {
-    Heads<const void> q, k, v;
-    void* out;               // (batch, time, heads, head size)
-    float* lse;              // (batch, heads, time)
-    const uint8_t* visible;  // (batch, time), or null: every position
-    int64_t batch, time, heads, head_dim;
+    Heads<const void> q, k, v;  // of k and v: (batch, time, key heads, head size)
+    void* out;                  // (batch, time, heads, head size)
+    float* lse;                 // (batch, heads, time)
+    const uint8_t* visible;     // (batch, time), or null: every position
+    int64_t batch, time, heads, key_heads, head_dim;
     float scale;
     float dropout;  // probability
     uint64_t seed;
     DType dtype;
+    bool causal;
+
+    // Neighboring query heads that read one key head.
+    int64_t group() const { return key_heads == 0 ? 1 : heads / key_heads; }
 };
 
 constexpr int64_t attention_queries = 32;
 
-// One item is a head.
+// One item is a key head.
 struct AttentionBackward {
     Attention forward;  // out is read
     Heads<const void> grad, out;
-    void *grad_q, *grad_k, *grad_v;  // (batch, time, heads, head size)
+    void *grad_q, *grad_k, *grad_v;  // laid out as out; of k and v: with key heads
 };
 
 // Rows of logits become losses and, with `differentiate`, their own gradients times `factor`.

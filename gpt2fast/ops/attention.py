@@ -204,7 +204,7 @@ def _visible(length: int, mask: Tensor | None, causal: bool, device: torch.devic
     return visible if mask is None else visible & mask[:, None, None, :]
 
 
-def _repeated(x: Tensor, heads: int) -> Tensor:
+def repeated_heads(x: Tensor, heads: int) -> Tensor:
     """Heads of keys or values, once for each query head that reads them."""
     if x.shape[2] == heads:
         return x
@@ -212,7 +212,7 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 
 
 def _summed(grad: Tensor, key_heads: int) -> Tensor:
-    """Gradient of heads that `_repeated` repeated."""
+    """Gradient of heads that `repeated_heads` repeated."""
     return grad if grad.shape[2] == key_heads else grad.unflatten(2, (key_heads, -1)).sum(3)
 
 
@@ -254,7 +254,7 @@ def _reference(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = statistics_dtype(q.dtype)
-    k, v = (_repeated(x.to(dtype), q.shape[2]) for x in (k, v))
+    k, v = (repeated_heads(x.to(dtype), q.shape[2]) for x in (k, v))
     weights, lse = _weights(q.to(dtype), k, scale, mask, causal, None)
     if seed is not None and dropout_p:
         weights = weights * _factors(weights, dropout_p, seed)
@@ -278,7 +278,7 @@ def _backward_reference(
     dtype = statistics_dtype(q.dtype)
     given, key_heads = q.dtype, k.shape[2]
     grad, q, k, v, out = (tensor.to(dtype) for tensor in (grad, q, k, v, out))
-    k, v = (_repeated(x, q.shape[2]) for x in (k, v))
+    k, v = (repeated_heads(x, q.shape[2]) for x in (k, v))
     weights, _ = _weights(q, k, scale, mask, causal, lse)
     grad_weights = torch.einsum("bthd,bshd->bhts", grad, v)
     dropped = weights
@@ -366,21 +366,21 @@ def _flash_backward(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(gradient.transpose(1, 2).contiguous() for gradient in gradients)  # type: ignore
 
 
-def _options(call: Arguments) -> tuple[float, Tensor | None, float, int]:
-    """Scale, visible keys, dropout and seed, as the CPU kernels take them."""
+def _options(call: Arguments) -> tuple[float, Tensor | None, float, int, bool]:
+    """Scale, visible keys, dropout, seed and causality, as the CPU kernels take them."""
     mask = None if call.mask is None else call.mask.contiguous()
     seed = int(call.seed.item()) if call.seed is not None and call.dropout_p else 0
-    return call.scale, mask, call.dropout_p, seed
+    return call.scale, mask, call.dropout_p, seed, call.causal
 
 
-@native(Tensors("q", "k", "v", one_dtype=True), refuses=causal_only)
+@native(Tensors("q", "k", "v", one_dtype=True))
 def _native(call: Arguments) -> tuple[Tensor, Tensor]:
     return torch.ops.gpt2fast_native.attention.default(
         *_contiguous_heads(call.q, call.k, call.v), *_options(call)
     )
 
 
-@native(Tensors("grad", "q", "k", "v", "out", one_dtype=True), refuses=causal_only)
+@native(Tensors("grad", "q", "k", "v", "out", one_dtype=True))
 def _backward_native(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.gpt2fast_native.attention_backward.default(
         *_contiguous_heads(call.grad, call.q, call.k, call.v, call.out),

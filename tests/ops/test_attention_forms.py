@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from comparison import BACKENDS, DTYPES, LAYOUTS, backend, compare, random
+from comparison import BACKENDS, DTYPES, LAYOUTS, backend, compare, needs_native, random
 from gpt2fast import ops
 from gpt2fast.errors import ArgumentError, BackendError
 from gpt2fast.ops.attention import _backward, _forward
@@ -23,7 +23,7 @@ def named(each) -> str:
 
 
 # Backends whose kernels are those of causal attention with as many key heads as query heads.
-CAUSAL_ONLY = {"native", "simulator", "cuda", "triton", "cuda-triton"}
+CAUSAL_ONLY = {"simulator", "cuda", "triton", "cuda-triton"}
 FORMS = [each for each in BACKENDS if named(each) not in CAUSAL_ONLY]
 # torch's flash attention takes neither mask nor dropout.
 WITH_MASK = [each for each in FORMS if each != "torch"]
@@ -253,8 +253,19 @@ def test_causal_kernels_refuse_what_they_do_not_know(name, sharing):
         ops.attention(q, k, v, causal=causal)
 
 
-def test_auto_takes_the_next_backend():
-    q, k, v = (x.float() for x in inputs(1, 3, 4, 2, 8))
-    with record_calls() as calls:
-        ops.attention(q, k, v)
-    assert [(call.op, call.backend) for call in calls] == [("causal_attention", "torch")]
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_cpu_kernels_give_the_same_bits_on_any_number_of_threads(dtype, causal):
+    given = [x.to(dtype).requires_grad_() for x in inputs(2, 70, 6, 2, 24)]
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with record_calls() as calls:
+                out = ops.attention(*given, causal=causal)
+                results.append((out, *torch.autograd.grad(out.float().square().sum(), given)))
+            assert [call.backend for call in calls] == ["native", "native"]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -288,12 +288,18 @@ def test_native_ops_refuse_what_does_not_fit():
         lambda: native.embedding_backward_add(x, ids, x[:2].contiguous()),
         lambda: native.embedding_backward_add(x, ids, x[:, :7].contiguous()),
         lambda: native.embedding_backward_add(x, ids, x.double()),
-        lambda: native.attention(heads, heads[:1], heads, 1.0, None, 0.0, 0),
-        lambda: native.attention(heads, heads, heads, 1.0, torch.ones(2, 2).bool(), 0.0, 0),
-        lambda: native.attention(heads, heads, heads, 1.0, None, 2.0, 0),
-        lambda: native.attention(heads[0], heads[0], heads[0], 1.0, None, 0.0, 0),
+        lambda: native.attention(heads, heads[:1], heads, 1.0, None, 0.0, 0, True),
+        lambda: native.attention(heads, heads, heads, 1.0, torch.ones(2, 2).bool(), 0.0, 0, True),
+        lambda: native.attention(heads, heads, heads, 1.0, None, 2.0, 0, True),
+        lambda: native.attention(heads[0], heads[0], heads[0], 1.0, None, 0.0, 0, True),
         lambda: native.attention_backward(
-            heads, heads, heads, heads, heads, lse[:1], 1.0, None, 0.0, 0
+            heads, heads, heads, heads, heads, lse[:1], 1.0, None, 0.0, 0, True
+        ),
+        lambda: native.attention(heads, heads[:, :, :0], heads[:, :, :0], 1.0, None, 0.0, 0, True),
+        lambda: native.attention(heads[:, :, :1], heads, heads, 1.0, None, 0.0, 0, True),
+        lambda: native.attention(heads, heads[:, :, :1], heads, 1.0, None, 0.0, 0, False),
+        lambda: native.attention_backward(
+            heads, heads, heads[:, :2], heads, heads, lse, 1.0, None, 0.0, 0, False
         ),
         lambda: native.attention_with_cache(heads, cache, cache[:, :5], two, 1.0),
         lambda: native.attention_with_cache(heads, cache, cache, two + 7, 1.0),

@@ -14,6 +14,7 @@ LOSS = f"{BORDERS}linear_cross_entropy[native]"
 TIES = f"{BORDERS}what_lies_exactly_at_a_threshold"
 PACKED = "test_packed_borders.py::test_a_step_of_odd_sizes"
 ADAMW = f"{BORDERS}fused_adamw"
+FORMS = "test_attention_forms.py::test_matches_torch_in_every_form"
 DROPOUT = "test_attention.py::test_dropout_goes_on_in_the_next_head_row_and_block[native]"
 
 _NARROWED = "[](Vec x) {{ bfloat16 b[Vec::width]; x.store(b); return Vec::load(b); }}({})"
@@ -44,15 +45,15 @@ BUGS = (
     Bug(
         "values read with the stride of the keys",
         "csrc/cpu/attention.h",
-        "pack_entries<format>(«head_of<T>(args.v, row, head)», packed",
-        "(Entries<T>{head_of<T>(args.v, row, head).data, args.k.entry_stride})",
+        "pack_entries<format>(«head_of<T>(args.v, row, key_head)», packed",
+        "(Entries<T>{head_of<T>(args.v, row, key_head).data, args.k.entry_stride})",
         (ATTENTION,),
     ),
     Bug(
         "values read with the stride of the keys, backward",
         "csrc/cpu/attention_backward.h",
-        "const Entries<T> v = «head_of<T>(forward.v, row, head)»;",
-        "(Entries<T>{head_of<T>(forward.v, row, head).data, forward.k.entry_stride})",
+        "const Entries<T> v = «head_of<T>(forward.v, row, key_head)»;",
+        "(Entries<T>{head_of<T>(forward.v, row, key_head).data, forward.k.entry_stride})",
         (ATTENTION,),
     ),
     Bug(
@@ -89,6 +90,41 @@ BUGS = (
         "dropout_factors(weighting, first, «key + j», factors + j * n);",
         "int64_t(j)",
         (DROPOUT,),
+    ),
+    Bug(
+        "attention that is not causal ends at the block of the queries",
+        "csrc/cpu/attention.h",
+        "return args.causal ? first + queries : «args.time»;",
+        "first + queries",
+        (FORMS,),
+    ),
+    Bug(
+        "query heads read the key heads in turn",
+        "csrc/cpu/attention.h",
+        "key_head = «head / args.group()»;",
+        "head % args.key_heads",
+        (FORMS,),
+    ),
+    Bug(
+        "packed keys of one head serve the next key head",
+        "csrc/cpu/attention.h",
+        "if («packed_head != row * args.key_heads + key_head») {",
+        "packed_head < 0",
+        (FORMS,),
+    ),
+    Bug(
+        "gradients of the keys are the first query head's alone",
+        "csrc/cpu/attention_backward.h",
+        "part < «forward.group() * blocks»; ++part",
+        "blocks",
+        (FORMS,),
+    ),
+    Bug(
+        "dropout of a shared key head repeats the first query head's, backward",
+        "csrc/cpu/attention_backward.h",
+        "const Weighting weighting = weighting_of(forward, row, «head»);",
+        "key_head",
+        ("test_attention_forms.py::test_dropout_draws_by_query_head",),
     ),
     Bug(
         "cache: the second block of queries sees no more than the first",

@@ -179,6 +179,18 @@ inline void check_heads(std::initializer_list<std::pair<const Tensor*, const cha
     }
 }
 
+// Keys and values beside (batch, time, heads, head size) queries: alike but for the heads, of which
+// there may be fewer, each serving as many query heads as the others.
+inline void check_key_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
+    check_rows(k, "k", {q.size(0), q.size(1), -1, q.size(3)});
+    check_same_type(k, "k", q, "q");
+    check_device(k, "k", q, "q");
+    check_heads({{&k, "k"}, {&v, "v"}});
+    const int64_t heads = q.size(2), key_heads = k.size(2);
+    GPT2FAST_CHECK(heads == key_heads || (key_heads > 0 && heads % key_heads == 0), "the ",
+                   key_heads, " heads of k and v must divide the ", heads, " heads of q");
+}
+
 inline Heads<void> mutable_heads_of(const Tensor& x, const char* name) {
     check_rows(x, name, {-1, -1, -1, -1});
     return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
