@@ -4,7 +4,7 @@ Constructor arguments are plain sizes; parameters carry the names of GPT-2's che
 projections are stored (in, out) as there.
 """
 
-from .attention import CausalSelfAttention
+from .attention import CausalSelfAttention, SelfAttention
 from .block import Block
 from .cross_entropy import LinearCrossEntropy
 from .layer_norm import LayerNorm, ResidualLayerNorm
@@ -19,4 +19,5 @@ __all__ = [
     "LinearCrossEntropy",
     "Projection",
     "ResidualLayerNorm",
+    "SelfAttention",
 ]

@@ -1,4 +1,4 @@
-"""Multi-head causal self-attention."""
+"""Multi-head self-attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ArgumentError
+from ..ops.attention import repeated_heads
 from ..ops.backend import statistics_dtype
 from ..ops.derivatives import is_transformed, refused
 from ..ops.int8_cache import dequantize
@@ -19,15 +20,22 @@ from .projection import Projection
 
 
 @readable
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each position to itself and those before it.
+class SelfAttention(nn.Module):
+    """Multi-head attention of each position to those of its sequence.
 
     Args:
         width: width of the residual stream.
         heads: number of heads; divides `width`.
         dropout: probability of dropping an attention weight while training.
         scale: factor on the scores; None means 1 / sqrt(width / heads).
+        causal: a position sees only itself and those before it.
+        key_heads: heads of keys and values, which divides `heads`: each serves heads / key_heads
+            neighboring heads of queries (Ainslie et al., 2023). None means `heads`.
         residual_dropout: probability of dropping an element of the result while training.
+
+    Raises:
+        ArgumentError: `heads` does not divide `width`, or `key_heads` not `heads`; a dropout
+            outside of [0, 1).
     """
 
     def __init__(
@@ -37,6 +45,8 @@ class CausalSelfAttention(nn.Module):
         dropout: float = 0.0,
         scale: float | None = None,
         *,
+        causal: bool = True,
+        key_heads: int | None = None,
         residual_dropout: float = 0.0,
         device: Device = None,
         dtype: Dtype = None,
@@ -44,12 +54,18 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         if width % heads:
             raise ArgumentError(f"width={width} is not a multiple of heads={heads}")
+        key_heads = heads if key_heads is None else key_heads
+        if key_heads < 1 or heads % key_heads:
+            raise ArgumentError(f"key_heads={key_heads} does not divide heads={heads}")
         check_probability("dropout", dropout)
         check_probability("residual_dropout", residual_dropout)
         self.width = width
         self.heads = heads
+        self.key_heads = key_heads
+        self.causal = causal
         self.scale = (width // heads) ** -0.5 if scale is None else scale
-        self.c_attn = Projection(width, 3 * width, device=device, dtype=dtype)
+        projected = width + 2 * key_heads * (width // heads)
+        self.c_attn = Projection(width, projected, device=device, dtype=dtype)
         self.c_proj = Projection(width, width, device=device, dtype=dtype)
         self.attn_dropout = nn.Dropout(dropout)
         self.resid_dropout = nn.Dropout(residual_dropout)
@@ -79,22 +95,39 @@ class CausalSelfAttention(nn.Module):
 
         Returns:
             (B, T, width).
+
+        Raises:
+            ArgumentError: a cache beside `causal=False` or fewer key heads than heads.
         """
         check_stream(x, self.width)
+        if cache is not None:
+            self._check_cached()
         batch, time, width = x.shape
-        qkv = self.c_attn(x).view(batch, time, 3, self.heads, width // self.heads)
+        qkv = self.c_attn(x).view(batch, time, -1, width // self.heads)
         if cache is not None and cache.front is not None:
             qkv = _in_order(qkv, cache.front)
-        q, k, v = qkv.unbind(2)
+        q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], 2)
         out = self._attend(q, k, v, attention_mask, cache).reshape(batch, time, width)
         if cache is not None and cache.front is not None:
             out = _in_order(out, cache.front.argsort(1))
         return drop(self.resid_dropout, self.c_proj(out))
 
+    def _check_cached(self) -> None:
+        if not self.causal:
+            raise ArgumentError(
+                "causal=False: a position's result depends on those after it, so a cache of those "
+                "before does not serve; give all positions to one call without a cache"
+            )
+        if self.key_heads != self.heads:
+            raise ArgumentError(
+                f"key_heads={self.key_heads}: a cache holds as many heads of keys as there are "
+                f"of queries, {self.heads}; give all positions to one call without a cache"
+            )
+
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
-        """(B, T, heads, head size), from queries, keys and values of that shape."""
+        """(B, T, heads, head size), from queries of that shape, keys and values with key heads."""
         fused = is_plain(self.attn_dropout, nn.Dropout)
         dropout = self.attn_dropout.p if fused and self.training else 0.0
         if cache is not None:
@@ -114,7 +147,7 @@ class CausalSelfAttention(nn.Module):
         if not fused:
             return self._attend_openly(q, k, v, mask, None)
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
-        return ops.causal_attention(q, k, v, self.scale, mask, dropout, seed)
+        return ops.attention(q, k, v, self.scale, mask, dropout, seed, self.causal)
 
     def _attend_openly(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
@@ -123,16 +156,19 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             q: (B, T, heads, head size).
-            k, v: (B, S, heads, head size).
+            k, v: (B, S, key heads, head size).
             mask: (B, S), false at keys that must not be seen.
             lengths: (B,) keys before the first query; None: none.
         """
         dtype = statistics_dtype(q.dtype)
+        k, v = (repeated_heads(x, self.heads) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q.to(dtype), k.to(dtype)) * self.scale
         last = torch.arange(q.shape[1], device=q.device)
         if lengths is not None:
             last = last + lengths[:, None, None]
         seen = torch.arange(k.shape[1], device=q.device) <= last[..., None]
+        if not self.causal:
+            seen = torch.ones_like(seen)
         if mask is not None:
             seen = seen & mask.bool()[:, None, None]
         # Not -inf: the softmax of a row that sees nothing would be NaN, and spread.
@@ -142,7 +178,39 @@ class CausalSelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print."""
-        return f"width={self.width}, heads={self.heads}, scale={self.scale:g}"
+        shown = f"width={self.width}, heads={self.heads}, scale={self.scale:g}"
+        if self.key_heads != self.heads:
+            shown += f", key_heads={self.key_heads}"
+        return shown if self.causal else f"{shown}, causal=False"
+
+
+@readable
+class CausalSelfAttention(SelfAttention):
+    """Multi-head attention of each position to itself and those before it.
+
+    Args:
+        width: width of the residual stream.
+        heads: number of heads; divides `width`.
+        dropout: probability of dropping an attention weight while training.
+        scale: factor on the scores; None means 1 / sqrt(width / heads).
+        residual_dropout: probability of dropping an element of the result while training.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        *,
+        residual_dropout: float = 0.0,
+        device: Device = None,
+        dtype: Dtype = None,
+    ):
+        super().__init__(
+            width, heads, dropout, scale,
+            residual_dropout=residual_dropout, device=device, dtype=dtype,
+        )  # fmt: skip
 
 
 def _as_constants(k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
