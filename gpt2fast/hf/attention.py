@@ -1,9 +1,10 @@
 """Attention of transformers' models on our kernels: `attn_implementation="gpt2fast"`.
 
 transformers calls two functions: one makes the masks of a step, the other attends in each layer.
-Masks are SDPA's, (B, 1, T, S) bool. Where one says no more than "causal, without these keys", a
-note beside it says so to the kernels. A mask that was changed on the way is another tensor, without
-a note, and SDPA takes it as it is; so does it take whatever the kernels do not.
+Masks are SDPA's, (B, 1, T, S) bool. Where one says no more than "causal, without these keys" or
+"all but these keys", a note beside it says so to the kernels. A mask that was changed on the way is
+another tensor, without a note, and SDPA takes it as it is; so does it take whatever the kernels do
+not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
 
 from .. import ops
 from ..ops.native import DTYPES
@@ -28,18 +34,21 @@ from ..ops.support import GPU_DTYPES, MAX_HEAD_SIZE
 NAME = "gpt2fast"
 """The value of `attn_implementation`."""
 
-_NOTE = "_gpt2fast_causal"
+_NOTE = "_gpt2fast_seen"
 _told: set[str] = set()
 
 
-class Causal(NamedTuple):
-    """What a mask says: query t sees the keys 0 .. offset + t, but for those that are hidden."""
+class Seen(NamedTuple):
+    """What a mask says: the keys that a query sees, but for those that are hidden."""
 
-    offset: int
+    offset: int = 0
+    """Keys before the first query: query t sees the keys 0 .. offset + t."""
     keys: Tensor | None = None
     """(B, S) bool, false at hidden keys; None hides none."""
     version: int = 0
     """The mask's count of changes when this was noted."""
+    causal: bool = True
+    """False: every query sees all keys, and the offset is 0."""
 
 
 def register() -> None:
@@ -84,19 +93,30 @@ def attention_mask(
         return eager_mask(**given)
     with torch.inference_mode(False):  # so that torch counts the mask's changes
         mask = sdpa_mask(**given)
-    if mask is None or mask_function is not causal_mask_function or kv_offset or _is_traced(mask):
+    if mask is None or kv_offset or _is_traced(mask):
+        return mask
+    if mask_function is bidirectional_mask_function:
+        keys = _keys(attention_mask, kv_length)
+        setattr(mask, _NOTE, Seen(0, keys, mask._version, causal=False))
+        return mask
+    if mask_function is not causal_mask_function:
         return mask
     if isinstance(q_offset, Tensor):
         if q_offset.device.type != "cpu":  # reading it would be a wait
             return mask
         q_offset = int(q_offset)
-    keys = attention_mask
-    if keys is not None:
-        last = q_offset + q_length
-        keys = F.pad(keys.bool(), (0, max(0, last - keys.shape[1])))[:, :last]
-        keys = None if bool(keys.all()) else keys
-    setattr(mask, _NOTE, Causal(q_offset, keys, mask._version))
+    keys = _keys(attention_mask, q_offset + q_length)
+    setattr(mask, _NOTE, Seen(q_offset, keys, mask._version))
     return mask
+
+
+def _keys(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The first `length` keys, false at padding and where no mask says anything; None: all seen."""
+    if attention_mask is None:
+        return None
+    keys = attention_mask.bool()
+    keys = F.pad(keys, (0, max(0, length - keys.shape[1])))[:, :length]
+    return None if bool(keys.all()) else keys
 
 
 def attention(
@@ -137,7 +157,7 @@ def attention(
     seen = _visible(query, key, attention_mask, is_causal)
     if query.shape[2] == 1 and query.device.type == "cpu":
         # A step of one token reads keys head by head, which SDPA does faster than an op is called.
-        if isinstance(seen, Causal) and options.get("position_bias") is None:
+        if isinstance(seen, Seen) and seen.causal and options.get("position_bias") is None:
             last = seen.offset + 1
             key, value = key[:, :, :last], value[:, :, :last]
             attention_mask = None if seen.keys is None else attention_mask[..., :last]  # type: ignore[index]
@@ -151,34 +171,29 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
     last = seen.offset + query.shape[2]
-    groups = query.shape[1] // key.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (query, key[:, :, :last], value[:, :, :last]))
     if seen.offset:
         lengths = torch.full((len(q),), seen.offset, dtype=torch.int64, device=q.device)
         return ops.attention_with_cache(q, k, v, lengths, scaling), None
-    if groups > 1:
-        k, v = (repeat_kv(x.transpose(1, 2), groups).transpose(1, 2) for x in (k, v))
     seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
-    return ops.causal_attention(q, k, v, scaling, seen.keys, dropout, seed), None
+    return ops.attention(q, k, v, scaling, seen.keys, dropout, seed, seen.causal), None
 
 
-def _visible(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Causal | str:
+def _visible(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Seen | str:
     """What the queries see; or why the kernels cannot be told."""
     length, keys = query.shape[2], key.shape[2]
     if mask is None:
-        if length == 1:
-            return Causal(keys - 1)
-        return Causal(0) if is_causal else "it is not causal"
+        return Seen(keys - 1) if length == 1 else Seen(causal=is_causal)
     note = None if _is_traced(mask) else getattr(mask, _NOTE, None)
-    if not isinstance(note, Causal) or note.version != mask._version:
-        return "its mask is not just causal, or it is traced"
+    if not isinstance(note, Seen) or note.version != mask._version:
+        return "its mask is not just causal or padding, or it is traced"
     if mask.shape[2] != length or mask.shape[3] != keys:
         return "its mask is not that of these keys"
     return note
 
 
 def _refusal(
-    query: Tensor, key: Tensor, value: Tensor, seen: Causal, dropout: float, options: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, seen: Seen, dropout: float, options: dict[str, Any]
 ) -> str | None:
     """Why the kernels cannot run this; None if they can."""
     if torch.jit.is_tracing():
@@ -198,6 +213,8 @@ def _refusal(
         return reason
     if seen.offset + query.shape[2] > key.shape[2]:
         return "it has fewer keys than positions"
+    if not seen.causal and query.shape[2] != key.shape[2]:
+        return "its keys are those of another sequence"
     if not seen.offset:
         return None
     if seen.keys is not None:

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import gpt2fast.hf
+from gpt2fast import ops
 from gpt2fast.hf import attention
 from gpt2fast.ops.backend import record_calls
 from tolerance import assert_close, assert_near
@@ -145,6 +146,21 @@ def test_logits_and_gradients(name, sides):
     assert ("causal_attention" in called) == (name in FUSED)
     compare(name, [[ours], [other], [exact]], unpadded)
     compare(name, [our_gradients, gradients, exact_gradients], unpadded)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("sides", [None, ("none", "right", "left")], ids=str)
+def test_keys_that_several_heads_share_are_not_repeated(name, sides, monkeypatch):
+    found, attend = [], ops.attention
+
+    def watched(q, k, v, *options):
+        found.append((q.shape[2], k.shape[2], v.shape[2]))
+        return attend(q, k, v, *options)
+
+    monkeypatch.setattr(ops, "attention", watched)
+    mask = None if sides is None else padded(sides)
+    models(name)[0](torch.randint(3, 97, (3, 17)), attention_mask=mask)
+    assert found == [(4, 2, 2)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -284,7 +300,7 @@ def test_dropout_drops_and_is_seeded():
     [
         ("gemma2", "torch runs this attention, since its scores are capped"),
         ("gpt_oss", "torch runs this attention, since its softmax has sinks"),
-        ("mistral", "SDPA runs this attention, since its mask is not just causal"),
+        ("mistral", "SDPA runs this attention, since its mask is not just causal or padding"),
     ],
 )
 def test_what_does_not_run_on_the_kernels_is_said_once(name, says, monkeypatch):
