@@ -71,6 +71,26 @@ def test_causal_attention(versus, dtype, way, against, batch, time):
 
 @each_way
 @TIMES
+@pytest.mark.parametrize(("causal", "key_heads"), [(False, 12), (True, 4)], ids=["all", "grouped"])
+def test_attention(versus, dtype, way, against, batch, time, causal, key_heads):
+    """Not causal, and causal with three heads of queries on one of keys."""
+    q = torch.randn(batch, time, 12, 64, dtype=dtype)
+    k, v = torch.randn(2, batch, time, key_heads, 64, dtype=dtype)
+
+    def theirs(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = key_heads < 12
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    def ours(q, k, v):
+        return ops.attention(q, k, v, causal=causal)
+
+    versus(*pair(ours, theirs, (q, k, v), way, against))
+
+
+@each_way
+@TIMES
 def test_residual_layer_norm(versus, dtype, way, against, batch, time):
     x, residual = torch.randn(2, batch, time, 768, dtype=dtype)
     weight, bias = torch.ones(768, dtype=dtype), torch.zeros(768, dtype=dtype)
