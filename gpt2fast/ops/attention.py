@@ -407,7 +407,7 @@ _backward = Op(
     check=_check_backward,
     native=by_device(cpu=_backward_native, cuda=on_cuda.backward),
     triton=triton(
-        "attention",
+        "attention_backward",
         "backward",
         Tensors("grad", "q", "k", "v", "out", one_dtype=True, max_head_size=MAX_HEAD_SIZE),
         Tensors("lse", "mask", "seed"),
@@ -440,7 +440,7 @@ _cached = Op(
     values=_check_cached_values,
     native=by_device(cpu=_cached_native, cuda=cached_on_cuda.run),
     triton=triton(
-        "attention",
+        "cached_attention",
         "with_cache",
         Tensors("q", max_head_size=MAX_HEAD_SIZE),
         Tensors("k_cache", "v_cache", dtypes=GPU_CACHE_DTYPES, contiguous_rows=True),

@@ -38,7 +38,7 @@ BUGS = (
     ),
     Bug(
         "causal mask off by one, gradients of the keys",
-        FOLDER + "attention.py",
+        FOLDER + "attention_backward.py",
         "weights = tl.where(«rows[None, :] >= keys[:, None]», weights, 0.0)",
         "rows[None, :] > keys[:, None]",
         attention("values laid out unlike keys"),
@@ -54,7 +54,7 @@ BUGS = (
     Bug(
         "values read with the stride of the keys",
         FOLDER + "attention.py",
-        "v = _head(v, «v_stride_b», v_stride_h, b, h)\n    if mask is not None:\n"
+        "v = head_of(v, «v_stride_b», v_stride_h, b, h)\n    if mask is not None:\n"
         "        mask += b.to(tl.int64) * time\n    scale *= LOG2_E",
         "k_stride_b",
         attention("keys laid out unlike queries"),
@@ -71,7 +71,7 @@ BUGS = (
     ),
     Bug(
         "all rows of a batch take the first one's mask, gradients of the keys",
-        FOLDER + "attention.py",
+        FOLDER + "attention_backward.py",
         "visible = tl.load(mask + «b.to(tl.int64) * time» + places",
         "0",
         attention("a mask for each row"),
@@ -79,28 +79,28 @@ BUGS = (
     Bug(
         "dropout: Philox counters used again for every head and row",
         FOLDER + "attention.py",
-        "kept = _kept(tl.load(seed), rows, first, «head», threshold, BLOCK_M, BLOCK_N)\n"
+        "kept = keep_mask(tl.load(seed), rows, first, «head», threshold, BLOCK_M, BLOCK_N)\n"
         "        weights",
         "0",
         (DROPOUT,),
     ),
     Bug(
         "dropout: counters begin again at every block of keys",
-        FOLDER + "attention.py",
+        FOLDER + "dropout.py",
         "counters = «first // 8» + tl.arange(0, BLOCK_N // 8)",
         "0",
         (DROPOUT,),
     ),
     Bug(
         "several queries and shares: the rows of a batch meet in one place",
-        FOLDER + "attention.py",
+        FOLDER + "cached_attention.py",
         "place = («b.to(tl.int64) * time» + rows) * heads + h",
         "b.to(tl.int64)",
         cached("several queries and shares"),
     ),
     Bug(
         "shares of the entries are added without their distance from the largest score",
-        FOLDER + "attention.py",
+        FOLDER + "cached_attention.py",
         "found = tl.load(sums + part[:, None] * HEAD_DIM + columns[None, :], "
         "mask=inside, other=0.0)\n    sum = tl.sum(found« * decay[:, None]», 0)",
         "",
@@ -108,15 +108,15 @@ BUGS = (
     ),
     Bug(
         "an entry past the end counts for a single query",
-        FOLDER + "attention.py",
+        FOLDER + "cached_attention.py",
         'scores = tl.where(«keys < end», scores, -float("inf"))',
         "keys <= end",
         cached("one query of an odd head"),
     ),
     Bug(
         "int8 cache: factors of the values read with the strides of the keys'",
-        FOLDER + "attention.py",
-        "at = _head(v_scales, v_scales_stride_b, «v_scales_stride_h», b, h)\n            values",
+        FOLDER + "cached_attention.py",
+        "at = head_of(v_scales, v_scales_stride_b, «v_scales_stride_h», b, h)\n            values",
         "k_scales_stride_h",
         (INT8,),
     ),

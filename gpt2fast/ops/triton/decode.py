@@ -2,7 +2,7 @@
 
     x = wte[token] + wpe[position]                                               embed_kernel
     q, k, v = layer_norm(x) W + b, k and v straight into the caches              qkv_kernel
-    attended = attention of q to the caches                         one query of attention.py (2)
+    attended = attention of q to the caches                                cached_attention.py (2)
     x += attended W + b                                                          add_kernel
     inner = activation(layer_norm(x) W + b)                                      project_kernel
     x += inner W + b                                                             add_kernel
@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import OPS, Arguments
-from .attention import with_cache
 from .cache import append
+from .cached_attention import with_cache
 from .language import cast, dot
 from .tuning import settings
 
