@@ -121,7 +121,7 @@ def cases() -> Iterator[Case]:
             return run("causal_attention_backward", out, q, k, v, out, lse, *options)
 
         yield Case("attention_forward", key, forward, blocks)
-        yield Case("attention_keys", key, backward, blocks)
+        yield Case("attention_keys", {**key, "shared": 0}, backward, blocks)
         yield Case("attention_queries", key, backward, blocks)
     cache = random(8, 1024, 12, 64)
     lengths = torch.full((8,), 1000, device="cuda")

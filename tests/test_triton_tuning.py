@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ def test_every_gpu_and_head_has_settings(arch, element_size, head_dim):
             found = tuning.for_architecture(kernel, arch, **key, dropout=dropout)
             # Dropout draws for 32 keys at once.
             assert found["BLOCK_N"] % 32 == 0
+    for dropout, shared in itertools.product((0, 1), (0, 1)):
+        tuning.for_architecture("attention_keys", arch, **key, dropout=dropout, shared=shared)
     for queries in (1, 2, 5000):
         found = tuning.for_architecture("attention_with_cache", arch, **key, queries=queries)
         assert (found["BLOCK_M"] == 1) == (queries == 1)

@@ -99,9 +99,11 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
     q, k, v = some(batch, time, 3, heads, 64).unbind(2)
     out, lse = some(batch, time, heads, 64), torch.zeros(batch, heads, time)
     mask, seed = torch.ones(batch, time, dtype=torch.bool), integers(1)
-    for options in ((0.125, None, 0.0, None, True), (0.125, mask, 0.1, seed, True)):
-        call("causal_attention", q, k, v, *options)
-        call("causal_attention_backward", out, q, k, v, out, lse, *options)
+    for key_heads, causal in ((heads, True), (heads, False), (heads // 3, True), (1, False)):
+        shared = k[:, :, :key_heads], v[:, :, :key_heads]
+        for options in ((0.125, None, 0.0, None, causal), (0.125, mask, 0.1, seed, causal)):
+            call("causal_attention", q, *shared, *options)
+            call("causal_attention_backward", out, q, *shared, out, lse, *options)
     cache, lengths = some(batch, entries, heads, 64), integers(batch)
     for new in (1, 5, time):
         call("attention_with_cache", q[:, :new], cache, cache, lengths, 0.125)

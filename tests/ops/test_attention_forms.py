@@ -23,7 +23,7 @@ def named(each) -> str:
 
 
 # Backends whose kernels are those of causal attention with as many key heads as query heads.
-CAUSAL_ONLY = {"simulator", "cuda", "triton", "cuda-triton"}
+CAUSAL_ONLY = {"simulator", "cuda"}
 FORMS = [each for each in BACKENDS if named(each) not in CAUSAL_ONLY]
 # torch's flash attention takes neither mask nor dropout.
 WITH_MASK = [each for each in FORMS if each != "torch"]

@@ -9,6 +9,7 @@ from bugs import ROOT, Bug, planted
 
 FOLDER = "gpt2fast/ops/triton/"
 BORDERS = "test_borders.py::test_"
+FORMS = "test_attention_forms.py::test_"
 INT8 = f"{BORDERS}attention_with_an_int8_cache[3-17-triton]"
 NORM = "test_layer_norm.py::test_matches_torch_at_odd_shapes[(3, 17, 33)-torch.float32-triton]"
 GELU = "test_mlp.py::test_bias_gelu_matches_torch_at_odd_shapes[(3, 17, 33)-torch.float32-triton]"
@@ -31,9 +32,9 @@ def cached(case: str) -> tuple[str]:
 BUGS = (
     Bug(
         "causal mask off by one",
-        FOLDER + "attention.py",
-        "scores = tl.where(«rows[:, None] >= keys[None, :]», scores,",
-        "rows[:, None] + 1 >= keys[None, :]",
+        FOLDER + "attention_heads.py",
+        "return «rows >= keys»",
+        "rows + 1 >= keys",
         attention("values laid out unlike keys"),
     ),
     Bug(
@@ -54,7 +55,7 @@ BUGS = (
     Bug(
         "values read with the stride of the keys",
         FOLDER + "attention.py",
-        "v = head_of(v, «v_stride_b», v_stride_h, b, h)\n    if mask is not None:\n"
+        "v = head_of(v, «v_stride_b», v_stride_h, b, h // group)\n    if mask is not None:\n"
         "        mask += b.to(tl.int64) * time\n    scale *= LOG2_E",
         "k_stride_b",
         attention("keys laid out unlike queries"),
@@ -62,10 +63,12 @@ BUGS = (
     Bug(
         "scores scaled after masking: -inf times a scale of 0",
         FOLDER + "attention.py",
-        "    scores = «dot(q, tl.trans(block)) * scale\n    if DIAGONAL:\n"
-        '        scores = tl.where(rows[:, None] >= keys[None, :], scores, -float("inf"))\n»',
-        "dot(q, tl.trans(block))\n    if DIAGONAL:\n"
-        '        scores = tl.where(rows[:, None] >= keys[None, :], scores, -float("inf"))\n'
+        "    scores = «dot(q, tl.trans(block)) * scale\n    if not WHOLE:\n"
+        "        seen = visible_places(rows[:, None], keys[None, :], time, CAUSAL)\n"
+        '        scores = tl.where(seen, scores, -float("inf"))\n»',
+        "dot(q, tl.trans(block))\n    if not WHOLE:\n"
+        "        seen = visible_places(rows[:, None], keys[None, :], time, CAUSAL)\n"
+        '        scores = tl.where(seen, scores, -float("inf"))\n'
         "    scores = scores * scale\n",
         attention("a scale of 0"),
     ),
@@ -90,6 +93,27 @@ BUGS = (
         "counters = «first // 8» + tl.arange(0, BLOCK_N // 8)",
         "0",
         (DROPOUT,),
+    ),
+    Bug(
+        "not causal: a key past the end is seen",
+        FOLDER + "attention_heads.py",
+        "return «keys < time»",
+        "keys <= time",
+        (f"{FORMS}matches_torch_in_every_form[(3, 17, 32)-(2, 2, False)-torch.float32-triton]",),
+    ),
+    Bug(
+        "query heads take turns at the key heads",
+        FOLDER + "attention.py",
+        "k = head_of(k, k_stride_b, k_stride_h, b, h« // group»)",
+        " % (heads // group)",
+        (f"{FORMS}causal_attention_takes_fewer_key_heads[triton]",),
+    ),
+    Bug(
+        "gradients of the keys count the first query head of a group for all",
+        FOLDER + "attention_backward.py",
+        "h = key_head * group + «member»",
+        "0",
+        (f"{FORMS}causal_attention_takes_fewer_key_heads[triton]",),
     ),
     Bug(
         "several queries and shares: the rows of a batch meet in one place",

@@ -1,9 +1,10 @@
-"""Causal attention in Triton (Dao, 2023).
+"""Attention over whole sequences in Triton (Dao, 2023).
 
-Floor: 2 T^2 D multiply-adds a head (half of 4 T^2 D: causal), i.e. 2 B H T^2 D FLOPs, on tensor
-cores; 4 B T H D elements are read and written.
+Floor: 4 B H T^2 D FLOPs on tensor cores, half of them where it is causal; 2 B T (H + H_kv) D
+elements are read and written.
 
-Blocks wholly below the diagonal are computed without causal masks.
+Blocks of keys that all queries see (wholly below the diagonal, or before the end) are computed
+without masks. Query heads of a group read their key head in place, one after another in the grid.
 
 Not yet run on a GPU.
 """
@@ -21,12 +22,15 @@ from .attention_heads import (
     block_of_head,
     head_of,
     head_settings,
+    last_key,
     load_rows,
     mask_bytes,
     padded_width,
     readable,
     store_rows,
     strides_of,
+    visible_places,
+    whole_keys,
 )
 from .dropout import dropout_of, keep_mask
 from .language import cast, dot
@@ -39,14 +43,15 @@ def _add_keys(
     sums, highest, total, q, k, k_stride, v, v_stride, mask, seed, rows, first, time, head,
     scale, threshold, kept_scale,
     HEAD_DIM, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DIAGONAL: tl.constexpr,
+    CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov & Gimelshein, 2018) over BLOCK_N keys."""
     keys = first + tl.arange(0, BLOCK_N)
     block = load_rows(k, k_stride, first, time, HEAD_DIM, BLOCK_N, BLOCK_D)
     scores = dot(q, tl.trans(block)) * scale
-    if DIAGONAL:
-        scores = tl.where(rows[:, None] >= keys[None, :], scores, -float("inf"))
+    if not WHOLE:
+        seen = visible_places(rows[:, None], keys[None, :], time, CAUSAL)
+        scores = tl.where(seen, scores, -float("inf"))
     if mask is not None:
         visible = tl.load(mask + keys, mask=keys < time, other=0) != 0
         scores = tl.where(visible[None, :], scores, -float("inf"))
@@ -70,10 +75,12 @@ def forward_kernel(
     q, k, v, out, lse, mask, seed,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h,
-    time, heads, scale, threshold, kept_scale,
+    time, heads, group, scale, threshold, kept_scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    begin, b, h = block_of_head(time, heads, BLOCK_M, True)
+    """Outputs and log-normalizers of BLOCK_M queries, from all keys that they see."""
+    begin, b, h = block_of_head(time, heads, BLOCK_M, CAUSAL)
     rows = begin + tl.arange(0, BLOCK_M)
     block = load_rows(
         head_of(q, q_stride_b, q_stride_h, b, h),
@@ -84,8 +91,8 @@ def forward_kernel(
         BLOCK_M,
         BLOCK_D,
     )
-    k = head_of(k, k_stride_b, k_stride_h, b, h)
-    v = head_of(v, v_stride_b, v_stride_h, b, h)
+    k = head_of(k, k_stride_b, k_stride_h, b, h // group)
+    v = head_of(v, v_stride_b, v_stride_h, b, h // group)
     if mask is not None:
         mask += b.to(tl.int64) * time
     scale *= LOG2_E
@@ -93,16 +100,18 @@ def forward_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    whole = begin // BLOCK_N * BLOCK_N
+    whole = whole_keys(begin, time, BLOCK_N, CAUSAL)
     for first in range(0, whole, BLOCK_N):
         sums, highest, total = _add_keys(
             sums, highest, total, block, k, k_stride_t, v, v_stride_t, mask, seed, rows, first,
-            time, head, scale, threshold, kept_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False,
+            time, head, scale, threshold, kept_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL,
+            True,
         )  # fmt: skip
-    for first in range(whole, tl.minimum(begin + BLOCK_M, time), BLOCK_N):
+    for first in range(whole, last_key(begin, time, BLOCK_M, CAUSAL), BLOCK_N):
         sums, highest, total = _add_keys(
             sums, highest, total, block, k, k_stride_t, v, v_stride_t, mask, seed, rows, first,
-            time, head, scale, threshold, kept_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
+            time, head, scale, threshold, kept_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL,
+            False,
         )  # fmt: skip
     normalizer = (highest + tl.log2(total)) * LN_2
     normalizer = tl.where(total == 0.0, float("inf"), normalizer)
@@ -122,7 +131,7 @@ def forward(call: Arguments) -> tuple[Tensor, Tensor]:
     launch = head_settings("attention_forward", q, seed)
     forward_kernel[(triton.cdiv(time, launch["BLOCK_M"]) * batch * heads,)](
         q, k, v, out, lse, mask_bytes(call.mask), seed, *strides_of(q, k, v),
-        time, heads, call.scale, threshold, kept_scale,
-        HEAD_DIM=width, BLOCK_D=padded_width(width), **launch,
+        time, heads, heads // k.shape[2], call.scale, threshold, kept_scale,
+        HEAD_DIM=width, BLOCK_D=padded_width(width), CAUSAL=call.causal, **launch,
     )  # fmt: skip
     return out, lse

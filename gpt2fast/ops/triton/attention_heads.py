@@ -48,6 +48,33 @@ def head_of(base, stride_b, stride_h, b, h):
 
 
 @triton.jit
+def whole_keys(begin, time, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """The end of the blocks of keys that all queries from `begin` on see whole."""
+    if CAUSAL:
+        return begin // BLOCK_N * BLOCK_N
+    else:
+        return time // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def last_key(begin, time, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """The end of the keys that any of BLOCK_M queries from `begin` on sees."""
+    if CAUSAL:
+        return tl.minimum(begin + BLOCK_M, time)
+    else:
+        return time
+
+
+@triton.jit
+def visible_places(rows, keys, time, CAUSAL: tl.constexpr):
+    """True where a query in `rows` may see a key, both of a shape that broadcasts."""
+    if CAUSAL:
+        return rows >= keys
+    else:
+        return keys < time
+
+
+@triton.jit
 def block_of_head(time, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """This program's first row, its row of the batch, and its head."""
     blocks = tl.cdiv(time, BLOCK)
@@ -76,11 +103,13 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def head_settings(kernel: str, q: Tensor, seed: Tensor | None) -> dict[str, int]:
+def head_settings(kernel: str, q: Tensor, seed: Tensor | None, **key: int) -> dict[str, int]:
+    """Settings of a kernel for heads like q's; `key` has sizes of its own table."""
     return settings(
         kernel,
         q.device,
         element_size=q.element_size(),
         head_dim=q.shape[-1],
         dropout=int(seed is not None),
+        **key,
     )
