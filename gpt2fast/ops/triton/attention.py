@@ -82,15 +82,8 @@ def forward_kernel(
     """Outputs and log-normalizers of BLOCK_M queries, from all keys that they see."""
     begin, b, h = block_of_head(time, heads, BLOCK_M, CAUSAL)
     rows = begin + tl.arange(0, BLOCK_M)
-    block = load_rows(
-        head_of(q, q_stride_b, q_stride_h, b, h),
-        q_stride_t,
-        begin,
-        time,
-        HEAD_DIM,
-        BLOCK_M,
-        BLOCK_D,
-    )
+    q = head_of(q, q_stride_b, q_stride_h, b, h)
+    block = load_rows(q, q_stride_t, begin, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     k = head_of(k, k_stride_b, k_stride_h, b, h // group)
     v = head_of(v, v_stride_b, v_stride_h, b, h // group)
     if mask is not None:

@@ -111,15 +111,8 @@ def some_queries_kernel(
     """Attention of BLOCK_M queries to a share of their row's entries."""
     begin, b, h = block_of_head(time, heads, BLOCK_M, True)
     rows = begin + tl.arange(0, BLOCK_M)
-    queries = load_rows(
-        head_of(q, q_stride_b, q_stride_h, b, h),
-        q_stride_t,
-        begin,
-        time,
-        HEAD_DIM,
-        BLOCK_M,
-        BLOCK_D,
-    )
+    q = head_of(q, q_stride_b, q_stride_h, b, h)
+    queries = load_rows(q, q_stride_t, begin, time, HEAD_DIM, BLOCK_M, BLOCK_D)
     mixed: tl.constexpr = (
         q.dtype.element_ty != k_cache.dtype.element_ty
         or q.dtype.element_ty != v_cache.dtype.element_ty
