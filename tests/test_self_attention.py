@@ -52,7 +52,8 @@ def results(module, x, run=None):
     """What `run` of the module gives, and gradients of it."""
     x = x.clone().requires_grad_()
     out = (module if run is None else run)(x)
-    return [out, *torch.autograd.grad(out.sin().sum(), [x, *module.parameters()])]
+    gradients = torch.autograd.grad(out.sin().sum(), [x, *module.parameters()])
+    return [out.detach(), *gradients]
 
 
 @forms
