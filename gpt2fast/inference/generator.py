@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
@@ -14,32 +13,16 @@ from torch import Tensor
 
 from ..errors import GenerationError
 from ..model import GPT2
-from ..sampling import DEFAULTS
 from ..tokenizer import Tokenizer
-from .beam_search import beam_search
-from .continuation import Continuation, Generation, Request, TextStream
-from .decoding import Step, Timing, decode
-from .generation import (
-    FROM_CONFIG,
-    EosTokenId,
-    beginning,
-    check_length,
-    check_vocabulary,
-    end_tokens,
-)
+from .completion import Completer
+from .continuation import Generation, Request, TextStream
+from .decoding import Timing
+from .generation import FROM_CONFIG, EosTokenId
 from .loading import load_pair
-from .reading import TextScores, check_pooling, embed_texts, score_texts
-from .sampling import Draw, Draws
-from .scores import Scores
-from .stopping import StopCriteria
-from .teacher_forcing import score_sequences
-
-WINDOWS = ("error", "slide", "stop")
-_MOST_PADDING = 127
-"""Most rows that pad a vocabulary: it is rounded up to a multiple of 128 at most."""
-
-_BATCH_ROWS = 32
-"""Continuations in a batch; more would take memory and save little time."""
+from .reading import TextScores, embed_texts, score_texts
+from .requests import check_pair, encode_prompt, encode_texts, make_request
+from .sampling import Draws
+from .window import Window
 
 
 class Generator:
@@ -71,19 +54,15 @@ class Generator:
         window: str = "error",
         notify: Callable[[str], None] = warnings.warn,
     ):
-        if window not in WINDOWS:
-            raise GenerationError(f"window is {window!r}; choose one of {', '.join(WINDOWS)}")
+        self._window = Window(window, notify)
         self.model = model
         self.tokenizer = Tokenizer.of(tokenizer)
-        self.window = window
-        self._notify = notify
-        self._has_slid = False
-        self._compare_vocabularies()
+        check_pair(model, self.tokenizer, notify)
 
     @property
-    def _allowed(self) -> int:
-        """Ids below this may be chosen: not tokens that were added to the tokenizer alone."""
-        return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+    def window(self) -> str:
+        """Treatment of a text longer than the model's `n_positions`."""
+        return self._window.kind
 
     @classmethod
     def from_pretrained(
@@ -249,7 +228,8 @@ class Generator:
         draws = None
         if request.options.samples:
             draws = [Draws().take(tokens, request.options.seed, 1)]
-        steps = self._steps([tokens], request, timing=timing, draws=draws)
+        completer = Completer(self.model, self.tokenizer, self._window)
+        steps = completer.steps([tokens], request, timing=timing, draws=draws)
         return TextStream(
             prompt,
             len(tokens),
@@ -275,15 +255,9 @@ class Generator:
             GenerationError: not a list of texts, a stride that is not in 1 .. `n_positions`, or
                 output that is not a number.
         """
-        room = self.model.config.n_positions
-        stride = max(1, room // 2) if stride is None else stride
-        if type(stride) is not int or not 1 <= stride <= room:
-            raise GenerationError(
-                f"stride is {stride!r:.80}; it must be a whole number from 1 to the model's "
-                f"n_positions, {room}"
-            )
+        found = encode_texts(self.model, self.tokenizer, texts)
         first = self.tokenizer.start_token_id if start else None
-        return score_texts(self.model, self._encode_all(texts), first, stride)
+        return score_texts(self.model, found, first, stride)
 
     def embed(self, texts: Sequence[str], *, pooling: str = "mean") -> Tensor:
         """(N, width) float32: a vector for each text, of the model's last hidden states.
@@ -296,31 +270,7 @@ class Generator:
             GenerationError: not a list of texts, an empty or too long one, an unknown pooling, a
                 packed model, or output that is not a number.
         """
-        check_pooling(pooling)
-        if not isinstance(self.model, GPT2):
-            raise GenerationError(
-                "packed and quantized models have no hidden states to read: load the model without "
-                "pack and quantize"
-            )
-        found, room = self._encode_all(texts), self.model.config.n_positions
-        for number, tokens in enumerate(found, start=1):
-            if not 1 <= len(tokens) <= room:
-                raise GenerationError(
-                    f"text {number} has {len(tokens)} tokens; a vector is made of 1 to the model's "
-                    f"n_positions, {room}: " + ("cut it" if tokens else "leave it out")
-                )
-        return embed_texts(self.model, found, pooling)
-
-    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            raise GenerationError(f"texts is {texts!r:.80}; it must be a list of texts")
-        found = []
-        for number, text in enumerate(texts, start=1):
-            if not isinstance(text, str):
-                raise GenerationError(f"text {number} is {text!r:.80}; it must be a text (str)")
-            found.append(self.tokenizer.encode(text))
-            check_vocabulary(self.model, found[-1], f"text {number}", self.tokenizer)
-        return found
+        return embed_texts(self.model, encode_texts(self.model, self.tokenizer, texts), pooling)
 
     def _continue(
         self,
@@ -342,212 +292,11 @@ class Generator:
             )
             for number, text in enumerate(texts, start=1)
         ]
-        copies, beams = request.options.num_return_sequences, request.options.num_beams
-        draws: list[Draw] | None = None
-        if request.options.samples:
-            hand_out = Draws() if hand_out is None else hand_out
-            draws = [hand_out.take(tokens, request.options.seed, copies) for tokens in encoded]
-        samples_at_once = copies if beams > 1 else min(copies, _BATCH_ROWS)
-        texts_at_once = max(1, _BATCH_ROWS // max(samples_at_once, beams))
-        for first in range(0, len(texts), texts_at_once):
-            chunk = slice(first, first + texts_at_once)
-            for sample in range(0, copies, samples_at_once):
-                count = min(samples_at_once, copies - sample)
-                part = replace(
-                    request, options=replace(request.options, num_return_sequences=count)
-                )
-                yield from self._complete(
-                    texts[chunk],
-                    encoded[chunk],
-                    part,
-                    timing,
-                    None if draws is None else [draw.after(sample) for draw in draws[chunk]],
-                )
-
-    def _request(
-        self,
-        eos_token_id: EosTokenId = FROM_CONFIG,
-        stop: Any = None,
-        logprobs: bool = False,
-        top_logprobs: int = 0,
-        **options: Any,
-    ) -> Request:
-        if "num_beams" in options and options["num_beams"] != 1:
-            options = {"do_sample": False, **options}
-        chosen = DEFAULTS.changed(options)
-        ends = end_tokens(self.model, eos_token_id)
-        own_end = self.tokenizer.eos_token_id
-        if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
-            ends += [own_end] if own_end < self.model.config.vocab_size else []
-        alternatives = self._alternatives(logprobs, top_logprobs)
-        return Request(chosen, StopCriteria(ends, stop, self.tokenizer), alternatives)
-
-    def _alternatives(self, logprobs: bool, top_logprobs: int) -> int | None:
-        """Number of likely alternatives to return with each token; None: nothing is scored."""
-        if type(logprobs) is not bool:
-            raise GenerationError(
-                f"logprobs is {logprobs!r:.80}; it must be True or False (top_logprobs says how "
-                "many of the likeliest tokens to name)"
-            )
-        most = self.model.config.vocab_size
-        if type(top_logprobs) is not int or not 0 <= top_logprobs <= most:
-            raise GenerationError(
-                f"top_logprobs is {top_logprobs!r:.80}; it must be a whole number from 0 to the "
-                f"model's vocab_size, {most}"
-            )
-        if top_logprobs and not logprobs:
-            raise GenerationError(
-                f"top_logprobs is {top_logprobs}, and logprobs is off: pass logprobs=True too"
-            )
-        return top_logprobs if logprobs else None
+        completer = Completer(self.model, self.tokenizer, self._window)
+        return completer.continue_all(texts, encoded, request, timing, hand_out)
 
     def _encode(self, text: str, request: Request, name: str) -> list[int]:
-        """The prompt's tokens, checked for what the model can take."""
-        if not isinstance(text, str):
-            raise GenerationError(f"{name} is {text!r:.80}; it must be a text (str)")
-        tokens = self.tokenizer.encode(text)
-        if not tokens:
-            # As in transformers: a text without a token to begin with follows the end token.
-            first = beginning(self.model)
-            first = self.tokenizer.start_token_id if first is None else first
-            if first is None:
-                raise GenerationError(
-                    f"{name} is empty, and neither is there a bos_token_id in the model's "
-                    "configuration nor an end-of-text token in the tokenizer to begin with: give "
-                    "at least one character"
-                )
-            tokens = [first]
-        check_vocabulary(self.model, tokens, name, self.tokenizer)
-        room = self.model.config.n_positions
-        if request.scores_prompt:
-            if len(tokens) > room:
-                raise GenerationError(
-                    f"{name} has {len(tokens)} tokens, and the model scores no more than its "
-                    f"n_positions={room} at a time: shorten it; python -m gpt2fast.evaluate --task "
-                    "perplexity scores longer texts, window by window"
-                )
-        elif self.window == "error" or request.options.num_beams > 1:
-            check_length(self.model, len(tokens), request.options.max_new_tokens, name)
-        elif self.window == "stop" and len(tokens) >= room:
-            raise GenerationError(
-                f"{name} has {len(tokens)} tokens, which leaves nothing of the model's "
-                f"n_positions={room} for new ones: shorten it, or slide the window"
-            )
-        elif len(tokens) > room:
-            self._tell_slide()
-        return tokens
+        return encode_prompt(self.model, self.tokenizer, self._window, text, request, name)
 
-    def _complete(
-        self,
-        texts: Sequence[str],
-        prompts: Sequence[list[int]],
-        request: Request,
-        timing: Timing | None,
-        draws: Sequence[Draw] | None,
-    ) -> list[Generation]:
-        options = request.options
-        copies = options.num_return_sequences
-        found = [Continuation(self.tokenizer, request) for _ in range(len(prompts) * copies)]
-        alternatives = request.alternatives
-        scored: list[Scores | None] = [None] * len(prompts)
-        if alternatives is not None and request.scores_prompt:
-            scored = list(score_sequences(self.model, prompts, alternatives, [1] * len(prompts)))
-        if options.num_beams > 1 and options.max_new_tokens:
-            beams = beam_search(
-                self.model,
-                prompts,
-                options,
-                request.criteria,
-                vocab_size=self._allowed,
-                timing=timing,
-            )
-            for row, tokens in enumerate(beams):
-                reason = request.criteria.reason(tokens) or "length"
-                for place, token in enumerate(tokens, start=1):
-                    found[row].push(token, reason if place == len(tokens) else None)
-            if alternatives is not None:
-                reads = [prompts[row // copies] for row in range(len(beams))]
-                whole = [read + tokens for read, tokens in zip(reads, beams, strict=True)]
-                each = score_sequences(self.model, whole, alternatives, list(map(len, reads)))
-                for continuation, scores in zip(found, each, strict=True):
-                    continuation.scores = scores
-        else:
-            for step in self._steps(prompts, request, timing=timing, draws=draws):
-                for place, row in enumerate(step.rows):
-                    found[row].push(step.tokens[place], step.reasons[place])
-                    if step.scores is not None:
-                        found[row].scores.add(step.scores.of(place))
-        return [
-            Generation(
-                prompt=texts[row // copies],
-                text=continuation.text,
-                tokens=continuation.tokens,
-                prompt_tokens=len(prompts[row // copies]),
-                finish_reason=continuation.reason or "length",
-                seed=None if draws is None else draws[row // copies].seed,
-                prompt_token_ids=prompts[row // copies],
-                **continuation.scored(scored[row // copies]),
-            )
-            for row, continuation in enumerate(found)
-        ]
-
-    def _steps(
-        self,
-        prompts: Sequence[list[int]],
-        request: Request,
-        *,
-        timing: Timing | None,
-        draws: Sequence[Draw] | None,
-    ) -> Iterator[Step]:
-        new, room = request.options.max_new_tokens, self.model.config.n_positions
-        if new == 0:
-            return
-        limits = [
-            min(new, room - len(prompt)) if self.window == "stop" else new for prompt in prompts
-        ]
-        copies = request.options.num_return_sequences
-        for count, step in enumerate(
-            decode(
-                self.model,
-                prompts,
-                limits,
-                request.options,
-                request.criteria,
-                slides=self.window == "slide",
-                alternatives=request.alternatives,
-                vocab_size=self._allowed,
-                draws=draws,
-                timing=timing,
-            ),
-            start=1,
-        ):
-            for row, reason in zip(step.rows, step.reasons, strict=True):
-                if reason is None and len(prompts[row // copies]) + count > room:
-                    self._tell_slide()
-            yield step
-
-    def _compare_vocabularies(self) -> None:
-        rows = self.model.config.vocab_size
-        added = {token.id for token in self.tokenizer.added_tokens}
-        # Added tokens often have no row in the model; a prompt that holds one is refused then.
-        newest_first = range(self.tokenizer.vocab_size - 1, -1, -1)
-        largest = next((id for id in newest_first if id not in added), -1)
-        if largest >= rows:
-            raise GenerationError(
-                f"the tokenizer has ids up to {largest}, and the model's vocabulary ends at "
-                f"{rows - 1}: load the tokenizer that belongs to the model"
-            )
-        if rows - self.tokenizer.vocab_size > _MOST_PADDING:
-            self._notify(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, and the model's vocabulary "
-                f"{rows}: if the text makes no sense, load the tokenizer that belongs to the model"
-            )
-
-    def _tell_slide(self) -> None:
-        if not self._has_slid:
-            self._has_slid = True
-            room = self.model.config.n_positions
-            self._notify(
-                f"the text is longer than the model's {room} positions: it goes on from the "
-                f"newest {max(1, room // 2)} tokens each time they are used up"
-            )
+    def _request(self, **options: Any) -> Request:
+        return make_request(self.model, self.tokenizer, **options)

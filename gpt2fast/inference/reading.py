@@ -36,7 +36,7 @@ class TextScores:
 
 
 def score_texts(
-    model: GPT2, texts: Sequence[list[int]], first: int | None, stride: int
+    model: GPT2, texts: Sequence[list[int]], first: int | None, stride: int | None
 ) -> list[TextScores]:
     """Score the tokens of texts of any length.
 
@@ -46,14 +46,24 @@ def score_texts(
         first: a token to read before each text, which is not scored; None: none.
         stride: a text of more than n_positions tokens is read window by window, each of which
             scores so many tokens, the first as many as it holds: every token beyond that sees
-            n_positions - stride others at least.
+            n_positions - stride others at least. None: half of n_positions.
+
+    Raises:
+        GenerationError: a stride that is not in 1 .. n_positions.
     """
+    room = model.config.n_positions
+    stride = max(1, room // 2) if stride is None else stride
+    if type(stride) is not int or not 1 <= stride <= room:
+        raise GenerationError(
+            f"stride is {stride!r:.80}; it must be a whole number from 1 to the model's "
+            f"n_positions, {room}"
+        )
     before = [] if first is None else [first]
     windows: list[list[int]] = []
     begins: list[int] = []
     counts = []
     for text in texts:
-        pieces = list(_windows([*before, *text], model.config.n_positions, stride))
+        pieces = list(_windows([*before, *text], room, stride))
         counts.append(len(pieces))
         for window, begin in pieces:
             windows.append(window)
@@ -88,8 +98,23 @@ def embed_texts(model: GPT2, texts: Sequence[list[int]], pooling: str) -> Tensor
         pooling: "mean" over the text's tokens, or the state of its "last" one.
 
     Raises:
-        GenerationError: the model's hidden states are not numbers.
+        GenerationError: an empty or too long text, an unknown pooling, a packed model, or hidden
+            states that are not numbers.
     """
+    if pooling not in POOLINGS:
+        raise GenerationError(f"pooling is {pooling!r:.80}; choose one of {', '.join(POOLINGS)}")
+    if not isinstance(model, GPT2):
+        raise GenerationError(
+            "packed and quantized models have no hidden states to read: load the model without "
+            "pack and quantize"
+        )
+    room = model.config.n_positions
+    for number, tokens in enumerate(texts, start=1):
+        if not 1 <= len(tokens) <= room:
+            raise GenerationError(
+                f"text {number} has {len(tokens)} tokens; a vector is made of 1 to the model's "
+                f"n_positions, {room}: " + ("cut it" if tokens else "leave it out")
+            )
     vectors = torch.empty(len(texts), model.config.n_embd)
     with torch.inference_mode(), evaluating(model):
         for rows in _batches(texts):
@@ -114,9 +139,3 @@ def _batches(texts: Sequence[list[int]]) -> Iterator[list[int]]:
         rows.append(row)
     if rows:
         yield rows
-
-
-def check_pooling(pooling: str) -> None:
-    """Raise GenerationError for an unknown pooling."""
-    if pooling not in POOLINGS:
-        raise GenerationError(f"pooling is {pooling!r:.80}; choose one of {', '.join(POOLINGS)}")
