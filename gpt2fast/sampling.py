@@ -3,18 +3,19 @@
 Everything else follows from the fields of `SamplingOptions`: arguments of the ops that choose
 tokens (`SCHEMA`, `processor_arguments`), flags of the command line, /set in a conversation, files
 of prompts. A new processor of scores is a field here and a function in `ops/sampling.py`, beside
-the kernels.
+the kernels; one that kernels need not have (`fused=False`) is a function in
+`inference/processors.py`.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ._system.doors import above
+from ._system.option_checks import check_number, check_whole, token_biases, token_sequences
 from .errors import GenerationError, did_you_mean
 
 __all__ = ["Draw", "Draws", "SamplingOptions", "draw_seed", "uniforms"]  # noqa: F822 (see __getattr__)
@@ -31,12 +32,18 @@ class Processor:
 
     neutral: float
     """Switches the processor off. An int for an option that is a whole number."""
+    low: float = 0
+    """The smallest value."""
     high: float = math.inf
-    """The largest value; the smallest is 0."""
+    """The largest value."""
     above: bool = False
-    """True if 0 itself is out of range."""
+    """True if the smallest value itself is out of range."""
+    below: bool = False
+    """True if the largest value itself is out of range."""
     reads_history: bool = False
     """It depends on earlier tokens; greedy decoding and beam search apply it, too."""
+    fused: bool = True
+    """An argument of the ops; otherwise each step applies it by itself."""
 
     @property
     def kind(self) -> type[float]:
@@ -50,47 +57,16 @@ class Processor:
         return min(int(value), _LARGEST) if self.kind is int else float(value)
 
 
-def _processor(default: float | None, neutral: float, **settings: Any) -> Any:
-    return field(default=default, metadata={"processor": Processor(neutral, **settings)})
+def _processor(
+    default: float | None, neutral: float, *, of_checkpoint: bool = False, **settings: Any
+) -> Any:
+    metadata = {"processor": Processor(neutral, **settings), "of_checkpoint": of_checkpoint}
+    return field(default=default, metadata=metadata)
 
 
-def _whole(
-    name: str, value: object, *, low: int, high: int | None = None, off: bool = False
-) -> None:
-    if value is None and off:
-        return
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or value < low or (high is not None and value > high):  # type: ignore[operator]
-        raise GenerationError(
-            f"{name} is {value!r}; it must be a whole number of at least {low}"
-            + ("" if high is None else f" and at most {high}")
-            + (", or None to switch it off" if off else "")
-        )
-
-
-def _number(
-    name: str,
-    value: object,
-    *,
-    low: float,
-    high: float = math.inf,
-    above: bool = False,
-    off: bool = True,
-    way_out: str = "",
-) -> None:
-    if value is None and off:
-        return
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = float(value) if is_number else math.nan  # type: ignore[arg-type]
-    if not low <= number <= high or math.isinf(number) or (above and number == low):
-        if high < math.inf:
-            limit = f"above {low} and at most {high}" if above else f"from {low} to {high}"
-        else:
-            limit = f"above {low}" if above else f"of at least {low}"
-        raise GenerationError(
-            f"{name} is {value!r}; it must be a finite number {limit}{way_out}"
-            + (", or None to switch it off" if off else "")
-        )
+def _of_checkpoint(default: Any) -> Any:
+    """A field that a checkpoint's generation_config.json sets unless a call does."""
+    return field(default=default, metadata={"of_checkpoint": True})
 
 
 @dataclass(frozen=True)
@@ -101,8 +77,15 @@ class SamplingOptions:
         GenerationError: a value out of its range, or options that contradict each other.
     """
 
-    max_new_tokens: int = 20
-    """Most tokens to add to a prompt."""
+    max_new_tokens: int | None = _of_checkpoint(20)
+    """Most tokens to add to a prompt; None where `max_length` says it."""
+    max_length: int | None = _of_checkpoint(None)
+    """Most tokens of prompt and continuation together, in place of max_new_tokens."""
+    min_new_tokens: int | None = _of_checkpoint(None)
+    """No end token, and no stop sequence of tokens, before this many are added; a stop text ends it
+    all the same."""
+    max_time: float | None = _of_checkpoint(None)
+    """Seconds after which a text ends where it is, counted from the start of its batch."""
     do_sample: bool = False
     """Draw tokens at random; otherwise take the likeliest ones."""
     temperature: float | None = _processor(1.0, 1.0, above=True)
@@ -120,6 +103,26 @@ class SamplingOptions:
     """Above 1 makes tokens that occurred already less likely, below 1 likelier."""
     no_repeat_ngram_size: int | None = _processor(None, 0, reads_history=True)
     """No sequence of this many tokens occurs twice; 0 is off."""
+    epsilon_cutoff: float | None = _processor(
+        None, 0.0, high=1, below=True, fused=False, of_checkpoint=True
+    )
+    """Leave out tokens of a lower probability than this; 0 is off."""
+    eta_cutoff: float | None = _processor(
+        None, 0.0, high=1, below=True, fused=False, of_checkpoint=True
+    )
+    """Leave out tokens less likely than this and than sqrt(this) * exp(-entropy); 0 is off."""
+    frequency_penalty: float | None = _processor(
+        None, 0.0, low=-2, high=2, reads_history=True, fused=False
+    )
+    """Subtract this from a token's score for each time that it was generated."""
+    presence_penalty: float | None = _processor(
+        None, 0.0, low=-2, high=2, reads_history=True, fused=False
+    )
+    """Subtract this from the score of every token that was generated."""
+    logit_bias: Mapping[int, float] | None = None
+    """Numbers from -100 to 100 to add to the scores of tokens, by their ids."""
+    bad_words_ids: Sequence[Sequence[int]] | None = _of_checkpoint(None)
+    """Sequences of tokens that never occur; an end token alone is passed over."""
     num_beams: int = 1
     """Width of beam search; 1 is none."""
     length_penalty: float = 1.0
@@ -133,23 +136,31 @@ class SamplingOptions:
     """Determines the draws; None takes one from torch's global generator for each prompt."""
 
     def __post_init__(self) -> None:
-        _whole("max_new_tokens", self.max_new_tokens, low=0)
-        _number("temperature", self.temperature, low=0, way_out="; 0 means greedy")
+        self._check_lengths()
+        check_number("max_time", self.max_time, low=0, above=True)
+        check_number("temperature", self.temperature, low=0, way_out="; 0 means greedy")
         if self.temperature and self.temperature < _COLDEST:
             raise GenerationError(
                 f"temperature is {self.temperature!r}; logits divided by less than {_COLDEST} "
                 "overflow: take 0, which means greedy"
             )
-        for name, processor in PROCESSORS.items():
-            if processor.kind is int:
-                _whole(name, getattr(self, name), low=0, off=True)
+        for name, option in {**PROCESSORS, **STEPWISE}.items():
+            value = getattr(self, name)
+            if option.kind is int:
+                check_whole(name, value, low=0, off=True)
             elif name != "temperature":
-                value, above = getattr(self, name), processor.above
-                _number(name, value, low=0, high=processor.high, above=above)
-        _whole("num_beams", self.num_beams, low=1, high=_MOST_ROWS)
-        _number("length_penalty", self.length_penalty, low=-10, high=10, off=False)
-        _whole("num_return_sequences", self.num_return_sequences, low=1, high=_MOST_ROWS)
-        _whole("seed", self.seed, low=0, off=True)
+                check_number(
+                    name, value,
+                    low=option.low, high=option.high, above=option.above, below=option.below,
+                )  # fmt: skip
+        object.__setattr__(self, "logit_bias", token_biases(self.logit_bias))
+        object.__setattr__(
+            self, "bad_words_ids", token_sequences("bad_words_ids", self.bad_words_ids)
+        )
+        check_whole("num_beams", self.num_beams, low=1, high=_MOST_ROWS)
+        check_number("length_penalty", self.length_penalty, low=-10, high=10, off=False)
+        check_whole("num_return_sequences", self.num_return_sequences, low=1, high=_MOST_ROWS)
+        check_whole("seed", self.seed, low=0, off=True)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise GenerationError(
                 f"early_stopping is {self.early_stopping!r}; choose True, False or 'never'"
@@ -171,8 +182,30 @@ class SamplingOptions:
                 "continuation only; sample (do_sample=True, temperature above 0) or raise num_beams"
             )
 
+    def _check_lengths(self) -> None:
+        if self.max_new_tokens is not None:
+            check_whole("max_new_tokens", self.max_new_tokens, low=0)
+        check_whole("max_length", self.max_length, low=0, off=True)
+        check_whole("min_new_tokens", self.min_new_tokens, low=0, off=True)
+        if self.max_new_tokens is not None and self.max_length is not None:
+            raise GenerationError(
+                f"max_new_tokens is {self.max_new_tokens} and max_length, which counts the prompt "
+                f"too, is {self.max_length}: leave one of them out"
+            )
+        if self.max_new_tokens is None and self.max_length is None:
+            raise GenerationError(
+                "max_new_tokens is None, and so is max_length; one of them must be a whole number "
+                "of at least 0"
+            )
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if least is not None and most is not None and least > most:
+            raise GenerationError(
+                f"min_new_tokens is {least}, more than max_new_tokens ({most}): raise "
+                "max_new_tokens, or lower min_new_tokens"
+            )
+
     def changed(self, options: Mapping[str, Any]) -> SamplingOptions:
-        """These options with some others in their place.
+        """These options with some others in their place, as `overridden` does it.
 
         Raises:
             GenerationError: there is no option of a name, or a value is out of its range.
@@ -182,7 +215,53 @@ class SamplingOptions:
             if name not in known:
                 meant = did_you_mean(name, known) or f"; there are {', '.join(known)}"
                 raise GenerationError(f"there is no option {name!r} of generation{meant}")
-        return replace(self, **options)
+        return replace(self, **overridden({}, options))
+
+    def of_call(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingOptions:
+        """The options of a call, where these are the defaults.
+
+        Args:
+            settings: content of the checkpoint's generation_config.json, whose `OF_CHECKPOINT`
+                go before the defaults. As in transformers, max_new_tokens goes before max_length
+                there.
+            given: arguments of the call, which go before both.
+
+        Raises:
+            GenerationError: as in `changed`.
+        """
+        file = {
+            name: settings[name]
+            for name in OF_CHECKPOINT
+            if name not in given and settings.get(name) is not None
+        }
+        if "max_new_tokens" in file:
+            file.pop("max_length", None)
+        options = overridden(file, given)
+        least, most = file.get("min_new_tokens"), options.get("max_new_tokens", self.max_new_tokens)
+        if type(least) is int and type(most) is int:
+            options["min_new_tokens"] = min(least, most)
+        return self.changed(options)
+
+    def new_tokens(self, prompt_tokens: int, name: str) -> int:
+        """Most tokens to add to a prompt.
+
+        Args:
+            prompt_tokens: its length.
+            name: its name in errors.
+
+        Raises:
+            GenerationError: it has all of `max_length` already.
+        """
+        if self.max_length is None:
+            assert self.max_new_tokens is not None
+            return self.max_new_tokens
+        if prompt_tokens >= self.max_length:
+            raise GenerationError(
+                f"{name} has {prompt_tokens} tokens, and max_length (of the call, or of the "
+                f"model's generation_config.json), which counts them too, is {self.max_length}: "
+                "raise it, or pass max_new_tokens instead"
+            )
+        return self.max_length - prompt_tokens
 
     @property
     def samples(self) -> bool:
@@ -191,7 +270,7 @@ class SamplingOptions:
 
     @property
     def reads_history(self) -> bool:
-        """True if scores depend on earlier tokens, and not on the model's output alone."""
+        """True if the ops' processors depend on earlier tokens."""
         return any(
             value != PROCESSORS[name].neutral for name, value in self.history_processors().items()
         )
@@ -214,9 +293,21 @@ class SamplingOptions:
 PROCESSORS: dict[str, Processor] = {
     option.name: option.metadata["processor"]
     for option in fields(SamplingOptions)
-    if "processor" in option.metadata
+    if "processor" in option.metadata and option.metadata["processor"].fused
 }
 """The processors of scores by name, in the order of the ops' arguments."""
+
+STEPWISE: dict[str, Processor] = {
+    option.name: option.metadata["processor"]
+    for option in fields(SamplingOptions)
+    if "processor" in option.metadata and not option.metadata["processor"].fused
+}
+"""Processors of scores that the ops do not have."""
+
+OF_CHECKPOINT = tuple(
+    option.name for option in fields(SamplingOptions) if option.metadata.get("of_checkpoint")
+)
+"""Options that a checkpoint's generation_config.json sets, where a call does not."""
 
 _NEUTRAL = {name: processor.neutral for name, processor in PROCESSORS.items()}
 
@@ -227,6 +318,16 @@ DEFAULTS = SamplingOptions(
     max_new_tokens=100, do_sample=True, temperature=0.8, top_k=50, top_p=0.95
 )
 """Options of a `Generator`, unless it is told otherwise."""
+
+
+def overridden(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with `own` in their place; of max_length and max_new_tokens, one ousts the other."""
+    ousted: dict[str, Any] = {}
+    if own.get("max_length") is not None:
+        ousted["max_new_tokens"] = None
+    elif own.get("max_new_tokens") is not None:
+        ousted["max_length"] = None
+    return {**options, **ousted, **own}
 
 
 def processor_arguments(options: Mapping[str, float]) -> list[float]:

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import GenerationError
+from gpt2fast.inference.generator import Generator
+from gpt2fast.tokenizer import CharTokenizer
 from tolerance import assert_equal
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48,
     "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 2,
 }  # fmt: skip
+
+
+LETTERS = "".join(chr(48 + number) for number in range(53))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,41 @@ def test_samples_are_those_of_the_changed_scores(models):
     ]
     assert_equal(with_none[0], with_none[1])
     assert_equal(with_none[0], with_none[2])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("form", ["float32", "packed"])
+def test_a_generator_calls_them_too(models, form, beams):
+    ours, _ = models
+    generator = Generator(
+        ours.pack() if form == "packed" else ours,
+        CharTokenizer({letter: id for id, letter in enumerate(LETTERS)}),
+    )
+    called = {"logits_processor": [_Favor()], "stopping_criteria": [_Stop()]}
+    texts = [LETTERS[5:11], LETTERS[20:23]]
+    options = {"max_new_tokens": 14, "do_sample": False, "num_beams": beams}
+    reasons = set()
+    for text, result in zip(texts, generator(texts, **options, **called), strict=True):
+        ids = torch.tensor([generator.tokenizer.encode(text)])
+        right = ours.generate(ids, max_new_tokens=14, num_beams=beams, **called)
+        assert result.tokens == right[0, len(text) :].tolist()
+        reasons.add(result.finish_reason)
+    assert "stop" in reasons
+    assert generator(texts[0], **options).tokens != generator(texts[0], **options, **called).tokens
+    with pytest.raises(GenerationError, match="stopping_criteria is 3"):
+        generator("a", stopping_criteria=3)
+
+
+def test_a_stream_calls_them_too(models):
+    generator = Generator(
+        models[0], CharTokenizer({letter: id for id, letter in enumerate(LETTERS)})
+    )
+    called = {"logits_processor": [_Favor()], "stopping_criteria": [_Stop()], "seed": 3}
+    stream = generator.stream(LETTERS[5:11], max_new_tokens=30, **called)
+    text = "".join(stream)
+    whole = generator(LETTERS[5:11], max_new_tokens=30, **called)
+    assert (text, stream.finish_reason) == (whole.text, whole.finish_reason)
+    assert stream.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

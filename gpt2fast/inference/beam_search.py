@@ -9,26 +9,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..model import GPT2
-from ..ops.sampling import process
 from ..sampling import SamplingOptions
 from .callables import NONE, Callables
 from .decoding import Timing, check_numbers, evaluating
 from .engine import DecodeState
+from .processors import Processors
 from .stopping import StopCriteria
 
 _NEVER = -1.0e9
 """Score that rules a candidate out; finite, as in transformers, so that ties break alike."""
 
 
+class Beam(NamedTuple):
+    """A continuation."""
+
+    tokens: list[int]
+    """With its end token, if it has one."""
+    reason: str
+    """Reason for its end, as in `Step`."""
+
+
 @torch.inference_mode()
 def beam_search(
     model: GPT2,
     prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
     options: SamplingOptions,
     criteria: StopCriteria,
     *,
@@ -36,37 +47,39 @@ def beam_search(
     vocab_size: int | None = None,
     timing: Timing | None = None,
     callables: Callables = NONE,
-) -> list[list[int]]:
+) -> list[Beam]:
     """The best continuations of every prompt.
 
     Args:
+        limits: maximum of new tokens for each prompt, at least 1.
         vocab_size: allow only token ids below this; None allows all.
         timing: filled in as the search goes on.
         callables: functions of the user's to call in each step.
 
     Returns:
-        For each prompt its `num_return_sequences` best continuations, the best one first; each
-        ends with its end token, if it has one.
+        For each prompt its `num_return_sequences` best continuations, the best one first.
     """
+    began = time.perf_counter()
     copies = options.num_return_sequences
     timing = Timing() if timing is None else timing
-    best: list[list[list[int]]] = [[] for _ in prompts]
+    best: list[list[Beam]] = [[] for _ in prompts]
     with evaluating(model):
         start = time.perf_counter()
-        state = DecodeState(model, prompts, options.max_new_tokens, use_cache=use_cache)
+        state = DecodeState(model, prompts, max(limits), use_cache=use_cache)
         logits = state.read()
         check_numbers(logits)
         state.expand(options.num_beams)
         logits = logits.repeat_interleave(options.num_beams, dim=0)
-        search = _Search(prompts, options, criteria, callables, model.device)
+        size = model.config.vocab_size if vocab_size is None else vocab_size
+        processors = Processors(options, criteria, callables, size, logits.device)
+        search = _Search(prompts, limits, options, criteria, callables, model.device)
         searched = list(range(len(prompts)))
         while True:
-            scores = process(
-                logits[:, :vocab_size].float().log_softmax(-1),
-                state.history,
-                **options.history_processors(),
+            scores = processors.process(
+                logits[:, :size].float().log_softmax(-1), state.history, state.generated
             )
-            scores = callables.process(state.history, scores)
+            if options.max_time is not None:
+                search.time_is_over = time.perf_counter() - began > options.max_time
             origins = search.extend(scores)
             ended = search.ended()
             seconds = time.perf_counter() - start
@@ -96,6 +109,7 @@ class _Search:
     def __init__(
         self,
         texts: Sequence[Sequence[int]],
+        limits: Sequence[int],
         options: SamplingOptions,
         criteria: StopCriteria,
         callables: Callables,
@@ -103,9 +117,11 @@ class _Search:
     ):
         prompts, beams = len(texts), options.num_beams
         self.options, self.criteria, self.callables = options, criteria, callables
-        self.texts = list(texts)
+        self.texts, self.limits = list(texts), list(limits)
         self.length = 0
-        shape = (prompts, beams, options.max_new_tokens)
+        self.time_is_over = False
+        """Every text ends with the next step."""
+        shape = (prompts, beams, max(limits))
         self.running = torch.zeros(shape, dtype=torch.int64, device=device)
         self.running_scores = torch.zeros(prompts, beams, dtype=torch.float32, device=device)
         # All beams are equal at first, so only the first one may be extended in the first step.
@@ -145,22 +161,35 @@ class _Search:
 
     def ended(self) -> list[bool]:
         """For each prompt, True if its search is over."""
-        if self.length == self.options.max_new_tokens:
-            return [True] * len(self.improvable)
         over = ~self.improvable
         if self.options.early_stopping is True:
             over |= self.is_finished.all(dim=1)
-        return over.tolist()
+        return [
+            end or self.time_is_over or self.length == limit
+            for end, limit in zip(over.tolist(), self.limits, strict=True)
+        ]
 
-    def best(self, prompt: int, count: int) -> list[list[int]]:
+    def best(self, prompt: int, count: int) -> list[Beam]:
         """The prompt's best finished continuations."""
         lengths = self.finished_lengths[prompt, :count].tolist()
-        tokens = self.finished[prompt, :count].tolist()
-        return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        found = self.finished[prompt, :count].tolist()
+        beams = []
+        for row, length in zip(found, lengths, strict=True):
+            tokens = row[:length]
+            # No token at all where every one is banned, by n-grams for example.
+            reason = self.criteria.reason(tokens) if tokens else "length"
+            if reason is None and length == self.limits[prompt]:
+                reason = "length"
+            elif reason is None:
+                over = self.time_is_over and length == self.length
+                reason = "time" if over else "stop"  # by a criterion of the user's
+            beams.append(Beam(tokens, reason))
+        return beams
 
     def keep(self, prompts: Tensor) -> None:
         """Keep only these prompts."""
         self.texts = [self.texts[index] for index in prompts.tolist()]
+        self.limits = [self.limits[index] for index in prompts.tolist()]
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[prompts])
@@ -170,16 +199,17 @@ class _Search:
         return self.running[:, :, self.length - 1].flatten()
 
     def _ends(self, candidates: Tensor) -> Tensor:
-        if self.length == self.options.max_new_tokens:
+        if self.time_is_over or self.length == min(self.limits) == max(self.limits):
             return torch.ones(candidates.shape[:2], dtype=torch.bool, device=candidates.device)
         found = candidates[:, :, : self.length].tolist()
         ends = [
             [
-                self.criteria.reason(tokens) is not None
+                self.length == limit
+                or self.criteria.reason(tokens) is not None
                 or self.callables.stop([*text, *tokens], candidates.device)
                 for tokens in prompt
             ]
-            for text, prompt in zip(self.texts, found, strict=True)
+            for text, limit, prompt in zip(self.texts, self.limits, found, strict=True)
         ]
         return torch.tensor(ends, device=candidates.device)
 
@@ -203,10 +233,11 @@ class _Search:
     def _look_ahead(self) -> None:
         """Note for which prompts a running beam can still beat the worst finished one."""
         options = self.options
-        length = self.length
+        lengths = [self.length] * len(self.limits)
         if options.early_stopping == "never" and options.length_penalty > 0:
-            length = options.max_new_tokens
-        attainable = self.running_scores[:, 0] / (length**options.length_penalty)
+            lengths = self.limits
+        best = self.running_scores[:, 0]
+        attainable = best / best.new_tensor([n**options.length_penalty for n in lengths])
         self.improvable = attainable > self.finished_scores.amin(dim=1)
 
 

@@ -83,10 +83,13 @@ class Completer:
         draws: Sequence[Draw] | None,
     ) -> Iterator[Step]:
         """The steps of decoding prompts together, token by token."""
-        new, room = request.options.max_new_tokens, self._model.config.n_positions
-        if new == 0:
+        room = self._model.config.n_positions
+        if request.options.max_new_tokens == 0:
             return
-        limits = [self._window.limit(new, len(prompt), room) for prompt in prompts]
+        limits = [
+            self._window.limit(new, len(prompt), room)
+            for prompt, new in zip(prompts, _limits(prompts, request), strict=True)
+        ]
         copies = request.options.num_return_sequences
         for count, step in enumerate(
             decode(
@@ -100,6 +103,7 @@ class Completer:
                 vocab_size=self._allowed,
                 draws=draws,
                 timing=timing,
+                callables=request.callables,
             ),
             start=1,
         ):
@@ -123,22 +127,23 @@ class Completer:
         scored: list[Scores | None] = [None] * len(prompts)
         if alternatives is not None and request.scores_prompt:
             scored = list(score_sequences(self._model, prompts, alternatives, [1] * len(prompts)))
-        if options.num_beams > 1 and options.max_new_tokens:
+        if options.num_beams > 1 and options.max_new_tokens != 0:
             beams = beam_search(
                 self._model,
                 prompts,
+                _limits(prompts, request),
                 options,
                 request.criteria,
                 vocab_size=self._allowed,
                 timing=timing,
+                callables=request.callables,
             )
-            for row, tokens in enumerate(beams):
-                reason = request.criteria.reason(tokens) or "length"
+            for row, (tokens, reason) in enumerate(beams):
                 for place, token in enumerate(tokens, start=1):
                     found[row].push(token, reason if place == len(tokens) else None)
             if alternatives is not None:
                 reads = [prompts[row // copies] for row in range(len(beams))]
-                whole = [read + tokens for read, tokens in zip(reads, beams, strict=True)]
+                whole = [read + beam.tokens for read, beam in zip(reads, beams, strict=True)]
                 each = score_sequences(self._model, whole, alternatives, list(map(len, reads)))
                 for continuation, scores in zip(found, each, strict=True):
                     continuation.scores = scores
@@ -161,3 +166,7 @@ class Completer:
             )
             for row, continuation in enumerate(found)
         ]
+
+
+def _limits(prompts: Sequence[Sequence[int]], request: Request) -> list[int]:
+    return [request.options.new_tokens(len(prompt), "the prompt") for prompt in prompts]

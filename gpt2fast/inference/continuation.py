@@ -8,6 +8,7 @@ from typing import Any
 
 from ..sampling import SamplingOptions
 from ..tokenizer import Tokenizer
+from .callables import Callables
 from .decoding import Step
 from .scores import Scores
 from .stopping import StopCriteria
@@ -25,7 +26,8 @@ class Generation:
     prompt_tokens: int
     """Number of tokens of the prompt; an empty prompt counts the beginning-of-text token."""
     finish_reason: str
-    """Reason for the end: "eos" (end token), "stop" (stop string) or "length" (max_new_tokens)."""
+    """Reason for the end: "eos" (end token), "stop" (stop string or a criterion of the user's),
+    "length" (max_new_tokens, max_length) or "time" (max_time)."""
     seed: int | None
     """Seed of the draws; None where there were none."""
     logprobs: list[float] | None = None
@@ -58,6 +60,8 @@ class Request:
     criteria: StopCriteria
     alternatives: int | None
     """Number of likely alternatives to return with each token; None: nothing is scored."""
+    callables: Callables
+    """Functions of the user's."""
 
     @property
     def scores_prompt(self) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import GenerationError
 from ..model import GPT2
-from ..ops.sampling import process
 from ..sampling import SamplingOptions
 from .async_decoder import AsyncDecoder
 from .callables import NONE, Callables
 from .engine import DecodeState, choose
+from .processors import Processors
 from .sampling import Draw, Draws, RowRandom
 from .scores import Scores, score
 from .stopping import StopCriteria
@@ -30,7 +30,8 @@ class Step:
     """Each token's continuation: prompt * num_return_sequences + sample."""
     tokens: list[int]
     reasons: list[str | None]
-    """"eos", "stop" or "length" where the token is its continuation's last one, else None."""
+    """"eos", "stop", "length" or "time" where the token is its continuation's last one, else
+    None."""
     scores: Scores | None
     """Log-probabilities of each token, if `alternatives` was given."""
 
@@ -92,6 +93,7 @@ def decode(
         timing: filled in as decoding goes on.
         callables: functions of the user's to call in each step.
     """
+    began = time.perf_counter()
     timing = Timing() if timing is None else timing
     copies, most = options.num_return_sequences, max(limits)
     rows = list(range(len(prompts) * copies))
@@ -111,7 +113,9 @@ def decode(
         state.expand(copies)
         logits = logits.repeat_interleave(copies, dim=0)
         scoring = alternatives is not None
-        chooser = _Chooser(state, logits, options, random, vocab_size, scoring, callables)
+        size = model.config.vocab_size if vocab_size is None else vocab_size
+        processors = Processors(options, criteria, callables, size, logits.device)
+        chooser = _Chooser(state, logits, options, random, size, scoring, processors)
         with closing(chooser):
             for step in range(most):
                 chosen = chooser.next(most - step)
@@ -131,6 +135,8 @@ def decode(
                     if reason is None and step + 1 == limits[row // copies]:
                         reason = "length"
                     reasons.append(reason)
+                if options.max_time is not None and time.perf_counter() - began > options.max_time:
+                    reasons = [reason or "time" for reason in reasons]
                 scores = None
                 if alternatives is not None:
                     scores = score(chooser.logits, chosen, alternatives)
@@ -153,9 +159,9 @@ class _Chooser:
         logits: (rows, vocab) of the first tokens.
         options: sampling options.
         random: the numbers to draw with; None takes the likeliest tokens.
-        vocab_size: allow only token ids below this; None allows all.
+        vocab_size: allow only token ids below this.
         scoring: the caller reads `logits` after each step.
-        callables: functions of the user's; with processors, every token is chosen by itself.
+        processors: those that the ops do not have; with any, every token is chosen by itself.
     """
 
     def __init__(
@@ -164,18 +170,18 @@ class _Chooser:
         logits: Tensor,
         options: SamplingOptions,
         random: RowRandom | None,
-        vocab_size: int | None,
+        vocab_size: int,
         scoring: bool,
-        callables: Callables,
+        processors: Processors,
     ):
         self.logits = logits
         """(rows, vocab): the logits that the newest tokens were chosen from."""
         self._state, self._random = state, random
         self._choice = {**options.processors(), "vocab_size": vocab_size}
-        self._callables, self._history_processors = callables, options.history_processors()
+        self._processors, self._vocab_size = processors, vocab_size
         self._reads_history = options.reads_history
         self._tokens: Tensor | None = None
-        self._may_run_ahead = not (scoring or options.reads_history or callables.processors)
+        self._may_run_ahead = not (scoring or options.reads_history or processors.stepwise)
         self._ahead: AsyncDecoder | None = None
 
     def next(self, remaining: int) -> list[int]:
@@ -188,10 +194,12 @@ class _Chooser:
             state.count(1)
             return self._ahead.next(remaining)
         uniform = None if random is None else random.take(1)[:, 0]
-        if self._callables.processors:
+        if self._processors.stepwise:
             if self._tokens is not None:
                 self.logits = state.append(self._tokens)
-            self._tokens = self._choose_among_processed(uniform)
+            self._tokens = self._processors.choose(
+                self.logits[:, : self._vocab_size], state.history, state.generated, uniform
+            )
         elif self._tokens is None:
             self._tokens = choose(self.logits, state.history, uniform, **choice)
         else:
@@ -199,14 +207,6 @@ class _Chooser:
                 self._tokens, uniform, self._reads_history, **choice
             )
         return self._tokens.tolist()
-
-    def _choose_among_processed(self, uniform: Tensor | None) -> Tensor:
-        """The next tokens; the user's processors come after those that read the history."""
-        history = self._state.history
-        scores = process(self.logits.float(), history, **self._history_processors)
-        scores = self._callables.process(history, scores.clone())
-        rest = {n: x for n, x in self._choice.items() if n not in self._history_processors}
-        return choose(scores, history, uniform, **rest)
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these rows."""

@@ -223,7 +223,7 @@ class DecodeState:
             [[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts],
             device=model.device,
         )
-        self._filled = longest
+        self._filled = self._prompted = longest
         self._room = model.config.n_positions
         self._half = max(1, self._room // 2)
         self._visible = [len(prompt) for prompt in prompts]
@@ -241,6 +241,11 @@ class DecodeState:
     def history(self) -> Tensor:
         """(rows, S) int64: each row's tokens up to the last column, after -1 as padding."""
         return self._columns[:, : self._filled]
+
+    @property
+    def generated(self) -> Tensor:
+        """(rows, N) int64: the tokens that were appended, the last columns of the history."""
+        return self._columns[:, self._prompted : self._filled]
 
     def read(self) -> Tensor:
         """Read all visible tokens; returns the logits (rows, vocab) of every row's next token."""

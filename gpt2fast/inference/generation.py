@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .beam_search import beam_search
 from .callables import Callables
 from .decoding import decode
 from .packed import PackedGPT2
+from .processors import check_ids
 from .stopping import StopCriteria
 
 
@@ -28,8 +29,8 @@ class _FromConfig:
 
 
 FROM_CONFIG = _FromConfig()
-"""Default of `eos_token_id`: the ids in generation_config.json, or else the one in the model's
-configuration. (None means no end token.)"""
+"""Default of options that generation_config.json may set, which count then: of `eos_token_id` the
+ids in that file, or else the one in the model's configuration. (None switches an option off.)"""
 
 EosTokenId = int | Sequence[int] | None | _FromConfig
 
@@ -39,7 +40,10 @@ def generate(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
-    max_new_tokens: int = 20,
+    max_new_tokens: int | _FromConfig | None = FROM_CONFIG,
+    max_length: int | _FromConfig | None = FROM_CONFIG,
+    min_new_tokens: int | _FromConfig | None = FROM_CONFIG,
+    max_time: float | _FromConfig | None = FROM_CONFIG,
     do_sample: bool = False,
     temperature: float | None = 1.0,
     top_k: int | None = None,
@@ -48,6 +52,12 @@ def generate(
     typical_p: float | None = None,
     repetition_penalty: float | None = None,
     no_repeat_ngram_size: int | None = None,
+    epsilon_cutoff: float | _FromConfig | None = FROM_CONFIG,
+    eta_cutoff: float | _FromConfig | None = FROM_CONFIG,
+    frequency_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    bad_words_ids: Sequence[Sequence[int]] | _FromConfig | None = FROM_CONFIG,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
@@ -64,12 +74,12 @@ def generate(
     """Continue each row of `input_ids`.
 
     Greedy and beam output equal transformers' token for token. A masked token does not exist: it
-    has no position, and neither `repetition_penalty` nor `no_repeat_ngram_size` sees it. So each
-    row of a batch gives what it gives alone. A text never outgrows `n_positions`: if it could, the
-    call is refused. (A `Generator` refuses by default, too, and can also slide or stop; the
-    command `generate` slides by default.) Sampling draws for sample i of a
-    prompt from the seed and i alone; rows with equal prompts are further samples of it. Without a
-    seed, each row of `input_ids` gets one of its own.
+    has no position, no processor of scores sees it, and `max_length` does not count it. So each row
+    of a batch gives what it gives alone. A text never outgrows `n_positions`: if it could, the call
+    is refused. (A `Generator` refuses by default, too, and can also slide or stop; the command
+    `generate` slides by default.) Sampling draws for sample i of a prompt from the seed and i
+    alone; rows with equal prompts are further samples of it. Without a seed, each row of
+    `input_ids` gets one of its own.
 
     Args:
         model: switched to evaluation mode meanwhile.
@@ -77,9 +87,11 @@ def generate(
             text: the `bos_token_id` of generation_config.json, or else of the configuration. An
             empty row, of no columns or all masked, is continued from there as well.
         attention_mask: (B, T), 1 where a token is real; padding on either side, or holes.
-        max_new_tokens, do_sample, temperature, top_k, top_p, min_p, typical_p,
-            repetition_penalty, no_repeat_ngram_size, num_beams, length_penalty, early_stopping,
-            num_return_sequences, seed: see `SamplingOptions`.
+        max_new_tokens, max_length, min_new_tokens, max_time, do_sample, temperature, top_k, top_p,
+            min_p, typical_p, repetition_penalty, no_repeat_ngram_size, epsilon_cutoff, eta_cutoff,
+            frequency_penalty, presence_penalty, logit_bias, bad_words_ids, num_beams,
+            length_penalty, early_stopping, num_return_sequences, seed: see `SamplingOptions`. By
+            default max_new_tokens is 20, where generation_config.json says nothing.
         eos_token_id: id or ids that end a continuation; None switches this off.
         pad_token_id: fills the rows of continuations that ended early; the end token if not given.
         stop: strings, or lists of token ids, that end a continuation.
@@ -88,7 +100,7 @@ def generate(
             same result.
         logits_processor: functions of (input_ids, scores) that return other scores (rows, vocab)
             for the next tokens, transformers' `LogitsProcessor`s for example; called after
-            `repetition_penalty` and `no_repeat_ngram_size`, before temperature and the like.
+            the penalties, bad words and `min_new_tokens`, before temperature and the like.
         stopping_criteria: functions of (input_ids, None) that are true for a row that ends,
             transformers' `StoppingCriteria` for example. Neither these nor the processors see
             padding.
@@ -98,11 +110,20 @@ def generate(
         continuation, where `new` is the length of the longest continuation.
 
     Raises:
-        GenerationError: an option or an argument out of its range, or a prompt whose tokens and
-            `max_new_tokens` exceed `n_positions`; nothing has been computed then.
+        GenerationError: an option or an argument out of its range, both max_new_tokens and
+            max_length, or a prompt that exceeds `n_positions` with the new tokens; nothing has been
+            computed then.
     """
+    of_checkpoint = {
+        "max_new_tokens": max_new_tokens,
+        "max_length": max_length,
+        "min_new_tokens": min_new_tokens,
+        "max_time": max_time,
+        "epsilon_cutoff": epsilon_cutoff,
+        "eta_cutoff": eta_cutoff,
+        "bad_words_ids": bad_words_ids,
+    }
     options = SamplingOptions(
-        max_new_tokens=max_new_tokens,
         do_sample=do_sample,
         temperature=temperature,
         top_k=top_k,
@@ -111,29 +132,39 @@ def generate(
         typical_p=typical_p,
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=logit_bias,
         num_beams=num_beams,
         length_penalty=length_penalty,
         early_stopping=early_stopping,
         num_return_sequences=num_return_sequences,
         seed=seed,
+    ).of_call(
+        model.generation_config,
+        {name: value for name, value in of_checkpoint.items() if value is not FROM_CONFIG},
     )
+    check_ids(options, model.config.vocab_size)
     ends = end_tokens(model, eos_token_id)
     padding = _padding(model, ends, pad_token_id, num_beams)
     criteria = StopCriteria(ends, stop, tokenizer)
     callables = Callables(logits_processor, stopping_criteria)
     input_ids, attention_mask = _with_beginning(model, input_ids, attention_mask)
     prompts = _real_tokens(model, input_ids, attention_mask)
+    limits = []
     for index, prompt in enumerate(prompts):
-        check_length(model, len(prompt), max_new_tokens, f"row {index} of input_ids")
-    if max_new_tokens == 0:
+        name = f"row {index} of input_ids"
+        limits.append(options.new_tokens(len(prompt), name))
+        check_length(model, len(prompt), limits[-1], name, options.max_length)
+    if options.max_new_tokens == 0:
         continuations: list[list[int]] = [[] for _ in range(len(prompts) * num_return_sequences)]
     elif num_beams > 1:
-        continuations = beam_search(
-            model, prompts, options, criteria, use_cache=use_cache, callables=callables
+        beams = beam_search(
+            model, prompts, limits, options, criteria, use_cache=use_cache, callables=callables
         )
+        continuations = [beam.tokens for beam in beams]
     else:
         continuations = [[] for _ in range(len(prompts) * num_return_sequences)]
-        limits = [max_new_tokens] * len(prompts)
         for step in decode(
             model, prompts, limits, options, criteria, use_cache=use_cache, callables=callables
         ):
@@ -203,8 +234,16 @@ def _with_beginning(model: GPT2, input_ids: Any, mask: Any) -> tuple[Tensor, Any
     return torch.full((rows, 1), first, dtype=torch.int64, device=device), None
 
 
-def check_length(model: GPT2, tokens: int, new_tokens: int, name: str) -> None:
+def check_length(
+    model: GPT2, tokens: int, new_tokens: int, name: str, max_length: int | None = None
+) -> None:
     """Refuse a text that does not fit the model's positions.
+
+    Args:
+        model: what generates.
+        tokens, new_tokens: number of tokens of the prompt, and to add.
+        name: the prompt's name.
+        max_length: the option that asks for so many, if it is not max_new_tokens.
 
     Raises:
         GenerationError: `tokens` + `new_tokens` exceed `n_positions`.
@@ -212,7 +251,9 @@ def check_length(model: GPT2, tokens: int, new_tokens: int, name: str) -> None:
     room = model.config.n_positions
     if tokens + new_tokens <= room:
         return
-    if tokens < room:
+    if max_length is not None and tokens < room:
+        way_out = f"pass max_length={room} or less"
+    elif tokens < room:
         way_out = f"pass max_new_tokens={room - tokens} or less, or a shorter prompt"
     else:
         way_out = "shorten the prompt"

@@ -131,6 +131,9 @@ class Generator:
         stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
         top_logprobs: int = 0,
+        bad_words: str | Sequence[str] | None = None,
+        logits_processor: Iterable[Callable[[Tensor, Tensor], Tensor]] | None = None,
+        stopping_criteria: Iterable[Callable[..., Any]] | None = None,
         timing: Timing | None = None,
         **options: Any,
     ) -> Generation | list[Generation] | list[list[Generation]]:
@@ -145,8 +148,13 @@ class Generator:
                 its logits, before temperature, top-k and penalties. With `max_new_tokens=0`, those
                 of the prompt's tokens, each after the ones before it (`prompt_logprobs`).
             top_logprobs: also return this many of the likeliest tokens in the place of each.
+            bad_words: texts that never occur, as they are and after a space, each in the tokens
+                that the tokenizer makes of it; in addition to `bad_words_ids`.
+            logits_processor, stopping_criteria: as in `GPT2.generate`; a processor sees the scores
+                of the tokens that both the model and the tokenizer have.
             timing: filled in with the time of each phase.
-            options: see `SamplingOptions`; `DEFAULTS` holds for what is not given.
+            options: see `SamplingOptions`. For what is not given, the model's
+                generation_config.json holds as far as it is honored, and then `DEFAULTS`.
 
         Returns:
             A `Generation` for a text, a list of them for a list of texts. In place of each, a list
@@ -163,6 +171,9 @@ class Generator:
                 stop=stop,
                 logprobs=logprobs,
                 top_logprobs=top_logprobs,
+                bad_words=bad_words,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
                 timing=timing,
                 **options,
             )
@@ -197,15 +208,20 @@ class Generator:
         """
         return self._continue(prompts, self._request(**options), timing, draws)
 
-    def check(self, prompt: str, name: str = "the prompt", **options: Any) -> None:
+    def check(self, prompt: str, name: str = "the prompt", **options: Any) -> int:
         """Raise the error that a call with this prompt would raise, and compute nothing.
 
         Args:
             prompt: the text.
             name: its name in errors.
             options: of the call.
+
+        Returns:
+            The most tokens that the call would add.
         """
-        self._encode(prompt, self._request(**options), name)
+        request = self._request(**options)
+        tokens = self._encode(prompt, request, name)
+        return request.options.new_tokens(len(tokens), name)
 
     def stream(self, prompt: str, *, timing: Timing | None = None, **options: Any) -> TextStream:
         """Continue one text; yields the continuation piece by piece.

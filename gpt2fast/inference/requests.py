@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..errors import GenerationError
+from ..errors import GenerationError, TokenizerError
 from ..model import GPT2
 from ..sampling import DEFAULTS
 from ..tokenizer import Tokenizer
+from .callables import Callables
 from .continuation import Request
 from .generation import FROM_CONFIG, EosTokenId, beginning, check_vocabulary, end_tokens
+from .processors import check_ids
 from .stopping import StopCriteria
 from .window import Window
 
@@ -25,18 +28,49 @@ def make_request(
     stop: Any = None,
     logprobs: bool = False,
     top_logprobs: int = 0,
+    bad_words: str | Sequence[str] | None = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
     **options: Any,
 ) -> Request:
     """The request of a call of a `Generator`, with the arguments and errors of that call."""
     if "num_beams" in options and options["num_beams"] != 1:
         options = {"do_sample": False, **options}
-    chosen = DEFAULTS.changed(options)
+    chosen = DEFAULTS.of_call(model.generation_config, options)
+    if bad_words is not None:
+        words = [*(chosen.bad_words_ids or []), *encode_words(tokenizer, bad_words)]
+        chosen = chosen.changed({"bad_words_ids": words})
+    check_ids(chosen, model.config.vocab_size)
     ends = end_tokens(model, eos_token_id)
     own_end = tokenizer.eos_token_id
     if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
         ends += [own_end] if own_end < model.config.vocab_size else []
     alternatives = _alternatives(model, logprobs, top_logprobs)
-    return Request(chosen, StopCriteria(ends, stop, tokenizer), alternatives)
+    criteria = StopCriteria(ends, stop, tokenizer)
+    callables = Callables(logits_processor, stopping_criteria)
+    return Request(chosen, criteria, alternatives, callables)
+
+
+def encode_words(tokenizer: Tokenizer, words: str | Sequence[str]) -> list[list[int]]:
+    """The tokens of words, each as it is and after a space, as words within a text are spelled.
+
+    Raises:
+        GenerationError: not a list of texts that are not empty.
+        TokenizerError: a text that cannot be encoded.
+    """
+    if not isinstance(words, Iterable):
+        raise GenerationError(f"bad_words is {words!r:.80}; it must be a text, or a list of texts")
+    found: list[list[int]] = []
+    for word in [words] if isinstance(words, str) else words:
+        if not isinstance(word, str) or not word:
+            raise GenerationError(
+                f"bad_words has the item {word!r:.80}; each must be a text of at least one "
+                "character (bad_words_ids takes tokens)"
+            )
+        found.append(tokenizer.encode(word, add_special_tokens=False))
+        with contextlib.suppress(TokenizerError):  # an alphabet without a space
+            found.append(tokenizer.encode(" " + word, add_special_tokens=False))
+    return found
 
 
 def _alternatives(model: GPT2, logprobs: bool, top_logprobs: int) -> int | None:
@@ -95,8 +129,7 @@ def encode_prompt(
                 "perplexity scores longer texts, window by window"
             )
     else:
-        new_tokens, beams = request.options.max_new_tokens, request.options.num_beams > 1
-        window.check(model, len(tokens), new_tokens, name, beams=beams)
+        window.check(model, len(tokens), request.options, name)
     return tokens
 
 

@@ -32,14 +32,14 @@ class StopCriteria:
     ):
         self.eos = list(eos)
         self.strings: list[str] = []
-        self._sequences: list[list[int]] = []
+        self.sequences: list[list[int]] = []
         if stop is not None and not isinstance(stop, Iterable):
             raise GenerationError(f"stop is {stop!r}; it must be a text, or a list of texts")
         for item in [stop] if isinstance(stop, str) else stop or []:
             if isinstance(item, str) and item:
                 self.strings.append(item)
             elif isinstance(item, Sequence) and item and all(isinstance(i, int) for i in item):
-                self._sequences.append(list(item))  # type: ignore[arg-type]
+                self.sequences.append(list(item))  # type: ignore[arg-type]
             else:
                 raise GenerationError(
                     f"stop has the item {item!r}; each must be a text of at least one character, "
@@ -62,7 +62,7 @@ class StopCriteria:
         """
         if tokens[-1] in self.eos:
             return "eos"
-        for sequence in self._sequences:
+        for sequence in self.sequences:
             if list(tokens[-len(sequence) :]) == sequence:
                 return "stop"
         if self.strings and self._tokenizer is not None:

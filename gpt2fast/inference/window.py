@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..errors import GenerationError
 from ..model import GPT2
+from ..sampling import SamplingOptions
 from .generation import check_length
 
 WINDOWS = ("error", "slide", "stop")
@@ -30,18 +31,19 @@ class Window:
         self._notify = notify
         self._has_slid = False
 
-    def check(self, model: GPT2, tokens: int, new_tokens: int, name: str, *, beams: bool) -> None:
+    def check(self, model: GPT2, tokens: int, options: SamplingOptions, name: str) -> None:
         """Refuse a prompt that leaves no room for what is asked for.
 
         Args:
             model: what reads it.
-            tokens, new_tokens: number of tokens of the prompt, and to add.
+            tokens: length of the prompt.
+            options: what is asked for; beam search neither slides nor stops.
             name: the prompt's name in errors.
-            beams: beam search continues it, which neither slides nor stops.
         """
+        new_tokens = options.new_tokens(tokens, name)
         room = model.config.n_positions
-        if self.kind == "error" or beams:
-            check_length(model, tokens, new_tokens, name)
+        if self.kind == "error" or options.num_beams > 1:
+            check_length(model, tokens, new_tokens, name, options.max_length)
         elif self.kind == "stop" and tokens >= room:
             raise GenerationError(
                 f"{name} has {tokens} tokens, which leaves nothing of the model's "
