@@ -10,9 +10,12 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpt2fast import GPT2, GPT2Config
-from gpt2fast.errors import ConfigError
+from gpt2fast.errors import ConfigError, GenerationError
+from gpt2fast.inference.generator import Generator
 from gpt2fast.lora import add_adapters
+from gpt2fast.tokenizer import CharTokenizer
 
+LETTERS = "".join(chr(48 + number) for number in range(61))
 PROMPT = torch.tensor([[5, 7, 9], [1, 2, 3]])
 
 
@@ -112,6 +115,114 @@ def test_what_is_not_taken_over_is_named_once(folder, caplog):
         "temperature=0.7 (pass them), forced_bos_token_id=4 (it has no such settings)"
     )
     assert "top_k" not in record.getMessage() and "eos_token_id" not in record.getMessage()
+
+
+BAD = [[token, other] for token in range(61) for other in range(0, 61, 2)] + [[3], [5]]
+SETTINGS = {
+    "bad_words_ids": BAD, "min_new_tokens": 4, "max_length": 11, "epsilon_cutoff": 0.3,
+    "eta_cutoff": 0.3, "max_time": 1e6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("form", ["model", "packed"])
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_settings_of_generation_are_those_of_transformers(folder, place, form, beams, caplog):
+    free = freely(folder)
+    ends = sorted({int(free[0, 3]), int(free[1, 3])})
+    written = {**SETTINGS, "eos_token_id": ends, "pad_token_id": 0}
+    if place == "config.json":
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **written}))
+    else:
+        say(folder, **written)
+    with caplog.at_level(logging.WARNING, logger="gpt2fast"):
+        model = GPT2.from_pretrained(folder)
+    assert not caplog.records
+    model = model.pack() if form == "packed" else model
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    for own in ({}, {"max_new_tokens": 3}, {"max_new_tokens": 9, "min_new_tokens": 7}):
+        found = model.generate(PROMPT, num_beams=beams, pad_token_id=0, **own)
+        expected = theirs.generate(
+            PROMPT, attention_mask=torch.ones_like(PROMPT), do_sample=False, num_beams=beams,
+            pad_token_id=0, **own,
+        )  # fmt: skip
+        assert found.tolist() == expected.tolist()
+        assert found.tolist() != free[:, : found.shape[1]].tolist()
+    assert model.generate(PROMPT, num_beams=beams, eos_token_id=None).shape[1] == 11
+    off = dict.fromkeys(("bad_words_ids", "min_new_tokens", "max_length"))
+    switched_off = model.generate(PROMPT, eos_token_id=None, max_new_tokens=12, **off)
+    assert switched_off.tolist() == free.tolist()
+    model.save_pretrained(folder / "again")
+    saved = json.loads((folder / "again" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in SETTINGS} == SETTINGS
+
+
+def test_max_new_tokens_goes_before_max_length(folder):
+    for written, length in (
+        ({"max_length": 11, "max_new_tokens": 5}, 8),
+        ({"max_length": 20}, 20),
+        ({"max_new_tokens": 7}, 10),
+        ({"min_new_tokens": 90}, 23),
+    ):
+        say(folder, eos_token_id=None, pad_token_id=0, **written)
+        found = GPT2.from_pretrained(folder).generate(PROMPT)
+        theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+        expected = theirs.generate(
+            PROMPT, attention_mask=torch.ones_like(PROMPT), do_sample=False, pad_token_id=0
+        )
+        assert found.tolist() == expected.tolist()
+        assert found.shape[1] == length
+
+
+def test_cutoffs_of_the_file_count_where_tokens_are_drawn(folder):
+    say(folder, eos_token_id=None, epsilon_cutoff=0.2)
+    model = GPT2.from_pretrained(folder)
+    options = {"max_new_tokens": 12, "do_sample": True, "seed": 4}
+    drawn = model.generate(PROMPT, **options)
+    assert drawn.tolist() == model.generate(PROMPT, epsilon_cutoff=0.2, **options).tolist()
+    assert drawn.tolist() != model.generate(PROMPT, epsilon_cutoff=None, **options).tolist()
+
+
+def test_a_generator_takes_the_settings_that_a_call_does_not_give(folder):
+    say(folder, eos_token_id=None, max_length=9, bad_words_ids=[[3], [5]], pad_token_id=0)
+    tokenizer = CharTokenizer({letter: id for id, letter in enumerate(LETTERS)})
+    generator = Generator(GPT2.from_pretrained(folder), tokenizer, window="stop")
+    result = generator("abc", temperature=0)
+    assert result.new_tokens == 6 and not {3, 5} & set(result.tokens)
+    assert generator("abc", temperature=0, max_new_tokens=8).new_tokens == 8
+    assert generator("abc", temperature=0, max_length=None).new_tokens == 61
+    with pytest.raises(GenerationError, match="9 tokens, and max_length .* is 9.*max_new_tokens"):
+        generator("abcabcabc")
+
+
+def test_the_text_that_calibrates_is_not_cut_by_the_file(folder):
+    say(folder, eos_token_id=None)
+    expected = GPT2.from_pretrained(folder).quantize("int4").weights.arena
+    say(folder, eos_token_id=None, max_time=1e-9, bad_words_ids=[[3]], epsilon_cutoff=0.9)
+    assert torch.equal(GPT2.from_pretrained(folder).quantize("int4").weights.arena, expected)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"bad_words_ids": [3]},
+        {"bad_words_ids": "the"},
+        {"epsilon_cutoff": 2},
+        {"eta_cutoff": "x"},
+        {"max_length": -1},
+        {"min_new_tokens": 1.5},
+        {"max_new_tokens": []},
+        {"max_time": 0},
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_its_range_is_one_clear_error(folder, written):
+    say(folder, **written)
+    (name,) = written
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: {name} (is|has)"):
+        GPT2.from_pretrained(folder)
 
 
 def test_old_settings_in_config_json_are_named_where_transformers_takes_them(folder, caplog):

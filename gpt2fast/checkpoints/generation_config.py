@@ -1,8 +1,8 @@
 """generation_config.json: the settings of generation that come with a checkpoint.
 
-Its end tokens (one or several) and its padding token are honored. Everything else is kept, and
-written back; settings that would change the output of transformers, and are not taken over by
-`generate` here, are named once when the file is read.
+Its end tokens (one or several), its padding token and the options `OF_CHECKPOINT` are honored.
+Everything else is kept, and written back; settings that would change the output of transformers,
+and are not taken over by `generate` here, are named once when the file is read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .._system.parsing import read_json
-from ..errors import ConfigError, shown
-from ..sampling import SamplingOptions
+from ..errors import ConfigError, GenerationError, shown
+from ..sampling import OF_CHECKPOINT, SamplingOptions
 
 NAME = "generation_config.json"
 
@@ -63,15 +63,27 @@ def read_generation_config(folder: Path, config_json: Mapping[str, Any]) -> dict
         values["eos_token_id"] = config_json["eos_token_id"]
         _check_ids(values["eos_token_id"], f"{folder / 'config.json'}: eos_token_id", several=True)
     # Without a file of their own, transformers takes these settings out of config.json.
-    _tell_ignored(values if path.exists() else config_json, path if path.exists() else path.parent)
+    settings, source = (values, path) if path.exists() else (config_json, folder / "config.json")
+    for name in OF_CHECKPOINT:
+        if settings.get(name) is not None:
+            values[name] = _checked_option(name, settings[name], source)
+    _tell_ignored(settings, path if path.exists() else path.parent)
     return values
+
+
+def _checked_option(name: str, value: Any, source: Path) -> Any:
+    try:
+        SamplingOptions().of_call({name: value}, {})
+    except GenerationError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return value
 
 
 def _tell_ignored(values: Mapping[str, Any], source: Path) -> None:
     set_here = {
         name: f"{name}={shown(values[name], 40)}"
         for name, neutral in _NEUTRAL.items()
-        if values.get(name) is not None and values[name] != neutral
+        if values.get(name) not in (None, neutral) and name not in OF_CHECKPOINT
     }
     if not set_here:
         return

@@ -62,6 +62,11 @@ def _own_text(model: GPT2, seed: int) -> tuple[Tensor, str]:
         do_sample=True,
         eos_token_id=None,
         seed=seed,
+        # Rows of equal length, of all tokens, whatever generation_config.json says.
+        max_time=None,
+        bad_words_ids=None,
+        epsilon_cutoff=None,
+        eta_cutoff=None,
     )
     note = f"{SEQUENCES} x {length} tokens that the model wrote at temperature 1, seed {seed}"
     return tokens.cpu(), note
