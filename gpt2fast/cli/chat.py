@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from .._system.files import atomic_write_text
 from .._system.output import complain, held
 from ..errors import Error
 from ..inference.generator import Generator
-from ..sampling import SamplingOptions
+from ..sampling import DEFAULTS, SamplingOptions, overridden
 from .arguments import optional
 from .sampling_flags import OF_A_TEXT
 
@@ -120,7 +120,7 @@ class Conversation:
     def _set(self, argument: str) -> None:
         if not argument:
             for name in OF_A_TEXT:
-                complain(f"  {name} {_shown(self._options.get(name))}")
+                complain(f"  {name} {_shown(getattr(self._sampling(self._options), name))}")
             return
         name, _, word = argument.partition(" ")
         name, word = name.replace("-", "_"), word.strip()
@@ -128,19 +128,20 @@ class Conversation:
             complain(f"error: there is no option {name}; choose from {', '.join(OF_A_TEXT)}")
             return
         try:
-            value = optional(OF_A_TEXT[name])(word)
-            fields = asdict(SamplingOptions()).keys()
-            SamplingOptions(
-                **{key: item for key, item in self._options.items() if key in fields}
-                | {name: value}
-            )
+            options = overridden(self._options, {name: optional(OF_A_TEXT[name])(word)})
+            self._sampling(options)
         except Error as error:
             complain(f"error: {error}")
         except ValueError:
             kind_name = "a whole number" if OF_A_TEXT[name] is int else "a number"
             complain(f"error: {name} takes {kind_name} or none, not {word!r}")
         else:
-            self._options[name] = value
+            self._options = options
+
+    def _sampling(self, options: dict[str, Any]) -> SamplingOptions:
+        known = [field.name for field in fields(SamplingOptions)]
+        given = {name: value for name, value in options.items() if name in known}
+        return DEFAULTS.of_call(self._generator.model.generation_config, given)
 
 
 def _shown(value: Any) -> str:

@@ -8,15 +8,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._system.output import complain
-from ..sampling import DEFAULTS
+from ..errors import GenerationError
+from ..sampling import SamplingOptions, overridden
 from .arguments import CommandParser, optional, text_argument
 from .command import UsageError, command, fail, memory_advice, output_is_closed
 from .model_flags import add_model_flags, load_generator
 from .prompts import OPTIONS, PromptFileError, has_prompt, read_prompts
-from .sampling_flags import add_sampling_flags, flag, sampling_options
+from .sampling_flags import (
+    add_length_flags,
+    add_sampling_flags,
+    flag,
+    sampling_options,
+    with_flags,
+)
 
 if TYPE_CHECKING:
-    from .prompt_progress import PromptProgress
+    from ..inference.generator import Generator
     from .prompts import Prompt
 
 _DESCRIPTION = """\
@@ -65,10 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     length = parser.add_argument_group("length")
-    length.add_argument(
-        "--max-new-tokens", "--max-tokens", type=int, metavar="N",
-        default=DEFAULTS.max_new_tokens, help="most tokens to add (default %(default)s)",
-    )  # fmt: skip
+    add_length_flags(length)
     length.add_argument(
         "--stop", action="append", type=_unescape, metavar="TEXT",
         help=r"end where this text comes up; \n is a newline; may be repeated",
@@ -137,6 +141,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("model", "adapter", "tokenizer", "prompts_file", "save"):
         if getattr(args, name) == "":
             parser.error(f"{flag(name)} is empty; leave it out, or give a name")
+    if "" in (args.bad_words or []):
+        parser.error("--bad-words is empty; give a text of at least one character")
     if args.logprobs is not None and args.logprobs < 0:
         parser.error(f"--logprobs is {args.logprobs}; it must be 0 or more")
     if args.progress and args.prompts_file is None:
@@ -181,7 +187,8 @@ def _run(args: argparse.Namespace) -> int:
         if prompts is None and not args.interactive:
             return 0
 
-    shared = {"stop": args.stop, **options}
+    _check_biases(generator, options)
+    shared = {"stop": args.stop, "bad_words": args.bad_words, **options}
     if args.logprobs is not None:
         most = generator.model.config.vocab_size
         if args.logprobs > most:
@@ -196,16 +203,20 @@ def _run(args: argparse.Namespace) -> int:
     assert prompts is not None
     from ..inference.decoding import Timing
 
-    timing = _progress(args, prompts) if args.progress else Timing()
-    if any(prompt.options for prompt in prompts):
+    timing: Timing = Timing()
+    if args.progress or any(prompt.options for prompt in prompts):
+        limits = []
         for prompt in prompts:
             place = f"{args.prompts_file}, line {(prompt.index or 0) + 1}"
-            generator.check(prompt.text, place, **{**shared, **prompt.options})
+            own = overridden(shared, prompt.options)
+            limits += [generator.check(prompt.text, place, **own)] * args.num_samples
+        if args.progress:
+            timing = PromptProgress(limits)
     shared["timing"] = timing
     if args.json:
         write_json(generator, prompts, shared)
     elif not args.progress and len(prompts) == 1 and _comes_token_by_token(args, prompts[0]):
-        stream(generator, prompts[0].text, {**shared, **prompts[0].options})
+        stream(generator, prompts[0].text, overridden(shared, prompts[0].options))
     else:
         write_all(generator, prompts, shared)
     if isinstance(timing, PromptProgress):
@@ -216,12 +227,15 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _comes_token_by_token(args: argparse.Namespace, prompt: Prompt) -> bool:
-    new_tokens = prompt.options.get("max_new_tokens", args.max_new_tokens)
-    return args.num_samples == 1 and args.num_beams == 1 and new_tokens > 0
+    new_tokens = prompt.options.get("max_new_tokens", getattr(args, "max_new_tokens", None))
+    return args.num_samples == 1 and args.num_beams == 1 and new_tokens != 0
 
 
-def _progress(args: argparse.Namespace, prompts: Sequence[Prompt]) -> PromptProgress:
-    from .prompt_progress import PromptProgress
+def _check_biases(generator: Generator, options: dict[str, Any]) -> None:
+    from ..inference.processors import check_ids
 
-    limits = [prompt.options.get("max_new_tokens", args.max_new_tokens) for prompt in prompts]
-    return PromptProgress([limit for limit in limits for _ in range(args.num_samples)])
+    biased = SamplingOptions(logit_bias=options["logit_bias"])
+    try:
+        check_ids(biased, generator.model.config.vocab_size)
+    except GenerationError as error:
+        raise UsageError(with_flags(str(error))) from None

@@ -10,10 +10,11 @@ from typing import Any
 
 from .._system.parsing import Unreadable, parse_json
 from ..errors import GenerationError, shown
-from ..sampling import SamplingOptions
+from ..sampling import DEFAULTS, overridden
 from .sampling_flags import OF_A_TEXT
 
-OPTIONS = (*OF_A_TEXT, "stop")
+_TEXTS = ("stop", "bad_words")
+OPTIONS = (*OF_A_TEXT, "logit_bias", "bad_words_ids", *_TEXTS)
 """Options that a line may set for its own continuation."""
 
 _RESULTS = (
@@ -125,15 +126,17 @@ def _parse(place: str, index: int, line: str, shared: Mapping[str, Any]) -> Prom
             f"{place}: there is no option {shown(unknown[0])}; a line takes prompt, id, "
             f"{', '.join(OPTIONS)}"
         )
-    stop = values.get("stop")
-    texts = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if not all(isinstance(one, str) and one for one in texts):
-        raise PromptFileError(
-            f"{place}: stop is {shown(stop)}; it must be a text that is not empty, or a "
-            "list of them"
-        )
+    for name in _TEXTS:
+        given = values.get(name)
+        texts = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(one, str) and one for one in texts):
+            raise PromptFileError(
+                f"{place}: {name} is {shown(given)}; it must be a text that is not empty, or a "
+                "list of them"
+            )
+    own = {name: value for name, value in values.items() if name not in _TEXTS}
     try:
-        SamplingOptions(**{**shared, **{key: values[key] for key in values if key != "stop"}})
+        DEFAULTS.of_call({}, overridden(shared, own))
     except GenerationError as error:
         raise PromptFileError(f"{place}: {error}") from None
     return Prompt(text, index, labels, values)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._system.output import held, takes_unicode
 from ..errors import TokenizerError, printable
+from ..sampling import overridden
 
 if TYPE_CHECKING:
     from ..inference.continuation import Generation
@@ -60,7 +61,7 @@ def _results(
     for own, together in itertools.groupby(prompts, key=lambda prompt: prompt.options):
         group = list(together)
         found = generator.one_by_one(
-            [prompt.text for prompt in group], draws=draws, **{**options, **own}
+            [prompt.text for prompt in group], draws=draws, **overridden(options, own)
         )
         for number, result in enumerate(found):
             if isinstance(timing, PromptProgress):

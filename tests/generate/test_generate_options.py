@@ -14,7 +14,7 @@ from gpt2fast.checkpoints import hub
 from gpt2fast.cli import sampling_flags
 from gpt2fast.inference.generator import Generator
 from gpt2fast.ops.backend import requested_backend
-from gpt2fast.sampling import PROCESSORS
+from gpt2fast.sampling import PROCESSORS, STEPWISE
 from gpt2fast.tokenizer import BPETokenizer
 from time_limits import patience
 
@@ -35,6 +35,13 @@ DEFAULTS = {"seed": 3, "max_new_tokens": 30}
         ("--typical-p 0.3", {"typical_p": 0.3}),
         ("--repetition-penalty 2.5", {"repetition_penalty": 2.5}),
         ("--no-repeat-ngram-size 1", {"no_repeat_ngram_size": 1}),
+        ("--epsilon-cutoff 0.05", {"epsilon_cutoff": 0.05}),
+        ("--eta-cutoff 0.5", {"eta_cutoff": 0.5}),
+        ("--frequency-penalty 1.5", {"frequency_penalty": 1.5}),
+        ("--presence-penalty -2", {"presence_penalty": -2.0}),
+        ("--logit-bias 40=9 --logit-bias 41=8.5", {"logit_bias": {40: 9, 41: 8.5}}),
+        ("--bad-words e --bad-words a", {"bad_words": ["e", "a"]}),
+        ("--max-length 20", {"max_new_tokens": None, "max_length": 20}),
         ("--seed 4", {"seed": 4}),
         ("--max-new-tokens 9", {"max_new_tokens": 9}),
         ("--greedy", {"do_sample": False}),
@@ -53,10 +60,43 @@ def test_each_option_changes_the_text_as_the_library_does(run, generator, flags,
     base = [PROMPT, "--seed", 3, "--max-new-tokens", 30]
     code, plain, _ = run(*base)
     assert code == 0
+    if "--max-length" in flags:
+        base = base[:3]
     code, out, _ = run(*base, *flags.split())
     assert code == 0
     assert out == f"{generator(PROMPT, **{**DEFAULTS, **options})}\n"
     assert out != plain
+
+
+def test_lengths_and_time_end_a_text_and_say_why(run, generator):
+    base = [PROMPT, "--seed", 3, "--json"]
+    tokens = generator(PROMPT, seed=3, max_new_tokens=40).tokens
+    end = ["--eos-token-id", tokens[4]]
+    late = json.loads(run(*base, *end, "--min-new-tokens", 12, "--max-new-tokens", 40)[1])
+    assert late["new_tokens"] >= 12 and tokens[4] not in late["tokens"][:12]
+    brief = json.loads(run(*base, "--max-time", 1e-9, "--eos-token-id", "none")[1])
+    assert (brief["new_tokens"], brief["finish_reason"]) == (1, "time")
+    short = json.loads(run(*base, "--max-length", 25, "--eos-token-id", "none")[1])
+    assert short["prompt_tokens"] + short["new_tokens"] == 25
+    assert short["finish_reason"] == "length"
+    for beams in (1, 2):
+        flags = ["--num-beams", beams, "--max-time", 1e-9, "--eos-token-id", "none"]
+        flags += ["--max-new-tokens", 20]
+        assert json.loads(run(PROMPT, "--json", *flags)[1])["finish_reason"] == "time"
+    assert_one_error(run(PROMPT, "--max-length", 1), 1, "max_length", "max_new_tokens")
+
+
+def test_bad_words_are_left_out_with_and_without_a_space(run, generator):
+    flags = [PROMPT, "--greedy", "--max-new-tokens", 40, "--eos-token-id", "none"]
+    plain = json.loads(run(*flags, "--json")[1])
+    encode, decode = generator.tokenizer.encode, generator.tokenizer.decode
+    texts = [decode([token]) for token in plain["tokens"]]
+    word = next(text for text in texts if text.isalpha() and len(encode(text)) == 1)
+    found = json.loads(run(*flags, "--json", "--bad-words", word)[1])
+    for spelled in (encode(word), encode(" " + word)):
+        places = range(len(found["tokens"]) - len(spelled) + 1)
+        assert spelled not in [found["tokens"][p : p + len(spelled)] for p in places]
+    assert found["text"] != plain["text"]
 
 
 def test_defaults_are_the_librarys(run, generator):
@@ -279,10 +319,22 @@ def test_device_and_backend_are_obeyed(run):
         ("--interactive --json", ["--json", "--interactive"]),
         ("--interactive --num-beams 2", ["--num-beams", "--interactive"]),
         ("--tempurature 1", ["--tempurature"]),
+        ("--max-length 20", ["--max-new-tokens is 9", "--max-length", "is 20", "leave one"]),
+        ("--min-new-tokens 10", ["--min-new-tokens is 10", "--max-new-tokens (9)", "raise"]),
+        ("--max-time 0", ["--max-time is 0.0", "above 0"]),
+        ("--epsilon-cutoff 1", ["--epsilon-cutoff is 1.0", "below 1"]),
+        ("--eta-cutoff x", ["--eta-cutoff", "x"]),
+        ("--frequency-penalty 3", ["--frequency-penalty is 3.0", "from -2 to 2"]),
+        ("--presence-penalty nan", ["--presence-penalty is nan", "from -2 to 2"]),
+        ("--logit-bias 5", ["--logit-bias", "'5'", "50256=-100"]),
+        ("--logit-bias 5=", ["--logit-bias", "'5='", "50256=-100"]),
+        ("--logit-bias 5=101", ["--logit-bias of the token 5 is 101", "--bad-words"]),
+        ("--logit-bias 99999=1", ["--logit-bias", "99999", "from 0 to 297"]),
+        ("--bad-words=", ["--bad-words is empty", "at least one"]),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(run, flags, parts):
-    assert_one_error(run(PROMPT, *flags.split()), 2, *parts)
+    assert_one_error(run(PROMPT, "--max-new-tokens", 9, *flags.split()), 2, *parts)
 
 
 def test_what_cannot_be_read_is_one_line_and_exit_code_1(run, tmp_path, model_dir):
@@ -361,7 +413,8 @@ def test_help_lists_every_option(run):
     assert code == 0
     for flag in (
         "--prompt", "--prompts-file", "--model", "--preset", "--tokenizer", "--max-new-tokens",
-        *map(sampling_flags.flag, PROCESSORS), "--seed", "--greedy", "--do-sample",
+        *map(sampling_flags.flag, [*PROCESSORS, *STEPWISE]), "--seed", "--max-length",
+        "--min-new-tokens", "--max-time", "--logit-bias", "--bad-words", "--greedy", "--do-sample",
         "--num-samples", "--num-beams",
         "--length-penalty", "--stop", "--eos-token-id", "--window", "--device", "--dtype",
         "--backend", "--json", "--stats", "--interactive", "--save", "--logprobs",

@@ -65,6 +65,32 @@ def test_a_line_of_json_keeps_its_id_and_has_its_own_options(run, generator, tmp
     assert not set("ea") & set(results[2]["text"])
 
 
+def test_lines_have_lengths_biases_and_bad_words_of_their_own(run, generator, tmp_path):
+    own = [
+        {"max_length": 20},
+        {"max_new_tokens": 4},
+        {"bad_words": ["e"], "bad_words_ids": [[270], [41, 42]]},
+        {"logit_bias": {"40": 12, "50": 9.5}, "frequency_penalty": 1.5, "presence_penalty": 1},
+        {"epsilon_cutoff": 0.04, "eta_cutoff": 0.1, "min_new_tokens": 9, "max_new_tokens": 9},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": PROMPT, **options}) for options in own))
+    flags = ["--prompts-file", file, "--temperature", 0, "--bad-words", "a", "--json"]
+    code, out, _ = run(*flags, "--max-length", 30)
+    assert code == 0
+    results = [json.loads(line) for line in out.splitlines()]
+    for options, result in zip(own, results, strict=True):
+        shared = {"temperature": 0, "max_length": 30, "max_new_tokens": None, "bad_words": "a"}
+        if "max_new_tokens" in options:
+            shared["max_length"] = None
+        assert result["tokens"] == generator(PROMPT, **{**shared, **options}).tokens
+    assert len({tuple(result["tokens"][:9]) for result in results}) > 3
+    code, out, err = run(*flags, "--max-new-tokens", 8, "--progress")
+    assert code == 0
+    assert err.splitlines()[-1].startswith("5/5 done")
+    assert [json.loads(line)["new_tokens"] for line in out.splitlines()][1:] == [4, 8, 8, 9]
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -78,6 +104,14 @@ def test_a_line_of_json_keeps_its_id_and_has_its_own_options(run, generator, tmp
         ({"seed": "x"}, "seed is 'x'"),
         ({"stop": 3}, "stop is 3"),
         ({"stop": [""]}, "stop is ['']"),
+        ({"bad_words": 3}, "bad_words is 3"),
+        ({"bad_words_ids": [3]}, "bad_words_ids has the item 3"),
+        ({"logit_bias": {"3": 101}}, "logit_bias of the token 3 is 101"),
+        ({"logit_bias": {"x": 1}}, "logit_bias has the key 'x'"),
+        ({"max_length": 9, "max_new_tokens": 3}, "max_new_tokens is 3 and max_length"),
+        ({"min_new_tokens": 900}, "min_new_tokens is 900"),
+        ({"max_time": -1}, "max_time is -1"),
+        ({"frequency_penalty": 5}, "frequency_penalty is 5"),
     ],
 )
 def test_a_wrong_option_of_a_line_is_refused_with_its_number(run, tmp_path, options, part):
