@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -52,6 +54,19 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data: {folder} is not a folder (set GPT2FAST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def nanogpt() -> ModuleType:
+    """nanoGPT's model.py, from the checkout that GPT2FAST_NANOGPT names; skips without one."""
+    folder = os.environ.get("GPT2FAST_NANOGPT")
+    if not folder or not (Path(folder) / "model.py").is_file():
+        pytest.skip("GPT2FAST_NANOGPT names no checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ LONG = (
     "large_vocabulary", "on_a_terminal", "a_terminal_conversation", "test_notes_come_before",
     "that_has_enough", "test_interrupting", "imports_no_heavy", "as_a_library_nothing",
     "test_closed_descriptors", "test_package.py", "test_rotation.py", "test_without_kernels",
-    "that_are_not_there_are_explained", "samples_without_number",
+    "that_are_not_there_are_explained", "samples_without_number", "processes_train_examples",
 )  # fmt: skip
 FAST_PARTS = 8
 """Into how many parts test-fast cuts tests of several cases."""

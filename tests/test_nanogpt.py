@@ -6,10 +6,8 @@ GPT2FAST_NANOGPT_STEPS shortens the longer recipe.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,18 +21,6 @@ from gpt2fast.training.schedule import learning_rate
 from run_hooks import before_updates
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def nanogpt():
-    folder = os.environ.get("GPT2FAST_NANOGPT")
-    if not folder or not (Path(folder) / "model.py").is_file():
-        pytest.skip("GPT2FAST_NANOGPT names no checkout of nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ BEGIN_WITH_A_MINUTE = (
     "finetuning",
     "inference",
     "logs",
+    "modules",
     "training",
     "transformers",
     "tuning",

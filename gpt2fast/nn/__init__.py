@@ -9,6 +9,7 @@ from .block import Block
 from .cross_entropy import LinearCrossEntropy
 from .layer_norm import LayerNorm, ResidualLayerNorm
 from .mlp import GELUMLP
+from .output_projection import OutputProjection
 from .projection import Projection
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "GELUMLP",
     "LayerNorm",
     "LinearCrossEntropy",
+    "OutputProjection",
     "Projection",
     "ResidualLayerNorm",
     "SelfAttention",
