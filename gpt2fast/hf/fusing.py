@@ -1,18 +1,19 @@
-"""`fuse` and `unfuse`: GPT-2 models of transformers on fused ops, in place."""
+"""`fuse` and `unfuse`: GPT-2 and ImageGPT of transformers on fused ops, in place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from transformers import pytorch_utils
 from transformers.activations import NewGELUActivation
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gpt2 import modeling_gpt2 as theirs
+from transformers.models.imagegpt import modeling_imagegpt as images
 
 from ..errors import ArgumentError
-from . import attention, generation, gpt2
+from . import attention, generation, gpt2, imagegpt
 from .plain import why_called
 from .versions import check_version
 
@@ -24,16 +25,23 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     theirs.GPT2MLP: gpt2.GPT2MLP,
     theirs.GPT2Block: gpt2.GPT2Block,
     theirs.GPT2LMHeadModel: gpt2.GPT2LMHeadModel,
+    images.ImageGPTMLP: imagegpt.ImageGPTMLP,
+    images.ImageGPTAttention: imagegpt.ImageGPTAttention,
 }
 _PLAIN = {fused: kind for kind, fused in _FUSED.items()}
 _PLAIN[generation.GPT2LMHeadModel] = theirs.GPT2LMHeadModel
+_NEVER: dict[type[nn.Module], str] = {
+    images.ImageGPTLayerNorm: "it does not subtract the mean, as the fused normalization does"
+}
+"""Parts that no kernel computes, and why."""
+_STACKS = (theirs.GPT2Model, images.ImageGPTModel)
 _HEADS = (theirs.GPT2LMHeadModel, gpt2.GPT2LMHeadModel, generation.GPT2LMHeadModel)
 _FROM = "sdpa"
 """The attention that `fuse` replaces; others were asked for."""
 
 
 def fuse(model: _Model, *, generate: bool = False) -> _Model:
-    """Run the GPT-2 within `model` on fused ops; everything else about it stays as it is.
+    """Run the GPT-2 or ImageGPT within `model` on fused ops; all else about it stays as it is.
 
     Its blocks, MLPs, projections and layer norms get the classes of `gpt2fast.hf.gpt2`, and
     attention becomes `attn_implementation="gpt2fast"` where it was SDPA. A language model computes
@@ -41,7 +49,7 @@ def fuse(model: _Model, *, generate: bool = False) -> _Model:
     or adapters, or was replaced, runs as before: `doctor` says which.
 
     Args:
-        model: a GPT-2 of transformers with any head, or a model with one inside (an
+        model: a GPT-2 or ImageGPT of transformers with any head, or a model with one inside (an
             encoder-decoder, PEFT's); a model that is fused already stays so.
         generate: `model.generate` reads a packed copy of the weights, made when it is first called
             and again after they have changed, wherever tokens are the same (float32 on a CPU); for
@@ -51,8 +59,8 @@ def fuse(model: _Model, *, generate: bool = False) -> _Model:
         `model` itself.
 
     Raises:
-        ArgumentError: there is no GPT-2 of transformers within `model`, or none that could
-            generate; it is unchanged.
+        ArgumentError: there is no GPT-2 or ImageGPT of transformers within `model`, or none that
+            could generate; it is unchanged.
         VersionError: this version of transformers was not tried, and computes something else.
     """
     check_version(_fuse)
@@ -65,7 +73,8 @@ def _fuse(model: _Model, generate: bool = False) -> _Model:
         raise ArgumentError(
             f"{type(model).__name__} has no GPT-2 of transformers inside: fuse takes GPT2Model, "
             "GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, "
-            "GPT2ForTokenClassification, GPT2ForQuestionAnswering and models that contain one; "
+            "GPT2ForTokenClassification, GPT2ForQuestionAnswering, those of ImageGPT, and models "
+            "that contain one; "
             f"for other causal models import gpt2fast.hf and load them with "
             f'attn_implementation="{attention.NAME}"'
         )
@@ -113,7 +122,7 @@ class Part(NamedTuple):
 
 
 def doctor(model: nn.Module) -> list[Part]:
-    """Say for each part of the GPT-2 within `model` whether it runs fused and, if not, why."""
+    """Say for each part of the GPT-2 or ImageGPT within `model` if it runs fused, or why not."""
     found, stacks = [], _stacks(model)
     names = {id(module): name for name, module in model.named_modules()}
     for module in _parts(model, stacks):
@@ -123,6 +132,8 @@ def doctor(model: nn.Module) -> list[Part]:
             reason = _why_not(module) or "it has not been fused"
         elif kind in _PLAIN or isinstance(module, theirs.GPT2Attention):
             reason = _why_not_now(module)
+        elif kind in _NEVER:
+            reason = _NEVER[kind]
         elif isinstance(module, tuple(_FUSED)) and not kind.__module__.startswith("torch."):
             reason = "its class is not transformers' own"
         else:
@@ -131,13 +142,13 @@ def doctor(model: nn.Module) -> list[Part]:
     return found
 
 
-def _stacks(model: nn.Module) -> list[theirs.GPT2Model]:
+def _stacks(model: nn.Module) -> list[Any]:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{model!r:.80} is no model: load one with from_pretrained first")
-    return [module for module in model.modules() if isinstance(module, theirs.GPT2Model)]
+    return [module for module in model.modules() if isinstance(module, _STACKS)]
 
 
-def _parts(model: nn.Module, stacks: list[theirs.GPT2Model]) -> Iterator[nn.Module]:
+def _parts(model: nn.Module, stacks: list[Any]) -> Iterator[nn.Module]:
     """The modules that `fuse` knows: language models, and all within the stacks of blocks."""
     for module in model.modules():
         if isinstance(module, theirs.GPT2LMHeadModel):
@@ -163,8 +174,10 @@ def _why_not_now(module: nn.Module) -> str | None:
     """Why a fused module calls what it would fuse; None if it does not."""
     if isinstance(module, theirs.GPT2Attention):
         return _why_attention_is_plain(module)
+    if isinstance(module, images.ImageGPTAttention):
+        return imagegpt.why_attention_is_plain(module, module.c_proj.weight)
     parts: dict[str, type[nn.Module]]
-    if isinstance(module, theirs.GPT2MLP):
+    if isinstance(module, gpt2.FusedMLP):
         if not isinstance(module.act, NewGELUActivation):
             return f"its activation is {type(module.act).__name__}, and fused is gelu_new"
         parts = {"c_fc": gpt2.Conv1D, "act": NewGELUActivation, "c_proj": gpt2.Conv1D}

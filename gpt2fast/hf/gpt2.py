@@ -59,8 +59,13 @@ class LayerNorm(nn.LayerNorm):
         return ops.residual_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-class GPT2MLP(theirs.GPT2MLP):
-    """Two projections with GELU between them, in one op."""
+class FusedMLP:
+    """Two projections with GELU between them, in one op: mixed into an MLP of transformers."""
+
+    c_fc: Any
+    act: Any
+    c_proj: Any
+    dropout: Any
 
     def forward(self, hidden_states: Any) -> Tensor:
         """(..., width) -> (..., width)."""
@@ -70,12 +75,16 @@ class GPT2MLP(theirs.GPT2MLP):
             and is_plain(proj, Conv1D)
             and is_plain(self.act, NewGELUActivation)
         ):
-            return super().forward(hidden_states)
+            return super().forward(hidden_states)  # type: ignore[misc,no-any-return]
         if _is_a_step(hidden_states):
             x = proj(F.gelu(fc(hidden_states), approximate="tanh"))
         else:
             x = ops.gelu_mlp(hidden_states, fc.weight, fc.bias, proj.weight, proj.bias)
-        return self.dropout(x)
+        return self.dropout(x)  # type: ignore[no-any-return]
+
+
+class GPT2MLP(FusedMLP, theirs.GPT2MLP):
+    """GPT-2's MLP."""
 
 
 _BLOCK_ARGUMENTS = [
