@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,10 +13,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gpt2 import modeling_gpt2 as theirs
 from transformers.models.imagegpt import modeling_imagegpt as images
 
+from .._system.output import warn
 from ..errors import ArgumentError
 from . import attention, generation, gpt2, imagegpt
 from .plain import why_called
 from .versions import check_version
+
+_LOG = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -94,7 +98,19 @@ def _fuse(model: _Model, generate: bool = False) -> _Model:
             module.__class__ = kind
     for head in heads if generate else []:
         head.__class__ = generation.GPT2LMHeadModel
+    hooked = sum(_is_placed(module) for module in model.modules())
+    if hooked:
+        warn(
+            _LOG,
+            f"accelerate's hooks run around {hooked} modules, for weights that it moves: these run "
+            "as before (gpt2fast.doctor says which)",
+        )
     return model
+
+
+def _is_placed(module: nn.Module) -> bool:
+    """True if accelerate has replaced the module's `forward`, to bring weights or inputs."""
+    return hasattr(module, "_hf_hook")
 
 
 def unfuse(model: _Model) -> _Model:
@@ -159,6 +175,8 @@ def _parts(model: nn.Module, stacks: list[Any]) -> Iterator[nn.Module]:
 
 def _why_not(module: nn.Module) -> str | None:
     """A reason to leave a module of a known class as it is; None if there is none."""
+    if _is_placed(module):
+        return "accelerate's hook runs around it"
     if "forward" in module.__dict__:
         return "it has another forward"
     if isinstance(module, nn.LayerNorm) and (
