@@ -39,6 +39,14 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return output[1] if isinstance(output, tuple) else output
 
 
+def reset(model: nn.Module) -> None:
+    """Draw new weights for all modules."""
+    for part in model.modules():
+        draw: Any = getattr(part, "reset_parameters", None)
+        if draw is not None:
+            draw()
+
+
 def next_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and targets, contiguous as from a data loader."""
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -53,6 +61,10 @@ def _decoder_batch(rows: int, length: int) -> tuple[Tensor, ...]:
     return ids, torch.randn(rows, 9, 48), targets
 
 
+def _vit_batch(rows: int, length: int) -> tuple[Tensor, ...]:
+    return torch.randn(rows, 3, 32, 32), torch.randint(10, (rows,))
+
+
 EXAMPLES = {
     "gpt": Example(
         lambda: PAGE["GPT"](vocabulary=65, length=64, width=48, layers=2, heads=3, dropout=0.1),
@@ -63,5 +75,10 @@ EXAMPLES = {
         lambda: PAGE["Decoder"](vocabulary=65, length=64, width=48, layers=2, heads=6, key_heads=2),
         _decoder_batch,
         PAGE["DecoderBlock"],
+    ),
+    "vit": Example(
+        lambda: PAGE["ViT"](classes=10, size=32, patch=8, width=48, layers=2, heads=6, key_heads=2),
+        _vit_batch,
+        PAGE["EncoderBlock"],
     ),
 }

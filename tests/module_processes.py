@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from module_examples import EXAMPLES, Example, loss_of
+from module_examples import EXAMPLES, Example, loss_of, reset
 
 ENGINES = ("ddp", "fsdp")
 ROWS, LENGTH, STEPS, RATE = 4, 17, 3, 0.1
@@ -39,10 +39,9 @@ def prepared(example: Example, engine: str) -> nn.Module:
             fully_shard(part)
     fully_shard(model)
     model.to_empty(device="cpu")
-    for part in model.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-    assert all(weight.full_tensor().isfinite().all() for weight in model.parameters())  # type: ignore[operator]
+    reset(model)
+    drawn = get_model_state_dict(model, options=_WHOLE)
+    assert all(weight.isfinite().all() for weight in drawn.values())
     set_model_state_dict(model, plain.state_dict(), options=_WHOLE)
     return model
 

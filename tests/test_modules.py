@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import gpt2fast
 import plain_gpt
-from module_examples import EXAMPLES, PAGE, loss_of, next_tokens
+from module_examples import EXAMPLES, PAGE, loss_of, next_tokens, reset
 from module_processes import ENGINES, train
 from time_limits import patience
 from tolerance import assert_close, assert_equal, step_of
@@ -155,9 +155,7 @@ def _meta(model: nn.Module, batch: tuple[Tensor, ...], name: str) -> None:
     other.to_empty(device="cpu")
     for weight in other.parameters():
         weight.data.fill_(torch.nan)
-    for part in other.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
+    reset(other)
     drawn = dict(other.named_parameters())
     for key, weight in model.named_parameters():
         assert drawn[key].isfinite().all(), key
