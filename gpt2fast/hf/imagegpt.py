@@ -23,7 +23,9 @@ class ImageGPTMLP(FusedMLP, theirs.ImageGPTMLP):
 
 
 class ImageGPTAttention(theirs.ImageGPTAttention):
-    """Self-attention of a text's beginning, or of all of it, which never holds its weights."""
+    """Self-attention from the first position on, which never holds its weights."""
+
+    layer_idx: int
 
     def forward(  # type: ignore[override]
         self,
@@ -65,7 +67,7 @@ class ImageGPTAttention(theirs.ImageGPTAttention):
         return scale / (self.layer_idx + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
-def why_attention_is_plain(module: ImageGPTAttention, x: Tensor) -> str | None:
+def why_attention_is_plain(module: theirs.ImageGPTAttention, x: Tensor) -> str | None:
     """Why transformers attends, for a tensor of x's device and dtype; None if our kernels do."""
     if module.is_cross_attention:
         return "it is cross-attention"
