@@ -40,7 +40,7 @@ def prepared(example: Example, engine: str) -> nn.Module:
     fully_shard(model)
     model.to_empty(device="cpu")
     reset(model)
-    drawn = get_model_state_dict(model, options=_WHOLE)
+    drawn: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
     assert all(weight.isfinite().all() for weight in drawn.values())
     set_model_state_dict(model, plain.state_dict(), options=_WHOLE)
     return model

@@ -103,7 +103,7 @@ def _fuse(model: _Model, generate: bool = False) -> _Model:
         warn(
             _LOG,
             f"accelerate's hooks run around {hooked} modules, for weights that it moves: these run "
-            "as before (gpt2fast.doctor says which)",
+            "as before; doctor(model) says which",
         )
     return model
 
