@@ -135,5 +135,5 @@ def arguments() -> dict[str, dict[str, object]]:
 LACKS = {
     "native": {"decode_step"},
     "triton": {"projection", "packed_step", "packed_next"},
-    "simulator": {"projection", "packed_step", "packed_next", "attention"},
+    "simulator": {"projection", "packed_step", "packed_next"},
 }

@@ -114,13 +114,18 @@ def test_ops_run_where_their_tensors_are(name):
     assert torch.cuda.current_device() == 0
 
 
-def test_deterministic_algorithms_give_equal_bits():
-    q, k, v = torch.randn(3, 1, 513, 2, 64, device="cuda", dtype=torch.bfloat16)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+@pytest.mark.parametrize(("key_heads", "causal"), [(2, True), (1, True), (1, False)])
+def test_deterministic_algorithms_give_equal_bits(key_heads, causal):
+    leaves = [
+        torch.randn(1, 513, heads, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for heads in (2, key_heads, key_heads)
+    ]
     torch.use_deterministic_algorithms(True)
     try:
         runs = [
-            torch.autograd.grad(ops.causal_attention(*leaves).float().square().sum(), leaves)
+            torch.autograd.grad(
+                ops.attention(*leaves, causal=causal).float().square().sum(), leaves
+            )
             for _ in range(5)
         ]
     finally:

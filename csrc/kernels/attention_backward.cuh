@@ -1,17 +1,18 @@
-// Causal attention, backward, for 16-bit storage on tensor cores (Dao et al., 2022; Dao, 2023).
+// Attention, backward, for 16-bit storage on tensor cores (Dao et al., 2022; Dao, 2023).
 //
 // With the weights P = exp(scores - lse), which are computed again, and the gradient dO of the
 // result O:
 //     dV = P' dO,  dP = dO V',  dS = P (dP - delta),  dQ = dS K,  dK = dS' Q,  delta = rowsum(dO O)
 //
-// FLOPs of a head with T positions of size D: five products, 5 T^2 D with the hidden half left
-// out, 2.5 times the forward pass. Bytes: 16 T D for five tensors read and three written, and dQ's
-// sums in float32, read by every tile of the other side from the second-level cache. For D = 64 a
-// tile of 128 x 64 pairs takes 1280 mma.m16n8k16 or 2560 clocks of an SM that does 1024 fused
-// multiply-adds a clock, and reads 224 KiB from shared memory, or 1792 clocks.
+// FLOPs of a head with T positions of size D: five products, 10 T^2 D, or half of that where
+// attention is causal: 2.5 times the forward pass. Bytes: 16 T D for five tensors read and three
+// written, and dQ's sums in float32, read by every tile of the other side from the second-level
+// cache. For D = 64 a tile of 128 x 64 pairs takes 1280 mma.m16n8k16 or 2560 clocks of an SM that
+// does 1024 fused multiply-adds a clock, and reads 224 KiB from shared memory, or 1792 clocks.
 //
 // attention_statistics computes delta and puts it beside the log-sum in powers of two.
-// attention_backward takes 128 keys a block and goes over the queries that see them. Its warps
+// attention_backward takes 128 keys of a head a block and goes over the queries that see them, of
+// one head after another where several share the keys: dK and dV are sums in one order. Its warps
 // hold scores with the keys down the rows, so that P' and dS' are first factors of dV and dK as
 // they lie in the registers; only dS crosses shared memory, for dQ. A warp's own 32 values and some
 // of its keys stay in registers, and every fragment of queries and gradients serves two products.
@@ -70,9 +71,10 @@ __global__ void __launch_bounds__(attention_statistics_threads)
     attention_statistics(const AttentionShape shape, const Heads<const T> grad,
                          const Heads<const T> out, const float* __restrict__ lse,
                          float* __restrict__ statistics) {
-    const BlockPlace block(shape);
+    const BlockPlace block;
+    const int head_row = block.row(shape);
     const int first = block.tile * statistics_rows;
-    const int64_t padded_row = block.row * padded_time(shape.time) + first;
+    const int64_t padded_row = head_row * padded_time(shape.time) + first;
     constexpr int lanes = 8;  // of a row
     constexpr int rows_at_once = attention_statistics_threads / lanes;
     const int lane = threadIdx.x % lanes;
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(attention_statistics_threads)
         if (lane == 0) {
             Vector<float, 2> both;
             both.v[0] = INFINITY;
-            if (t < shape.time) both.v[0] = lse[int64_t(block.row) * shape.time + t] * log2_e;
+            if (t < shape.time) both.v[0] = lse[int64_t(head_row) * shape.time + t] * log2_e;
             both.v[1] = delta;
             store_vector(statistics + (padded_row + row) * 2, both);
         }
@@ -154,35 +156,42 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
     unsigned char* const stages_data = shared + Tiles::keys_bytes + Tiles::scores_bytes;
 
     const AttentionShape& shape = args.shape;
-    const BlockPlace block(shape);
+    const BlockPlace block;
     const int first_key = block.tile * Tiles::keys;  // the first tile is seen by the most queries
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_key = first_key + warp * M * 16;
-    const int first_row = block.row * padded_time(shape.time);  // of the head's statistics and sums
+    const int first_head = block.head * shape.group;
+    // Of a query head's statistics and sums.
+    const auto first_row = [&](const BlockPlace& place) {
+        return place.row(shape) * padded_time(shape.time);
+    };
 
-    const auto copy_queries = [&](int index, int stage) {
+    const auto copy_queries = [&](int member, int index, int stage) {
+        const BlockPlace place = block.of_head(first_head + member);
         const int first = index * Queries;
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
-        copy_tile<Queries, D, Tiles::threads>(to, args.q, first, block, shape);
-        copy_tile<Queries, D, Tiles::threads>(to + Tiles::query_bytes, args.grad, first, block,
+        copy_tile<Queries, D, Tiles::threads>(to, args.q, first, place, shape);
+        copy_tile<Queries, D, Tiles::threads>(to + Tiles::query_bytes, args.grad, first, place,
                                               shape);
         if (threadIdx.x < Tiles::statistics_bytes / 16) {
             cp_async<16>(to + 2 * Tiles::query_bytes + threadIdx.x * 16,
-                         args.statistics + int64_t(first_row + first) * 2 + threadIdx.x * 4);
+                         args.statistics + int64_t(first_row(place) + first) * 2 + threadIdx.x * 4);
         }
     };
 
     float grad_k[M][D / 8][4] = {}, grad_v[M][D / 8][4] = {};
     // Bit 2 * m + half: whether nobody sees key 16 * m + 8 * half + lane / 4 of the warp's.
     uint32_t hidden_keys = 0;
-    bool any_visible = shape.visible == nullptr;
-    if (shape.visible != nullptr) {
-        const uint8_t* mask = shape.visible + int64_t(block.batch) * shape.time;
+    const uint8_t* mask =
+        shape.visible == nullptr ? nullptr : shape.visible + int64_t(block.batch) * shape.time;
 #pragma unroll
-        for (int row = 0; row < 2 * M; ++row) {
-            const int key = warp_key + row * 8 + lane / 4;
-            hidden_keys |= uint32_t(key >= shape.time || mask[key] == 0) << row;
-        }
+    for (int row = 0; row < 2 * M; ++row) {
+        const int key = warp_key + row * 8 + lane / 4;
+        const bool hidden = key >= shape.time || (mask != nullptr && mask[key] == 0);
+        hidden_keys |= uint32_t(hidden) << row;
+    }
+    bool any_visible = mask == nullptr;
+    if (mask != nullptr) {
         for (int key = first_key + lane; key < min(first_key + Tiles::keys, shape.time);
              key += 32) {
             any_visible |= mask[key] != 0;
@@ -190,12 +199,13 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
         any_visible = __any_sync(0xffffffffu, any_visible);
     }
 
-    const int tiles = any_visible ? (shape.time + Queries - 1) / Queries : 0;
-    int index = first_key / Queries;
-    if (index < tiles) {
+    const int tiles = (shape.time + Queries - 1) / Queries;
+    const int first_tile = shape.causal ? first_key / Queries : 0;
+    const int members = any_visible ? shape.group : 0;  // heads of queries
+    if (members > 0) {
         copy_tile<Tiles::keys, D, Tiles::threads>(key_tile, args.k, first_key, block, shape);
         copy_tile<Tiles::keys, D, Tiles::threads>(value_tile, args.v, first_key, block, shape);
-        copy_queries(index, 0);
+        copy_queries(0, first_tile, 0);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -208,7 +218,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
             ldmatrix_x4(fragments[m], Layout::moved(tile + own_rows, m * 16, 2 * d));
         }
     };
-    if (index < tiles) {
+    if (members > 0) {
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
             if (d < held_keys<D, Drops>) read_own(keys[d], key_tile, d);
@@ -223,14 +233,17 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
     unsigned char* const own_scores =
         shared + Tiles::keys_bytes + Scores::offset(warp * M * 16 + lane / 4, 0) + lane % 4 * 4;
 
-    for (int stage = 0; index < tiles; ++index, stage ^= 1) {
+    for (int member = 0, index = first_tile, stage = 0; member < members; stage ^= 1) {
         cp_async_wait<0>();
         // These queries have come for everybody, and everybody is done with those before them and
         // with dS; the first time, with the values, whose place one or the other takes.
         __syncthreads();
-        if (index + 1 < tiles) copy_queries(index + 1, stage ^ 1);
+        const bool last = index + 1 == tiles;
+        const int next_member = member + last, next = last ? first_tile : index + 1;
+        if (next_member < members) copy_queries(next_member, next, stage ^ 1);
         cp_async_commit();
 
+        const BlockPlace queries_place = block.of_head(first_head + member);
         const uint32_t query_tile = stages + uint32_t(stage * Tiles::stage_bytes);
         const uint32_t grad_tile = query_tile + Tiles::query_bytes;
         const float* both = reinterpret_cast<const float*>(
@@ -239,7 +252,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
         for (int slice = 0; slice < Queries / 16; ++slice) {
             const int first_query = index * Queries + slice * 16;
             uint32_t weights[M][4] = {}, grad_scores[M][4] = {};
-            if (first_query + 15 >= warp_key) {
+            if (!shape.causal || first_query + 15 >= warp_key) {
                 float p[M][2][4] = {}, dp[M][2][4] = {};
 #pragma unroll
                 for (int d = 0; d < D / 16; ++d) {
@@ -263,7 +276,8 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
                     const int query = index * Queries + column;
                     const auto of_pair = load_vector<4>(both + 2 * column);
                     const uint32_t drops =
-                        Drops ? dropped<M>(dropout, seed, block.row, query, warp_key) : 0;
+                        Drops ? dropped<M>(dropout, seed, queries_place.row(shape), query, warp_key)
+                              : 0;
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -272,13 +286,14 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
                                 exp2_approx(fmaf(p[m][n][e], scale, -of_pair.v[e % 2 * 2]));
                         }
                     }
-                    if (hidden_keys != 0 || first_query < warp_key + M * 16 - 1) {
+                    if (hidden_keys != 0 || (shape.causal && first_query < warp_key + M * 16 - 1)) {
 #pragma unroll
                         for (int m = 0; m < M; ++m) {
 #pragma unroll
                             for (int e = 0; e < 4; ++e) {
                                 const int key = warp_key + m * 16 + e / 2 * 8 + lane / 4;
-                                if (key > query + e % 2 || (hidden_keys >> (2 * m + e / 2) & 1)) {
+                                if ((shape.causal && key > query + e % 2) ||
+                                    (hidden_keys >> (2 * m + e / 2) & 1)) {
                                     p[m][n][e] = 0.0f;
                                 }
                             }
@@ -351,7 +366,7 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
                     multiply<T>(sums, n, factor, fragment);
                 }
             }
-            float* target = args.sums + int64_t(first_row + index * Queries) * D +
+            float* target = args.sums + int64_t(first_row(queries_place) + index * Queries) * D +
                             warp * (Queries * D / Tiles::warps) + lane;
 #pragma unroll
             for (int i = 0; i < Queries * D / Tiles::threads; ++i) {
@@ -359,6 +374,8 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads, D <= 64 ? 2 : 1)
                 atomicAdd(target + i * 32, sums[i / row][i / 4 % (row / 4)][i % 4]);
             }
         }
+        member = next_member;
+        index = next;
     }
     cp_async_wait<0>();
     __syncthreads();  // everybody is done with the keys, whose place the gradients take
@@ -378,12 +395,12 @@ __global__ void __launch_bounds__(BackwardTiles<D>::threads)
     using Tiles = BackwardTiles<D>;
     constexpr int Queries = Tiles::queries, M = Tiles::product_m;
     const AttentionShape& shape = args.shape;
-    const BlockPlace block(shape);
+    const BlockPlace block;
     const int padded = padded_time(shape.time);
     const int first_query = block.tile * Queries;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int across = warp % Tiles::warps_across, down = warp / Tiles::warps_across;
-    const float* source = args.sums + int64_t(block.row * padded + first_query) * D +
+    const float* source = args.sums + int64_t(block.row(shape) * padded + first_query) * D +
                           warp * (Queries * D / Tiles::warps) + lane;
     T* target = rows_of(args.grad_q, block, first_query);
 #pragma unroll
@@ -430,24 +447,25 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
     const uint32_t stages = grad_tile + Tiles::query_bytes;
 
     const AttentionShape& shape = args.shape;
-    const BlockPlace block(shape);
+    const BlockPlace block, keys_place = block.of_key_head(shape);
+    const int head_row = block.row(shape);
     const int first_query = (int(gridDim.y) - 1 - block.tile) * Tiles::queries;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_query = first_query + warp * M * 16;
     const int query = warp_query + lane / 4;
-    const int last_key = warp_query < shape.time ? warp_query + M * 16 - 1 : -1;
+    const int warp_end = warp_query < shape.time ? end_of_keys(shape, warp_query + M * 16) : 0;
     const int padded = padded_time(shape.time);
 
     const uint8_t* mask =
         shape.visible == nullptr ? nullptr : shape.visible + int64_t(block.batch) * shape.time;
     const auto copy_keys = [&](int index, int stage) {
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
-        copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, block, shape);
-        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys, block,
-                                           shape);
+        copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, keys_place, shape);
+        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys,
+                                           keys_place, shape);
     };
 
-    const int tiles = (min(first_query + Tiles::queries, shape.time) + Keys - 1) / Keys;
+    const int tiles = (end_of_keys(shape, first_query + Tiles::queries) + Keys - 1) / Keys;
     VisibleKeys<Keys> visible{}, visible_next{};
     int index = next_visible<Keys>(mask, shape.time, 0, tiles, visible);
     copy_tile<Tiles::queries, D, Tiles::threads>(query_tile, args.q, first_query, block, shape);
@@ -468,7 +486,7 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
             delta[m][half] = 0.0f;
             if (row < shape.time) {
                 const auto both =
-                    load_vector<2>(args.statistics + int64_t(block.row * padded + row) * 2);
+                    load_vector<2>(args.statistics + int64_t(head_row * padded + row) * 2);
                 log_sum[m][half] = both.v[0];
                 delta[m][half] = both.v[1];
             }
@@ -504,7 +522,7 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
 #pragma unroll
         for (int slice = 0; slice < Keys / 16; ++slice) {
             const int slice_key = first_key + slice * 16;
-            if (slice_key > last_key) continue;
+            if (slice_key >= warp_end) continue;
             float p[M][2][4] = {}, dp[M][2][4] = {};
 #pragma unroll
             for (int d = 0; d < D / 16; ++d) {
@@ -514,7 +532,8 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
                 ldmatrix_x4(fragment, Layout::moved(values + chunks_first<D>(), slice * 16, 2 * d));
                 multiply<T>(dp, 0, grads[d], fragment);
             }
-            const bool edge = mask != nullptr || slice_key + 15 > warp_query;
+            const bool masked = mask != nullptr || first_key + Keys > shape.time;
+            const bool edge = masked || (shape.causal && slice_key + 15 > warp_query);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -522,7 +541,7 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
                     const int row = query + m * 16 + half * 8;
                     RandomWords bits{};
                     if constexpr (Drops) {
-                        bits = dropout_words(seed, block.row, row, slice_key + lane % 4 * 2);
+                        bits = dropout_words(seed, head_row, row, slice_key + lane % 4 * 2);
                     }
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
@@ -530,8 +549,8 @@ __global__ void __launch_bounds__(BackwardQueryTiles<D>::threads, D <= 96 ? 2 : 
                         const int column = n * 8 + lane % 4 * 2 + i % 2;
                         float& weight = p[m][n][e];
                         weight = exp2_approx(fmaf(weight, scale, -log_sum[m][half]));
-                        if (edge && (slice_key + column > row ||
-                                     (mask != nullptr && !visible[slice * 16 + column]))) {
+                        if (edge && ((shape.causal && slice_key + column > row) ||
+                                     (masked && !visible[slice * 16 + column]))) {
                             weight = 0.0f;
                         }
                         float& grad_weight = dp[m][n][e];

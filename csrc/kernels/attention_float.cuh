@@ -1,10 +1,10 @@
-// Causal attention, forward and backward, in float32 without tensor cores, whose products of
-// float32 are rounded to 10 bits.
+// Attention, forward and backward, in float32 without tensor cores, whose products of float32 are
+// rounded to 10 bits.
 //
 // FLOPs as in attention_forward.cuh and, the backward pass computing the scores twice so that
-// nothing needs atomics, 7 T^2 D a head. An SM does 128 fused multiply-adds a clock: arithmetic is
-// the floor. A thread computes 4 x 4 scores from vectors of 4: 8 loads of 16 bytes for 64
-// multiply-adds.
+// nothing needs atomics, 14 T^2 D a head, or half of that where attention is causal. An SM does 128
+// fused multiply-adds a clock: arithmetic is the floor. A thread computes 4 x 4 scores from vectors
+// of 4: 8 loads of 16 bytes for 64 multiply-adds.
 //
 // A block of 128 threads takes 16 * R rows (queries, or keys where it computes their gradients)
 // and goes over the columns 32 at a time. Eight threads share R rows: their rows' maxima and sums
@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(float_threads)
     float* const weights = values + Tiles::column_floats;
 
     const AttentionShape& shape = args.shape;
-    const BlockPlace block(shape);
+    const BlockPlace block, keys_place = block.of_key_head(shape);
+    const int head_row = block.row(shape);
     const int first_query = (int(gridDim.y) - 1 - block.tile) * Tiles::rows;
     const Place place = place_of_thread<R>();
     const uint8_t* mask =
@@ -206,14 +207,16 @@ __global__ void __launch_bounds__(float_threads)
 #pragma unroll
     for (int i = 0; i < R; ++i) exponent[i] = no_exponent;
     const int tiles =
-        (min(first_query + Tiles::rows, shape.time) + float_columns - 1) / float_columns;
+        (end_of_keys(shape, first_query + Tiles::rows) + float_columns - 1) / float_columns;
+    // Of the first row; each of the others sees one key more.
+    const int last_key = shape.causal ? first_query + place.row : shape.time;
     VisibleKeys<float_columns> visible{};
     int index = next_visible(mask, shape.time, 0, tiles, visible);
     while (index < tiles) {
         const int first_key = index * float_columns;
         __syncthreads();  // everybody is done with the keys and values before
-        copy_floats<float_columns, D>(keys, args.k, first_key, block, shape);
-        copy_floats<float_columns, D>(values, args.v, first_key, block, shape);
+        copy_floats<float_columns, D>(keys, args.k, first_key, keys_place, shape);
+        copy_floats<float_columns, D>(values, args.v, first_key, keys_place, shape);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -227,8 +230,7 @@ __global__ void __launch_bounds__(float_threads)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int column = place.column + 8 * j;
-                const bool hidden =
-                    first_key + column > query || (mask != nullptr && !visible[column]);
+                const bool hidden = first_key + column > last_key + 8 * i || !visible[column];
                 scores[i][j] = hidden ? -INFINITY : scores[i][j] * scale;
                 largest = fmaxf(largest, scores[i][j]);
             }
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(float_threads)
             for (int j = 0; j < D / 8; ++j) out[i][j] *= factor;
             RandomWords bits{};
             if (dropout.threshold != 0) {
-                bits = dropout_words(seed, block.row, query, first_key + place.column);
+                bits = dropout_words(seed, head_row, query, first_key + place.column);
             }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(float_threads)
         }
         const int query = first_query + place.row + 8 * i;
         if (place.column == 0 && query < shape.time) {
-            args.lse[int64_t(block.row) * shape.time + query] =
+            args.lse[int64_t(head_row) * shape.time + query] =
                 sum[i] == 0.0f ? INFINITY : exponent[i] * ln_2 + logf(sum[i]);
         }
         const float factor = sum[i] == 0.0f ? 0.0f : dropout.scale / sum[i];
@@ -291,7 +293,8 @@ __global__ void __launch_bounds__(float_threads)
     float* const weights = values + Tiles::column_floats;
 
     const AttentionShape& shape = args.shape;
-    const BlockPlace block(shape);
+    const BlockPlace block, keys_place = block.of_key_head(shape);
+    const int head_row = block.row(shape);
     const int first_query = (int(gridDim.y) - 1 - block.tile) * Tiles::rows;
     const Place place = place_of_thread<R>();
     const uint8_t* mask =
@@ -299,7 +302,7 @@ __global__ void __launch_bounds__(float_threads)
     const float scale = shape.scale * log2_e;
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = dropout.threshold == 0 ? 0 : uint64_t(*dropout.seed);
-    const float* statistics = args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
+    const float* statistics = args.statistics + int64_t(head_row) * padded_time(shape.time) * 2;
 
     copy_floats<Tiles::rows, D>(queries, args.q, first_query, block, shape);
     copy_floats<Tiles::rows, D>(grads, args.grad, first_query, block, shape);
@@ -312,14 +315,16 @@ __global__ void __launch_bounds__(float_threads)
 
     float grad_q[R][D / 8] = {};
     const int tiles =
-        (min(first_query + Tiles::rows, shape.time) + float_columns - 1) / float_columns;
+        (end_of_keys(shape, first_query + Tiles::rows) + float_columns - 1) / float_columns;
+    // Of the first row; each of the others sees one key more.
+    const int last_key = shape.causal ? first_query + place.row : shape.time;
     VisibleKeys<float_columns> visible{};
     int index = next_visible(mask, shape.time, 0, tiles, visible);
     while (index < tiles) {
         const int first_key = index * float_columns;
         __syncthreads();
-        copy_floats<float_columns, D>(keys, args.k, first_key, block, shape);
-        copy_floats<float_columns, D>(values, args.v, first_key, block, shape);
+        copy_floats<float_columns, D>(keys, args.k, first_key, keys_place, shape);
+        copy_floats<float_columns, D>(values, args.v, first_key, keys_place, shape);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -332,13 +337,12 @@ __global__ void __launch_bounds__(float_threads)
             const int query = first_query + place.row + 8 * i;
             RandomWords bits{};
             if (dropout.threshold != 0) {
-                bits = dropout_words(seed, block.row, query, first_key + place.column);
+                bits = dropout_words(seed, head_row, query, first_key + place.column);
             }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int column = place.column + 8 * j;
-                const bool hidden =
-                    first_key + column > query || (mask != nullptr && !visible[column]);
+                const bool hidden = first_key + column > last_key + 8 * i || !visible[column];
                 const float weight =
                     hidden ? 0.0f : exp2_approx(fmaf(p[i][j], scale, -both[i].v[0]));
                 const float kept =
@@ -362,7 +366,7 @@ __global__ void __launch_bounds__(float_threads)
     store_sums<D, R>(grad_q, args.grad_q, first_query, block, shape, place);
 }
 
-// dK and dV of a tile of keys.
+// dK and dV of a tile of keys, from all heads of queries that read them.
 template <int D, int R>
 __global__ void __launch_bounds__(float_threads)
     attention_float_backward(const AttentionFloatBackward args) {
@@ -376,19 +380,19 @@ __global__ void __launch_bounds__(float_threads)
     float* const grad_scores = weights + Tiles::weight_floats;
 
     const AttentionShape& shape = args.shape;
-    const BlockPlace block(shape);
+    const BlockPlace block;
     const int first_key = block.tile * Tiles::rows;
     const Place place = place_of_thread<R>();
     const float scale = shape.scale * log2_e;
     const Dropout& dropout = shape.dropout;
     const uint64_t seed = dropout.threshold == 0 ? 0 : uint64_t(*dropout.seed);
-    const float* statistics = args.statistics + int64_t(block.row) * padded_time(shape.time) * 2;
-    bool hidden[R];
+    int first_seen[R];  // the first query that sees a key
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         const int key = first_key + place.row + 8 * i;
-        hidden[i] = shape.visible != nullptr && key < shape.time &&
-                    shape.visible[int64_t(block.batch) * shape.time + key] == 0;
+        const bool hidden = shape.visible != nullptr && key < shape.time &&
+                            shape.visible[int64_t(block.batch) * shape.time + key] == 0;
+        first_seen[i] = hidden ? shape.time : shape.causal ? key : 0;
     }
 
     copy_floats<Tiles::rows, D>(keys, args.k, first_key, block, shape);
@@ -396,42 +400,49 @@ __global__ void __launch_bounds__(float_threads)
     cp_async_commit();
 
     float grad_k[R][D / 8] = {}, grad_v[R][D / 8] = {};
-    for (int first_query = first_key; first_query < shape.time; first_query += float_columns) {
-        __syncthreads();
-        copy_floats<float_columns, D>(queries, args.q, first_query, block, shape);
-        copy_floats<float_columns, D>(grads, args.grad, first_query, block, shape);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
+    for (int member = 0; member < shape.group; ++member) {
+        const BlockPlace queries_place = block.of_head(block.head * shape.group + member);
+        const int head_row = queries_place.row(shape);
+        const float* statistics = args.statistics + int64_t(head_row) * padded_time(shape.time) * 2;
+        for (int first_query = shape.causal ? first_key : 0; first_query < shape.time;
+             first_query += float_columns) {
+            __syncthreads();
+            copy_floats<float_columns, D>(queries, args.q, first_query, queries_place, shape);
+            copy_floats<float_columns, D>(grads, args.grad, first_query, queries_place, shape);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
 
-        float p[R][4], dp[R][4];
-        multiply_rows<D, R>(p, keys, queries, place);
-        multiply_rows<D, R>(dp, values, grads, place);
+            float p[R][4], dp[R][4];
+            multiply_rows<D, R>(p, keys, queries, place);
+            multiply_rows<D, R>(dp, values, grads, place);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int query = first_query + place.column + 8 * j;
-            const auto both = load_vector<2>(statistics + query * 2);
-            RandomWords bits{};
-            if (dropout.threshold != 0) {
-                bits = dropout_words(seed, block.row, query, first_key + place.row);
-            }
+            for (int j = 0; j < 4; ++j) {
+                const int query = first_query + place.column + 8 * j;
+                const auto both = load_vector<2>(statistics + query * 2);
+                RandomWords bits{};
+                if (dropout.threshold != 0) {
+                    bits = dropout_words(seed, head_row, query, first_key + place.row);
+                }
 #pragma unroll
-            for (int i = 0; i < R; ++i) {
-                const int key = first_key + place.row + 8 * i;
-                const float weight =
-                    hidden[i] || key > query ? 0.0f : exp2_approx(fmaf(p[i][j], scale, -both.v[0]));
-                const bool drop = is_dropped(bits, key, dropout);
-                const float kept = drop ? 0.0f : dp[i][j] * dropout.scale;
-                dp[i][j] = weight * (kept - both.v[1]);
-                p[i][j] = drop ? 0.0f : weight * dropout.scale;
+                for (int i = 0; i < R; ++i) {
+                    const int key = first_key + place.row + 8 * i;
+                    const float weight = query < first_seen[i]
+                                             ? 0.0f
+                                             : exp2_approx(fmaf(p[i][j], scale, -both.v[0]));
+                    const bool drop = is_dropped(bits, key, dropout);
+                    const float kept = drop ? 0.0f : dp[i][j] * dropout.scale;
+                    dp[i][j] = weight * (kept - both.v[1]);
+                    p[i][j] = drop ? 0.0f : weight * dropout.scale;
+                }
             }
+            store_weights(weights, p, place);
+            store_weights(grad_scores, dp, place);
+            __syncwarp();
+            multiply_weights<D, R>(grad_v, weights, grads, place);
+            multiply_weights<D, R>(grad_k, grad_scores, queries, place);
+            __syncwarp();
         }
-        store_weights(weights, p, place);
-        store_weights(grad_scores, dp, place);
-        __syncwarp();
-        multiply_weights<D, R>(grad_v, weights, grads, place);
-        multiply_weights<D, R>(grad_k, grad_scores, queries, place);
-        __syncwarp();
     }
     cp_async_wait<0>();
 

@@ -1,17 +1,19 @@
-// Causal attention, forward, for 16-bit storage on tensor cores (Dao et al., 2022; Dao, 2023).
+// Attention, forward, for 16-bit storage on tensor cores (Dao et al., 2022; Dao, 2023).
 //
-// FLOPs of a head with T positions of size D: 2 T^2 D, half of a full product's 4 T^2 D, and
-// T^2 / 2 exponentials. Bytes: 8 T D for query, key, value and result, and 4 T for the log-sums;
-// keys and values are read again by every tile of queries, from the second-level cache. Intensity
-// is about T / 4 FLOPs a byte: from T = 1k on, arithmetic is the floor. For D = 64 a tile of
-// 128 x 64 takes 512 mma.m16n8k16 and 8192 exponentials; an SM that does 1024 fused
-// multiply-adds and 16 exponentials a clock needs 1024 and 512 clocks for them.
+// FLOPs of a head with T positions of size D: 4 T^2 D and T^2 exponentials, or half of both where
+// attention is causal. Bytes: 8 T D for query, key, value and result, and 4 T for the log-sums;
+// keys and values are read again by every tile of queries and every head that shares them, from
+// the second-level cache. Intensity of causal attention is about T / 4 FLOPs a byte: from T = 1k
+// on, arithmetic is the floor. For D = 64 a tile of 128 x 64 takes 512 mma.m16n8k16 and 8192
+// exponentials; an SM that does 1024 fused multiply-adds and 16 exponentials a clock needs 1024 and
+// 512 clocks for them.
 //
 // A block takes 128 queries of a head, each of its four warps 32, so that every fragment of keys
 // and values that is read from shared memory serves two products: with 16 rows a warp, shared
 // memory would be as slow as the tensor cores of an A100. Two stages of keys and values; one
-// barrier a tile. Only warps on the diagonal hide scores, and those beyond it skip the tile. The
-// result leaves through shared memory, 16 bytes a lane. Two blocks fit on an SM.
+// barrier a tile. Only warps on the diagonal or past the last key hide scores, and those beyond the
+// diagonal skip the tile. The result leaves through shared memory, 16 bytes a lane. Two blocks fit
+// on an SM.
 //
 // Given up, as nvcc 13 spilled registers: dropout in the same instantiation, since drawing needs
 // the registers of the queries; tiles with permuted chunks instead of padded rows, which take a
@@ -48,7 +50,7 @@ struct ForwardTiles {
 };
 
 // Sets the scores of pairs that are hidden to -infinity. `limit` is the last key of the tile that
-// row lane / 4 sees.
+// row lane / 4 sees, the next row sees one more.
 template <int M, int Keys>
 __device__ __forceinline__ void hide(float (&scores)[M][Keys / 8][4], int limit, bool masked,
                                      const VisibleKeys<Keys>& visible) {
@@ -107,25 +109,25 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
     const uint32_t stages = query_tile + Tiles::query_bytes;
 
     const AttentionShape& shape = args.shape;
-    const BlockPlace block(shape);
+    const BlockPlace block, keys_place = block.of_key_head(shape);
+    const int head_row = block.row(shape);
     const int first_query = (int(gridDim.y) - 1 - block.tile) * Tiles::queries;  // longest first
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_query = first_query + warp * M * 16;
     const int query = warp_query + lane / 4;
-    // The last key that a query of this warp sees.
-    const int last_key = warp_query < shape.time ? warp_query + M * 16 - 1 : -1;
+    const int warp_end = warp_query < shape.time ? end_of_keys(shape, warp_query + M * 16) : 0;
 
     const uint8_t* mask =
         shape.visible == nullptr ? nullptr : shape.visible + int64_t(block.batch) * shape.time;
 
     const auto copy_keys = [&](int index, int stage) {
         const uint32_t to = stages + uint32_t(stage * Tiles::stage_bytes);
-        copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, block, shape);
-        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys, block,
-                                           shape);
+        copy_tile<Keys, D, Tiles::threads>(to, args.k, index * Keys, keys_place, shape);
+        copy_tile<Keys, D, Tiles::threads>(to + Tiles::stage_bytes / 2, args.v, index * Keys,
+                                           keys_place, shape);
     };
 
-    const int tiles = (min(first_query + Tiles::queries, shape.time) + Keys - 1) / Keys;
+    const int tiles = (end_of_keys(shape, first_query + Tiles::queries) + Keys - 1) / Keys;
     VisibleKeys<Keys> visible{}, visible_next{};
     int index = next_visible<Keys>(mask, shape.time, 0, tiles, visible);
     copy_tile<Tiles::queries, D, Tiles::threads>(query_tile, args.q, first_query, block, shape);
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
             for (int d = 0; d < D / 16; ++d) read_queries(queries[d], d);
             first = false;
         }
-        if (first_key <= last_key) {
+        if (first_key < warp_end) {
             const uint32_t keys = stages + uint32_t(stage * Tiles::stage_bytes);
             const uint32_t key_rows = keys + chunks_first<D>();
             float scores[M][Keys / 8][4] = {};
@@ -186,12 +188,13 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
                     score = -score;
                 }
             }
-            if (mask != nullptr || first_key + Keys - 1 > warp_query) {
-                hide<M, Keys>(scores, query - first_key, mask != nullptr, visible);
+            const bool masked = mask != nullptr || first_key + Keys > shape.time;
+            if (masked || (shape.causal && first_key + Keys - 1 > warp_query)) {
+                hide<M, Keys>(scores, shape.causal ? query - first_key : Keys, masked, visible);
             }
             softmax.add(scores, scale, out);
             if constexpr (Drops) {
-                drop<M, Keys>(scores, shape.dropout, seed, block.row, query, first_key);
+                drop<M, Keys>(scores, shape.dropout, seed, head_row, query, first_key);
             }
 
             const uint32_t value_rows = keys + Tiles::stage_bytes / 2 + rows_first<D>();
@@ -219,7 +222,7 @@ __global__ void __launch_bounds__(ForwardTiles<D, Drops>::threads, 2)
 
     softmax.finish();
     if (lane % 4 == 0) {
-        float* lse = args.lse + int64_t(block.row) * shape.time;
+        float* lse = args.lse + int64_t(head_row) * shape.time;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll

@@ -38,11 +38,18 @@ dim3 grid_of(const Attention& args, int tile) {
     return dim3(unsigned(args.heads), unsigned(ceil_div(args.time, tile)), unsigned(args.batch));
 }
 
+// Of kernels whose blocks take a tile of keys.
+dim3 grid_of_keys(const Attention& args, int tile) {
+    dim3 grid = grid_of(args, tile);
+    grid.x = unsigned(args.key_heads);
+    return grid;
+}
+
 AttentionShape shape_of(const Attention& args) {
     const auto threshold = uint32_t(std::lround(args.dropout_p * 65536));
     const float kept = threshold < 65536 ? 65536.0f / float(65536 - threshold) : 0.0f;
-    return {int(args.time),    int(args.heads), int(args.head_dim),
-            float(args.scale), args.visible,    {args.seed, threshold, kept}};
+    return {int(args.time), int(args.heads),   int(args.head_dim), int(args.heads / args.key_heads),
+            args.causal,    float(args.scale), args.visible,       {args.seed, threshold, kept}};
 }
 
 // Calls function(std::bool_constant<whether weights are dropped>{}).
@@ -88,10 +95,11 @@ void backward(const AttentionBackward& args, const AttentionFloatBackward& all,
               cudaStream_t stream) {
     constexpr int rows_per_thread = float_backward_rows<D>;
     using Tiles = FloatTiles<D, rows_per_thread>;
-    const dim3 grid = grid_of(args.attention, Tiles::rows);
-    device::launch(&attention_float_backward<D, rows_per_thread>, grid, dim3(float_threads),
+    device::launch(&attention_float_backward<D, rows_per_thread>,
+                   grid_of_keys(args.attention, Tiles::rows), dim3(float_threads),
                    Tiles::backward_bytes, stream, all);
-    device::launch(&attention_float_backward_query<D, rows_per_thread>, grid, dim3(float_threads),
+    device::launch(&attention_float_backward_query<D, rows_per_thread>,
+                   grid_of(args.attention, Tiles::rows), dim3(float_threads),
                    Tiles::backward_query_bytes, stream, all);
 }
 
@@ -114,8 +122,9 @@ void backward(const AttentionBackward& args, kernels::AttentionBackward<T> all,
         device::clear(all.sums, size_t(sums_floats(given)) * sizeof(float), stream);
     }
     with_dropout(all.shape, [&](auto drops) {
-        device::launch(&kernels::attention_backward<T, D, drops.value>, grid_of(given, Tiles::keys),
-                       dim3(Tiles::threads), Tiles::shared_bytes, stream, all);
+        device::launch(&kernels::attention_backward<T, D, drops.value>,
+                       grid_of_keys(given, Tiles::keys), dim3(Tiles::threads), Tiles::shared_bytes,
+                       stream, all);
         if (!args.deterministic) return;
         device::launch(&attention_backward_query<T, D, drops.value>,
                        grid_of(given, QueryTiles::queries), dim3(QueryTiles::threads),
@@ -167,6 +176,9 @@ void check_aligned(const Attention& args, const Heads<void>& heads) {
 const char* attention_refuses(const Attention& args) {
     if (args.batch < 1 || args.time < 1 || args.heads < 1 || args.head_dim < 1) {
         return "attention needs at least one element";
+    }
+    if (args.key_heads < 1 || args.heads % args.key_heads != 0) {
+        return "attention needs as many heads of queries for each head of keys";
     }
     if (args.head_dim > attention_head_dim_limit) return "attention takes heads of 128 at most";
     if (args.dtype != DType::float32 && args.head_dim % 8 != 0) {

@@ -5,10 +5,12 @@
 
 namespace gpt2fast::launch {
 
-// Heads are only read where they are arguments of the op.
+// Heads are only read where they are arguments of the op. Head h of the queries reads head
+// h / (heads / key_heads) of keys and values.
 struct Attention {
     Heads<void> q, k, v;
-    int64_t batch, time, heads, head_dim;
+    int64_t batch, time, heads, key_heads, head_dim;
+    bool causal;
     double scale;
     const uint8_t* visible;  // (batch, time), contiguous; null if all keys are visible
     double dropout_p;
@@ -27,7 +29,7 @@ struct AttentionBackward {
     Attention attention;
     Heads<void> grad, out;
     const float* lse;
-    Heads<void> grad_q, grad_k, grad_v;
+    Heads<void> grad_q, grad_k, grad_v;  // as many heads as q, k and v have
     float* workspace;
     bool deterministic;  // without atomics, whose order is the blocks'
 };

@@ -23,7 +23,7 @@ def named(each) -> str:
 
 
 # Backends whose kernels are those of causal attention with as many key heads as query heads.
-CAUSAL_ONLY = {"simulator", "cuda"}
+CAUSAL_ONLY = set()
 FORMS = [each for each in BACKENDS if named(each) not in CAUSAL_ONLY]
 # torch's flash attention takes neither mask nor dropout.
 WITH_MASK = [each for each in FORMS if each != "torch"]
@@ -127,6 +127,20 @@ def test_any_mask_with_a_visible_key_matches_torch(name, dtype, sharing, time):
         lambda q, k, v: ops.attention(q, k, v, 0.3, mask, causal=causal),
         lambda q, k, v: torch_attention(q, k, v, causal, mask, 0.3),
         inputs(3, time, heads, key_heads, 32),
+        dtype,
+        name,
+    )
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_past_the_end_do_not_count_where_all_scores_are_far_below_theirs(name, dtype, causal):
+    q, k, v = inputs(2, 17, 2, 1, 32)
+    compare(
+        lambda q, k, v: ops.attention(q, k, v, 8.0, causal=causal),
+        lambda q, k, v: torch_attention(q, k, v, causal, scale=8.0),
+        [q.abs(), -k.abs(), v],  # scores of some -160, beside 0 of keys that are filled up
         dtype,
         name,
     )

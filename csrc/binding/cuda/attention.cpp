@@ -1,4 +1,4 @@
-// Causal attention over whole sequences.
+// Attention over whole sequences.
 #include "../../launch/attention.h"
 
 #include "tensors.h"
@@ -12,7 +12,8 @@ Heads<void> heads_of(const Tensor& x) {
 
 launch::Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                const std::optional<Tensor>& visible, double dropout_p,
-                               const std::optional<Tensor>& seed) {
+                               const std::optional<Tensor>& seed, bool causal) {
+    check_key_heads(q, k, v);
     check_probability(dropout_p, "dropout_p");
     GPT2FAST_CHECK(dropout_p == 0.0 || seed.has_value(), "dropout needs a seed");
     check_mask(visible, q.size(0), q.size(1));
@@ -28,7 +29,9 @@ launch::Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v
             q.size(0),
             q.size(1),
             q.size(2),
+            k.size(2),
             q.size(3),
+            causal,
             scale,
             static_cast<const uint8_t*>(data_of(visible)),
             dropout_p,
@@ -38,15 +41,15 @@ launch::Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
                                      std::optional<Tensor> visible, double dropout_p,
-                                     std::optional<Tensor> seed) {
+                                     std::optional<Tensor> seed, bool causal) {
     float_dtype_of(q);
-    check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}});
+    check_heads({{&q, "q"}});
     const OnDeviceOf on(q);
     Tensor out = torch::stable::new_empty(q, q.sizes());
     Tensor lse = floats(q, {q.size(0), q.size(2), q.size(1)});
-    launch::attention_forward(
-        {attention_of(q, k, v, scale, visible, dropout_p, seed), heads_of(out), floats_of(lse)},
-        on.stream);
+    launch::attention_forward({attention_of(q, k, v, scale, visible, dropout_p, seed, causal),
+                               heads_of(out), floats_of(lse)},
+                              on.stream);
     return {out, lse};
 }
 
@@ -54,17 +57,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
                                                       Tensor out, Tensor lse, double scale,
                                                       std::optional<Tensor> visible,
                                                       double dropout_p, std::optional<Tensor> seed,
-                                                      bool deterministic) {
+                                                      bool causal, bool deterministic) {
     float_dtype_of(q);
-    check_heads({{&q, "q"}, {&k, "k"}, {&v, "v"}, {&grad, "grad"}, {&out, "out"}});
+    check_heads({{&q, "q"}, {&grad, "grad"}, {&out, "out"}});
     check_contiguous(lse, "lse", {q.size(0), q.size(2), q.size(1)});
     check_floats(lse, "lse");
     check_device(lse, "lse", q, "q");
     const OnDeviceOf on(q);
+    const launch::Attention given = attention_of(q, k, v, scale, visible, dropout_p, seed, causal);
     Tensor grad_q = torch::stable::new_empty(q, q.sizes());
     Tensor grad_k = torch::stable::new_empty(k, k.sizes());
     Tensor grad_v = torch::stable::new_empty(v, v.sizes());
-    const launch::Attention given = attention_of(q, k, v, scale, visible, dropout_p, seed);
     Tensor workspace = floats(q, {launch::attention_backward_floats(given, deterministic)});
     launch::attention_backward(
         {given, heads_of(grad), heads_of(out), static_cast<const float*>(lse.const_data_ptr()),
@@ -75,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor q, Ten
 
 }  // namespace
 
-GPT2FAST_OP(attention, "q, k, v, scale, visible, dropout_p, seed");
+GPT2FAST_OP(attention, "q, k, v, scale, visible, dropout_p, seed, causal");
 GPT2FAST_OP(attention_backward,
-            "grad, q, k, v, out, lse, scale, visible, dropout_p, seed, deterministic");
+            "grad, q, k, v, out, lse, scale, visible, dropout_p, seed, causal, deterministic");
 
 }  // namespace gpt2fast::binding

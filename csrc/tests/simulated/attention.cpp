@@ -1,4 +1,4 @@
-// Causal attention, forward and backward.
+// Attention, forward and backward.
 #include "launch/attention.h"
 
 #include <algorithm>
@@ -21,7 +21,20 @@ struct Shape {
     bool masked = false, deterministic = false;
     double scale = 0.2;
     int64_t hidden = 70;  // keys that nobody sees, with a mask
+    bool causal = true;
+    int64_t group = 1;  // heads of queries that share a head of keys
+
+    int64_t key_heads() const { return heads / group; }
+    // Keys before this one are visible from query t, if no mask hides them.
+    int64_t end(int64_t t) const { return causal ? t + 1 : time; }
 };
+
+// The same without causality, or with one head of keys for `group` heads of queries, or both.
+Shape formed(Shape shape, bool causal, int64_t group) {
+    shape.causal = causal;
+    shape.group = group;
+    return shape;
+}
 
 // Philox4x32-10, as the paper has it.
 std::vector<uint32_t> philox(uint64_t key, std::vector<uint32_t> counter) {
@@ -46,15 +59,17 @@ double kept(const Shape& shape, int64_t seed, int64_t head, int64_t query, int64
     return bits < threshold ? 0.0 : 65536.0 / (65536.0 - threshold);
 }
 
-// q, k, v are views of one packed (batch, time, 3, heads, head_dim) tensor; all else is contiguous.
+// q, k, v are views of one packed (batch, time, heads + 2 * key_heads, head_dim) tensor; all else
+// is contiguous.
 template <class T>
 class Attention {
 public:
     explicit Attention(const Shape& shape)
         : shape_(shape), elements_(shape.batch * shape.time * shape.heads * shape.head_dim),
-          rows_(shape.batch * shape.heads * shape.time), packed_(random_.normal<T>(3 * elements_)),
+          key_elements_(elements_ / shape.group), rows_(shape.batch * shape.heads * shape.time),
+          packed_(random_.normal<T>(elements_ + 2 * key_elements_)),
           grad_(random_.normal<T>(elements_)), out_(elements_), grad_q_(elements_),
-          grad_k_(elements_), grad_v_(elements_), lse_(rows_),
+          grad_k_(key_elements_), grad_v_(key_elements_), lse_(rows_),
           visible_(shape.batch * shape.time, uint8_t(1)), seed_(1, int64_t(0x123456789ABCDEF)) {
         for (int64_t i = 0; shape.masked && i < visible_.size(); ++i) {
             // The first row begins with keys that nobody sees.
@@ -68,13 +83,14 @@ public:
         launch::attention_forward({args, view(out_), lse_.data()}, nullptr);
         Buffer<float> workspace(launch::attention_backward_floats(args, shape_.deterministic));
         launch::attention_backward(
-            {args, view(grad_), view(out_), lse_.data(), view(grad_q_), view(grad_k_),
-             view(grad_v_), workspace.data(), shape_.deterministic},
+            {args, view(grad_), view(out_), lse_.data(), view(grad_q_), view_of_keys(grad_k_),
+             view_of_keys(grad_v_), workspace.data(), shape_.deterministic},
             nullptr);
     }
 
     void check() {
-        std::vector<double> out(size_t(elements_), 0.0), grad_q = out, grad_k = out, grad_v = out;
+        std::vector<double> out(size_t(elements_), 0.0), grad_q = out;
+        std::vector<double> grad_k(size_t(key_elements_), 0.0), grad_v = grad_k;
         for (int64_t b = 0; b < shape_.batch; ++b) {
             for (int64_t h = 0; h < shape_.heads; ++h) {
                 for (int64_t t = 0; t < shape_.time; ++t) {
@@ -91,10 +107,10 @@ public:
     }
 
     launch::Attention arguments() {
-        const int64_t width = shape_.heads * shape_.head_dim;
         const auto part = [&](int64_t i) {
-            return Heads<void>{packed_.data() + i * width, 3 * width * shape_.time, 3 * width,
-                               shape_.head_dim};
+            const int64_t width = packed_heads() * shape_.head_dim;
+            return Heads<void>{packed_.data() + first_head(i) * shape_.head_dim,
+                               width * shape_.time, width, shape_.head_dim};
         };
         return {part(0),
                 part(1),
@@ -102,7 +118,9 @@ public:
                 shape_.batch,
                 shape_.time,
                 shape_.heads,
+                shape_.key_heads(),
                 shape_.head_dim,
+                shape_.causal,
                 shape_.scale,
                 shape_.masked ? visible_.data() : nullptr,
                 shape_.dropout_p,
@@ -111,27 +129,40 @@ public:
     }
 
 private:
-    Heads<void> view(Buffer<T>& x) {
-        const int64_t width = shape_.heads * shape_.head_dim;
+    Heads<void> view(Buffer<T>& x) { return contiguous(x, shape_.heads); }
+    Heads<void> view_of_keys(Buffer<T>& x) { return contiguous(x, shape_.key_heads()); }
+    Heads<void> contiguous(Buffer<T>& x, int64_t heads) {
+        const int64_t width = heads * shape_.head_dim;
         return {x.data(), width * shape_.time, width, shape_.head_dim};
     }
 
     int64_t at(int64_t b, int64_t t, int64_t h) const {
         return ((b * shape_.time + t) * shape_.heads + h) * shape_.head_dim;
     }
+    // Of the keys and values that query head h reads.
+    int64_t key_at(int64_t b, int64_t s, int64_t h) const {
+        return ((b * shape_.time + s) * shape_.key_heads() + h / shape_.group) * shape_.head_dim;
+    }
 
-    // `part` of the packed tensor: 0 queries, 1 keys, 2 values.
+    int64_t packed_heads() const { return shape_.heads + 2 * shape_.key_heads(); }
+    // Of a part of the packed tensor: 0 queries, 1 keys, 2 values.
+    int64_t first_head(int64_t part) const {
+        return part == 0 ? 0 : shape_.heads + (part - 1) * shape_.key_heads();
+    }
+    // Of query head h, or of the keys or values that it reads.
     double packed(int64_t part, int64_t b, int64_t t, int64_t h, int64_t d) const {
-        const int64_t row = (b * shape_.time + t) * 3 + part;
-        return to_double(packed_[(row * shape_.heads + h) * shape_.head_dim + d]);
+        const int64_t head = first_head(part) + (part == 0 ? h : h / shape_.group);
+        const int64_t row = (b * shape_.time + t) * packed_heads() + head;
+        return to_double(packed_[row * shape_.head_dim + d]);
     }
 
     void attend(int64_t b, int64_t h, int64_t t, std::vector<double>& out,
                 std::vector<double>& grad_q, std::vector<double>& grad_k,
                 std::vector<double>& grad_v) {
-        std::vector<double> weights(size_t(t + 1), 0.0), grad_weights = weights;
+        const int64_t end = shape_.end(t);
+        std::vector<double> weights(size_t(end), 0.0), grad_weights = weights;
         double sum = 0.0, inner = 0.0;
-        for (int64_t s = 0; s <= t; ++s) {
+        for (int64_t s = 0; s < end; ++s) {
             double score = 0.0;
             for (int64_t d = 0; d < shape_.head_dim; ++d) {
                 score += packed(0, b, t, h, d) * packed(1, b, s, h, d);
@@ -145,29 +176,29 @@ private:
                                  std::to_string(h) + ", query " + std::to_string(t);
         if (sum == 0.0) return expect_same(lse, INFINITY, what);
         expect_near(lse, std::log(sum), 1e-5, what);
-        for (int64_t s = 0; s <= t; ++s) {
+        for (int64_t s = 0; s < end; ++s) {
             weights[size_t(s)] /= sum;
             const double factor = kept(shape_, seed_[0], row, t, s);
             for (int64_t d = 0; d < shape_.head_dim; ++d) {
                 const double grad = to_double(grad_[at(b, t, h) + d]);
                 out[size_t(at(b, t, h) + d)] += weights[size_t(s)] * factor * packed(2, b, s, h, d);
-                grad_v[size_t(at(b, s, h) + d)] += weights[size_t(s)] * factor * grad;
+                grad_v[size_t(key_at(b, s, h) + d)] += weights[size_t(s)] * factor * grad;
                 grad_weights[size_t(s)] += factor * grad * packed(2, b, s, h, d);
             }
             inner += weights[size_t(s)] * grad_weights[size_t(s)];
         }
-        for (int64_t s = 0; s <= t; ++s) {
+        for (int64_t s = 0; s < end; ++s) {
             const double grad =
                 weights[size_t(s)] * (grad_weights[size_t(s)] - inner) * shape_.scale;
             for (int64_t d = 0; d < shape_.head_dim; ++d) {
                 grad_q[size_t(at(b, t, h) + d)] += grad * packed(1, b, s, h, d);
-                grad_k[size_t(at(b, s, h) + d)] += grad * packed(0, b, t, h, d);
+                grad_k[size_t(key_at(b, s, h) + d)] += grad * packed(0, b, t, h, d);
             }
         }
     }
 
     Shape shape_;
-    int64_t elements_, rows_;
+    int64_t elements_, key_elements_, rows_;
     Random random_;
     Buffer<T> packed_, grad_, out_, grad_q_, grad_k_, grad_v_;
     Buffer<float> lse_;
@@ -222,11 +253,58 @@ CASE("attention of every head size and dtype") {
         }
     }
 }
+// A length that fills no tile, so that there are keys past the end which nobody may see.
+CASE("attention bf16 D=64, not causal") { run<bf16>(formed({1, 150, 1, 64}, false, 1)); }
+CASE("attention bf16 D=64, not causal, masked, dropout, deterministic") {
+    run<bf16>(formed({2, 81, 1, 64, 0.3, true, true}, false, 1));
+}
+CASE("attention bf16 D=64, not causal, shared keys, masked, dropout") {
+    run<bf16>(formed({1, 145, 2, 64, 0.3, true}, false, 2));
+}
+CASE("attention bf16 D=64, shared keys") { run<bf16>(formed({1, 150, 2, 64}, true, 2)); }
+CASE("attention fp16, shared keys, masked, dropout, deterministic") {
+    run<fp16>(formed({2, 65, 4, 32, 0.3, true, true}, true, 2));
+    run<fp16>(formed({2, 33, 3, 40, 0.0, true, true, -0.3}, false, 3));
+}
+CASE("attention, not causal, tiles of keys that nobody sees") {
+    run<bf16>(formed({1, 150, 2, 64, 0.0, true, false, 0.2, 140}, false, 2));
+    run<float>(formed({1, 150, 2, 64, 0.0, true, false, 0.2, 140}, false, 2));
+}
+CASE("attention fp32, not causal") {
+    run<float>(formed({1, 77, 1, 64}, false, 1));
+    run<float>(formed({2, 65, 1, 32, 0.3, true}, false, 1));
+}
+CASE("attention fp32, shared keys") {
+    run<float>(formed({2, 65, 4, 7, 0.2}, true, 2));
+    run<float>(formed({2, 45, 3, 128, 0.3, true}, false, 3));
+}
+CASE("attention of every form, head size and dtype") {
+    for (const int64_t head_dim : {32, 64, 96, 128}) {
+        for (const int64_t group : {1, 2, 4}) {
+            for (const bool causal : {false, true}) {
+                if (causal && group == 1) continue;
+                for (const bool deterministic : {false, true}) {
+                    const bool masked = group == 2;
+                    const double dropout_p = group == 4 ? 0.25 : 0.0;
+                    Shape shape{1, 9, 4, head_dim, dropout_p, masked, deterministic, 0.2, 2};
+                    shape = formed(shape, causal, group);
+                    run<bf16>(shape);
+                    run<fp16>(shape);
+                    if (!deterministic) run<float>(shape);
+                }
+            }
+        }
+    }
+}
 CASE("attention refuses what it cannot read") {
     Attention<bf16> unaligned({1, 4, 1, 32});
     launch::Attention args = unaligned.arguments();
     args.q.data = static_cast<bf16*>(args.q.data) + 1;
     expect_error("multiples of 16 bytes",
+                 [&] { launch::attention_forward({args, args.q, nullptr}, nullptr); });
+    args = Attention<float>({1, 2, 3, 8}).arguments();
+    args.key_heads = 2;
+    expect_error("as many heads of queries for each head of keys",
                  [&] { launch::attention_forward({args, args.q, nullptr}, nullptr); });
     expect_error("128 at most", [] { Attention<float>({1, 2, 1, 136}).run(); });
     expect_error("multiples of 8", [] { Attention<fp16>({1, 2, 1, 12}).run(); });

@@ -1,4 +1,4 @@
-"""Causal attention over whole sequences as CUDA kernels (csrc/kernels/attention*.cuh).
+"""Attention over whole sequences as CUDA kernels (csrc/kernels/attention*.cuh).
 
 In 16 bits they read 16 bytes at a time, where queries, keys and values lie; what is not aligned to
 that is copied, and heads of another size than a multiple of 8 are filled up with zeros. The seed of
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import Arguments
-from ..support import MAX_HEAD_SIZE, Tensors, causal_only
+from ..support import MAX_HEAD_SIZE, Tensors
 from . import cuda
 
 MAX_SCALE = 1000.0
@@ -24,7 +24,7 @@ largest, which lie far apart where scores are beyond 10^8."""
 def _refuses(call: Arguments) -> str | None:
     if call.q.dtype != torch.float32 and abs(call.scale) > MAX_SCALE:
         return f"the CUDA kernels take scales up to {MAX_SCALE:g} in 16 bits, not {call.scale:g}"
-    return causal_only(call)
+    return None
 
 
 @cuda(
@@ -66,12 +66,13 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _without_filling(x: Tensor, given: Tensor) -> Tensor:
-    return x if x.shape == given.shape else x[..., : given.shape[-1]].contiguous()
+    width = given.shape[-1]
+    return x if x.shape[-1] == width else x[..., :width].contiguous()
 
 
-def _options(call: Arguments) -> tuple[float, Tensor | None, float, Tensor | None]:
-    """Scale, visible keys, dropout and seed, as the kernels take them."""
+def _options(call: Arguments) -> tuple[float, Tensor | None, float, Tensor | None, bool]:
+    """Scale, visible keys, dropout, seed and causality, as the kernels take them."""
     mask = None if call.mask is None else call.mask.contiguous()
     if call.seed is None or not call.dropout_p:
-        return call.scale, mask, 0.0, None
-    return call.scale, mask, call.dropout_p, call.seed
+        return call.scale, mask, 0.0, None, call.causal
+    return call.scale, mask, call.dropout_p, call.seed, call.causal
