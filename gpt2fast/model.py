@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from . import ops
 from ._system.doors import above
 from .config import GPT2Config, as_config
 from .nn import Block, LayerNorm, LinearCrossEntropy
 from .nn.changes import weights_moved
-from .nn.cross_entropy import loss_of_logits
 from .nn.dropout import drop
 from .nn.embedding import Embedding, table_of
+from .nn.head import predict, reads_one_table, reads_projection
 from .nn.initialization import Device, Dtype, reset
-from .nn.inputs import check_held, kept_columns, place, predicted, run_with_cache
-from .nn.kv_cache import KVCache, LayerCache
-from .nn.layer_norm import add_and_normalize
+from .nn.inputs import check_held, given_tokens, kept_columns, place, predicted
+from .nn.kv_cache import KVCache
 from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
-from .nn.plain import is_plain, why_not_plain_within
+from .nn.stack import read, run_blocks
 from .nn.vocabulary import resize_token_embeddings
 from .ops.embedding import tied_embedding
 
@@ -122,13 +118,16 @@ class GPT2(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> GPT2Output:
         """Logits and, with labels or targets, the loss.
 
@@ -145,27 +144,24 @@ class GPT2(nn.Module):
                 for the positions of an index tensor.
             targets: (B, T) int64; position t is trained to predict targets[:, t]; -100 does not
                 count. Give labels or targets, not both.
+            inputs_embeds: (B, T, width) in place of `input_ids`, before positions are added.
+            token_type_ids: (B, T) int64, whose rows of the token embedding are added.
+
+        Raises:
+            ArgumentError, GenerationError: arguments that do not fit the model or each other.
         """
-        wanted, columns = predicted(self.config, input_ids, labels, targets)
-        kept = kept_columns(logits_to_keep)
-        if wanted is not None and cache is None and self._reads_one_table():
+        tokens = given_tokens(self.config, input_ids, inputs_embeds, token_type_ids)
+        wanted, columns = predicted(self.config, tokens, labels, targets)
+        table = None
+        if wanted is not None and cache is None and reads_one_table(self, tokens):
             check_held(self.wte)
-            placed = place(self.config, input_ids, attention_mask, position_ids, cache)
-            x, table = tied_embedding(input_ids, placed.positions, self.wte.weight, self.wpe.weight)
-            hidden = self._run_blocks(drop(self.drop, x), placed.mask, repeat(None))
-            loss = self.loss(hidden[:, columns], table, wanted)
-            return GPT2Output(loss, hidden[:, kept], self.projection)
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
-        if self._reads_projection():
-            weight, loss = self.projection, None
-            if wanted is not None:
-                loss = self.loss(hidden[:, columns], weight, wanted)
-            return GPT2Output(loss, hidden[:, kept], weight)
-        if wanted is None:
-            return GPT2Output.computed(None, self.lm_head(hidden[:, kept]))
-        logits = self.lm_head(hidden)
-        loss = loss_of_logits(self.loss, logits[:, columns], wanted)
-        return GPT2Output.computed(loss, logits[:, kept])
+            placed = place(self.config, tokens, attention_mask, position_ids, None)
+            ids = cast("Tensor", tokens.ids)
+            x, table = tied_embedding(ids, placed.positions, self.wte.weight, self.wpe.weight)
+            hidden = run_blocks(self, drop(self.drop, x), placed.mask, repeat(None))
+        else:
+            hidden = read(self, tokens, attention_mask, position_ids, cache)
+        return predict(self, hidden, table, wanted, columns, kept_columns(logits_to_keep))
 
     def hidden_states(
         self,
@@ -175,66 +171,14 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, width) output of the last layer normalization; arguments as in `forward`."""
-        check_held(self.wte)
-        placed = place(self.config, input_ids, attention_mask, position_ids, cache)
-        if cache is None:
-            return self._blocks(input_ids, placed.positions, placed.mask, repeat(None))
-        is_watched = placed.mask is not None and why_not_plain_within(self) is not None
-        return run_with_cache(self._blocks, len(self.h), input_ids, placed, cache, is_watched)
-
-    def _blocks(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        caches: Iterable[LayerCache | None],
-    ) -> Tensor:
-        return self._run_blocks(self._embed(input_ids, positions), mask, caches)
-
-    def _run_blocks(
-        self, x: Tensor, mask: Tensor | None, caches: Iterable[LayerCache | None]
-    ) -> Tensor:
-        residual = None
-        for block, cache in zip(self.blocks, caches, strict=False):
-            fused = is_plain(block, Block)
-            run: Callable[..., Any] = block.forward_open_residual if fused else block
-            stream = (x, residual) if fused else (x if residual is None else residual + x,)
-            if self.gradient_checkpointing and self.training and cache is None:
-                added = checkpoint(run, *stream, mask, use_reentrant=False)
-            else:
-                added = run(*stream, mask, cache)
-            x, residual = added if fused else (added, None)
-        return add_and_normalize(self.ln_f, x, residual)[0]
-
-    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        wte, wpe = self.wte, self.wpe
-        if is_plain(wte, Embedding) and is_plain(wpe, Embedding):
-            x = ops.embedding(input_ids, positions, wte.weight, wpe.weight)
-        else:
-            x = wte(input_ids) + wpe(positions if positions.dim() == 2 else positions[None])
-        return drop(self.drop, x)
+        tokens = given_tokens(self.config, input_ids)
+        return read(self, tokens, attention_mask, position_ids, cache)
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., width) hidden states -> (..., vocab) logits."""
-        if self._reads_projection():
+        if reads_projection(self):
             return F.linear(hidden, self.projection)
         return self.lm_head(hidden)
-
-    def _reads_projection(self) -> bool:
-        """True if logits are a product with `projection`, and no module has to be called."""
-        plain = is_plain(self.lm_head, OutputProjection, TiedOutputProjection)
-        return plain and getattr(self.lm_head, "model", self) is self
-
-    def _reads_one_table(self) -> bool:
-        """True if the loss is one op on the very table that is looked up."""
-        return (
-            self.config.tie_word_embeddings
-            and is_plain(self.wte, Embedding)
-            and is_plain(self.wpe, Embedding)
-            and is_plain(self.loss, LinearCrossEntropy)
-            and self.loss.is_one_op
-            and self._reads_projection()
-        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> GPT2:
         super()._apply(fn, recurse)  # called by .to(), .cuda(), .half() and the like

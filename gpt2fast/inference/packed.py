@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from .. import ops
 from .._system.doors import above
 from ..config import GPT2Config
-from ..errors import ArgumentError
+from ..errors import ArgumentError, did_you_mean
 from ..nn.inputs import (
     check_cache,
     check_inputs,
     check_positions,
     check_tokens,
+    given_tokens,
     kept_columns,
     place,
     predicted,
@@ -124,24 +125,36 @@ class PackedGPT2(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
+        **others: Any,
     ) -> GPT2Output:
         """Logits and, with labels or targets, the loss: arguments as in `GPT2.forward`.
 
         Nothing has a gradient. Logits at masked positions are zero.
+
+        Args:
+            others: what only `GPT2.forward` takes, which may be None or False here.
+
+        Raises:
+            ArgumentError: one of `others` is asked for.
         """
-        wanted, columns = predicted(self.config, input_ids, labels, targets)
-        check_inputs(self.config, input_ids, attention_mask)
+        _refuse(others)
+        if input_ids is None:
+            raise ArgumentError("a PackedGPT2 reads input_ids: none are given")
+        tokens = given_tokens(self.config, input_ids)
+        wanted, columns = predicted(self.config, tokens, labels, targets)
+        check_inputs(self.config, tokens, attention_mask)
         batch, time = input_ids.shape
         if cache is None:
             cache = self.new_cache(batch, time, torch.float32)
-        mask, positions, counts = place(self.config, input_ids, attention_mask, position_ids, cache)
+        placed = place(self.config, tokens, attention_mask, position_ids, cache)
+        mask, positions, counts = placed.mask, placed.positions, placed.counts
         kept = torch.arange(time, device="cpu")
         if wanted is None:
             kept = kept[kept_columns(logits_to_keep)]
@@ -370,6 +383,22 @@ def _blocks(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int, int]]]:
                 block, size = [], 0
     if block:
         yield block
+
+
+_OF_GPT2 = ("inputs_embeds", "token_type_ids")
+"""Arguments of `GPT2.forward` that packed weights have no answer to."""
+
+
+def _refuse(others: Mapping[str, Any]) -> None:
+    """Refuse arguments that only a GPT2 takes."""
+    for name, value in others.items():
+        if name not in _OF_GPT2:
+            raise ArgumentError(f"forward has no argument {name}{did_you_mean(name, _OF_GPT2)}")
+        if value is not None and value is not False:
+            raise ArgumentError(
+                f"a PackedGPT2 takes no {name}: it calls no module whose values it could give or "
+                "take; call the GPT2 that it was packed from"
+            )
 
 
 def model_shape(config: GPT2Config) -> ModelShape:

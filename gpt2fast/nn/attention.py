@@ -13,7 +13,7 @@ from ..ops.derivatives import is_transformed, refused
 from ..ops.int8_cache import dequantize
 from .dropout import check_probability, drop
 from .initialization import Device, Dtype, reset
-from .inputs import check_stream
+from .inputs import check_stream, in_order
 from .kv_cache import LayerCache
 from .plain import is_plain, readable
 from .projection import Projection
@@ -105,11 +105,11 @@ class SelfAttention(nn.Module):
         batch, time, width = x.shape
         qkv = self.c_attn(x).view(batch, time, -1, width // self.heads)
         if cache is not None and cache.front is not None:
-            qkv = _in_order(qkv, cache.front)
+            qkv = in_order(qkv, cache.front)
         q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], 2)
         out = self._attend(q, k, v, attention_mask, cache).reshape(batch, time, width)
         if cache is not None and cache.front is not None:
-            out = _in_order(out, cache.front.argsort(1))
+            out = in_order(out, cache.front.argsort(1))
         return drop(self.resid_dropout, self.c_proj(out))
 
     def _check_cached(self) -> None:
@@ -234,9 +234,3 @@ def _of_constants(out: Tensor, cache: LayerCache) -> Tensor:
         "a cache keeps keys and values without their gradients: to train, give all tokens to one "
         "call without a cache; to compute without gradients, use torch.no_grad()",
     )
-
-
-def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, T, ...) with the positions of each row in `order` (B, T)."""
-    index = order.view(*order.shape, *[1] * (x.dim() - 2)).expand(x.shape)
-    return x.gather(1, index)

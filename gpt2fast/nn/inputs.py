@@ -1,9 +1,8 @@
-"""Checks of a model's arguments, with errors that say what to do."""
+"""A model's arguments, and checks of them with errors that say what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,81 @@ from torch import Tensor, nn
 from ..config import GPT2Config
 from ..errors import ArgumentError, GenerationError
 from .kv_cache import KVCache
+
+
+class Tokens(NamedTuple):
+    """What a forward pass reads: (B, T) tokens by their ids, or as embeddings."""
+
+    ids: Tensor | None
+    """(B, T) int64; None: there are embeddings."""
+    embeds: Tensor | None = None
+    """(B, T, width); None: there are ids."""
+    types: Tensor | None = None
+    """(B, T) int64 rows of the token embedding that are added."""
+
+    @property
+    def _given(self) -> Tensor:
+        return cast("Tensor", self.ids if self.embeds is None else self.embeds)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, T)."""
+        return self._given.shape[:2]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the ids, or of the embeddings."""
+        return self._given.device
+
+    @property
+    def name(self) -> str:
+        """The argument that the tokens came as."""
+        return "input_ids" if self.embeds is None else "inputs_embeds"
+
+    def in_order(self, order: Tensor) -> Tokens:
+        """The tokens of each row in `order` (B, T)."""
+        return Tokens(*(None if x is None else in_order(x, order) for x in self))
+
+
+def given_tokens(
+    config: GPT2Config,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+) -> Tokens:
+    """The arguments of these names as `Tokens`.
+
+    Raises:
+        ArgumentError, GenerationError: not exactly one of `input_ids` and `inputs_embeds` is given,
+            or one has another shape.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        number = "neither" if input_ids is None else "both"
+        raise ArgumentError(f"give one of input_ids and inputs_embeds, not {number}")
+    tokens = Tokens(input_ids, inputs_embeds, token_type_ids)
+    ids, embeds, types = tokens
+    if ids is not None and (ids.dim() != 2 or not ids.numel()):
+        raise GenerationError(
+            f"input_ids must be (batch, time) with at least one token, not {tuple(ids.shape)}"
+        )
+    if embeds is not None and (
+        embeds.dim() != 3 or embeds.shape[2] != config.n_embd or not embeds.numel()
+    ):
+        raise ArgumentError(
+            f"inputs_embeds must be (batch, time, width={config.n_embd}) with at least one token, "
+            f"not {tuple(embeds.shape)}"
+        )
+    if types is not None and types.shape != tokens.shape:
+        raise ArgumentError(
+            f"token_type_ids {tuple(types.shape)} must have the shape of {tokens.name} "
+            f"{tuple(tokens.shape)}"
+        )
+    return tokens
+
+
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T, ...) with the positions of each row in `order` (B, T)."""
+    return x.gather(1, order.view(*order.shape, *[1] * (x.dim() - 2)).expand(x.shape))
 
 
 class Placed(NamedTuple):
@@ -26,66 +100,34 @@ class Placed(NamedTuple):
 
 def place(
     config: GPT2Config,
-    input_ids: Tensor,
+    tokens: Tokens,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: KVCache | None,
 ) -> Placed:
     """Check what a forward pass is given, and that a cache has room for it."""
-    check_inputs(config, input_ids, attention_mask)
+    check_inputs(config, tokens, attention_mask)
+    batch, time = tokens.shape
+    if cache is not None:
+        check_cache(config, cache, batch)
     mask = None if attention_mask is None else attention_mask.bool()
     if mask is not None and _is_readable(mask) and bool(_values(mask).all()):
         mask = None
     counts = None if mask is None else mask.sum(1)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    if cache is not None:
-        check_cache(config, cache, len(input_ids))
-        positions = cache.positions[:, None] + positions
+    positions = torch.arange(time, device=tokens.device)
     if position_ids is not None:
         positions = position_ids
+    elif cache is not None:
+        positions = cache.positions[:, None] + positions
     check_positions(config, positions)
     if cache is not None:
-        positions = positions.expand(input_ids.shape)
-        cache.reserve(input_ids.shape[1], counts)
+        positions = positions.expand(batch, time)
+        cache.reserve(time, counts)
     return Placed(mask, positions, counts)
 
 
-def run_with_cache(
-    blocks: Callable[..., Tensor],
-    n_layer: int,
-    input_ids: Tensor,
-    placed: Placed,
-    cache: KVCache,
-    is_watched: bool,
-) -> Tensor:
-    """(B, T, width) hidden states of new tokens, which see a cache and are added to it.
-
-    Rows of a cache have no holes, so the real tokens are moved to the front, and the hidden states
-    back.
-
-    Args:
-        blocks: a model's, called with token ids, positions, a mask and a `LayerCache` each.
-        n_layer: number of blocks.
-        input_ids: (B, T) int64.
-        placed: their positions and padding.
-        cache: with B rows.
-        is_watched: the blocks have hooks, which have to see the tokens in the order given.
-    """
-    mask, positions, counts = placed
-    front = None if mask is None else mask.argsort(dim=1, descending=True, stable=True)
-    inside = front if is_watched else None
-    caches = [cache.layer(layer, counts, inside) for layer in range(n_layer)]
-    if front is None or is_watched:
-        hidden = blocks(input_ids, positions, None, caches)
-    else:
-        hidden = blocks(input_ids.gather(1, front), positions.gather(1, front), None, caches)
-        hidden = hidden.gather(1, front.argsort(1)[..., None].expand(hidden.shape))
-    cache.advance(input_ids.shape[1], counts, positions[:, -1] + 1)
-    return hidden
-
-
 def predicted(
-    config: GPT2Config, input_ids: Tensor, labels: Tensor | None, targets: Tensor | None
+    config: GPT2Config, tokens: Tokens, labels: Tensor | None, targets: Tensor | None
 ) -> tuple[Tensor | None, slice]:
     """The tokens to predict (B, T'), if any are given, and the T' columns that predict them.
 
@@ -96,10 +138,10 @@ def predicted(
     if labels is not None and targets is not None:
         raise ArgumentError("give labels (shifted inside) or targets (already shifted), not both")
     if labels is not None:
-        check_wanted(config, "labels", labels, input_ids)
+        check_wanted(config, "labels", labels, tokens)
         return labels[:, 1:], slice(None, -1)
     if targets is not None:
-        check_wanted(config, "targets", targets, input_ids)
+        check_wanted(config, "targets", targets, tokens)
     return targets, slice(None)
 
 
@@ -120,18 +162,16 @@ def check_held(embedding: nn.Module) -> None:
         )
 
 
-def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Refuse token ids (B, T), or a mask, of a wrong shape, dtype or value."""
-    if input_ids.dim() != 2 or not input_ids.numel():
+def check_inputs(config: GPT2Config, tokens: Tokens, attention_mask: Tensor | None) -> None:
+    """Refuse a mask of a wrong shape, and tokens (B, T) of a wrong dtype or value."""
+    if attention_mask is not None and attention_mask.shape != tokens.shape:
         raise GenerationError(
-            f"input_ids must be (batch, time) with at least one token, not {tuple(input_ids.shape)}"
+            f"attention_mask {tuple(attention_mask.shape)} must have the shape of {tokens.name} "
+            f"{tuple(tokens.shape)}"
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise GenerationError(
-            f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
-            f"{tuple(input_ids.shape)}"
-        )
-    check_tokens(config, input_ids)
+    for each in (tokens.ids, tokens.types):
+        if each is not None:
+            check_tokens(config, each)
 
 
 def check_tokens(config: GPT2Config, tokens: Tensor) -> None:
@@ -165,12 +205,12 @@ def check_positions(config: GPT2Config, positions: Tensor) -> None:
         )
 
 
-def check_wanted(config: GPT2Config, name: str, wanted: Tensor, input_ids: Tensor) -> None:
+def check_wanted(config: GPT2Config, name: str, wanted: Tensor, tokens: Tokens) -> None:
     """Refuse labels or targets, called `name`, of a wrong shape or value."""
-    if wanted.shape != input_ids.shape:
+    if wanted.shape != tokens.shape:
         raise ArgumentError(
-            f"{name} {tuple(wanted.shape)} must have the shape of input_ids "
-            f"{tuple(input_ids.shape)}"
+            f"{name} {tuple(wanted.shape)} must have the shape of {tokens.name} "
+            f"{tuple(tokens.shape)}"
         )
     if _is_readable(wanted) and wanted.numel():
         wanted = _values(wanted)
