@@ -22,7 +22,8 @@ from .nn.inputs import check_held, given_tokens, kept_columns, place, predicted
 from .nn.kv_cache import KVCache
 from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
-from .nn.stack import read, run_blocks
+from .nn.past import Past, one_cache, opened
+from .nn.stack import may_cache, read, run_blocks
 from .nn.vocabulary import resize_token_embeddings
 from .ops.embedding import tied_embedding
 
@@ -122,57 +123,71 @@ class GPT2(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Any = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
     ) -> GPT2Output:
         """Logits and, with labels or targets, the loss.
 
         Args:
             input_ids: (B, T) int64 token ids.
             attention_mask: (B, T), 1 where a token is real and 0 where it is padding; any pattern.
-                Outputs at masked positions are unspecified.
+                Outputs at masked positions are unspecified. With a cache of P tokens it may be
+                (B, P + T), and has to be with transformers' caches.
             position_ids: (B, T) or (T,) int64; defaults to 0 .. T - 1, or to what follows the
                 tokens seen where a cache is given.
             labels: (B, T) int64; position t is trained to predict labels[:, t + 1]; -100 does not
                 count.
-            cache: the tokens before these; their keys and values are appended to it.
+            cache: the tokens before these; their keys and values are appended to it. A `KVCache`;
+                a cache of transformers; or a tuple of (keys, values), (B, H, P, D), for each layer,
+                which is left as it is.
             logits_to_keep: compute logits for the last so many positions only (0 means all), or
                 for the positions of an index tensor.
             targets: (B, T) int64; position t is trained to predict targets[:, t]; -100 does not
                 count. Give labels or targets, not both.
             inputs_embeds: (B, T, width) in place of `input_ids`, before positions are added.
             token_type_ids: (B, T) int64, whose rows of the token embedding are added.
+            past_key_values: another name for `cache`.
+            use_cache: True makes a `KVCache` where no cache is given; False returns none.
 
         Raises:
             ArgumentError, GenerationError: arguments that do not fit the model or each other.
         """
         tokens = given_tokens(self.config, input_ids, inputs_embeds, token_type_ids)
         wanted, columns = predicted(self.config, tokens, labels, targets)
+        past = opened(self.config, one_cache(cache, past_key_values), tokens.shape[0])
+        if past is None and use_cache and may_cache(self):
+            past = self.new_cache(tokens.shape[0])
         table = None
-        if wanted is not None and cache is None and reads_one_table(self, tokens):
+        if wanted is not None and past is None and reads_one_table(self, tokens):
             check_held(self.wte)
             placed = place(self.config, tokens, attention_mask, position_ids, None)
             ids = cast("Tensor", tokens.ids)
             x, table = tied_embedding(ids, placed.positions, self.wte.weight, self.wpe.weight)
             hidden = run_blocks(self, drop(self.drop, x), placed.mask, repeat(None))
         else:
-            hidden = read(self, tokens, attention_mask, position_ids, cache)
-        return predict(self, hidden, table, wanted, columns, kept_columns(logits_to_keep))
+            hidden = read(self, tokens, attention_mask, position_ids, past)
+        output = predict(self, hidden, table, wanted, columns, kept_columns(logits_to_keep))
+        if past is not None and use_cache is not False:
+            output.past_key_values = past.result if isinstance(past, Past) else past
+        return output
 
     def hidden_states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """(B, T, width) output of the last layer normalization; arguments as in `forward`."""
         tokens = given_tokens(self.config, input_ids)
-        return read(self, tokens, attention_mask, position_ids, cache)
+        past = opened(self.config, cache, tokens.shape[0])
+        return read(self, tokens, attention_mask, position_ids, past)
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., width) hidden states -> (..., vocab) logits."""

@@ -142,9 +142,9 @@ class PackedGPT2(nn.Module):
             others: what only `GPT2.forward` takes, which may be None or False here.
 
         Raises:
-            ArgumentError: one of `others` is asked for.
+            ArgumentError: one of `others` is asked for, or the cache is no `KVCache`.
         """
-        _refuse(others)
+        _refuse(others, cache)
         if input_ids is None:
             raise ArgumentError("a PackedGPT2 reads input_ids: none are given")
         tokens = given_tokens(self.config, input_ids)
@@ -385,12 +385,15 @@ def _blocks(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int, int]]]:
         yield block
 
 
-_OF_GPT2 = ("inputs_embeds", "token_type_ids")
+_OF_GPT2 = (
+    *("inputs_embeds", "token_type_ids"),
+    *("past_key_values", "use_cache"),
+)
 """Arguments of `GPT2.forward` that packed weights have no answer to."""
 
 
-def _refuse(others: Mapping[str, Any]) -> None:
-    """Refuse arguments that only a GPT2 takes."""
+def _refuse(others: Mapping[str, Any], cache: KVCache | None) -> None:
+    """Refuse arguments that only a GPT2 takes, and caches that are not ours."""
     for name, value in others.items():
         if name not in _OF_GPT2:
             raise ArgumentError(f"forward has no argument {name}{did_you_mean(name, _OF_GPT2)}")
@@ -399,6 +402,11 @@ def _refuse(others: Mapping[str, Any]) -> None:
                 f"a PackedGPT2 takes no {name}: it calls no module whose values it could give or "
                 "take; call the GPT2 that it was packed from"
             )
+    if cache is not None and not isinstance(cache, KVCache):
+        raise ArgumentError(
+            f"a PackedGPT2 takes a KVCache, which new_cache(rows) makes, not a "
+            f"{type(cache).__name__}; a GPT2 takes transformers' caches"
+        )
 
 
 def model_shape(config: GPT2Config) -> ModelShape:

@@ -15,6 +15,7 @@ from .dropout import check_probability, drop
 from .initialization import Device, Dtype, reset
 from .inputs import check_stream, in_order
 from .kv_cache import LayerCache
+from .past import PastLayer
 from .plain import is_plain, readable
 from .projection import Projection
 
@@ -84,13 +85,17 @@ class SelfAttention(nn.Module):
         reset(*self.children())
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | PastLayer | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, T, width).
-            attention_mask: (B, T) bool or 0/1, false at positions that must not be seen.
+            attention_mask: (B, T) bool or 0/1, false at positions that must not be seen; beside a
+                `PastLayer` of P columns (B, P + T).
             cache: keys and values of the positions before x; x's own are appended to it.
 
         Returns:
@@ -104,12 +109,13 @@ class SelfAttention(nn.Module):
             self._check_cached()
         batch, time, width = x.shape
         qkv = self.c_attn(x).view(batch, time, -1, width // self.heads)
-        if cache is not None and cache.front is not None:
-            qkv = in_order(qkv, cache.front)
+        front = cache.front if isinstance(cache, LayerCache) else None
+        if front is not None:
+            qkv = in_order(qkv, front)
         q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], 2)
         out = self._attend(q, k, v, attention_mask, cache).reshape(batch, time, width)
-        if cache is not None and cache.front is not None:
-            out = in_order(out, cache.front.argsort(1))
+        if front is not None:
+            out = in_order(out, front.argsort(1))
         return drop(self.resid_dropout, self.c_proj(out))
 
     def _check_cached(self) -> None:
@@ -125,12 +131,24 @@ class SelfAttention(nn.Module):
             )
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | PastLayer | None,
     ) -> Tensor:
         """(B, T, heads, head size), from queries of that shape, keys and values with key heads."""
         fused = is_plain(self.attn_dropout, nn.Dropout)
         dropout = self.attn_dropout.p if fused and self.training else 0.0
-        if cache is not None:
+        if isinstance(cache, PastLayer):
+            keys, values = cache.extend(k, v)
+            if cache.length:
+                lengths = torch.full((len(q),), cache.length, device=q.device)
+                if fused and not dropout and mask is None and not _has_gradient(q, keys, values):
+                    return ops.attention_with_cache(q, keys, values, lengths, self.scale)
+                return self._attend_openly(q, keys, values, mask, lengths)
+        elif cache is not None:
             scales = cache.k_scales, cache.v_scales
             stored = _as_constants(k, v, cache)
             ops.append_to_cache(*stored, cache.k, cache.v, cache.lengths, cache.counts, *scales)
@@ -150,7 +168,12 @@ class SelfAttention(nn.Module):
         return ops.attention(q, k, v, self.scale, mask, dropout, seed, self.causal)
 
     def _attend_openly(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
     ) -> Tensor:
         """Unfused attention, whose weights (B, heads, T, S) pass through `attn_dropout`.
 
@@ -234,3 +257,9 @@ def _of_constants(out: Tensor, cache: LayerCache) -> Tensor:
         "a cache keeps keys and values without their gradients: to train, give all tokens to one "
         "call without a cache; to compute without gradients, use torch.no_grad()",
     )
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    """True if a derivative may be taken of what is computed from these."""
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return graded or is_transformed()

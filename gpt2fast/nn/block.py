@@ -12,6 +12,7 @@ from .inputs import check_stream
 from .kv_cache import LayerCache
 from .layer_norm import LayerNorm, add_and_normalize
 from .mlp import GELUMLP
+from .past import PastLayer
 from .plain import readable
 
 
@@ -74,7 +75,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         attention_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | PastLayer | None = None,
     ) -> Tensor:
         """(B, T, width) -> (B, T, width); arguments as in `CausalSelfAttention.forward`."""
         check_stream(x, self.width)
@@ -86,7 +87,7 @@ class Block(nn.Module):
         x: Tensor,
         residual: Tensor | None,
         attention_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | PastLayer | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The block without its last addition, which the next block fuses with its layer norm.
 

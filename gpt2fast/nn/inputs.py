@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import GPT2Config
 from ..errors import ArgumentError, GenerationError
 from .kv_cache import KVCache
+from .past import Past
 
 
 class Tokens(NamedTuple):
@@ -91,9 +92,10 @@ class Placed(NamedTuple):
     """Positions and padding of new tokens (B, T)."""
 
     mask: Tensor | None
-    """(B, T) bool, false at padding; None where there is none."""
+    """(B, T) bool, or (B, P + T) beside P columns of a `Past`; false at padding; None where there
+    is none."""
     positions: Tensor
-    """(B, T), or (T,) where every row has the same and there is no cache."""
+    """(B, T), or (T,) where every row has the same and there is no `KVCache`."""
     counts: Tensor | None
     """(B,) real tokens of each row; None: all."""
 
@@ -103,26 +105,32 @@ def place(
     tokens: Tokens,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: KVCache | None,
+    cache: KVCache | Past | None,
 ) -> Placed:
     """Check what a forward pass is given, and that a cache has room for it."""
-    check_inputs(config, tokens, attention_mask)
+    check_inputs(config, tokens, attention_mask, cache)
     batch, time = tokens.shape
-    if cache is not None:
-        check_cache(config, cache, batch)
+    ours = cache if isinstance(cache, KVCache) else None
+    if ours is not None:
+        check_cache(config, ours, batch)
     mask = None if attention_mask is None else attention_mask.bool()
+    if ours is not None and mask is not None and mask.shape[1] > time:
+        _check_seen(mask[:, :-time], ours)
+        mask = mask[:, -time:]
     if mask is not None and _is_readable(mask) and bool(_values(mask).all()):
         mask = None
     counts = None if mask is None else mask.sum(1)
     positions = torch.arange(time, device=tokens.device)
     if position_ids is not None:
         positions = position_ids
-    elif cache is not None:
-        positions = cache.positions[:, None] + positions
+    elif ours is not None:
+        positions = ours.positions[:, None] + positions
+    elif isinstance(cache, Past):
+        positions = positions + cache.length
     check_positions(config, positions)
-    if cache is not None:
+    if ours is not None:
         positions = positions.expand(batch, time)
-        cache.reserve(time, counts)
+        ours.reserve(time, counts)
     return Placed(mask, positions, counts)
 
 
@@ -162,16 +170,47 @@ def check_held(embedding: nn.Module) -> None:
         )
 
 
-def check_inputs(config: GPT2Config, tokens: Tokens, attention_mask: Tensor | None) -> None:
+def check_inputs(
+    config: GPT2Config,
+    tokens: Tokens,
+    attention_mask: Tensor | None,
+    cache: KVCache | Past | None = None,
+) -> None:
     """Refuse a mask of a wrong shape, and tokens (B, T) of a wrong dtype or value."""
-    if attention_mask is not None and attention_mask.shape != tokens.shape:
-        raise GenerationError(
-            f"attention_mask {tuple(attention_mask.shape)} must have the shape of {tokens.name} "
-            f"{tuple(tokens.shape)}"
-        )
+    if attention_mask is not None:
+        _check_mask(attention_mask, tokens, cache)
     for each in (tokens.ids, tokens.types):
         if each is not None:
             check_tokens(config, each)
+
+
+def _check_mask(mask: Tensor, tokens: Tokens, cache: KVCache | Past | None) -> None:
+    """Refuse a mask that is not for new tokens, or for them after the columns of a cache."""
+    batch, time = tokens.shape
+    seen = cache.length if isinstance(cache, Past) else 0
+    if mask.shape == (batch, seen + time):
+        return
+    ours = isinstance(cache, KVCache) and mask.dim() == 2
+    if ours and len(mask) == batch and mask.shape[1] > time:
+        return
+    beside = f", after {seen} tokens of past_key_values," if seen else ""
+    raise GenerationError(
+        f"attention_mask {tuple(mask.shape)} must have the shape of {tokens.name}{beside} "
+        f"{(batch, seen + time)}"
+    )
+
+
+def _check_seen(mask: Tensor, cache: KVCache) -> None:
+    """Refuse a mask (B, P) of the tokens before that has other numbers than a cache's rows."""
+    if not _is_readable(mask):
+        return
+    counts = mask.sum(1)
+    if not torch.equal(counts, cache.lengths):
+        raise GenerationError(
+            f"attention_mask has {counts.tolist()} tokens before the new ones and the cache has "
+            f"{cache.lengths.tolist()}: give a mask of all tokens, the cached ones as they were "
+            "masked when they were read, or of the new tokens alone"
+        )
 
 
 def check_tokens(config: GPT2Config, tokens: Tensor) -> None:

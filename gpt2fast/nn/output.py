@@ -13,22 +13,29 @@ from torch.nn import Parameter
 from ..errors import ArgumentError
 from ..ops.derivatives import is_transformed
 
+_FIELDS = ("loss", "logits", "past_key_values")
+"""In transformers' order."""
+
 
 class GPT2Output:
-    """Loss and logits of a forward pass.
+    """Loss and logits of a forward pass, and what else was asked for.
 
     With labels or targets the logits are computed when they are first read, so that the loss alone
     never needs a (B, T, vocab) tensor. They are what the forward pass would have computed, under
     its gradient mode and autocast; changing the weights in between is an error.
 
     As of transformers' outputs, `output["loss"]`, `output[0]`, `output[:2]`, `output.to_tuple()`
-    and `dict(output)` have what is not None, the loss first.
+    and `dict(output)` have what is not None: the loss, the logits, `past_key_values`, in this
+    order.
 
     Args:
         loss: scalar, or None.
         hidden: (B, T, width) hidden states.
         projection: (vocab, width) weight of the logits.
     """
+
+    past_key_values: Any = None
+    """The cache with the new tokens, in the form that was given; `cache` is another name for it."""
 
     def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
         self.loss = loss
@@ -79,11 +86,29 @@ class GPT2Output:
 
     def keys(self) -> list[str]:
         """Names of what is not None, in order."""
-        return ["logits"] if self.loss is None else ["loss", "logits"]
+        # Without reading the logits, which may not be computed yet.
+        return [name for name in _FIELDS if name == "logits" or getattr(self, name) is not None]
 
-    def to_tuple(self) -> tuple[Tensor, ...]:
-        """The scalar loss, if there is one, and the logits (B, T, vocab)."""
-        return tuple(self[name] for name in self.keys())
+    def values(self) -> list[Any]:
+        """What is not None, in order."""
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names of what is not None, each with its value."""
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of that name, or `default` where it is None."""
+        return getattr(self, key) if key in self.keys() else default
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What is not None, in order."""
+        return tuple(self.values())
+
+    @property
+    def cache(self) -> Any:
+        """`past_key_values`, as transformers calls it from 5.24 on."""
+        return self.past_key_values
 
     def __getitem__(self, key: str | int | slice) -> Any:
         names = self.keys()

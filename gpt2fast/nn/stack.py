@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any, cast
@@ -18,10 +19,23 @@ from .embedding import Embedding
 from .inputs import Placed, Tokens, check_held, in_order, place
 from .kv_cache import KVCache, LayerCache
 from .layer_norm import add_and_normalize
+from .past import Past, PastLayer
 from .plain import is_plain, why_not_plain_within
 
-Caches = Iterable[LayerCache | None]
+Caches = Iterable[LayerCache | PastLayer | None]
 """A cache for each block, or None for each."""
+
+
+def may_cache(model: Any) -> bool:
+    """True unless the model recomputes activations, which leaves no room for a cache; it warns."""
+    recomputes = model.gradient_checkpointing and model.training
+    if recomputes:
+        warnings.warn(
+            "use_cache=True is left out: gradient checkpointing computes blocks twice, and a cache "
+            "would take their keys twice",
+            stacklevel=5,  # the caller of the model
+        )
+    return not recomputes
 
 
 def read(
@@ -29,7 +43,7 @@ def read(
     tokens: Tokens,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: KVCache | None,
+    cache: KVCache | Past | None,
 ) -> Tensor:
     """(B, T, width) output of a model's last layer normalization.
 
@@ -39,10 +53,10 @@ def read(
     """
     check_held(model.wte)
     placed = place(model.config, tokens, attention_mask, position_ids, cache)
-    if cache is not None:
+    if isinstance(cache, KVCache):
         return _read_with_cache(model, tokens, placed, cache)
     x = _embed(model, tokens, placed.positions)
-    return run_blocks(model, x, placed.mask, repeat(None))
+    return run_blocks(model, x, placed.mask, repeat(None) if cache is None else cache.layers)
 
 
 def _embed(model: Any, tokens: Tokens, positions: Tensor) -> Tensor:
@@ -76,7 +90,7 @@ def run_blocks(model: Any, x: Tensor, mask: Tensor | None, caches: Caches) -> Te
     Args:
         model: a `GPT2`.
         x: (B, T, width).
-        mask: (B, T) bool, false at keys that must not be seen.
+        mask: (B, T) bool, or (B, P + T) beside a `PastLayer`; false at keys that must not be seen.
         caches: of each block.
     """
     residual: Tensor | None = None
