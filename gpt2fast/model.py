@@ -23,7 +23,7 @@ from .nn.kv_cache import KVCache
 from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
 from .nn.past import Past, one_cache, opened
-from .nn.stack import may_cache, read, run_blocks
+from .nn.stack import Record, may_cache, read, run_blocks
 from .nn.vocabulary import resize_token_embeddings
 from .ops.embedding import tied_embedding
 
@@ -131,6 +131,8 @@ class GPT2(nn.Module):
         token_type_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> GPT2Output:
         """Logits and, with labels or targets, the loss.
 
@@ -154,12 +156,16 @@ class GPT2(nn.Module):
             token_type_ids: (B, T) int64, whose rows of the token embedding are added.
             past_key_values: another name for `cache`.
             use_cache: True makes a `KVCache` where no cache is given; False returns none.
+            output_hidden_states: return each block's input and the last layer norm's output.
+            output_attentions: return attention weights, which fused kernels never have: attention
+                is computed unfused, as by transformers with attn_implementation="eager".
 
         Raises:
             ArgumentError, GenerationError: arguments that do not fit the model or each other.
         """
         tokens = given_tokens(self.config, input_ids, inputs_embeds, token_type_ids)
         wanted, columns = predicted(self.config, tokens, labels, targets)
+        record = Record.of(output_hidden_states, output_attentions)
         past = opened(self.config, one_cache(cache, past_key_values), tokens.shape[0])
         if past is None and use_cache and may_cache(self):
             past = self.new_cache(tokens.shape[0])
@@ -169,10 +175,12 @@ class GPT2(nn.Module):
             placed = place(self.config, tokens, attention_mask, position_ids, None)
             ids = cast("Tensor", tokens.ids)
             x, table = tied_embedding(ids, placed.positions, self.wte.weight, self.wpe.weight)
-            hidden = run_blocks(self, drop(self.drop, x), placed.mask, repeat(None))
+            hidden = run_blocks(self, drop(self.drop, x), placed.mask, repeat(None), record)
         else:
-            hidden = read(self, tokens, attention_mask, position_ids, past)
+            hidden = read(self, tokens, attention_mask, position_ids, past, record)
         output = predict(self, hidden, table, wanted, columns, kept_columns(logits_to_keep))
+        if record is not None:
+            output.hidden_states, output.attentions = record.with_last(hidden)
         if past is not None and use_cache is not False:
             output.past_key_values = past.result if isinstance(past, Past) else past
         return output

@@ -302,16 +302,18 @@ def test_packed_models_refuse_what_they_do_not_compute():
         "token_type_ids": ids,
         "past_key_values": DynamicCache(),
         "use_cache": True,
+        "output_hidden_states": True,
+        "output_attentions": True,
     }.items():
         with pytest.raises(ArgumentError, match=f"a PackedGPT2 takes no {name}"):
             packed(None if name == "inputs_embeds" else ids, **{name: value})
     with pytest.raises(ArgumentError, match="takes a KVCache.*not a DynamicCache"):
         packed(ids, cache=DynamicCache())
-    with pytest.raises(ArgumentError, match="no argument past_key_value; did you mean"):
-        packed(ids, past_key_value=True)
+    with pytest.raises(ArgumentError, match="no argument output_attention; did you mean"):
+        packed(ids, output_attention=True)
     with pytest.raises(ArgumentError, match="reads input_ids"):
         packed()
-    assert packed(ids, use_cache=False, past_key_values=None).logits.shape == (2, 3, 61)
+    assert packed(ids, use_cache=False, output_attentions=None).logits.shape == (2, 3, 61)
 
 
 def test_transformers_is_not_imported():
@@ -320,7 +322,7 @@ def test_transformers_is_not_imported():
         "m = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1));"
         "i = torch.zeros(1, 2, dtype=torch.long);"
         "e = torch.zeros(1, 1, 0, 8);"
-        "o = m(i, past_key_values=((e, e),), use_cache=True);"
+        "o = m(i, past_key_values=((e, e),), use_cache=True, output_attentions=True);"
         "m(i, past_key_values=o.past_key_values);"
         "assert 'transformers' not in sys.modules"
     )

@@ -386,8 +386,8 @@ def _blocks(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int, int]]]:
 
 
 _OF_GPT2 = (
-    *("inputs_embeds", "token_type_ids"),
-    *("past_key_values", "use_cache"),
+    *("inputs_embeds", "token_type_ids", "past_key_values", "use_cache"),
+    *("output_hidden_states", "output_attentions"),
 )
 """Arguments of `GPT2.forward` that packed weights have no answer to."""
 

@@ -89,6 +89,7 @@ class SelfAttention(nn.Module):
         x: Tensor,
         attention_mask: Tensor | None = None,
         cache: LayerCache | PastLayer | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -97,6 +98,8 @@ class SelfAttention(nn.Module):
             attention_mask: (B, T) bool or 0/1, false at positions that must not be seen; beside a
                 `PastLayer` of P columns (B, P + T).
             cache: keys and values of the positions before x; x's own are appended to it.
+            weights: the attention weights (B, heads, T, S), dropout applied, are appended to it.
+                Fused kernels never have them: with this, attention is computed unfused.
 
         Returns:
             (B, T, width).
@@ -113,7 +116,7 @@ class SelfAttention(nn.Module):
         if front is not None:
             qkv = in_order(qkv, front)
         q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], 2)
-        out = self._attend(q, k, v, attention_mask, cache).reshape(batch, time, width)
+        out = self._attend(q, k, v, attention_mask, cache, weights).reshape(batch, time, width)
         if front is not None:
             out = in_order(out, front.argsort(1))
         return drop(self.resid_dropout, self.c_proj(out))
@@ -137,9 +140,10 @@ class SelfAttention(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         cache: LayerCache | PastLayer | None,
+        weights: list[Tensor] | None,
     ) -> Tensor:
         """(B, T, heads, head size), from queries of that shape, keys and values with key heads."""
-        fused = is_plain(self.attn_dropout, nn.Dropout)
+        fused = weights is None and is_plain(self.attn_dropout, nn.Dropout)
         dropout = self.attn_dropout.p if fused and self.training else 0.0
         if isinstance(cache, PastLayer):
             keys, values = cache.extend(k, v)
@@ -147,7 +151,7 @@ class SelfAttention(nn.Module):
                 lengths = torch.full((len(q),), cache.length, device=q.device)
                 if fused and not dropout and mask is None and not _has_gradient(q, keys, values):
                     return ops.attention_with_cache(q, keys, values, lengths, self.scale)
-                return self._attend_openly(q, keys, values, mask, lengths)
+                return self._attend_openly(q, keys, values, mask, lengths, weights)
         elif cache is not None:
             scales = cache.k_scales, cache.v_scales
             stored = _as_constants(k, v, cache)
@@ -160,10 +164,10 @@ class SelfAttention(nn.Module):
             if not cache.empty:
                 k = dequantize(cache.k, cache.k_scales, q.dtype)
                 v = dequantize(cache.v, cache.v_scales, q.dtype)
-                out = self._attend_openly(q, k, v, None, cache.lengths)
+                out = self._attend_openly(q, k, v, None, cache.lengths, weights)
                 return _of_constants(out, cache)
         if not fused:
-            return self._attend_openly(q, k, v, mask, None)
+            return self._attend_openly(q, k, v, mask, None, weights)
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
         return ops.attention(q, k, v, self.scale, mask, dropout, seed, self.causal)
 
@@ -174,6 +178,7 @@ class SelfAttention(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         lengths: Tensor | None,
+        weights: list[Tensor] | None,
     ) -> Tensor:
         """Unfused attention, whose weights (B, heads, T, S) pass through `attn_dropout`.
 
@@ -182,6 +187,7 @@ class SelfAttention(nn.Module):
             k, v: (B, S, key heads, head size).
             mask: (B, S), false at keys that must not be seen.
             lengths: (B,) keys before the first query; None: none.
+            weights: the attention weights are appended to it.
         """
         dtype = statistics_dtype(q.dtype)
         k, v = (repeated_heads(x, self.heads) for x in (k, v))
@@ -196,8 +202,10 @@ class SelfAttention(nn.Module):
             seen = seen & mask.bool()[:, None, None]
         # Not -inf: the softmax of a row that sees nothing would be NaN, and spread.
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        weights = self.attn_dropout(scores.softmax(-1).to(v.dtype))
-        return torch.einsum("bhts,bshd->bthd", weights, v)
+        shares = self.attn_dropout(scores.softmax(-1).to(v.dtype))
+        if weights is not None:
+            weights.append(shares)
+        return torch.einsum("bhts,bshd->bthd", shares, v)
 
     def extra_repr(self) -> str:
         """Shown by print."""

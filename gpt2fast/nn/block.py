@@ -76,10 +76,11 @@ class Block(nn.Module):
         x: Tensor,
         attention_mask: Tensor | None = None,
         cache: LayerCache | PastLayer | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
         """(B, T, width) -> (B, T, width); arguments as in `CausalSelfAttention.forward`."""
         check_stream(x, self.width)
-        added, residual = self.forward_open_residual(x, None, attention_mask, cache)
+        added, residual = self.forward_open_residual(x, None, attention_mask, cache, weights)
         return residual + added
 
     def forward_open_residual(
@@ -88,18 +89,22 @@ class Block(nn.Module):
         residual: Tensor | None,
         attention_mask: Tensor | None = None,
         cache: LayerCache | PastLayer | None = None,
+        weights: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The block without its last addition, which the next block fuses with its layer norm.
 
         Args:
             x: (B, T, width), the output of the previous block's MLP, not added yet.
             residual: (B, T, width), the stream it is added to; None before the first block.
-            attention_mask, cache: as for `CausalSelfAttention`.
+            attention_mask, cache, weights: as for `CausalSelfAttention`.
 
         Returns:
             The MLP's output, not added yet, and the stream to add it to.
         """
         normed, residual = add_and_normalize(self.ln_1, x, residual)
-        x = self.attn(normed, attention_mask, cache)
+        if weights is None:
+            x = self.attn(normed, attention_mask, cache)
+        else:
+            x = self.attn(normed, attention_mask, cache, weights)
         normed, residual = add_and_normalize(self.ln_2, x, residual)
         return self.mlp(normed), residual

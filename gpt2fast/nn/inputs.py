@@ -98,6 +98,8 @@ class Placed(NamedTuple):
     """(B, T), or (T,) where every row has the same and there is no `KVCache`."""
     counts: Tensor | None
     """(B,) real tokens of each row; None: all."""
+    seen: Tensor | None = None
+    """(B, P) bool, false at padding among the P columns before, where a mask says so."""
 
 
 def place(
@@ -114,9 +116,10 @@ def place(
     if ours is not None:
         check_cache(config, ours, batch)
     mask = None if attention_mask is None else attention_mask.bool()
+    seen = None
     if ours is not None and mask is not None and mask.shape[1] > time:
-        _check_seen(mask[:, :-time], ours)
-        mask = mask[:, -time:]
+        seen, mask = mask[:, :-time], mask[:, -time:]
+        _check_seen(seen, ours)
     if mask is not None and _is_readable(mask) and bool(_values(mask).all()):
         mask = None
     counts = None if mask is None else mask.sum(1)
@@ -131,7 +134,7 @@ def place(
     if ours is not None:
         positions = positions.expand(batch, time)
         ours.reserve(time, counts)
-    return Placed(mask, positions, counts)
+    return Placed(mask, positions, counts, seen)
 
 
 def predicted(

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from ..errors import ArgumentError
 from ..ops.derivatives import is_transformed
 
-_FIELDS = ("loss", "logits", "past_key_values")
+_FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
 """In transformers' order."""
 
 
@@ -25,8 +25,8 @@ class GPT2Output:
     its gradient mode and autocast; changing the weights in between is an error.
 
     As of transformers' outputs, `output["loss"]`, `output[0]`, `output[:2]`, `output.to_tuple()`
-    and `dict(output)` have what is not None: the loss, the logits, `past_key_values`, in this
-    order.
+    and `dict(output)` have what is not None: the loss, the logits, `past_key_values`,
+    `hidden_states`, `attentions`, in this order.
 
     Args:
         loss: scalar, or None.
@@ -36,6 +36,10 @@ class GPT2Output:
 
     past_key_values: Any = None
     """The cache with the new tokens, in the form that was given; `cache` is another name for it."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """n_layer + 1 tensors (B, T, width): each block's input, and the last layer norm's output."""
+    attentions: tuple[Tensor, ...] | None = None
+    """n_layer tensors (B, H, T, S): each block's attention weights."""
 
     def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
         self.loss = loss

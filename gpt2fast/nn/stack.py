@@ -1,9 +1,10 @@
-"""The pass from tokens through the blocks."""
+"""The pass from tokens through the blocks, and what it keeps on the way when it is asked to."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, cast
 
@@ -26,6 +27,45 @@ Caches = Iterable[LayerCache | PastLayer | None]
 """A cache for each block, or None for each."""
 
 
+@dataclass
+class Record:
+    """What a pass keeps of every block; None where that is not asked for."""
+
+    hidden_states: list[Tensor] | None
+    """(B, T, width) input of each block."""
+    attentions: list[Tensor] | None
+    """(B, H, T, S) attention weights of each block."""
+
+    @classmethod
+    def of(cls, output_hidden_states: bool | None, output_attentions: bool | None) -> Record | None:
+        """A record of what is asked for; None if nothing is.
+
+        Raises:
+            ArgumentError: something else than True, False or None.
+        """
+        if output_hidden_states is None and output_attentions is None:
+            return None
+        for name, asked in (
+            ("output_hidden_states", output_hidden_states),
+            ("output_attentions", output_attentions),
+        ):
+            if not (asked is None or isinstance(asked, bool)):
+                raise ArgumentError(
+                    f"{name}={asked!r} is not True, False or None; with True, choose layers from "
+                    "the tuple that is returned"
+                )
+        if not output_hidden_states and not output_attentions:
+            return None
+        return cls([] if output_hidden_states else None, [] if output_attentions else None)
+
+    def with_last(
+        self, hidden: Tensor
+    ) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """Hidden states, the last one (B, T, width) at the end, and attention weights."""
+        states = None if self.hidden_states is None else (*self.hidden_states, hidden)
+        return states, None if self.attentions is None else tuple(self.attentions)
+
+
 def may_cache(model: Any) -> bool:
     """True unless the model recomputes activations, which leaves no room for a cache; it warns."""
     recomputes = model.gradient_checkpointing and model.training
@@ -44,19 +84,23 @@ def read(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: KVCache | Past | None,
+    record: Record | None = None,
 ) -> Tensor:
     """(B, T, width) output of a model's last layer normalization.
 
     Args:
         model: a `GPT2`; other arguments as of its `forward`.
         tokens: (B, T).
+        record: takes what is asked for.
     """
     check_held(model.wte)
     placed = place(model.config, tokens, attention_mask, position_ids, cache)
     if isinstance(cache, KVCache):
-        return _read_with_cache(model, tokens, placed, cache)
+        return _read_with_cache(model, tokens, placed, cache, record)
     x = _embed(model, tokens, placed.positions)
-    return run_blocks(model, x, placed.mask, repeat(None) if cache is None else cache.layers)
+    return run_blocks(
+        model, x, placed.mask, repeat(None) if cache is None else cache.layers, record
+    )
 
 
 def _embed(model: Any, tokens: Tokens, positions: Tensor) -> Tensor:
@@ -84,7 +128,9 @@ def _check_autocast(embeds: Tensor, places: Tensor) -> None:
         )
 
 
-def run_blocks(model: Any, x: Tensor, mask: Tensor | None, caches: Caches) -> Tensor:
+def run_blocks(
+    model: Any, x: Tensor, mask: Tensor | None, caches: Caches, record: Record | None = None
+) -> Tensor:
     """(B, T, width) embeddings -> (B, T, width) output of a model's last layer normalization.
 
     Args:
@@ -92,37 +138,104 @@ def run_blocks(model: Any, x: Tensor, mask: Tensor | None, caches: Caches) -> Te
         x: (B, T, width).
         mask: (B, T) bool, or (B, P + T) beside a `PastLayer`; false at keys that must not be seen.
         caches: of each block.
+        record: takes what is asked for.
     """
     residual: Tensor | None = None
     recomputes = model.gradient_checkpointing and model.training
-    for block, cache in zip(model.h, caches, strict=False):
+    for layer, (block, cache) in enumerate(zip(model.h, caches, strict=False)):
         fused = is_plain(block, Block)
         run: Callable[..., Any] = block.forward_open_residual if fused else block
+        if record is not None:
+            if record.hidden_states is not None:
+                x, residual = x if residual is None else residual + x, None
+                record.hidden_states.append(x)
+            if record.attentions is not None:
+                run = _with_weights(run, layer)
         stream = (x, residual) if fused else (x if residual is None else residual + x,)
         if recomputes and cache is None:
             added = checkpoint(run, *stream, mask, use_reentrant=False)
         else:
             added = run(*stream, mask, cache)
+        if record is not None and record.attentions is not None:
+            added, weights = added
+            record.attentions.append(weights)
         x, residual = added if fused else (added, None)
     return add_and_normalize(model.ln_f, x, residual)[0]
 
 
-def _read_with_cache(model: Any, tokens: Tokens, placed: Placed, cache: KVCache) -> Tensor:
+def _read_with_cache(
+    model: Any, tokens: Tokens, placed: Placed, cache: KVCache, record: Record | None
+) -> Tensor:
     """(B, T, width) hidden states of new tokens, which see a cache and are added to it.
 
     Rows of a cache have no holes, so the real tokens are moved to the front, and the hidden states
     back; where the blocks have hooks, which have to see the tokens in the order given, attention
     does so.
     """
-    mask, positions, counts = placed
+    mask, positions, counts, _ = placed
+    columns = None
+    if record is not None and record.attentions is not None:
+        columns = _columns(placed, cache, tokens.shape[1])
     front = None if mask is None else mask.argsort(dim=1, descending=True, stable=True)
+    back = None if front is None else front.argsort(1)
     is_watched = mask is not None and why_not_plain_within(model) is not None
     inside = front if is_watched else None
     caches = [cache.layer(layer, counts, inside) for layer in range(len(model.h))]
-    if front is None or is_watched:
-        hidden = run_blocks(model, _embed(model, tokens, positions), None, caches)
+    if front is None or back is None or is_watched:
+        hidden = run_blocks(model, _embed(model, tokens, positions), None, caches, record)
     else:
         x = _embed(model, tokens.in_order(front), positions.gather(1, front))
-        hidden = in_order(run_blocks(model, x, None, caches), front.argsort(1))
+        hidden = in_order(run_blocks(model, x, None, caches, record), back)
+        if record is not None and record.hidden_states is not None:
+            record.hidden_states = [in_order(x, back) for x in record.hidden_states]
+    if columns is not None and record is not None and record.attentions is not None:
+        record.attentions = [_spread(x, columns, back) for x in record.attentions]
     cache.advance(tokens.shape[1], counts, positions[:, -1] + 1)
     return hidden
+
+
+def _columns(placed: Placed, cache: KVCache, time: int) -> Tensor:
+    """(B, P + T) bool, false at padding: the columns that the entries of a cache stand for."""
+    seen = placed.seen
+    if seen is None:
+        least, most = cache.lengths.aminmax()
+        if least != most:
+            raise ArgumentError(
+                "output_attentions: the rows of the cache differ in length, so that their columns "
+                "are unknown; give an attention_mask of all tokens, the cached ones among them"
+            )
+        seen = torch.ones(len(cache.lengths), int(most), dtype=torch.bool, device=cache.k.device)
+    new = placed.mask
+    if new is None:
+        new = torch.ones(len(seen), time, dtype=torch.bool, device=seen.device)
+    return torch.cat([seen, new], 1)
+
+
+def _spread(weights: Tensor, columns: Tensor, back: Tensor | None) -> Tensor:
+    """Attention weights to the entries of a cache as those to columns (B, S): zero at padding.
+
+    Args:
+        weights: (B, H, T, T_max), the queries with padding last.
+        columns: (B, S) bool, false at padding.
+        back: (B, T), the order that puts padding where it was; None: there is none.
+    """
+    if back is not None:
+        weights = weights.gather(2, back[:, None, :, None].expand(weights.shape))
+    entries = (columns.cumsum(1) - 1).clamp(min=0)[:, None, None]
+    return weights.gather(3, entries.expand(*weights.shape[:3], -1)) * columns[:, None, None]
+
+
+def _with_weights(run: Callable[..., Any], layer: int) -> Callable[..., tuple[Any, Tensor]]:
+    """A block that returns its attention weights beside what it returns."""
+
+    def told(*arguments: Any) -> tuple[Any, Tensor]:
+        weights: list[Tensor] = []
+        added = run(*arguments, weights=weights)
+        if len(weights) != 1:
+            raise ArgumentError(
+                f"output_attentions: the attention of h.{layer} told no weights; a module in its "
+                "place appends them to the list `weights`, as CausalSelfAttention does"
+            )
+        return added, weights[0]
+
+    return told
