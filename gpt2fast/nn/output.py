@@ -102,7 +102,7 @@ class GPT2Output:
         return [(name, getattr(self, name)) for name in self.keys()]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of that name, or `default` where it is None."""
+        """The value called `key`, or `default` where there is none."""
         return getattr(self, key) if key in self.keys() else default
 
     def to_tuple(self) -> tuple[Any, ...]:
