@@ -47,6 +47,7 @@ BACKEND_PARTS = {
     ("tests/ops/test_borders.py::", "simulator]"): 2,
     ("tests/ops/test_borders.py::", "[triton]"): 16,
     ("tests/ops/test_borders.py::", "-triton]"): 16,
+    ("tests/ops/test_attention_forms.py::", "simulator]"): 3,
     ("tests/ops/test_attention_forms.py::", "-triton]"): 4,
 }
 # What test-fast leaves out: processes that start others, compilers, whole models, pictures, and

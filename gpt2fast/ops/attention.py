@@ -36,7 +36,7 @@ from .requirements import (
     check_integers,
     check_shape,
 )
-from .support import GPU_CACHE_DTYPES, MAX_HEAD_SIZE, Tensors, causal_only
+from .support import GPU_CACHE_DTYPES, MAX_HEAD_SIZE, Tensors
 from .triton import triton
 
 

@@ -61,16 +61,6 @@ class Tensors:
         self.max_head_size = max_head_size
 
 
-def causal_only(call: Arguments) -> str | None:
-    """A reason why kernels of causal attention with one key head a query head refuse a call, or
-    None."""
-    if not call.causal:
-        return "these kernels have causal attention only"
-    if call.k.shape[2] != call.q.shape[2]:
-        return f"these kernels take as many key heads as query heads, {call.q.shape[2]}"
-    return None
-
-
 def _as_list(argument: Tensor | list[Tensor] | None) -> Sequence[Tensor | None]:
     return argument if isinstance(argument, list) else (argument,)
 

@@ -11,22 +11,14 @@ from torch.library import opcheck
 
 from comparison import BACKENDS, DTYPES, LAYOUTS, backend, compare, needs_native, random
 from gpt2fast import ops
-from gpt2fast.errors import ArgumentError, BackendError
+from gpt2fast.errors import ArgumentError
 from gpt2fast.ops.attention import _backward, _forward
 from gpt2fast.ops.backend import record_calls
 from philox import cpu_factors, gpu_factors
 from tolerance import assert_close
 
-
-def named(each) -> str:
-    return each if isinstance(each, str) else each.values[0]
-
-
-# Backends whose kernels are those of causal attention with as many key heads as query heads.
-CAUSAL_ONLY = set()
-FORMS = [each for each in BACKENDS if named(each) not in CAUSAL_ONLY]
 # torch's flash attention takes neither mask nor dropout.
-WITH_MASK = [each for each in FORMS if each != "torch"]
+WITH_MASK = [each for each in BACKENDS if each != "torch"]
 # Heads of queries and of keys, and whether attention is causal.
 SHARING = [(2, 2, False), (4, 2, True), (4, 2, False), (3, 1, True), (3, 1, False)]
 
@@ -47,7 +39,7 @@ def inputs(batch, time, heads, key_heads, width):
     return [random(batch, time, count, width) for count in (heads, key_heads, key_heads)]
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
 @pytest.mark.parametrize("shape", [(3, 1, 64), (3, 17, 32), (2, 65, 40), (1, 57, 128)], ids=str)
@@ -62,7 +54,7 @@ def test_matches_torch_in_every_form(name, dtype, sharing, shape):
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_torch_on_a_long_sequence_that_is_not_causal(name, dtype):
     compare(
@@ -74,7 +66,7 @@ def test_matches_torch_on_a_long_sequence_that_is_not_causal(name, dtype):
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_causal_attention_takes_fewer_key_heads(name):
     compare(
         ops.causal_attention,
@@ -85,7 +77,7 @@ def test_causal_attention_takes_fewer_key_heads(name):
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
 def test_reads_strided_and_unaligned_views(name, layout, sharing):
@@ -100,7 +92,7 @@ def test_reads_strided_and_unaligned_views(name, layout, sharing):
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_reads_views_of_packed_heads(name, causal):
     def heads(x):
@@ -132,7 +124,7 @@ def test_any_mask_with_a_visible_key_matches_torch(name, dtype, sharing, time):
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_keys_past_the_end_do_not_count_where_all_scores_are_far_below_theirs(name, causal):
     q, k, v = inputs(2, 17, 2, 1, 32)
@@ -209,7 +201,7 @@ def test_derivatives_of_any_order_in_both_modes_and_batched(sharing, p):
         assert_close([attend(*row)], [out], [out], times=2.0)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
 def test_passes_opcheck(name, sharing):
     heads, key_heads, causal = sharing
@@ -222,7 +214,7 @@ def test_passes_opcheck(name, sharing):
         opcheck(_backward.call, (out, *detached, out, lse, *options))
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("sharing", SHARING, ids=str)
 def test_compiles_into_one_graph(name, sharing):
     heads, key_heads, causal = sharing
@@ -254,16 +246,6 @@ def test_keys_of_another_length_are_refused():
     q, k, v = random(1, 3, 2, 8), random(1, 4, 2, 8), random(1, 4, 2, 8)
     with pytest.raises(ArgumentError, match=r"\(1, 3, 2, 8\).*\(1, 4, 2, 8\)"):
         ops.attention(q, k, v)
-
-
-@pytest.mark.parametrize("name", [each for each in BACKENDS if named(each) in CAUSAL_ONLY])
-@pytest.mark.parametrize("sharing", SHARING, ids=str)
-def test_causal_kernels_refuse_what_they_do_not_know(name, sharing):
-    heads, key_heads, causal = sharing
-    q, k, v = (x.float() for x in inputs(1, 3, heads, key_heads, 8))
-    why = "key heads" if causal else "causal attention only"
-    with backend(name), pytest.raises(BackendError, match=why):
-        ops.attention(q, k, v, causal=causal)
 
 
 @needs_native
