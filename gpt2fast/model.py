@@ -7,7 +7,6 @@ from itertools import repeat
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._system.doors import above
@@ -26,6 +25,7 @@ from .nn.past import Past, one_cache, opened
 from .nn.stack import Record, may_cache, read, run_blocks
 from .nn.vocabulary import resize_token_embeddings
 from .ops.embedding import tied_embedding
+from .ops.projection import linear
 
 
 class GPT2(nn.Module):
@@ -200,7 +200,7 @@ class GPT2(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """(..., width) hidden states -> (..., vocab) logits."""
         if reads_projection(self):
-            return F.linear(hidden, self.projection)
+            return linear(hidden, self.projection)
         return self.lm_head(hidden)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GPT2:

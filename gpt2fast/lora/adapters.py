@@ -21,6 +21,7 @@ from ..errors import ArgumentError
 from ..model import GPT2
 from ..nn.plain import readable
 from ..nn.projection import Projection
+from ..ops.projection import linear
 
 RANK, ALPHA, TARGETS = 8, 8.0, "c_attn"
 """PEFT's defaults for GPT-2."""
@@ -56,8 +57,8 @@ class LoRAProjection(Projection):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return super().forward(x) + F.linear(low * self.scale, self.lora_B)
+        low = linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        return super().forward(x) + linear(low * self.scale, self.lora_B)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..errors import ArgumentError
 from ..ops.backend import statistics_dtype
+from ..ops.projection import linear
 from .plain import readable
 
 _CHUNK_BYTES = 1 << 27
@@ -101,7 +102,7 @@ class LinearCrossEntropy(nn.Module):
         """(N,) losses, a chunk of logits at a time."""
 
         def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return self._each(F.linear(hidden, weight), targets)
+            return self._each(linear(hidden, weight), targets)
 
         step: Callable[..., Any] = losses
         if torch.is_grad_enabled():

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ArgumentError
 from ..ops.derivatives import is_transformed
+from ..ops.projection import linear
 
 _FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
 """In transformers' order."""
@@ -44,7 +44,7 @@ class GPT2Output:
     def __init__(self, loss: Tensor | None, hidden: Tensor, projection: Tensor):
         self.loss = loss
         """Scalar mean loss in nats, or None without labels and targets."""
-        self._logits = F.linear(hidden, projection) if loss is None else None
+        self._logits = linear(hidden, projection) if loss is None else None
         if loss is not None:
             device = "cpu" if hidden.is_meta else hidden.device.type  # meta has no autocast
             self._hidden, self._projection = hidden, projection
@@ -81,7 +81,7 @@ class GPT2Output:
                 torch.set_grad_enabled(self._grad),
                 torch.autocast(self._device, dtype, enabled=enabled),
             ):
-                self._logits = F.linear(self._hidden, self._projection)
+                self._logits = linear(self._hidden, self._projection)
         return self._logits
 
     @logits.setter

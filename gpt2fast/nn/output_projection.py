@@ -8,10 +8,10 @@ from copy import deepcopy
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..ops.projection import linear
 from .initialization import Device, Dtype
 from .plain import readable
 
@@ -79,7 +79,7 @@ class TiedOutputProjection(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., width) hidden states -> (..., vocab) logits."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
     def extra_repr(self) -> str:
         """Shown by print."""

@@ -70,14 +70,14 @@ def _ours(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype, add: bool) -> b
     )
 
 
-def _multiplied_by_torch(x: Tensor) -> torch.dtype:
-    """The dtype in which torch is to multiply x: float32 where it has no kernel for x's."""
-    return torch.float32 if x.dtype in _WIDENED and x.device.type == "cpu" else x.dtype
+def multiplied_by_torch(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which torch is to multiply another: float32 where it has no kernel for that."""
+    return torch.float32 if dtype in _WIDENED and device.type == "cpu" else dtype
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """`a @ b + bias` by torch, all of one dtype; with a bias or `out`, a has two dimensions."""
-    wide = _multiplied_by_torch(a)
+    wide = multiplied_by_torch(a.dtype, a.device)
     if wide != a.dtype:
         wider = product(a.to(wide), b.to(wide), None if bias is None else bias.to(wide))
         return wider.to(a.dtype) if out is None else out.copy_(wider)
@@ -140,7 +140,7 @@ def matmul(
     if column_sums is not None:
         torch.sum(b, 0, dtype=column_sums.dtype, out=column_sums)
     a, b = a.to(dtype), b.to(dtype)
-    wide = _multiplied_by_torch(a)
+    wide = multiplied_by_torch(a.dtype, a.device)
     a, b = a.to(wide), b.to(wide)
     if add:
         return out.addmm_(a, b) if out.dtype == wide else out.add_(a @ b)

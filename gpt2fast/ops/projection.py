@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .backend import Arguments, Op, autocast, statistics_dtype
-from .matmul import matmul, product, reads_wider_weights, weight_gradient
+from .matmul import matmul, multiplied_by_torch, product, reads_wider_weights, weight_gradient
 from .native import native, rows
 from .requirements import check_floating, check_shape
 from .support import Tensors
@@ -38,6 +38,16 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight.t(), bias)
     (x,) = autocast(x)
     return _projection.call(x, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` (..., out), for a weight (out, in): `F.linear`, where torch has a kernel."""
+    dtype = x.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if multiplied_by_torch(dtype, x.device) == dtype:
+        return F.linear(x, weight)
+    return projection(x, weight.t(), weight.new_zeros(len(weight)))
 
 
 def _check(call: Arguments) -> None:

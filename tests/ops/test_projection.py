@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison import DTYPES, LAYOUTS, backend, compare, needs_native, random
-from gpt2fast import ops
+from gpt2fast import GPT2, GPT2Config, ops
 from gpt2fast.nn import Projection
 from gpt2fast.ops import matmul as matmuls
 from gpt2fast.ops.matmul import matmul, product, weight_gradient
@@ -174,6 +174,29 @@ def test_16_bits_without_a_kernel_of_torchs_are_multiplied_in_32(dtype, out_dtyp
         torch.testing.assert_close(
             result.double(), expected + more, rtol=error, atol=1e-5, msg=name
         )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_without_a_kernel_of_torchs_are_multiplied_in_32(autocast, monkeypatch):
+    model = GPT2(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=65)).eval()
+    tokens = torch.randint(65, (2, 9))
+    if not autocast:
+        model.bfloat16()
+
+    def logits(widened):
+        monkeypatch.setattr(matmuls, "_WIDENED", widened)
+        enabled = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+        with enabled, torch.no_grad(), Multiplied() as multiplied:
+            results = model(tokens).logits, model(tokens, labels=tokens).logits
+        return results, multiplied.dtypes
+
+    expected, narrow = logits(set())
+    results, wide = logits({torch.bfloat16})
+    # Products within an op are not noted.
+    assert torch.bfloat16 in narrow and torch.bfloat16 not in wide
+    for result, reference in zip(results, expected, strict=True):
+        assert result.dtype == reference.dtype
+        torch.testing.assert_close(result, reference, rtol=0.02, atol=0.01)
 
 
 @needs_native
