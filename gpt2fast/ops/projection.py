@@ -42,9 +42,9 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` (..., out), for a weight (out, in): `F.linear`, where torch has a kernel."""
-    dtype = x.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return F.linear(x, weight)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if multiplied_by_torch(dtype, x.device) == dtype:
         return F.linear(x, weight)
     return projection(x, weight.t(), weight.new_zeros(len(weight)))
