@@ -17,7 +17,7 @@ from .nn.dropout import drop
 from .nn.embedding import Embedding, table_of
 from .nn.head import predict, reads_one_table, reads_projection
 from .nn.initialization import Device, Dtype, reset
-from .nn.inputs import check_held, given_tokens, kept_columns, place, predicted
+from .nn.inputs import check_held, check_one_text, given_tokens, kept_columns, place, predicted
 from .nn.kv_cache import KVCache
 from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
@@ -169,6 +169,9 @@ class GPT2(nn.Module):
         past = opened(self.config, one_cache(cache, past_key_values), tokens.shape[0])
         if past is None and use_cache and may_cache(self):
             past = self.new_cache(tokens.shape[0])
+        keeps_none = use_cache is False or (self.gradient_checkpointing and self.training)
+        if keeps_none and past is None and attention_mask is None and position_ids is not None:
+            check_one_text(position_ids)
         table = None
         if wanted is not None and past is None and reads_one_table(self, tokens):
             check_held(self.wte)

@@ -179,3 +179,14 @@ def test_a_stream_calls_them_too(models):
 def test_what_cannot_be_called_is_refused(models, options, says):
     with pytest.raises(GenerationError, match=says):
         models[0].generate(torch.tensor([[4, 5]]), max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_processors_that_leave_no_token_are_an_error(models, score, do_sample):
+    def no_token(input_ids, scores):
+        return torch.full_like(scores, score)
+
+    ours = models[0]
+    with pytest.raises(GenerationError, match="no token is left"):
+        ours.generate(torch.tensor([[1, 2]]), do_sample=do_sample, logits_processor=[no_token])

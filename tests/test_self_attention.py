@@ -264,3 +264,13 @@ def test_backends_agree(causal, key_heads, name):
     module, x = attention(causal, key_heads), torch.randn(2, 9, 48)
     with backend(name):
         assert torch.allclose(module(x), formula(module, x), atol=1e-4)
+
+
+def test_masks_that_are_added_to_scores_are_refused():
+    attend, x = SelfAttention(16, 2, causal=False), torch.randn(1, 5, 16)
+    added = torch.tensor([[0.0, 0.0, 0.0, 0.0, float("-inf")]])
+    with pytest.raises(ArgumentError, match="negative numbers"):
+        attend(x, added)
+    torch.testing.assert_close(attend(x, (added == 0).float()), attend(x, added == 0))
+    with pytest.raises(ArgumentError, match="heads=0"):
+        SelfAttention(16, 0)

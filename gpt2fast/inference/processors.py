@@ -114,11 +114,12 @@ class Processors:
             GenerationError: bad words, and what else bans tokens, leave none of a row.
         """
         scores = self.process(logits.float(), history, generated)
-        if self._bans and bool((scores.amax(-1) == -math.inf).any()):
+        may_ban = self._bans or self._callables.processors
+        if may_ban and not bool((scores.amax(-1) > -math.inf).all()):  # NaN is no more either
             raise GenerationError(
                 f"no token is left to choose after {generated.shape[1]} new ones: bad_words_ids, "
-                "min_new_tokens, no_repeat_ngram_size and processors of scores ban every one; take "
-                "fewer bad words, or a smaller min_new_tokens"
+                "min_new_tokens, no_repeat_ngram_size and processors of scores ban every one, or a "
+                "processor made NaN of a score; take fewer bad words, or a smaller min_new_tokens"
             )
         if uniform is None or not (self._epsilon or self._eta):
             return ops.sample(scores, history, uniform, **self._warpers)

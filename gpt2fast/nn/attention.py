@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
         dtype: Dtype = None,
     ):
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ArgumentError(f"width={width} is not a multiple of heads={heads}")
         key_heads = heads if key_heads is None else key_heads
         if key_heads < 1 or heads % key_heads:

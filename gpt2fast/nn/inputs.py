@@ -190,6 +190,11 @@ def check_inputs(
 def _check_mask(mask: Tensor, tokens: Tokens, cache: KVCache | Past | None) -> None:
     """Refuse a mask that is not for new tokens, or for them after the columns of a cache."""
     batch, time = tokens.shape
+    if mask.is_floating_point() and _is_readable(mask) and bool((_values(mask) < 0).any()):
+        raise GenerationError(
+            "attention_mask holds negative numbers, as masks that are added to scores do; give 1 "
+            "where a token is real and 0 where it is padding"
+        )
     seen = cache.length if isinstance(cache, Past) else 0
     if mask.shape == (batch, seen + time):
         return
@@ -244,6 +249,17 @@ def check_positions(config: GPT2Config, positions: Tensor) -> None:
         raise GenerationError(
             f"position {low if low < 0 else high} is outside this model's 0 .. {limit - 1} "
             f"(n_positions={limit}); shorten the input or generate fewer tokens"
+        )
+
+
+def check_one_text(positions: Tensor) -> None:
+    """Refuse positions (..., T) that begin anew: without a mask or a cache, transformers reads such
+    a row as several texts."""
+    if _is_readable(positions) and bool((_values(positions).diff(dim=-1) != 1).any()):
+        raise GenerationError(
+            "position_ids do not go up by one: without an attention_mask and a cache those are "
+            "several texts, of which each sees itself alone; give each a row of its own, or "
+            "an attention_mask of ones if the row is one text"
         )
 
 

@@ -91,7 +91,7 @@ def attention(
         (B, T, H, D) in q's dtype; zeros for a position that sees nothing.
     """
     if mask is not None:
-        mask = mask.bool()
+        mask = _visible_keys(mask)
     check_constants(scale=scale, dropout_p=dropout_p)
     q, k, v = autocast(q, k, v)
     scale = _usual_scale(q) if scale is None else scale
@@ -127,6 +127,22 @@ def attention_with_cache(
     check_constants(scale=scale)
     scale = _usual_scale(q) if scale is None else scale
     return _cached.call(q, k_cache, v_cache, lengths, scale, k_scales, v_scales)
+
+
+def _visible_keys(mask: Tensor) -> Tensor:
+    # The kind of mask that is added to scores has 0 where a key is seen.
+    is_readable = (
+        type(mask) is Tensor
+        and mask.device.type == "cpu"
+        and not is_transformed()
+        and not torch.compiler.is_compiling()
+    )
+    if mask.is_floating_point() and is_readable and bool((mask < 0).any()):
+        raise ArgumentError(
+            "mask holds negative numbers, as masks that are added to scores do; give true, or 1, "
+            "where a position may be seen"
+        )
+    return mask.bool()
 
 
 def _usual_scale(q: Tensor) -> float:

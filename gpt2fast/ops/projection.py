@@ -44,8 +44,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` (..., out), for a weight (out, in): `F.linear`, where torch has a kernel."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return F.linear(x, weight)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if multiplied_by_torch(dtype, x.device) == dtype:
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    # Of two dtypes torch makes an error.
+    if multiplied_by_torch(dtype, x.device) == dtype or not (cast or weight.dtype == dtype):
         return F.linear(x, weight)
     return projection(x, weight.t(), weight.new_zeros(len(weight)))
 
