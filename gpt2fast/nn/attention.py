@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ArgumentError
-from ..ops.attention import repeated_heads
+from ..ops.attention import repeated_heads, visible_keys
 from ..ops.backend import statistics_dtype
 from ..ops.derivatives import is_transformed, refused
 from ..ops.int8_cache import dequantize
@@ -199,7 +199,7 @@ class SelfAttention(nn.Module):
         if not self.causal:
             seen = torch.ones_like(seen)
         if mask is not None:
-            seen = seen & mask.bool()[:, None, None]
+            seen = seen & visible_keys(mask)[:, None, None]
         # Not -inf: the softmax of a row that sees nothing would be NaN, and spread.
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         shares = self.attn_dropout(scores.softmax(-1).to(v.dtype))

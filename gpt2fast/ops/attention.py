@@ -91,7 +91,7 @@ def attention(
         (B, T, H, D) in q's dtype; zeros for a position that sees nothing.
     """
     if mask is not None:
-        mask = _visible_keys(mask)
+        mask = visible_keys(mask)
     check_constants(scale=scale, dropout_p=dropout_p)
     q, k, v = autocast(q, k, v)
     scale = _usual_scale(q) if scale is None else scale
@@ -129,8 +129,8 @@ def attention_with_cache(
     return _cached.call(q, k_cache, v_cache, lengths, scale, k_scales, v_scales)
 
 
-def _visible_keys(mask: Tensor) -> Tensor:
-    # The kind of mask that is added to scores has 0 where a key is seen.
+def visible_keys(mask: Tensor) -> Tensor:
+    """A mask as bool; refuses the kind that is added to scores, which has 0 where a key is seen."""
     is_readable = (
         type(mask) is Tensor
         and mask.device.type == "cpu"
