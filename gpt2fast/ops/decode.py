@@ -236,31 +236,50 @@ def packed_step(
     *,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    pages: Tensor | None = None,
+    singly: Tensor | None = None,
 ) -> Tensor:
     """Logits after some of the new tokens of S sequences, all of which enter the caches.
 
     The sequences may differ in everything: one brings a prompt of 500 tokens, the others one token
     each. All integers are int64.
 
+    With `pages` (Kwon et al., 2023) the caches are pools: B pages of T_max entries each, from which
+    any sequence is put together, and sequences that begin alike can share the pages of what they
+    have in common. A page that a step writes belongs to one sequence in that step.
+
     Args:
         weights: packed.
         k_cache, v_cache: (L, B, T_max, H, D) float32, bfloat16 or int8, the last two dimensions
-            contiguous; written in place.
+            contiguous; written in place. With `pages`, T_max is a multiple of 16.
         tokens: (N,) token ids, sequence after sequence.
         positions: (N,) each token's position.
         starts: (S + 1,) where each sequence begins in `tokens`; the last one is N.
-        rows: (S,) the caches' row of each sequence, all different.
-        lengths: (S,) entries stored in that row before; not changed.
+        rows: (S,) the caches' row of each sequence, all different; ignored with `pages`.
+        lengths: (S,) entries stored of each sequence before; not changed.
         outputs: (P,) indices into `tokens`: logits are returned after these tokens.
         k_scales, v_scales: (L, B, T_max, H) float32 factors of int8 caches, written in place.
+        pages: (S, M): entry t of sequence s is entry t % T_max of the caches' row
+            pages[s, t // T_max]; what lies behind a sequence's last page is -1 or any page.
+        singly: (S,) bool: True has each of a sequence's tokens attend by itself, in the way of
+            steps with one token; False has them attend in blocks. None: blocks where a sequence
+            has several tokens.
 
     Returns:
         (P, V) float32. Not differentiable.
+
+    Raises:
+        ArgumentError: sizes or indices that don't fit, a sequence without a page or an entry for
+            its tokens, or a page that is written and belongs to two sequences.
     """
     return _packed.call(
         weights.arena, k_cache, v_cache, k_scales, v_scales,
-        tokens, positions, starts, rows, lengths, outputs, weights.shape.vocab_size,
+        tokens, positions, starts, rows, lengths, outputs, weights.shape.vocab_size, pages, singly,
     )  # fmt: skip
+
+
+PAGE_STEP = 16
+"""The sizes of pages are multiples of it: kernels read as many keys at a time, of one page."""
 
 
 def _check_packed(call: Arguments) -> None:
@@ -274,6 +293,20 @@ def _check_packed(call: Arguments) -> None:
     check_shape("positions", call.positions, len(tokens), says="(N,)")
     check_shape("starts", call.starts, len(rows) + 1, says="(S + 1,)")
     check_shape("lengths", call.lengths, len(rows), says="(S,)")
+    if call.pages is not None:
+        check_integers(pages=call.pages)
+        check_dim("pages", call.pages, 2, says="(S, M)")
+        check_shape("pages", call.pages, len(rows), call.pages.shape[1], says="(S, M)")
+        size = call.k_cache.shape[2]
+        if size % PAGE_STEP or not size:
+            raise ArgumentError(
+                f"pages have {size} entries (k_cache is {tuple(call.k_cache.shape)}); their size "
+                f"must be a multiple of {PAGE_STEP}"
+            )
+    if call.singly is not None:
+        if call.singly.dtype != torch.bool:
+            raise ArgumentError(f"singly must be bool, not {call.singly.dtype}")
+        check_shape("singly", call.singly, len(rows), says="(S,)")
 
 
 def _check_packed_values(call: Arguments) -> None:
@@ -289,7 +322,12 @@ def _check_packed_values(call: Arguments) -> None:
             f"vocab_size={call.vocab_size}, and the weights have {shape.vocab_size}"
         )
     check_indices("starts", starts, 0, len(tokens))
-    check_indices("rows", rows, 0, batch - 1)
+    paged = call.pages is not None
+    if paged:
+        check_indices("pages", call.pages, -1, batch - 1, of="the pages of the caches")
+        entries *= call.pages.shape[1]
+    else:
+        check_indices("rows", rows, 0, batch - 1)
     check_indices("lengths", lengths, 0, entries - 1)
     check_indices("tokens", tokens, 0, shape.vocab_size - 1)
     check_indices("positions", call.positions, 0, shape.n_positions - 1)
@@ -303,12 +341,51 @@ def _check_packed_values(call: Arguments) -> None:
         if count <= 0:
             raise ArgumentError(f"starts must rise: sequence {i} has {count} tokens")
         if length + count > entries:
+            holder = f"sequence {i}" if paged else f"row {row}"
             raise ArgumentError(
-                f"row {row} holds {length} of at most {entries} entries; {count} more do not fit"
+                f"{holder} holds {length} of at most {entries} entries; {count} more do not fit"
             )
+        if paged:
+            continue
         if row in taken:
             raise ArgumentError(f"row {row} is there twice")
         taken.add(row)
+    if paged:
+        _check_pages(call.pages.tolist(), lengths.tolist(), bounds, call.k_cache.shape[2])
+
+
+def _check_pages(
+    pages: list[list[int]], lengths: list[int], bounds: list[int], page_size: int
+) -> None:
+    """Check that sequences have their pages, and those that they write for themselves."""
+    holders: dict[int, int] = {}  # of each page in use, how often it is there
+    for i, (table, length) in enumerate(zip(pages, lengths, strict=True)):
+        end = length + bounds[i + 1] - bounds[i]
+        for index, page in enumerate(table[: -(-end // page_size)]):
+            if page < 0:
+                raise ArgumentError(
+                    f"pages[{i}, {index}] = {page}, and sequence {i} needs that page for its "
+                    f"{end} entries"
+                )
+            holders[page] = holders.get(page, 0) + 1
+    for i, (table, length) in enumerate(zip(pages, lengths, strict=True)):
+        end = length + bounds[i + 1] - bounds[i]
+        for page in table[length // page_size : -(-end // page_size)]:
+            if holders[page] > 1:
+                raise ArgumentError(
+                    f"sequence {i} writes to page {page}, which is in use at another place, too: "
+                    "a page that is written belongs to one sequence; copy it first"
+                )
+
+
+def _place(
+    pages: Tensor | None, page_size: int, sequence: int, row: int, begin: int, end: int
+) -> tuple[Any, ...]:
+    """The index of entries [begin, end) of a sequence in a layer of the caches."""
+    if pages is None:
+        return row, slice(begin, end)
+    entries = torch.arange(begin, end, device=pages.device)
+    return pages[sequence, entries // page_size], entries % page_size
 
 
 def _packed_reference(
@@ -324,6 +401,8 @@ def _packed_reference(
     lengths: Tensor,
     outputs: Tensor,
     vocab_size: int,
+    pages: Tensor | None = None,
+    singly: Tensor | None = None,
 ) -> Tensor:
     weights = PackedWeights.from_arena(arena)
     shape = weights.shape
@@ -345,22 +424,20 @@ def _packed_reference(
         )
         q, k, v = qkv.view(1, len(tokens), 3, shape.n_head, shape.width // shape.n_head).unbind(2)
         attended = torch.empty_like(q)
-        for begin, end, row, length in zip(
-            bounds[:-1], bounds[1:], rows.tolist(), lengths.tolist(), strict=True
-        ):
+        for i, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
+            begin, end = bounds[i], bounds[i + 1]
+            entries = length + end - begin
+            added = _place(pages, k_cache.shape[2], i, row, length, entries)
+            used = _place(pages, k_cache.shape[2], i, row, 0, entries)
             caches = []
             for new, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
-                entries = slice(length, length + end - begin)
                 if scales is None:
-                    cache[layer, row, entries] = new[0, begin:end].to(cache.dtype)
+                    cache[layer][added] = new[0, begin:end].to(cache.dtype)
                     factors = None
                 else:
-                    cache[layer, row, entries], scales[layer, row, entries] = stored(
-                        new[0, begin:end]
-                    )
-                    factors = scales[layer, row : row + 1, : entries.stop]
-                used = cache[layer, row : row + 1, : entries.stop]
-                caches.append(dequantize(used, factors, torch.float32))
+                    cache[layer][added], scales[layer][added] = stored(new[0, begin:end])
+                    factors = scales[layer][used][None]
+                caches.append(dequantize(cache[layer][used][None], factors, torch.float32))
             at = lengths.new_full((1,), length)
             attended[:, begin:end] = attention_with_cache(
                 q[:, begin:end], caches[0], caches[1], at, scale
@@ -393,6 +470,12 @@ def _as_float(matrix: Matrix) -> Tensor:
 
 
 def _packed_refuses(call: Arguments) -> str | None:
+    if call.pages is not None or call.singly is not None:
+        return "the native step reads no pages, and no tokens singly"
+    return _caches_refused(call)
+
+
+def _caches_refused(call: Arguments) -> str | None:
     cache = call.k_cache
     if cache.dtype not in CACHE_DTYPES:
         return f"the native step's cache is float32, bfloat16 or int8, not {cache.dtype}"
@@ -414,7 +497,8 @@ _packed = Op(
     "packed_step",
     "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
     "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor starts, Tensor rows, "
-    "Tensor lengths, Tensor outputs, int vocab_size) -> Tensor",
+    "Tensor lengths, Tensor outputs, int vocab_size, Tensor? pages=None, Tensor? singly=None) "
+    "-> Tensor",
     check=_check_packed,
     values=_check_packed_values,
     native=_packed_native,
@@ -516,7 +600,7 @@ def _next_reference(
     return logits, sample_reference(logits[:, :allowed], history, uniform, *choice)
 
 
-@native(refuses=lambda call: refuses_uniform(call) or _packed_refuses(call), checks=True)
+@native(refuses=lambda call: refuses_uniform(call) or _caches_refused(call), checks=True)
 def _next_native(call: Arguments) -> tuple[Tensor, Tensor]:
     return torch.ops.gpt2fast_native.packed_next(
         call.arena, call.k_cache, call.v_cache, call.k_scales, call.v_scales,

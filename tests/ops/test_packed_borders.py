@@ -15,6 +15,7 @@ from comparison import backend, needs_native
 from gpt2fast import ops
 from gpt2fast.errors import ArgumentError
 from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
+from packed_sequences import random_weights
 from tolerance import assert_equal, assert_near
 
 FORMATS = [
@@ -31,32 +32,6 @@ SHAPES = [(3, 17, 70, 33), (17, 5, 33, 64), (1, 33, 65, 32), (2, 35, 129, 97)]
 def one_thread_afterward():
     yield
     torch.set_num_threads(1)
-
-
-def random_matrix(form, inputs, outputs):
-    """A matrix in this format."""
-    if not form.group:
-        matrix = torch.randn(inputs, outputs) / math.sqrt(inputs)
-        return matrix.to(getattr(torch, form.name))
-    most = 127 if form.name == "int8" else 7
-    q = torch.randint(-most, most + 1, (inputs, outputs)).to(torch.int8)
-    scales = (0.5 + torch.rand(-(-inputs // form.group), outputs)) / most / math.sqrt(inputs)
-    return QuantizedMatrix(q, scales.half(), 8 if most == 127 else 4, form.group)
-
-
-def random_weights(form, heads, size, inner, vocab, tied):
-    width = heads * size
-    shape = ModelShape(heads, width, inner, vocab, 128, "relu", 1e-2, (0.4, 0.3), tied)
-    weights = PackedWeights(shape, dict.fromkeys(shape.matrices(), form))
-    for name, (inputs, outputs) in shape.matrices().items():
-        weights.put(name, random_matrix(form, inputs, outputs))
-    for name, dims in shape.vectors().items():
-        values = torch.randn(dims)
-        if "c_attn" in name:  # the last element, and the last head, are larger than the others
-            values.view(3, heads, size)[..., -1] += 3.0
-            values.view(3, heads, size)[:, -1] *= 4.0
-        weights.put(name, values)
-    return weights
 
 
 def rounded_inputs(x, form):
