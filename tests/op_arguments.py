@@ -30,6 +30,7 @@ def arguments() -> dict[str, dict[str, object]]:
     choice = {
         "history": torch.tensor([[1, 2], [3, 4]]),
         "uniform": torch.tensor([0.25, 0.5]),
+        "token_mask": torch.tensor([[0b101111011], [-2]], dtype=torch.int32),
         "temperature": 1.5,
         "top_k": 3,
         "top_p": 0.9,
@@ -127,6 +128,7 @@ def arguments() -> dict[str, dict[str, object]]:
             "positions": torch.tensor([0, 1]),
             "lengths": torch.tensor([0, 1]),
             **choice,
+            "token_mask": torch.tensor([[-3, 255], [0, 254]], dtype=torch.int32),
         },
     }
 

@@ -234,7 +234,9 @@ def packed_arguments(form="float32"):
     caches = (packed.weights.arena, cache.k, cache.v, cache.k_scales, cache.v_scales)
     rows = torch.arange(3)
     step = (*caches, tokens, cache.positions, rows, rows[:-1], cache.lengths, rows[:-1], 101)
-    choice = (torch.zeros(2, 0, dtype=torch.int64), None, 101, 101, 1.0, 0, 1.0, 0.0, 1.0, 1.0, 0)
+    mask = torch.tensor([[1, 0, 0, 0], [-1, 3, 5, 9]], dtype=torch.int32)
+    processors = (1.0, 0, 1.0, 0.0, 1.0, 1.0, 0)
+    choice = (torch.zeros(2, 0, dtype=torch.int64), None, mask, 101, 101, *processors)
     return {
         "packed_step": step,
         "packed_next": (*caches, tokens, cache.positions, cache.lengths, *choice),

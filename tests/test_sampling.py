@@ -219,7 +219,8 @@ def test_low_precision_logits_are_processed_in_float32(dtype):
 
 
 def test_sample_is_a_proper_torch_op():
-    arguments = (random_scores(), random_history(), torch.rand(6), 0.8, 20, 0.9, 0.05, 0.9, 1.2, 2)
+    options = (0.8, 20, 0.9, 0.05, 0.9, 1.2, 2)
+    arguments = (random_scores(), random_history(), torch.rand(6), None, *options)
     torch.library.opcheck(torch.ops.gpt2fast.sample.default, arguments)
 
 

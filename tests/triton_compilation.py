@@ -147,8 +147,9 @@ def call_ops(dtype: torch.dtype, batch: int = 2, time: int = 256, heads: int = 1
         call("fused_adamw", params, params, moments, moments, masters, *settings)
 
     logits, history = some(batch, vocab_size), integers(batch, 32)
-    call("sample", logits, history, torch.zeros(batch), 0.8, 40, 0.9, 0.05, 0.95, 1.2, 3)
-    call("sample", logits, history, None, 1.0, 0, 1.0, 0.0, 1.0, 1.0, 0)
+    mask = integers(batch, -(-vocab_size // 32)).int()
+    call("sample", logits, history, torch.zeros(batch), mask, 0.8, 40, 0.9, 0.05, 0.95, 1.2, 3)
+    call("sample", logits, history, None, None, 1.0, 0, 1.0, 0.0, 1.0, 1.0, 0)
     shapes = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
     shapes += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
     assert len(shapes) == len(BLOCK_PARAMETERS)

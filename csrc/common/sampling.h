@@ -37,7 +37,10 @@ struct Sample : SamplingOptions {
     int64_t history_length, history_stride, history_step;
     const float* uniform;  // a number in [0, 1) for each row, or null: the highest score is chosen
     int64_t uniform_stride;
-    int64_t* out;  // (rows)
+    const uint32_t*
+        token_mask;       // bit i % 32 of a row's word i / 32 allows token i; null: all may be
+    int64_t mask_stride;  // words from a row to the next
+    int64_t* out;         // (rows)
 };
 
 }  // namespace gpt2fast

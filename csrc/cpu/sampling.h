@@ -10,6 +10,8 @@
 // Of equal scores at the boundary of top-p the tokens of lower number are left out first, as after
 // a stable ascending sort. Weights are float32, sums of many of them float64.
 //
+// A mask of tokens costs a pass over copied scores, which leaves out words of 32 that are allowed.
+//
 // A row of V float32 logits is 4 V bytes in and, unless it is greedy, 4 V bytes of scores that
 // later passes read from a core's own cache; each pass has V exponentials or none.
 #pragma once
@@ -61,7 +63,8 @@ private:
     int64_t choose_from() {
         const T* x = static_cast<const T*>(args_.logits) + row_ * args_.logits_stride;
         const bool reads_history = args_.history_length > 0 && args_.reads_history();
-        if (reads_history) {
+        const bool copies = reads_history || args_.token_mask != nullptr;
+        if (copies) {
             for (int64_t i = 0; i < vocab_ / score_group; ++i) {
                 for (int64_t j = i * score_group; j < (i + 1) * score_group; j += Vec::width) {
                     Vec::load(x + j).store(scores_ + j);
@@ -70,12 +73,13 @@ private:
             for (int64_t i = vocab_ / score_group * score_group; i < vocab_; ++i) {
                 scores_[i] = to_float(x[i]);
             }
-            penalize(x);
         }
+        if (reads_history) penalize(x);
+        if (args_.token_mask != nullptr) ban_masked();
         if (args_.uniform == nullptr) {
-            return reads_history ? highest(scores_) : highest(x);
+            return copies ? highest(scores_) : highest(x);
         }
-        if (reads_history) {
+        if (copies) {
             read(scores_);
         } else {
             read(x);
@@ -118,6 +122,21 @@ private:
             const int64_t token = window[(size - 1) * step];
             if (equal < size - 1 || token < 0 || token >= vocab_) continue;
             scores_[token] = -std::numeric_limits<float>::infinity();
+        }
+    }
+
+    // No penalty brings a score of -inf back, so that banning last is as good as banning first.
+    void ban_masked() {
+        const uint32_t* mask = args_.token_mask + row_ * args_.mask_stride;
+        for (int64_t begin = 0; begin < vocab_; begin += 32) {
+            const uint32_t allowed = mask[begin / 32];
+            if (allowed == ~uint32_t(0)) continue;
+            const int64_t count = std::min<int64_t>(32, vocab_ - begin);
+            float* scores = scores_ + begin;
+            for (int64_t i = 0; i < count; ++i) {
+                const bool stays = (allowed >> i & 1) != 0;
+                scores[i] = stays ? scores[i] : -std::numeric_limits<float>::infinity();
+            }
         }
     }
 

@@ -35,6 +35,8 @@ struct ScoredRows {
     float repetition_penalty;
     int no_repeat_ngram_size;
     float temperature;
+    const uint32_t* token_mask;  // bit i % 32 of word i / 32 allows token i; null: all may be
+    int64_t mask_stride;
     float* scores;             // (rows, vocab), or null: only the best are wanted
     unsigned long long* best;  // (rows, blocks of scored_tokens)
 };
@@ -114,9 +116,15 @@ __global__ void __launch_bounds__(scored_threads) score_tokens(const ScoredRows<
             __syncthreads();
         }
     }
+    const uint32_t* mask = nullptr;
+    if (args.token_mask != nullptr) {
+        mask = args.token_mask + row * args.mask_stride + first / 32;
+    }
+    static_assert(scored_tokens % 32 == 0, "a block's words of a mask are its own");
     unsigned long long best = 0;
     for (int i = threadIdx.x; i < count; i += scored_threads) {
         float score = scores[i];
+        if (mask != nullptr && (mask[i / 32] >> (i % 32) & 1u) == 0) score = -INFINITY;
         if (args.scores != nullptr) {
             if (args.temperature != 1.0f) score /= args.temperature;
             args.scores[row * args.vocab + first + i] = score;

@@ -41,6 +41,8 @@ void sample(const Sample& args, void* stream) {
                                  float(args.repetition_penalty),
                                  at_most_int(args.no_repeat_ngram_size),
                                  float(args.temperature),
+                                 args.token_mask,
+                                 args.mask_stride,
                                  greedy ? nullptr : args.scores,
                                  best};
         device::launch(&score_tokens<T>, dim3(unsigned(blocks), unsigned(args.rows)),

@@ -525,6 +525,7 @@ def packed_next(
     history: Tensor,
     uniform: Tensor | None = None,
     *,
+    token_mask: Tensor | None = None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     vocab_size: int | None = None,
@@ -536,7 +537,8 @@ def packed_next(
         weights, k_cache, v_cache, k_scales, v_scales: as for `packed_step`, with B rows.
         tokens, positions, lengths: (B,) int64: each row's token, its position, and the entries
             stored before; not changed.
-        history, uniform, processors: as for `sample`; the history holds `tokens` already.
+        history, uniform, token_mask, processors: as for `sample`; the history holds `tokens`
+            already, and a row of the mask has ceil(vocab_size / 32) words.
         vocab_size: choose among the token ids below it; None allows all.
 
     Returns:
@@ -544,7 +546,7 @@ def packed_next(
     """
     return _next.call(
         weights.arena, k_cache, v_cache, k_scales, v_scales,
-        tokens, positions, lengths, history, uniform,
+        tokens, positions, lengths, history, uniform, token_mask,
         weights.shape.vocab_size,
         weights.shape.vocab_size if vocab_size is None else vocab_size,
         *processor_arguments(processors),
@@ -560,7 +562,7 @@ def _check_next(call: Arguments) -> None:
         check_shape(name, getattr(call, name), batch, says="(B,)")
     if not 0 < call.allowed <= call.vocab_size:
         raise ArgumentError(f"vocab_size={call.allowed} is not in 1 .. {call.vocab_size}")
-    check_choice(call, batch)
+    check_choice(call, batch, call.allowed)
 
 
 def _as_packed(call: Arguments) -> Arguments:
@@ -574,7 +576,7 @@ def _as_packed(call: Arguments) -> Arguments:
 
 def _check_next_values(call: Arguments) -> None:
     _check_packed_values(_as_packed(call))
-    check_choice_values(call)
+    check_choice_values(call, call.allowed)
 
 
 def _next_reference(
@@ -588,6 +590,7 @@ def _next_reference(
     lengths: Tensor,
     history: Tensor,
     uniform: Tensor | None,
+    token_mask: Tensor | None,
     vocab_size: int,
     allowed: int,
     *choice: Any,
@@ -597,15 +600,16 @@ def _next_reference(
         arena, k_cache, v_cache, k_scales, v_scales,
         tokens, positions, rows, rows[:-1], lengths, rows[:-1], vocab_size,
     )  # fmt: skip
-    return logits, sample_reference(logits[:, :allowed], history, uniform, *choice)
+    return logits, sample_reference(logits[:, :allowed], history, uniform, token_mask, *choice)
 
 
 @native(refuses=lambda call: refuses_uniform(call) or _caches_refused(call), checks=True)
 def _next_native(call: Arguments) -> tuple[Tensor, Tensor]:
+    token_mask = None if call.token_mask is None else call.token_mask.contiguous()
     return torch.ops.gpt2fast_native.packed_next(
         call.arena, call.k_cache, call.v_cache, call.k_scales, call.v_scales,
         call.tokens.contiguous(), call.positions.contiguous(), call.lengths.contiguous(),
-        call.history, call.uniform, call.allowed, *choice(call),
+        call.history, call.uniform, token_mask, call.allowed, *choice(call),
     )  # fmt: skip
 
 
@@ -613,7 +617,8 @@ _next = Op(
     "packed_next",
     "(Tensor arena, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, "
     "Tensor(d!)? v_scales, Tensor tokens, Tensor positions, Tensor lengths, Tensor history, "
-    f"Tensor? uniform, int vocab_size, int allowed, {SCHEMA}) -> (Tensor, Tensor)",
+    f"Tensor? uniform, Tensor? token_mask, int vocab_size, int allowed, {SCHEMA}) "
+    "-> (Tensor, Tensor)",
     check=_check_next,
     values=_check_next_values,
     native=_next_native,

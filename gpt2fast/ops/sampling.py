@@ -1,6 +1,6 @@
 """Choosing the next token from logits: processors in transformers' order, then a draw.
 
-    scores = penalties(logits, history) -> temperature -> top-k -> top-p -> min-p
+    scores = penalties(allowed logits, history) -> temperature -> top-k -> top-p -> min-p
              -> typical-p
     token  = the first whose cumulative probability exceeds uniform * total, in vocabulary order
 
@@ -56,6 +56,13 @@ def names_processors(function: _Function) -> _Function:
     if function.__doc__ is not None:  # not under python -OO
         function.__doc__ = function.__doc__.replace("processors: ", f"{', '.join(PROCESSORS)}: ")
     return function
+
+
+def ban_masked(scores: Tensor, token_mask: Tensor) -> Tensor:
+    """Ban every token whose bit is not set; `sample` describes the mask."""
+    token = torch.arange(scores.shape[-1], device=scores.device)
+    allowed = token_mask[:, token // 32] >> (token % 32).to(token_mask.dtype) & 1
+    return scores.masked_fill(allowed == 0, -math.inf)
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
@@ -174,6 +181,8 @@ def sample(
     logits: Tensor,
     history: Tensor,
     uniform: Tensor | None = None,
+    *,
+    token_mask: Tensor | None = None,
     **processors: float,
 ) -> Tensor:
     """Choose one token a row. Nothing waits for the device.
@@ -185,12 +194,15 @@ def sample(
         uniform: (B,) float32 in [0, 1), the random number of each row; None takes the highest
             score, and applies only the processors that read the history. On a GPU a number
             outside of the range gives some token of the vocabulary.
+        token_mask: (B, ceil(V / 32)) int32: token i of a row is allowed if bit i % 32 of its word
+            i // 32 is set. The score of any other is -inf, before all processors; bits from V on
+            do not count. None allows all. A row that allows none is an error on the CPU.
         processors: those of `process`, neutral where not given.
 
     Returns:
         (B,) int64. Of a row whose every token is banned: 0. Not differentiable.
     """
-    return _sample.call(logits, history, uniform, *processor_arguments(processors))
+    return _sample.call(logits, history, uniform, token_mask, *processor_arguments(processors))
 
 
 choice = attrgetter(*PROCESSORS)
@@ -200,24 +212,41 @@ _SHARES = [name for name, option in PROCESSORS.items() if option.high == 1]
 _COUNTS = [name for name, option in PROCESSORS.items() if option.kind is int]
 
 
-def check_choice(call: Arguments, rows: int) -> None:
+def check_choice(call: Arguments, rows: int, vocab_size: int) -> None:
     """Check the arguments, other than logits, of an op that chooses tokens for `rows` rows."""
-    history, uniform = call.history, call.uniform
+    history, uniform, token_mask = call.history, call.uniform, call.token_mask
     check_integers(history=history)
     check_dim("history", history, 2, says="(B, S)")
     check_shape("history", history, rows, history.shape[1], says="(B, S)")
     if uniform is not None:
         check_floating(uniform=uniform)
         check_shape("uniform", uniform, rows, says="(B,)")
+    if token_mask is not None:
+        if token_mask.dtype != torch.int32:
+            raise ArgumentError(f"token_mask must be int32, not {token_mask.dtype}")
+        check_shape("token_mask", token_mask, rows, -(-vocab_size // 32), says="(B, ceil(V / 32))")
     check_above(0, **{name: getattr(call, name) for name in _POSITIVE})
     check_share(**{name: getattr(call, name) for name in _SHARES})
     check_at_least(0, **{name: getattr(call, name) for name in _COUNTS})
 
 
-def check_choice_values(call: Arguments) -> None:
+def check_choice_values(call: Arguments, vocab_size: int) -> None:
     """Check the values of the same arguments."""
     if call.uniform is not None:
         check_fractions("uniform", call.uniform)
+    if call.token_mask is not None:
+        _check_allowed(call.token_mask, vocab_size)
+
+
+def _check_allowed(token_mask: Tensor, vocab_size: int) -> None:
+    """Check that each row of a mask on the CPU allows a token."""
+    if token_mask.device.type != "cpu":
+        return
+    used = (1 << vocab_size % 32) - 1 or -1  # bits of the last word that are a token's
+    allows = token_mask[:, :-1].any(-1) | ((token_mask[:, -1] & used) != 0)
+    if not bool(allows.all()):
+        row = int(allows.int().argmin())
+        raise ArgumentError(f"token_mask[{row}] allows no token")
 
 
 def _check(call: Arguments) -> None:
@@ -225,23 +254,27 @@ def _check(call: Arguments) -> None:
     check_floating(logits=logits)
     if logits.dim() != 2 or not logits.shape[1]:
         raise ArgumentError(f"logits must be (B, V) with V > 0, not {tuple(logits.shape)}")
-    check_choice(call, logits.shape[0])
+    check_choice(call, *logits.shape)
 
 
 def sample_reference(
     logits: Tensor,
     history: Tensor,
     uniform: Tensor | None,
+    token_mask: Tensor | None,
     *choice: float,
 ) -> Tensor:
     """`sample` in plain torch."""
+    scores = logits.float()
+    if token_mask is not None:
+        scores = ban_masked(scores, token_mask)
     processors: dict[str, Any] = dict(zip(PROCESSORS, choice, strict=True))
     if uniform is None:
         for name, option in PROCESSORS.items():
             if not option.reads_history:
                 del processors[name]
-        return process(logits.float(), history, **processors).argmax(-1)
-    scores = process(logits.float(), history, **processors)
+        return process(scores, history, **processors).argmax(-1)
+    scores = process(scores, history, **processors)
     probabilities = scores.softmax(-1)
     # In float64, rounding cannot move `uniform * total` up to the total, in any order of summation,
     # and a banned token is never chosen.
@@ -253,10 +286,12 @@ def sample_reference(
 def _native(call: Arguments) -> Tensor:
     # The kernels sum weights in their own order: a token differs from the reference's only where a
     # random number lies within rounding, about 1e-7, of the edge between two tokens.
-    logits = call.logits
+    logits, token_mask = call.logits, call.token_mask
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    return kernels(logits).sample(*call._replace(logits=logits))
+    if token_mask is not None and token_mask.stride(1) != 1:
+        token_mask = token_mask.contiguous()
+    return kernels(logits).sample(*call._replace(logits=logits, token_mask=token_mask))
 
 
 def refuses_uniform(call: Arguments) -> str | None:
@@ -277,9 +312,9 @@ def _cuda_refuses(call: Arguments) -> str | None:
 
 _sample = Op(
     "sample",
-    f"(Tensor logits, Tensor history, Tensor? uniform, {SCHEMA}) -> Tensor",
+    f"(Tensor logits, Tensor history, Tensor? uniform, Tensor? token_mask, {SCHEMA}) -> Tensor",
     check=_check,
-    values=check_choice_values,
+    values=lambda call: check_choice_values(call, call.logits.shape[1]),
     native=by_device(
         cpu=native(Tensors("logits", may_be_empty=True), refuses=refuses_uniform)(_native),
         cuda=cuda(Tensors("logits"), refuses=_cuda_refuses)(_native),

@@ -60,6 +60,8 @@ BAD = [
     ("sample", "uniform", [torch.tensor([0.5, 1.0]), torch.tensor([-0.1, 0]), torch.ones(3)]),
     ("sample", "uniform", [torch.tensor([nan, 0.0]), torch.tensor([1, 0])]),
     ("sample", "history", [torch.zeros(3, 2).long(), torch.zeros(2, 2), torch.zeros(2).long()]),
+    ("sample", "token_mask", [one, one.int(), torch.ones(2, 2).int(), torch.zeros(2, 1).int()]),
+    ("sample", "token_mask", [torch.tensor([[1], [2**9]]).int(), torch.ones(2, 1).bool()]),
     ("sample", "logits", [torch.ones(2, 0), torch.ones(9), torch.ones(2, 9).long()]),
     ("linear_cross_entropy", "targets", [torch.tensor([0, 8, 1]), torch.tensor([0, -1, 1])]),
     ("linear_cross_entropy", "targets", [torch.zeros(3), torch.zeros(2).long()]),
@@ -94,6 +96,8 @@ BAD = [
     ("packed_next", "no_repeat_ngram_size", [-1]),
     ("packed_next", "vocab_size", [0, 41, -1]),
     ("packed_next", "uniform", [torch.tensor([0.5, 1.0]), torch.tensor([nan, 0.0])]),
+    ("packed_next", "token_mask", [one, one.int(), torch.ones(2, 1).int(), torch.ones(2, 2)]),
+    ("packed_next", "token_mask", [torch.tensor([[1, 1], [0, 2**8]]).int()]),
     ("packed_next", "history", [torch.zeros(3, 2).long(), torch.zeros(2, 2)]),
     ("packed_next", "tokens", [torch.tensor([1, 40]), one]),
     ("packed_next", "lengths", [torch.tensor([0, 6]), torch.tensor([-1, 0]), one]),
@@ -314,9 +318,9 @@ def test_native_ops_refuse_what_does_not_fit():
         lambda: native.adamw([x], [], [x], [x], 1, 0.1, 0.9, 0.9, 1e-8, 0.0),
         lambda: native.matmul(x, x, None, x, False, False, None),
         lambda: native.matmul(x, x.t(), x[0], torch.zeros(3, 3), False, False, None),
-        lambda: native.sample(x[0], two[None], None, 1.0, 0, 1.0, 0.0, 1.0, 1.0, 0),
-        lambda: native.sample(x, two[None], None, 1.0, 0, 1.0, 0.0, 1.0, 2.0, 0),
-        lambda: native.sample(x, two[None], None, math.nan, 0, 1.0, 0.0, 1.0, 1.0, 0),
+        lambda: native.sample(x[0], two[None], None, None, 1.0, 0, 1.0, 0.0, 1.0, 1.0, 0),
+        lambda: native.sample(x, two[None], None, None, 1.0, 0, 1.0, 0.0, 1.0, 2.0, 0),
+        lambda: native.sample(x, two[None], None, None, math.nan, 0, 1.0, 0.0, 1.0, 1.0, 0),
     ]  # fmt: skip
     for call in bad:
         with pytest.raises(RuntimeError, match="^gpt2fast: [^/]*$"):
@@ -410,7 +414,7 @@ def test_the_cuda_binding_refuses_what_does_not_fit():
         lambda: cuda.append_to_cache(heads[0], heads[0], cache, cache, two, None),
         lambda: cuda.cross_entropy(x, ids[:2], x[:, 0].contiguous(), -100, x[0, :1], True),
         lambda: cuda.adamw([x], [x[0]], [x], [x], [], 1, 0.1, 0.9, 0.9, 1e-8, 0.0),
-        lambda: cuda.sample(x, two[None], None, math.nan, 0, 1.0, 0.0, 1.0, 1.0, 0),
+        lambda: cuda.sample(x, two[None], None, None, math.nan, 0, 1.0, 0.0, 1.0, 1.0, 0),
         lambda: cuda.decode_step([], cache, cache, two, two, two, [], 1e-5),
         lambda: cuda.decode_step([x] * 17, cache[None], cache[None], two, two, two, [1.0], 1e-5),
     ]  # fmt: skip

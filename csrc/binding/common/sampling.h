@@ -33,7 +33,8 @@ inline void check_options(const SamplingOptions& given) {
 
 // Of logits (rows, vocab or more); `out` is int64 (rows).
 inline Sample sample_args(const Tensor& logits, int64_t vocab, const Tensor& history,
-                          const std::optional<Tensor>& uniform, Tensor& out, DType dtype,
+                          const std::optional<Tensor>& uniform,
+                          const std::optional<Tensor>& token_mask, Tensor& out, DType dtype,
                           const SamplingOptions& options) {
     GPT2FAST_CHECK(vocab > 0, "logits have no token to choose");
     check_options(options);
@@ -58,6 +59,13 @@ inline Sample sample_args(const Tensor& logits, int64_t vocab, const Tensor& his
         check_device(*uniform, "uniform", logits, "logits");
         args.uniform = static_cast<const float*>(uniform->const_data_ptr());
         args.uniform_stride = uniform->stride(0);
+    }
+    if (token_mask.has_value()) {
+        check_rows(*token_mask, "token_mask", {args.rows, (vocab + 31) / 32});
+        check_type(*token_mask, "token_mask", ScalarType::Int, "int32");
+        check_device(*token_mask, "token_mask", logits, "logits");
+        args.token_mask = static_cast<const uint32_t*>(token_mask->const_data_ptr());
+        args.mask_stride = token_mask->stride(0);
     }
     args.out = static_cast<int64_t*>(out.mutable_data_ptr());
     return args;

@@ -247,6 +247,7 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
                                        std::optional<Tensor> v_scales, Tensor tokens,
                                        Tensor positions, Tensor lengths, Tensor history,
                                        std::optional<Tensor> uniform,
+                                       std::optional<Tensor> token_mask,
                                        int64_t allowed GPT2FAST_SAMPLING_PARAMETERS) {
     StepArgs args = step_args(arena, k_cache, v_cache, k_scales, v_scales);
     const int64_t rows = tokens.numel();
@@ -266,9 +267,10 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
     args.logits = floats_of(logits);
 
     Tensor out = int64s(arena, {rows});
-    const Sample chosen = sample_args(logits, allowed, history, uniform, out, DType::float32,
-                                      GPT2FAST_SAMPLING_VALUES);
+    const Sample chosen = sample_args(logits, allowed, history, uniform, token_mask, out,
+                                      DType::float32, GPT2FAST_SAMPLING_VALUES);
     check_uniform(chosen);
+    check_token_mask(chosen);
     if (rows == 0) return {logits, out};
 
     const int64_t bytes = sample_bytes(chosen);
@@ -285,6 +287,6 @@ GPT2FAST_OP(
     "output_tokens");
 GPT2FAST_OP(packed_next,
             "arena, k_cache!, v_cache!, k_scales!, v_scales!, tokens, positions, lengths, history, "
-            "uniform, allowed" GPT2FAST_SAMPLING_NAMES);
+            "uniform, token_mask, allowed" GPT2FAST_SAMPLING_NAMES);
 
 }  // namespace gpt2fast::binding

@@ -14,6 +14,20 @@ inline void check_uniform(const Sample& args) {
     }
 }
 
+// Each row of the mask has a token.
+inline void check_token_mask(const Sample& args) {
+    if (args.token_mask == nullptr) return;
+    const int64_t whole = args.vocab / 32;
+    const uint32_t rest = (uint32_t(1) << args.vocab % 32) - 1;
+    for (int64_t row = 0; row < args.rows; ++row) {
+        const uint32_t* words = args.token_mask + row * args.mask_stride;
+        const bool allows =
+            std::any_of(words, words + whole, [](uint32_t word) { return word != 0; }) ||
+            (rest != 0 && (words[whole] & rest) != 0);
+        GPT2FAST_CHECK(allows, "token_mask[", row, "] allows no token");
+    }
+}
+
 // Workspace for each worker of a team. Kept between steps: fresh memory of this size would
 // be mapped and cleared for each.
 inline uint8_t* sample_workspace(int64_t bytes) {

@@ -39,11 +39,16 @@ def _scores(row, stride, first, vocab_size, temperature, BLOCK: tl.constexpr):
 
 @triton.jit
 def penalize_kernel(
-    logits, history, scores, logits_stride_b, logits_stride_v, history_stride_b, history_stride_t,
+    logits, history, token_mask, scores,
+    logits_stride_b, logits_stride_v, history_stride_b, history_stride_t,
+    mask_stride_b, mask_stride_w,
     vocab_size, length, penalty, size,
-    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's logits in float32, with repeated tokens penalized and repeated n-grams banned."""
+    """A row's logits in float32, with repeated tokens penalized and repeated n-grams banned.
+
+    MASKED: tokens whose bits of `token_mask` are not set are banned, too.
+    """
     b = tl.program_id(0).to(tl.int64)
     logits += b * logits_stride_b
     history += b * history_stride_b
@@ -73,6 +78,15 @@ def penalize_kernel(
             token = tl.load(at, mask=repeats, other=-1)
             known = (token >= 0) & (token < vocab_size)
             tl.store(scores + token, tl.full((BLOCK,), -float("inf"), tl.float32), mask=known)
+    if MASKED:
+        tl.debug_barrier()
+        token_mask += b * mask_stride_b
+        for first in range(0, vocab_size, BLOCK):
+            tokens = first + tl.arange(0, BLOCK)
+            within = tokens < vocab_size
+            words = tl.load(token_mask + tokens // 32 * mask_stride_w, mask=within, other=-1)
+            banned = within & (((words >> (tokens % 32)) & 1) == 0)
+            tl.store(scores + tokens, tl.full((BLOCK,), -float("inf"), tl.float32), mask=banned)
 
 
 @triton.jit
@@ -280,17 +294,18 @@ def _kept_weights(tokens, values, highest, lowest, first_kept, min_p, expected, 
 
 
 def sample(call: Arguments) -> Tensor:
-    logits, history, uniform = call.logits, call.history, call.uniform
+    logits, history, uniform, token_mask = call.logits, call.history, call.uniform, call.token_mask
     rows, vocab_size = logits.shape
     launch = settings("sample", logits.device, vocab_size=vocab_size)
     scores = logits
     size = call.no_repeat_ngram_size if call.no_repeat_ngram_size <= history.shape[1] else 0
-    if call.repetition_penalty != 1.0 or size > 0:
+    if call.repetition_penalty != 1.0 or size > 0 or token_mask is not None:
         scores = logits.new_empty((rows, vocab_size), dtype=torch.float32)
         penalize_kernel[(rows,)](
-            logits, history, scores, *logits.stride(), *history.stride(),
+            logits, history, token_mask, scores, *logits.stride(), *history.stride(),
+            *((0, 0) if token_mask is None else token_mask.stride()),
             vocab_size, history.shape[1], call.repetition_penalty, size,
-            **settings("penalize", logits.device),
+            MASKED=token_mask is not None, **settings("penalize", logits.device),
         )  # fmt: skip
     chosen = logits.new_empty(rows, dtype=torch.int64)
     if uniform is None:
