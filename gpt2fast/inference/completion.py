@@ -104,6 +104,7 @@ class Completer:
                 draws=draws,
                 timing=timing,
                 callables=request.callables,
+                grammar=request.grammar,
             ),
             start=1,
         ):

@@ -10,6 +10,7 @@ from ..sampling import SamplingOptions
 from ..tokenizer import Tokenizer
 from .callables import Callables
 from .decoding import Step
+from .grammar import Grammar
 from .scores import Scores
 from .stopping import StopCriteria
 
@@ -26,8 +27,8 @@ class Generation:
     prompt_tokens: int
     """Number of tokens of the prompt; an empty prompt counts the beginning-of-text token."""
     finish_reason: str
-    """Reason for the end: "eos" (end token), "stop" (stop string or a criterion of the user's),
-    "length" (max_new_tokens, max_length) or "time" (max_time)."""
+    """Reason for the end: "eos" (end token), "stop" (stop string, a criterion of the user's, or a
+    grammar that is complete), "length" (max_new_tokens, max_length) or "time" (max_time)."""
     seed: int | None
     """Seed of the draws; None where there were none."""
     logprobs: list[float] | None = None
@@ -62,6 +63,8 @@ class Request:
     """Number of likely alternatives to return with each token; None: nothing is scored."""
     callables: Callables
     """Functions of the user's."""
+    grammar: Grammar | None = None
+    """What continuations must be."""
 
     @property
     def scores_prompt(self) -> bool:

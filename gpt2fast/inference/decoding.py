@@ -16,6 +16,7 @@ from ..sampling import SamplingOptions
 from .async_decoder import AsyncDecoder
 from .callables import NONE, Callables
 from .engine import DecodeState, choose
+from .grammar import Grammar, Matcher
 from .processors import Processors
 from .sampling import Draw, Draws, RowRandom
 from .scores import Scores, score
@@ -79,6 +80,7 @@ def decode(
     draws: Sequence[Draw] | None = None,
     timing: Timing | None = None,
     callables: Callables = NONE,
+    grammar: Grammar | None = None,
 ) -> Iterator[Step]:
     """Continue every prompt `options.num_return_sequences` times, greedily or by sampling.
 
@@ -92,6 +94,7 @@ def decode(
         draws: the draw of each prompt's first continuation; by default from `Draws`.
         timing: filled in as decoding goes on.
         callables: functions of the user's to call in each step.
+        grammar: what each continuation must be.
     """
     began = time.perf_counter()
     timing = Timing() if timing is None else timing
@@ -115,7 +118,10 @@ def decode(
         scoring = alternatives is not None
         size = model.config.vocab_size if vocab_size is None else vocab_size
         processors = Processors(options, criteria, callables, size, logits.device)
-        chooser = _Chooser(state, logits, options, random, size, scoring, processors)
+        matchers = None
+        if grammar is not None:
+            matchers = [grammar.matcher(criteria.eos) for _ in rows]
+        chooser = _Chooser(state, logits, options, random, size, scoring, processors, matchers)
         with closing(chooser):
             for step in range(most):
                 chosen = chooser.next(most - step)
@@ -126,9 +132,11 @@ def decode(
                     timing.add_step(seconds, len(rows), state.step_bytes())
 
                 reasons: list[str | None] = []
-                for row, token in zip(rows, chosen, strict=True):
+                for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
                     continuations[row].append(token)
                     reason = criteria.reason(continuations[row])
+                    if reason is None and chooser.is_complete(place):
+                        reason = "stop"
                     if reason is None and callables.criteria:
                         text = [*prompts[row // copies], *continuations[row]]
                         reason = "stop" if callables.stop(text, model.device) else None
@@ -162,6 +170,7 @@ class _Chooser:
         vocab_size: allow only token ids below this.
         scoring: the caller reads `logits` after each step.
         processors: those that the ops do not have; with any, every token is chosen by itself.
+        matchers: of each row, where only what they allow may be chosen.
     """
 
     def __init__(
@@ -173,15 +182,19 @@ class _Chooser:
         vocab_size: int,
         scoring: bool,
         processors: Processors,
+        matchers: list[Matcher] | None = None,
     ):
         self.logits = logits
         """(rows, vocab): the logits that the newest tokens were chosen from."""
         self._state, self._random = state, random
         self._choice = {**options.processors(), "vocab_size": vocab_size}
         self._processors, self._vocab_size = processors, vocab_size
+        self._matchers = matchers
         self._reads_history = options.reads_history
         self._tokens: Tensor | None = None
-        self._may_run_ahead = not (scoring or options.reads_history or processors.stepwise)
+        self._may_run_ahead = not (
+            scoring or options.reads_history or processors.stepwise or matchers is not None
+        )
         self._ahead: AsyncDecoder | None = None
 
     def next(self, remaining: int) -> list[int]:
@@ -194,11 +207,17 @@ class _Chooser:
             state.count(1)
             return self._ahead.next(remaining)
         uniform = None if random is None else random.take(1)[:, 0]
+        if self._matchers is not None:
+            choice = {**choice, "token_mask": self._mask(self._matchers)}
         if self._processors.stepwise:
             if self._tokens is not None:
                 self.logits = state.append(self._tokens)
             self._tokens = self._processors.choose(
-                self.logits[:, : self._vocab_size], state.history, state.generated, uniform
+                self.logits[:, : self._vocab_size],
+                state.history,
+                state.generated,
+                uniform,
+                choice.get("token_mask"),
             )
         elif self._tokens is None:
             self._tokens = choose(self.logits, state.history, uniform, **choice)
@@ -206,12 +225,31 @@ class _Chooser:
             self.logits, self._tokens = state.next(
                 self._tokens, uniform, self._reads_history, **choice
             )
-        return self._tokens.tolist()
+        chosen = self._tokens.tolist()
+        if self._matchers is not None:
+            for matcher, token in zip(self._matchers, chosen, strict=True):
+                matcher.advance(token)
+        return chosen
+
+    def is_complete(self, row: int) -> bool:
+        """True if nothing can follow the newest token of a row, by its grammar."""
+        return self._matchers is not None and self._matchers[row].finished
+
+    def _mask(self, matchers: Sequence[Matcher]) -> Tensor:
+        """(rows, words) int32: the tokens that may come next."""
+        words = torch.empty(
+            len(matchers), -(-self._vocab_size // 32), dtype=torch.int32, device="cpu"
+        )
+        for matcher, row in zip(matchers, words, strict=True):
+            matcher.mask(row)
+        return words.to(self.logits.device)
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these rows."""
         if self._random is not None:
             self._random.keep(rows)
+        if self._matchers is not None:
+            self._matchers = [self._matchers[row] for row in rows]
         if self._ahead is not None:
             self._ahead.keep(rows)
             self._state.forget(rows)

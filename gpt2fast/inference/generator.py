@@ -18,6 +18,7 @@ from .completion import Completer
 from .continuation import Generation, Request, TextStream
 from .decoding import Timing
 from .generation import FROM_CONFIG, EosTokenId
+from .grammar import Grammar
 from .loading import load_pair
 from .reading import TextScores, embed_texts, score_texts
 from .requests import check_pair, encode_prompt, encode_texts, make_request
@@ -134,6 +135,7 @@ class Generator:
         bad_words: str | Sequence[str] | None = None,
         logits_processor: Iterable[Callable[[Tensor, Tensor], Tensor]] | None = None,
         stopping_criteria: Iterable[Callable[..., Any]] | None = None,
+        grammar: Grammar | None = None,
         timing: Timing | None = None,
         **options: Any,
     ) -> Generation | list[Generation] | list[list[Generation]]:
@@ -152,6 +154,8 @@ class Generator:
                 that the tokenizer makes of it; in addition to `bad_words_ids`.
             logits_processor, stopping_criteria: as in `GPT2.generate`; a processor sees the scores
                 of the tokens that both the model and the tokenizer have.
+            grammar: what a continuation must be; what does not fit is never chosen. It ends when
+                it is complete, but `max_new_tokens`, a stop string or the like may cut it before.
             timing: filled in with the time of each phase.
             options: see `SamplingOptions`. For what is not given, the model's
                 generation_config.json holds as far as it is honored, and then `DEFAULTS`.
@@ -161,7 +165,8 @@ class Generator:
             of `num_return_sequences` of them where more than one is asked for.
 
         Raises:
-            GenerationError: an option out of its range, or a prompt that is too long.
+            GenerationError: an option out of its range, a prompt that is too long, or options that
+                ban every token that a grammar allows.
             TokenizerError: a text that cannot be encoded.
         """
         results = list(
@@ -174,6 +179,7 @@ class Generator:
                 bad_words=bad_words,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
+                grammar=grammar,
                 timing=timing,
                 **options,
             )

@@ -1,11 +1,12 @@
 """Processors of scores that the ops do not have, and the order of all of them in a step.
 
-    scores = logits + bias -> repetition penalty, no repeated n-grams -> frequency and presence
-             penalty -> bad words -> no end before min_new_tokens -> the user's processors
+    scores = logits that a grammar allows + bias -> repetition penalty, no repeated n-grams
+             -> frequency and presence penalty -> bad words -> no end before min_new_tokens
+             -> the user's processors
     drawn:   -> temperature -> top-k -> top-p -> min-p -> typical-p -> epsilon -> eta
 
 The order is transformers'; what it lacks stands where OpenAI's API and vLLM have it. Greedy
-decoding and beam search apply the first line alone. Epsilon and eta cutoff: Hewitt et al., 2022.
+decoding and beam search do not draw, and end there. Epsilon and eta cutoff: Hewitt et al., 2022.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import GenerationError
-from ..ops.sampling import process
+from ..ops.sampling import ban_masked, process
 from ..sampling import STEPWISE, SamplingOptions
 from .callables import Callables
 from .stopping import StopCriteria
@@ -101,28 +102,39 @@ class Processors:
         return scores
 
     def choose(
-        self, logits: Tensor, history: Tensor, generated: Tensor, uniform: Tensor | None
+        self,
+        logits: Tensor,
+        history: Tensor,
+        generated: Tensor,
+        uniform: Tensor | None,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
         """The next token (rows,) of each row, after all processors.
 
         Args:
             logits: (rows, vocab).
             history, generated: as in `process`.
-            uniform: as in `ops.sample`.
+            uniform, token_mask: as in `ops.sample`; no processor brings a masked token back.
 
         Raises:
             GenerationError: bad words, and what else bans tokens, leave none of a row.
         """
-        scores = self.process(logits.float(), history, generated)
-        may_ban = self._bans or self._callables.processors
+        scores = logits.float()
+        if token_mask is not None:
+            scores = ban_masked(scores, token_mask)
+        scores = self.process(scores, history, generated)
+        may_ban = self._bans or self._callables.processors or token_mask is not None
         if may_ban and not bool((scores.amax(-1) > -math.inf).all()):  # NaN is no more either
             raise GenerationError(
                 f"no token is left to choose after {generated.shape[1]} new ones: bad_words_ids, "
-                "min_new_tokens, no_repeat_ngram_size and processors of scores ban every one, or a "
+                "min_new_tokens, no_repeat_ngram_size and processors of scores ban every one"
+                f"{' that the grammar allows' if token_mask is not None else ''}, or a "
                 "processor made NaN of a score; take fewer bad words, or a smaller min_new_tokens"
             )
         if uniform is None or not (self._epsilon or self._eta):
-            return ops.sample(scores, history, uniform, **self._warpers)
+            return ops.sample(scores, history, uniform, token_mask=token_mask, **self._warpers)
+        if token_mask is not None:
+            scores = ban_masked(scores, token_mask)
         scores = process(scores, history, **self._warpers)
         if self._epsilon:
             scores = cut_epsilon(scores, self._epsilon)

@@ -8,11 +8,12 @@ from typing import Any
 
 from ..errors import GenerationError, TokenizerError
 from ..model import GPT2
-from ..sampling import DEFAULTS
+from ..sampling import DEFAULTS, SamplingOptions
 from ..tokenizer import Tokenizer
 from .callables import Callables
 from .continuation import Request
 from .generation import FROM_CONFIG, EosTokenId, beginning, check_vocabulary, end_tokens
+from .grammar import Grammar
 from .processors import check_ids
 from .stopping import StopCriteria
 from .window import Window
@@ -31,6 +32,7 @@ def make_request(
     bad_words: str | Sequence[str] | None = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
+    grammar: Any = None,
     **options: Any,
 ) -> Request:
     """The request of a call of a `Generator`, with the arguments and errors of that call."""
@@ -48,7 +50,24 @@ def make_request(
     alternatives = _alternatives(model, logprobs, top_logprobs)
     criteria = StopCriteria(ends, stop, tokenizer)
     callables = Callables(logits_processor, stopping_criteria)
-    return Request(chosen, criteria, alternatives, callables)
+    _check_grammar(grammar, tokenizer, chosen)
+    return Request(chosen, criteria, alternatives, callables, grammar)
+
+
+def _check_grammar(grammar: Any, tokenizer: Tokenizer, options: SamplingOptions) -> None:
+    if grammar is None:
+        return
+    if not isinstance(grammar, Grammar):
+        raise GenerationError(
+            f"grammar is {grammar!r:.80}; it must be a Grammar, as "
+            "Grammar.json_schema(schema, generator.tokenizer) makes one"
+        )
+    if options.num_beams > 1:
+        raise GenerationError(
+            f"num_beams is {options.num_beams}, and a grammar is followed token by token: set "
+            "num_beams=1, or leave the grammar out"
+        )
+    grammar.check_tokenizer(tokenizer)
 
 
 def encode_words(tokenizer: Tokenizer, words: str | Sequence[str]) -> list[list[int]]:

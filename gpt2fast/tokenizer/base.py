@@ -131,6 +131,14 @@ class Tokenizer(ABC):
             joined = b"".join([self._token_bytes(id) for id in ids])  # says which id is wrong
         return joined.decode("utf-8", "replace")
 
+    def token_bytes(self) -> Mapping[int, bytes]:
+        """The bytes that each id adds to a text, whatever stands around it.
+
+        Raises:
+            TokenizerError: a token's text depends on its neighbors, as in tokenizers of words.
+        """
+        return self._tokens
+
     @property
     def start_token_id(self) -> int | None:
         """The token for the start of a text: the one that begins texts, or else the one that ends
@@ -280,6 +288,15 @@ def end_and_beginning(
         raise TokenizerError(f"{source}: eos_token is {shown(end)}, which is no token")
     begin = special_tokens.get("bos_token")
     return None if end is None else ids[end], None if begin is None else ids.get(begin)
+
+
+def no_bytes_of_its_own(tokenizer: Tokenizer) -> TokenizerError:
+    """The error of `token_bytes` where there are none."""
+    return TokenizerError(
+        f"the tokens of this {type(tokenizer).__name__} stand for different texts in different "
+        "places, and grammars of output need tokens that stand for bytes, as those of byte-level "
+        "BPE (GPT-2's) and of characters do"
+    )
 
 
 def _listed(ids: Any) -> list[int]:

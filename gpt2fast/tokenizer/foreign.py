@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from .._system.files import atomic_write
 from ..errors import TokenizerError
 from .added_tokens import AddedToken
-from .base import StreamDecoder, Tokenizer, check_text, digest
+from .base import StreamDecoder, Tokenizer, check_text, digest, no_bytes_of_its_own
 from .huggingface import GenericStreamDecoder
 from .loading import SPECIAL_NAMES, from_content
 
@@ -141,6 +141,10 @@ class ForeignTokenizer(Tokenizer):
     def decoder(self) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
         return GenericStreamDecoder(self)
+
+    def token_bytes(self) -> Mapping[int, bytes]:
+        """Raises TokenizerError: nothing is known about the tokens' texts."""
+        raise no_bytes_of_its_own(self)
 
     @property
     def cuts_at_spaces(self) -> bool:

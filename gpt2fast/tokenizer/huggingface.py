@@ -11,7 +11,14 @@ from typing import Any
 
 from ..errors import TokenizerError
 from .added_tokens import AddedToken, flags_of
-from .base import StreamDecoder, Tokenizer, check_text, digest, end_and_beginning
+from .base import (
+    StreamDecoder,
+    Tokenizer,
+    check_text,
+    digest,
+    end_and_beginning,
+    no_bytes_of_its_own,
+)
 from .checks import MOST_IDS
 from .merges import token_bytes
 from .saving import save_library
@@ -130,6 +137,12 @@ class LibraryTokenizer(Tokenizer):
     def decoder(self) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
         return super().decoder() if self._is_bytes else GenericStreamDecoder(self)
+
+    def token_bytes(self) -> Mapping[int, bytes]:
+        """Same as `Tokenizer.token_bytes`."""
+        if self._is_bytes:
+            return super().token_bytes()
+        raise no_bytes_of_its_own(self)
 
     @property
     def cuts_at_spaces(self) -> bool:
