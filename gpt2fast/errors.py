@@ -136,5 +136,9 @@ class GenerationError(Error):
     """A generation request cannot be carried out as asked."""
 
 
+class EngineBusy(Error):
+    """An engine takes no more jobs for now: as many wait as may, or it is closed."""
+
+
 class BackendError(Error):
     """The backend that was asked for is unknown or cannot run this op here."""

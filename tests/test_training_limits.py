@@ -16,6 +16,7 @@ from gpt2fast.training import TrainConfig, TrainingError, stopping, train
 from gpt2fast.training.checkpoints.folder import find_checkpoint
 from gpt2fast.training.checkpoints.state import load_state
 from gpt2fast.training.failures import ALL_FINITE, broken_weights, first_not_finite
+from gpt2fast.training.logs import summary
 from gpt2fast.training.logs.log import read_rows
 from gpt2fast.training.machine import memory
 from gpt2fast.training.machine.precision import LossScale
@@ -218,7 +219,7 @@ def test_state_is_weights_gradients_and_averages():
 
 def test_a_run_that_will_not_fit_is_warned_of(config, monkeypatch, told):
     # Stands for a machine with less memory than the smallest run takes.
-    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    monkeypatch.setattr(summary, "available", lambda device: 1000)
     train(changed(config, max_steps=1))
     assert "warning: that may not fit. Lower --batch-size (now 4" in told.text
 

@@ -1,4 +1,4 @@
-"""Memory that is read from end to end at every step."""
+"""Memory: how much there is, and blocks of it that are read from end to end at every step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,3 +34,19 @@ def zeros(
     with contextlib.suppress(OSError):  # a kernel without them
         block.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(block, dtype=dtype).view(tuple(shape))
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can still be taken; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's share
+        folder = Path("/sys/fs/cgroup")
+        limit = int((folder / "memory.max").read_text())
+        free.append(limit - int((folder / "memory.current").read_text()))
+    return min(free) if free else None

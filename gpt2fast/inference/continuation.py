@@ -105,6 +105,13 @@ class Continuation:
         self.text += piece
         return piece
 
+    def end(self, reason: str) -> str:
+        """End it without another token; returns the text that was held back."""
+        self.reason = reason
+        piece, self._held = self._held + self._decoder.flush(), ""
+        self.text += piece
+        return piece
+
     def scored(self, prompt: Scores | None) -> dict[str, Any]:
         """The fields of `Generation` about scores.
 

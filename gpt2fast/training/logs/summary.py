@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..._system.invocation import command_line
+from ..._system.memory import available
 from ...checkpoints.run_folder import BEST, CHECKPOINTS
 from ...data import DataMeta
 from ..checkpoints.position import TrainResult
@@ -60,7 +61,7 @@ def _predicted_memory(training: TrainStep) -> Iterator[str]:
     )
     weights = sum(param.nbytes for param in training.model.parameters())
     before = max(memory.held(device) - weights, 0)
-    there = memory.available(device)
+    there = available(device)
     yield (
         f"memory: about {memory.gib(before + need.total)} predicted ({memory.gib(need.state)} "
         f"weights, gradients and optimizer, {memory.gib(need.activations)} activations, "

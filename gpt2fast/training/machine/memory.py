@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,22 +75,6 @@ def predict(
     return Prediction(
         weights + gradients + moments, tokens * width * (kept + 8) + copies + projection
     )
-
-
-def available(device: torch.device) -> int | None:
-    """Bytes that can still be taken; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free: list[int] = []
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):  # a container's share
-        folder = Path("/sys/fs/cgroup")
-        limit = int((folder / "memory.max").read_text())
-        free.append(limit - int((folder / "memory.current").read_text()))
-    return min(free) if free else None
 
 
 def peak(device: torch.device) -> int:

@@ -1,0 +1,19 @@
+"""Many jobs at once: continuous batching over a paged cache of keys and values."""
+
+from .engine import BatchEngine, EngineStats
+from .events import Event, Failed, Finished, PromptRead, Token
+from .job import Grammar, Job, Matcher, Ticket
+
+__all__ = [
+    "BatchEngine",
+    "EngineStats",
+    "Event",
+    "Failed",
+    "Finished",
+    "Grammar",
+    "Job",
+    "Matcher",
+    "PromptRead",
+    "Ticket",
+    "Token",
+]

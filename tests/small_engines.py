@@ -1,0 +1,35 @@
+"""Engines over small models, and jobs for them, in tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpt2fast.inference.batching import BatchEngine, Job
+from gpt2fast.inference.requests import make_request
+from gpt2fast.tokenizer import CharTokenizer
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456 .,"[:61]
+TOKENIZER = CharTokenizer({char: id for id, char in enumerate(ALPHABET)})
+"""One for `small_generators.small_model`."""
+
+
+def job(model: Any, prompt: str, **options: Any) -> Job:
+    """A job for a prompt; options are those of a Generator's call, and fields of `Job`."""
+    own = {name: options.pop(name) for name in list(options) if name in Job.__dataclass_fields__}
+    return Job(
+        TOKENIZER.encode(prompt), make_request(model, TOKENIZER, **options), prompt, **own
+    )
+
+
+def small_engine(model: Any, **sizes: Any) -> BatchEngine:
+    """An engine that has to cut prompts, and turns pages often."""
+    return BatchEngine(
+        model, TOKENIZER, **{"page_size": 16, "max_rows": 4, "chunk_tokens": 16, **sizes}
+    )
+
+
+def assert_idle(engine: BatchEngine) -> None:
+    """No job is left, and no page is held."""
+    stats = engine.stats()
+    assert stats.running == stats.waiting == stats.pages_used == 0
+    engine._scheduler.pool.check()
