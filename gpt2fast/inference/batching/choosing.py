@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops.sampling import ban_masked
 from ..decoding import check_numbers
 from ..scores import Scores, score
 from .row import Row
@@ -182,7 +182,8 @@ def _choose_stepwise(choice: Choice, logits: Tensor, vocab_size: int) -> None:
             uniform = torch.tensor([number], dtype=torch.float32, device=logits.device)
         scores = logits[place : place + 1, :vocab_size]
         if choice.mask is not None:
-            scores = _allowed(scores, choice.mask[drafted : drafted + 1].to(scores.device))
+            mask = choice.mask[drafted : drafted + 1].to(scores.device)
+            scores = ban_masked(scores.float(), mask)
         token = row.processors.choose(scores, history, history[:, row.prompted :], uniform).item()
         choice.tokens.append(int(token))
         if drafted < len(choice.drafts) and token != choice.drafts[drafted]:
@@ -204,10 +205,3 @@ def _mask(choice: Choice, vocab_size: int) -> Tensor | None:
     if choice.drafts:
         matcher.rollback(len(choice.drafts))
     return mask
-
-
-def _allowed(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores (1, V), -inf where the bit of the mask (1, ceil(V / 32)) is not set."""
-    token = torch.arange(scores.shape[-1], device=scores.device)
-    bits = mask[:, token // _WORD] >> (token % _WORD).to(mask.dtype)
-    return scores.float().masked_fill(bits & 1 == 0, -math.inf)

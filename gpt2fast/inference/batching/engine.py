@@ -19,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import eq
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +38,7 @@ from ..generation import check_length, check_vocabulary
 from ..processors import check_ids
 from ..sampling import Draw, draw_seed
 from ..scores import score
+from ..speculation.drafter import Drafter, DraftRow
 from .choosing import Choice, choose
 from .events import Event, Failed, Finished, PromptRead, Token
 from .job import Job, Ticket
@@ -116,6 +118,9 @@ class BatchEngine:
         chunk_tokens: most tokens of prompts in one step, for all prompts together.
         queue_limit: most jobs that wait; None: any number.
         share_prefixes: keep the pages of prompts, and let prompts that begin alike share them.
+        drafter: proposes tokens, which a step verifies; the engine's own from now on. It is not
+            asked where steps run through modules, for which several tokens in one step may round
+            otherwise than one by one. None: nothing is proposed.
 
     Raises:
         GenerationError: a size out of its range, or a cache that memory does not hold.
@@ -132,6 +137,7 @@ class BatchEngine:
         chunk_tokens: int = 256,
         queue_limit: int | None = None,
         share_prefixes: bool = True,
+        drafter: Drafter | None = None,
     ):
         if type(page_size) is not int or page_size < 16 or page_size % 16:
             raise GenerationError(f"page_size is {page_size!r}; it must be a multiple of 16")
@@ -173,6 +179,7 @@ class BatchEngine:
         self._scheduler = Scheduler(
             self._model, pages, page_size, columns, max_rows, chunk, share_prefixes
         )
+        self._drafter = drafter if self._model.verifies else None
         self._deadlines: list[tuple[float, int, Row]] = []
         self._counts = _Counts()
         self._next_id = 0
@@ -420,7 +427,7 @@ class BatchEngine:
             scheduler.admit()
             if not scheduler.running:
                 return False
-            pieces = scheduler.plan()
+            pieces = scheduler.plan(None if self._drafter is None else self._propose)
             self._counts.steps += bool(pieces)
             for together in self._model.together([(piece, piece.count) for piece in pieces]):
                 self._compute(together)
@@ -453,6 +460,40 @@ class BatchEngine:
             _, _, row = heapq.heappop(self._deadlines)
             if row.state != ENDED:
                 self._finish(row, "time")
+
+    def _propose(self, pieces: list[Piece]) -> None:
+        """Add proposed tokens to the pieces of rows that want them.
+
+        Only what can be verified is taken: tokens that may be chosen and fit the row's grammar, and
+        no more than there are free pages for.
+        """
+        drafter = self._drafter
+        assert drafter is not None
+        asked = [piece for piece in pieces if piece.row.job.speculate]
+        if not asked:
+            return
+        try:
+            proposals = drafter.propose([_draft_row(piece.row) for piece in asked])
+            for piece, proposed in zip(asked, proposals, strict=True):
+                piece.drafts = self._verifiable(piece.row, proposed)
+                piece.count = piece.outputs = 1 + len(piece.drafts)
+        except Exception as error:
+            for piece in asked:
+                self._fail(piece.row, error)
+
+    def _verifiable(self, row: Row, proposed: Sequence[int]) -> list[int]:
+        """The proposed tokens, from the first one on, that a step can verify."""
+        drafts: list[int] = []
+        for token in proposed[: _most_drafts(row)]:
+            if not 0 <= token < self._allowed:
+                break
+            drafts.append(token)
+        if drafts and row.matcher is not None:
+            drafts = drafts[: row.matcher.accepts(drafts)]
+        if drafts:
+            room = self._scheduler.extend(row, row.length + 1 + len(drafts))
+            drafts = drafts[: room - row.length - 1]
+        return drafts
 
     def _compute(self, pieces: Sequence[Piece]) -> None:
         """Read pieces and choose tokens after them. An error ends the jobs that it concerns."""
@@ -536,6 +577,7 @@ class BatchEngine:
         """Append the tokens that were chosen for a row, until one of them is its last one."""
         row = choice.row
         continuation, ticket = row.continuation, row.ticket
+        drafted = row.decodes and self._drafter is not None and row.job.speculate
         for place, token in enumerate(choice.tokens):
             reason = self._reason(row, token)
             if reason is None and row.deadline is not None and now > row.deadline:
@@ -550,8 +592,19 @@ class BatchEngine:
             if ticket.watched:
                 ticket.tell(Token(row.generated - 1, token, piece, scores))
             if reason is not None:
-                self._finish(row, reason)
-                return
+                break
+        if drafted:
+            self._observe(row.id, choice.drafts, choice.tokens[: place + 1])
+        if reason is not None:
+            self._finish(row, reason)
+
+    def _observe(self, row_id: int, drafts: Sequence[int], tokens: list[int]) -> None:
+        """Count the drafts that were right, and tell the drafter."""
+        assert self._drafter is not None
+        accepted = sum(map(eq, tokens, drafts))
+        self._counts.drafted_tokens += len(drafts)
+        self._counts.accepted_tokens += accepted
+        self._drafter.observe(row_id, len(drafts), accepted, tokens)
 
     def _reason(self, row: Row, token: int) -> str | None:
         """Why a row ends with this next token; None: it goes on."""
@@ -589,7 +642,30 @@ class BatchEngine:
         if row.state != ENDED:
             self._scheduler.remove(row)
             row.state = ENDED
+            if self._drafter is not None:
+                self._drafter.forget(row.id)
         row.ticket.close(outcome)
+
+
+def _most_drafts(row: Row) -> int:
+    """Most tokens that may be proposed for a row: one more is chosen after the last of them."""
+    return row.limit - row.generated - 1
+
+
+def _draft_row(row: Row) -> DraftRow:
+    numbers, begin = row.numbers, row.generated
+
+    def uniforms(count: int) -> list[float]:
+        assert numbers is not None
+        return [numbers.at(begin + place) for place in range(count)]
+
+    return DraftRow(
+        row.id,
+        row.tokens,
+        _most_drafts(row),
+        row.job.request.options,
+        None if numbers is None else uniforms,
+    )
 
 
 def _tokens(piece: Piece) -> np.ndarray:
