@@ -10,7 +10,7 @@ from ..tokenizer import Tokenizer
 from .beam_search import beam_search
 from .continuation import Continuation, Generation, Request
 from .decoding import Step, Timing, decode
-from .sampling import Draw, Draws
+from .sampling import Draw
 from .scores import Scores
 from .teacher_forcing import score_sequences
 from .window import Window
@@ -41,7 +41,7 @@ class Completer:
         encoded: Sequence[list[int]],
         request: Request,
         timing: Timing | None,
-        hand_out: Draws | None = None,
+        draws: Sequence[Draw] | None = None,
     ) -> Iterator[Generation]:
         """All continuations of every text, in the order of the texts.
 
@@ -50,13 +50,9 @@ class Completer:
             encoded: their tokens.
             request: what is asked for.
             timing: filled in as it goes on.
-            hand_out: assigns the draws; new ones by default.
+            draws: of each text's first continuation; None where nothing is drawn.
         """
         copies, beams = request.options.num_return_sequences, request.options.num_beams
-        draws: list[Draw] | None = None
-        if request.options.samples:
-            hand_out = Draws() if hand_out is None else hand_out
-            draws = [hand_out.take(tokens, request.options.seed, copies) for tokens in encoded]
         samples_at_once = copies if beams > 1 else min(copies, _BATCH_ROWS)
         texts_at_once = max(1, _BATCH_ROWS // max(samples_at_once, beams))
         for first in range(0, len(texts), texts_at_once):

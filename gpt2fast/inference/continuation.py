@@ -183,6 +183,11 @@ class TextStream(Iterator[str]):
 
     def __next__(self) -> str:
         for step in self._steps:
+            if not step.tokens:  # its time was over
+                piece = self._continuation.end(step.reasons[0] or "time")
+                if piece:
+                    return piece
+                continue
             piece = self._continuation.push(step.tokens[0], step.reasons[0])
             if step.scores is not None:
                 self._continuation.scores.add(step.scores)

@@ -25,7 +25,7 @@ from .stopping import StopCriteria
 
 @dataclass
 class Step:
-    """One more token for each continuation that still runs."""
+    """One more token for each continuation that still runs; or none, and a reason to end."""
 
     rows: list[int]
     """Each token's continuation: prompt * num_return_sequences + sample."""

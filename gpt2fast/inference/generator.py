@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from ..errors import GenerationError
+from ..errors import Error, GenerationError
 from ..model import GPT2
 from ..tokenizer import Tokenizer
 from .completion import Completer
 from .continuation import Generation, Request, TextStream
-from .decoding import Timing
+from .decoding import Step, Timing
 from .generation import FROM_CONFIG, EosTokenId
 from .grammar import Grammar
+from .job_runner import Ask, JobRunner
 from .loading import load_pair
 from .reading import TextScores, embed_texts, score_texts
 from .requests import check_pair, encode_prompt, encode_texts, make_request
-from .sampling import Draws
+from .sampling import Draw, Draws
+from .speculation import Drafter
+from .speculation.choice import OFF, Speculate, Speculation
 from .window import Window
 
 
@@ -42,9 +46,15 @@ class Generator:
             it there.
         notify: called with a message when a text slides for the first time, and when the tokenizer
             has a much smaller vocabulary than the model.
+        speculate: what proposes tokens, several of which the model verifies in one step: "lookup"
+            (what followed the same tokens earlier), a smaller Generator, GPT2 or PackedGPT2 with
+            the same vocabulary, or its name or path; "off", the default, nothing. Texts are the
+            same. A call may say otherwise. It takes packed weights, on the CPU; beam search, and
+            texts that outgrow the model, go on without.
 
     Raises:
-        GenerationError: no such window, or a tokenizer with ids that the model does not have.
+        GenerationError: no such window, a tokenizer with ids that the model does not have, or a
+            draft model with another vocabulary.
     """
 
     def __init__(
@@ -54,11 +64,13 @@ class Generator:
         *,
         window: str = "error",
         notify: Callable[[str], None] = warnings.warn,
+        speculate: Speculate = OFF,
     ):
         self._window = Window(window, notify)
         self.model = model
         self.tokenizer = Tokenizer.of(tokenizer)
         check_pair(model, self.tokenizer, notify)
+        self._speculation = Speculation(model, self.tokenizer, speculate)
 
     @property
     def window(self) -> str:
@@ -81,6 +93,7 @@ class Generator:
         pack: bool = False,
         window: str = "error",
         notify: Callable[[str], None] = warnings.warn,
+        speculate: Speculate = OFF,
     ) -> Generator:
         """Load a model and its tokenizer.
 
@@ -97,7 +110,7 @@ class Generator:
             quantize: "int8" or "int4" weights, on the CPU: `GPT2.quantize`.
             pack: keep the weights in packed form alone, where the kernels that read it run: a
                 `PackedGPT2`, for inference, in half the memory that both forms take.
-            window, notify: see `Generator`.
+            window, notify, speculate: see `Generator`.
 
         Raises:
             WeightsError, ConfigError, TokenizerError: something is missing or broken.
@@ -114,7 +127,7 @@ class Generator:
             quantize=quantize,
             pack=pack,
         )
-        return cls(model, its_tokenizer, window=window, notify=notify)
+        return cls(model, its_tokenizer, window=window, notify=notify, speculate=speculate)
 
     @overload
     def __call__(self, prompts: str, **options: Any) -> Generation | list[Generation]: ...
@@ -137,6 +150,7 @@ class Generator:
         stopping_criteria: Iterable[Callable[..., Any]] | None = None,
         grammar: Grammar | None = None,
         timing: Timing | None = None,
+        speculate: Speculate | None = None,
         **options: Any,
     ) -> Generation | list[Generation] | list[list[Generation]]:
         """Continue one text or several.
@@ -157,6 +171,7 @@ class Generator:
             grammar: what a continuation must be; what does not fit is never chosen. It ends when
                 it is complete, but `max_new_tokens`, a stop string or the like may cut it before.
             timing: filled in with the time of each phase.
+            speculate: see `Generator`; None takes what that was given.
             options: see `SamplingOptions`. For what is not given, the model's
                 generation_config.json holds as far as it is honored, and then `DEFAULTS`.
 
@@ -181,6 +196,7 @@ class Generator:
                 stopping_criteria=stopping_criteria,
                 grammar=grammar,
                 timing=timing,
+                speculate=speculate,
                 **options,
             )
         )
@@ -189,14 +205,19 @@ class Generator:
         return results[0] if isinstance(prompts, str) else results
 
     def each(
-        self, prompts: str | Sequence[str], *, timing: Timing | None = None, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        *,
+        timing: Timing | None = None,
+        speculate: Speculate | None = None,
+        **options: Any,
     ) -> Iterator[list[Generation]]:
         """Continue many texts; yields the continuations of each as soon as its batch is done.
 
         Arguments and errors are those of a call; all prompts are checked before the first result.
         """
         request = self._request(**options)
-        found = self._continue(prompts, request, timing)
+        found = self._continue(prompts, request, timing, speculate)
         while together := list(islice(found, request.options.num_return_sequences)):
             yield together
 
@@ -206,13 +227,46 @@ class Generator:
         *,
         timing: Timing | None = None,
         draws: Draws | None = None,
+        speculate: Speculate | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
         """Same as `each`, but one continuation at a time, before all of a prompt are done.
 
         With the `draws` of an earlier call, a prompt seen then gets further samples.
         """
-        return self._continue(prompts, self._request(**options), timing, draws)
+        return self._continue(prompts, self._request(**options), timing, speculate, draws)
+
+    def run(
+        self,
+        prompts: Iterable[tuple[str, Mapping[str, Any]]],
+        *,
+        done: int = 0,
+        timing: Timing | None = None,
+        speculate: Speculate | None = None,
+    ) -> Iterator[list[Generation] | Error]:
+        """Continue any number of prompts, each with options of its own, many at a time.
+
+        Args:
+            prompts: texts, and the options of a call for each; taken as there is room for them.
+            done: so many of them, at the beginning, have their results, and get none; they count
+                where prompts that come again draw their next samples.
+            timing: filled in with the time of each phase.
+            speculate: see `Generator`; None takes what that was given.
+
+        Yields:
+            The continuations of each prompt, in the order of the prompts. In place of what cannot
+            be carried out, its error: all that a call raises for a prompt or its options.
+        """
+        completer = Completer(self.model, self.tokenizer, self._window)
+
+        def otherwise(ask: Ask) -> list[Generation]:
+            draws = None if ask.draw is None else [ask.draw]
+            texts, tokens = [ask.text], [ask.tokens]
+            return list(completer.continue_all(texts, tokens, ask.request, timing, draws))
+
+        with self._speculation.drafting(speculate) as drafter:
+            runner = JobRunner(self.model, self.tokenizer, self._window, drafter)
+            yield from runner.each(self._asks(prompts, done), otherwise, timing)
 
     def check(self, prompt: str, name: str = "the prompt", **options: Any) -> int:
         """Raise the error that a call with this prompt would raise, and compute nothing.
@@ -229,7 +283,14 @@ class Generator:
         tokens = self._encode(prompt, request, name)
         return request.options.new_tokens(len(tokens), name)
 
-    def stream(self, prompt: str, *, timing: Timing | None = None, **options: Any) -> TextStream:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        timing: Timing | None = None,
+        speculate: Speculate | None = None,
+        **options: Any,
+    ) -> TextStream:
         """Continue one text; yields the continuation piece by piece.
 
         Joined, the pieces are the `text` that a call with the same options and seed returns.
@@ -247,19 +308,10 @@ class Generator:
                 "num_return_sequences=1, or call the generator for all of the text at once"
             )
         tokens = self._encode(prompt, request, "the prompt")
-        draws = None
-        if request.options.samples:
-            draws = [Draws().take(tokens, request.options.seed, 1)]
-        completer = Completer(self.model, self.tokenizer, self._window)
-        steps = completer.steps([tokens], request, timing=timing, draws=draws)
-        return TextStream(
-            prompt,
-            len(tokens),
-            steps,
-            self.tokenizer,
-            request,
-            None if draws is None else draws[0].seed,
-        )
+        draw = self._draw(tokens, request, Draws())
+        steps = self._steps(Ask(prompt, tokens, request, draw), timing, speculate)
+        seed = None if draw is None else draw.seed
+        return TextStream(prompt, len(tokens), steps, self.tokenizer, request, seed)
 
     def score(
         self, texts: Sequence[str], *, stride: int | None = None, start: bool = True
@@ -299,6 +351,7 @@ class Generator:
         prompts: str | Sequence[str],
         request: Request,
         timing: Timing | None,
+        speculate: Speculate | None,
         hand_out: Draws | None = None,
     ) -> Iterator[Generation]:
         if not isinstance(prompts, Iterable):
@@ -314,8 +367,74 @@ class Generator:
             )
             for number, text in enumerate(texts, start=1)
         ]
-        completer = Completer(self.model, self.tokenizer, self._window)
-        return completer.continue_all(texts, encoded, request, timing, hand_out)
+        drafting = self._speculation.drafting(speculate)  # raises now what is wrong with it
+        hand_out = Draws() if hand_out is None else hand_out
+        return self._carry_out(texts, encoded, request, timing, drafting, hand_out)
+
+    def _carry_out(
+        self,
+        texts: Sequence[str],
+        encoded: Sequence[list[int]],
+        request: Request,
+        timing: Timing | None,
+        drafting: AbstractContextManager[Drafter | None],
+        hand_out: Draws,
+    ) -> Iterator[Generation]:
+        """The continuations of texts, with an engine where there is speculation."""
+        draws = [self._draw(tokens, request, hand_out) for tokens in encoded]
+        with drafting as drafter:
+            runner = JobRunner(self.model, self.tokenizer, self._window, drafter)
+            if drafter is not None and all(runner.can_run(request, len(t)) for t in encoded):
+                asks = [
+                    Ask(text, tokens, request, draw)
+                    for text, tokens, draw in zip(texts, encoded, draws, strict=True)
+                ]
+                yield from runner.continue_all(asks, timing)
+                return
+            completer = Completer(self.model, self.tokenizer, self._window)
+            known = [draw for draw in draws if draw is not None]
+            yield from completer.continue_all(texts, encoded, request, timing, known or None)
+
+    def _draw(self, tokens: list[int], request: Request, hand_out: Draws) -> Draw | None:
+        """The draw of a prompt's first continuation; None where nothing is drawn."""
+        options = request.options
+        if not options.samples:
+            return None
+        return hand_out.take(tokens, options.seed, options.num_return_sequences)
+
+    def _steps(
+        self, ask: Ask, timing: Timing | None, speculate: Speculate | None
+    ) -> Iterator[Step]:
+        """The steps of one continuation, with an engine where there is speculation."""
+        drafting = self._speculation.drafting(speculate)
+
+        def steps() -> Iterator[Step]:
+            with drafting as drafter:
+                runner = JobRunner(self.model, self.tokenizer, self._window, drafter)
+                if drafter is not None and runner.can_run(ask.request, len(ask.tokens)):
+                    yield from runner.steps(ask, timing)
+                    return
+                completer = Completer(self.model, self.tokenizer, self._window)
+                draws = None if ask.draw is None else [ask.draw]
+                yield from completer.steps([ask.tokens], ask.request, timing=timing, draws=draws)
+
+        return steps()
+
+    def _asks(
+        self, prompts: Iterable[tuple[str, Mapping[str, Any]]], done: int
+    ) -> Iterator[Ask | Error]:
+        """Prompts, encoded and with their draws; or what is wrong with one."""
+        hand_out = Draws()
+        for number, (text, options) in enumerate(prompts):
+            ask: Ask | Error
+            try:
+                request = self._request(**options)
+                tokens = self._encode(text, request, f"prompt {number + 1}")
+                ask = Ask(text, tokens, request, self._draw(tokens, request, hand_out))
+            except Error as error:
+                ask = error
+            if number >= done:
+                yield ask
 
     def _encode(self, text: str, request: Request, name: str) -> list[int]:
         return encode_prompt(self.model, self.tokenizer, self._window, text, request, name)

@@ -59,14 +59,8 @@ class ModelDrafter:
         vocab_size: int | None = None,
         lengths: DraftLengths | None = None,
     ):
-        fastest = model.for_decoding()
-        if not isinstance(fastest, PackedGPT2):
-            raise GenerationError(
-                "the draft model runs on packed weights, which this one has none of: it must be on "
-                f"the CPU (it is on {model.device}), without hooks, where the compiled kernels run"
-            )
-        self._model = fastest
-        known = fastest.config.vocab_size
+        self._model = packed_draft(model)
+        known = model.config.vocab_size
         self._vocab_size = known if vocab_size is None else min(vocab_size, known)
         self._lengths = DraftLengths() if lengths is None else lengths
         self._rows: dict[int, _Row] = {}
@@ -260,6 +254,21 @@ class ModelDrafter:
         ):
             if old is not None and new is not None:
                 new[:, : old.shape[1], : old.shape[2]] = old
+
+
+def packed_draft(model: GPT2 | PackedGPT2) -> PackedGPT2:
+    """The packed form of a draft model.
+
+    Raises:
+        GenerationError: there is none here.
+    """
+    fastest = model.for_decoding()
+    if isinstance(fastest, PackedGPT2):
+        return fastest
+    raise GenerationError(
+        "a draft model runs on packed weights, and this one cannot be packed: it must be on the "
+        f"CPU (it is on {model.device}), without hooks, where the compiled kernels run"
+    )
 
 
 def check_same_vocabulary(draft: Tokenizer, tokenizer: Tokenizer) -> None:

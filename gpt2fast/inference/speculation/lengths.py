@@ -12,6 +12,7 @@ only how many tokens are proposed, never which ones a text has.
 
 from __future__ import annotations
 
+import copy
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
@@ -147,6 +148,14 @@ class DraftLengths:
         self._rows: dict[int, _Row] = {}
         self._begun: tuple[int, float] | None = None
         self._draft_seconds = 0.0
+
+    def renewed(self) -> DraftLengths:
+        """The same for other rows: it begins with what has been learned here."""
+        other = DraftLengths(self.most, self._clock)
+        other.costs = copy.deepcopy(self.costs)
+        other._rates = dict(self._rates)
+        other._draft_seconds = self._draft_seconds
+        return other
 
     def is_awake(self, row_id: int) -> bool:
         """False in a step in which a row gets no proposal, since those before it did not pay.

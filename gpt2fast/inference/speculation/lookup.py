@@ -6,6 +6,7 @@ few tokens that occurred before are looked up in the row's own text, then in tex
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -56,7 +57,7 @@ class TextIndex:
 
 
 class NgramPool:
-    """The n-grams of texts that have ended, for all rows that come after them.
+    """The n-grams of texts that have ended, for all rows that come after them, in any thread.
 
     Args:
         capacity: tokens of all texts together, each of which takes about 250 bytes; the oldest
@@ -68,6 +69,7 @@ class NgramPool:
         self.size = 0
         """Tokens of all texts that are kept."""
         self._texts: deque[list[int]] = deque()
+        self._lock = threading.Lock()
         self._places: dict[tuple[int, ...], tuple[list[int], int]] = {}
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -75,12 +77,13 @@ class NgramPool:
         text = list(tokens[-self.capacity :])
         if len(text) <= POOLED:
             return
-        self._texts.append(text)
-        self.size += len(text)
-        for end in range(POOLED, len(text)):
-            self._places[tuple(text[end - POOLED : end])] = (text, end)
-        while self.size > self.capacity:
-            self._drop(self._texts.popleft())
+        with self._lock:
+            self._texts.append(text)
+            self.size += len(text)
+            for end in range(POOLED, len(text)):
+                self._places[tuple(text[end - POOLED : end])] = (text, end)
+            while self.size > self.capacity:
+                self._drop(self._texts.popleft())
 
     def find(self, tokens: Sequence[int], count: int) -> list[int]:
         """Up to `count` tokens that followed the end of `tokens` in the latest text that has it."""
