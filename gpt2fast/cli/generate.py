@@ -13,7 +13,7 @@ from ..sampling import SamplingOptions, overridden
 from .arguments import CommandParser, optional, text_argument
 from .command import UsageError, command, fail, memory_advice, output_is_closed
 from .model_flags import add_model_flags, load_generator
-from .prompts import OPTIONS, PromptFileError, has_prompt, read_prompts
+from .prompts import OPTIONS, PromptFileError, has_prompt, read_lines, read_prompts
 from .sampling_flags import (
     add_length_flags,
     add_sampling_flags,
@@ -36,6 +36,7 @@ examples:
   gpt2fast generate --model gpt2 --greedy --max-new-tokens 20 "The capital of France is"
   gpt2fast generate --model out/run --num-samples 3 --json < prompt.txt
   gpt2fast generate --model gpt2 --quantize int8 --save gpt2-int8
+  gpt2fast generate --prompts-file prompts.jsonl --out results.jsonl
   gpt2fast generate --interactive
 
 Options may be spelled with underscores; --max-tokens means --max-new-tokens, and --model-path,
@@ -58,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         help='a prompt on each line, which may be empty; of a .jsonl file, texts or objects with a '
         '"prompt", an "id" and options of their own ('
         + ", ".join(OPTIONS) + "); - is standard input",
+    )  # fmt: skip
+    text.add_argument(
+        "--out", metavar="FILE",
+        help="with --prompts-file: append the results to this file, a JSON object on each line, in "
+        "the order of the prompts; given again after an interruption, the same command goes on "
+        "where it was. A prompt that cannot be continued has a line with an error, and the exit "
+        "code is 1 then. FILE.job.json says whose results they are",
     )  # fmt: skip
     text.add_argument("-i", "--interactive", action="store_true", help="a conversation at a prompt")
 
@@ -112,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = _parse(argv)
-    if output_is_closed() and (has_prompt(args) or args.interactive):
+    if output_is_closed() and args.out is None and (has_prompt(args) or args.interactive):
         return fail("standard output is closed: there is nowhere to write the text")
     with memory_advice("take fewer beams, samples or prompts, or a smaller model"):
         return _run(args)
@@ -138,7 +146,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [name for name, there in sources.items() if there]
     if len(given) > 1:
         parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
-    for name in ("model", "adapter", "tokenizer", "prompts_file", "save"):
+    for name in ("model", "adapter", "tokenizer", "prompts_file", "out", "save"):
         if getattr(args, name) == "":
             parser.error(f"{flag(name)} is empty; leave it out, or give a name")
     if "" in (args.bad_words or []):
@@ -147,6 +155,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--logprobs is {args.logprobs}; it must be 0 or more")
     if args.progress and args.prompts_file is None:
         parser.error("--progress is for --prompts-file; other texts are shown as they are written")
+    if args.out is not None and args.prompts_file is None:
+        parser.error("--out is for --prompts-file; other texts go to standard output")
     if args.do_sample and (args.greedy or args.num_beams > 1):
         other = "--greedy" if args.greedy else "--num-beams"
         parser.error(f"{other} and --do-sample contradict each other")
@@ -166,14 +176,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> int:
     import time
 
+    from .batch import write_results
     from .prompt_progress import PromptProgress
     from .results import stats, stream, write_all, write_json
+    from .results_file import check_out
     from .saving import check_new, save
 
     options = sampling_options(args)
     if args.save is not None:
         check_new(args.save)
-    prompts = read_prompts(args, options) if has_prompt(args) else None
+    prompts = content = None
+    if args.out is not None:
+        check_out(args.out, args.prompts_file)
+        content, lines = read_lines(args.prompts_file, options)
+    elif has_prompt(args):
+        prompts = read_prompts(args, options)
     start = time.perf_counter()
     generator = load_generator(
         args,
@@ -184,7 +201,7 @@ def _run(args: argparse.Namespace) -> int:
     load_seconds = time.perf_counter() - start
     if args.save is not None:
         save(generator, args)
-        if prompts is None and not args.interactive:
+        if not has_prompt(args) and not args.interactive:
             return 0
 
     _check_biases(generator, options)
@@ -200,6 +217,11 @@ def _run(args: argparse.Namespace) -> int:
         from .chat import Conversation
 
         return Conversation(generator, shared).run(prompts[0].text if prompts else None)
+    if content is not None:
+        code, times = write_results(generator, content, lines, shared, args)
+        if args.stats:
+            complain(stats(times, load_seconds))
+        return code
     assert prompts is not None
     from ..inference.decoding import Timing
 

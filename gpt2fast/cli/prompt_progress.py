@@ -17,11 +17,12 @@ class PromptProgress(Timing):
 
     Args:
         limits: for each continuation to come, the most tokens that it may have.
+        elsewhere: show it where there is no terminal, too.
     """
 
-    def __init__(self, limits: Sequence[int]) -> None:
+    def __init__(self, limits: Sequence[int], elsewhere: bool = True) -> None:
         super().__init__()
-        self.line = StatusLine(elsewhere=True)
+        self.line = StatusLine(elsewhere)
         self._limits = limits
         self._most = sum(limits)
         self._done = self._tokens = self._ended_tokens = self._ended_most = 0
@@ -37,8 +38,16 @@ class PromptProgress(Timing):
 
     def add_result(self, result: Generation) -> None:
         """Count a continuation that has ended."""
-        self._ended_most += self._limits[self._done]
         self._ended_tokens += result.new_tokens or result.prompt_tokens
+        self._end_one()
+
+    def add_failure(self, count: int) -> None:
+        """Count continuations that have ended with an error."""
+        for _ in range(count):
+            self._end_one()
+
+    def _end_one(self) -> None:
+        self._ended_most += self._limits[self._done]
         self._done += 1
         self._show()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .._system.parsing import Unreadable, parse_json
-from ..errors import GenerationError, shown
+from ..errors import Error, GenerationError, shown
 from ..sampling import DEFAULTS, overridden
 from .sampling_flags import OF_A_TEXT
 
@@ -26,6 +26,18 @@ _RESULTS = (
 
 class PromptFileError(GenerationError):
     """A line of a file of prompts that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line of a file of prompts that cannot be understood."""
+
+    index: int
+    """Its number, counted from 0."""
+    labels: Mapping[str, Any]
+    """Its "id", if that could be read."""
+    error: Error
+    """What is wrong with it; names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +75,35 @@ def read_prompts(args: argparse.Namespace, options: Mapping[str, Any]) -> list[P
     return [Prompt(_read("-").removesuffix("\n").removesuffix("\r"))]
 
 
+def read_lines(name: str, options: Mapping[str, Any]) -> tuple[bytes, list[Prompt | BadLine]]:
+    """The content of a file of prompts, and what is on its lines; a mistake is its line's alone.
+
+    Args:
+        name: the file's; "-" is standard input.
+        options: as `shared` of `parse_prompts`.
+
+    Raises:
+        GenerationError: the file cannot be read, or there is no prompt at all.
+    """
+    content = _read_bytes(name)
+    text = content.decode("utf-8-sig", "surrogateescape")
+    return content, list(parse_lines(name, text, options))
+
+
 def _read(name: str) -> str:
     try:
-        if name == "-":
-            return sys.stdin.buffer.read().decode("utf-8-sig")
-        with open(name, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        return _read_bytes(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         source = "standard input" if name == "-" else name
         raise GenerationError(f"{source} is not UTF-8 text: {error}") from error
+
+
+def _read_bytes(name: str) -> bytes:
+    try:
+        if name == "-":
+            return sys.stdin.buffer.read()
+        with open(name, "rb") as file:
+            return file.read()
     except OSError as error:
         raise GenerationError(f"{name} cannot be read: {error.strerror}") from error
 
@@ -88,21 +120,55 @@ def parse_prompts(name: str, content: str, shared: Mapping[str, Any]) -> list[Pr
         PromptFileError: a line is wrong; it is named, with the mistake.
         GenerationError: there is no prompt at all.
     """
+    prompts = []
+    for line in parse_lines(name, content, shared):
+        if isinstance(line, BadLine):
+            raise line.error
+        prompts.append(line)
+    return prompts
+
+
+def parse_lines(name: str, content: str, shared: Mapping[str, Any]) -> Iterator[Prompt | BadLine]:
+    """The prompts of a file, and the lines that are none, in their order.
+
+    Args:
+        name, content, shared: as in `parse_prompts`.
+
+    Raises:
+        GenerationError: there is no prompt at all.
+    """
     # Not splitlines(), which takes a form feed and U+2028 for ends of lines.
     lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")]
     is_blank = not any(line.strip() for line in lines)
     if not content or (is_blank and name.lower().endswith(".jsonl")):
         raise GenerationError(f"{name} has no prompts; put one on each line")
-    if not name.endswith(".jsonl"):
-        return [Prompt(line, index) for index, line in enumerate(lines)]
-    return [
-        _parse(f"{name}, line {index + 1}", index, line, shared)
-        for index, line in enumerate(lines)
-        if line.strip()
-    ]
+    is_json = name.endswith(".jsonl")
+    for index, line in enumerate(lines):
+        place = f"{name}, line {index + 1}"
+        labels: dict[str, Any] = {}
+        try:
+            _check_bytes(place, line)
+            if not is_json:
+                yield Prompt(line, index)
+            elif line.strip():
+                yield _parse(place, index, line, shared, labels)
+        except GenerationError as error:
+            yield BadLine(index, labels, error)
 
 
-def _parse(place: str, index: int, line: str, shared: Mapping[str, Any]) -> Prompt:
+def _check_bytes(place: str, line: str) -> None:
+    """Refuse bytes that are not UTF-8, which "surrogateescape" has let through."""
+    for character in line if not line.isascii() else "":
+        if "\udc80" <= character <= "\udcff":
+            raise GenerationError(
+                f"{place} is not UTF-8 text: it holds the byte 0x{ord(character) - 0xDC00:02X}"
+            )
+
+
+def _parse(
+    place: str, index: int, line: str, shared: Mapping[str, Any], labels: dict[str, Any]
+) -> Prompt:
+    """The prompt on a line; its "id" goes into `labels`, even if it has a mistake."""
     try:
         value = parse_json(line)
     except Unreadable as error:
@@ -110,12 +176,13 @@ def _parse(place: str, index: int, line: str, shared: Mapping[str, Any]) -> Prom
             f'{place}: {shown(line)} is neither a JSON text nor an object with a "prompt": {error}'
         ) from None
     values = dict(value) if isinstance(value, dict) else {"prompt": value}
+    if "id" in values:
+        labels["id"] = values.pop("id")
     text = values.pop("prompt", None)
     if not isinstance(text, str):
         raise GenerationError(
             f'{place}: {shown(line)} is neither a JSON text nor an object with a "prompt"'
         )
-    labels = {"id": values.pop("id")} if "id" in values else {}
     if "finish_reason" in values:
         for result in _RESULTS:
             values.pop(result, None)

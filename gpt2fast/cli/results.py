@@ -47,7 +47,8 @@ def write_json(generator: Generator, prompts: Sequence[Prompt], options: dict[st
     """Write a JSON object for each continuation."""
     copies = options["num_return_sequences"]
     for number, (prompt, result) in enumerate(_results(generator, prompts, options)):
-        write(_json(generator, prompt, result, number % copies) + "\n")
+        line = as_object(generator, prompt, result, number % copies)
+        write(json.dumps(line, ensure_ascii=not takes_unicode()) + "\n")
 
 
 def _results(
@@ -101,7 +102,18 @@ def _token_text(generator: Generator, token: int) -> str | None:
         return None
 
 
-def _json(generator: Generator, prompt: Prompt, result: Generation, number: int) -> str:
+def as_object(
+    generator: Generator, prompt: Prompt, result: Generation, number: int
+) -> dict[str, Any]:
+    """A continuation as --json writes it.
+
+    Args:
+        generator: which wrote it.
+        prompt: what it continues.
+        result: the continuation.
+        number: of the sample, among those of the prompt.
+    """
+
     def named(tops: Sequence[dict[int, float] | None] | None) -> list[Any] | None:
         if tops is None:
             return None
@@ -123,22 +135,19 @@ def _json(generator: Generator, prompt: Prompt, result: Generation, number: int)
         "prompt_top_logprobs": named(result.prompt_top_logprobs),
     }
     place = {} if prompt.index is None else {"index": prompt.index}
-    return json.dumps(
-        {
-            **place,
-            **prompt.labels,
-            "prompt": result.prompt,
-            "sample": number,
-            "text": result.text,
-            "finish_reason": result.finish_reason,
-            "prompt_tokens": result.prompt_tokens,
-            "new_tokens": result.new_tokens,
-            "tokens": result.tokens,
-            "seed": result.seed,
-            **{name: value for name, value in scores.items() if value is not None},
-        },
-        ensure_ascii=not takes_unicode(),
-    )
+    return {
+        **place,
+        **prompt.labels,
+        "prompt": result.prompt,
+        "sample": number,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": result.new_tokens,
+        "tokens": result.tokens,
+        "seed": result.seed,
+        **{name: value for name, value in scores.items() if value is not None},
+    }
 
 
 def stats(timing: Timing, load_seconds: float) -> str:
