@@ -295,6 +295,22 @@ class PackedWeights:
             )
         return torch.cat(parts, 1)  # type: ignore[arg-type]
 
+    def columns(self, name: str, columns: Tensor) -> Tensor:
+        """(in, C) float32: some columns of a matrix, without unpacking the others.
+
+        Args:
+            name: of the matrix.
+            columns: (C,) int64.
+        """
+        inputs, outputs = self._sizes[name]
+        form = self.formats[name]
+        size, begin = form.panel_size(inputs), self._offsets[name]
+        panels = self.arena[begin : begin + _panels(outputs) * size].view(-1, size)
+        needed, place = (columns // _PANEL).unique(return_inverse=True)
+        found = _unpack(panels[needed], form, inputs, len(needed) * _PANEL)
+        values = found.dequantize() if isinstance(found, QuantizedMatrix) else found.float()
+        return values[:, place * _PANEL + columns % _PANEL]
+
     def _floats(self, name: str) -> Tensor:
         dims = self.shape.vectors()[name]
         begin = self._offsets[name]
