@@ -9,6 +9,7 @@ object, since of two values one would be lost without a word.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -39,13 +40,16 @@ class Unreadable(ValueError):
     """A text that is not in its format, or beyond the limits; says which."""
 
 
-def parse_json(text: str, *, most_values: int = MOST_VALUES, unique: bool = True) -> Any:
+def parse_json(
+    text: str, *, most_values: int = MOST_VALUES, unique: bool = True, finite: bool = False
+) -> Any:
     """The value that a JSON text stands for.
 
     Args:
         text: of JSON; numbers that JSON lacks (NaN, Infinity) are read, as Python writes them.
         most_values: most values that it may have.
         unique: refuse a name that is there twice in one object. Otherwise the last one counts.
+        finite: refuse NaN, Infinity and what is as large, and names that are there twice.
 
     Raises:
         Unreadable: it is no JSON, or beyond the limits.
@@ -53,7 +57,7 @@ def parse_json(text: str, *, most_values: int = MOST_VALUES, unique: bool = True
     if len(text) > most_values and _count_values(text, most_values) > most_values:
         raise Unreadable(f"it holds more than {most_values} values, the most that are read")
     try:
-        value = (_STRICT if unique else _LENIENT).decode(text)
+        value = (_FINITE if finite else _STRICT if unique else _LENIENT).decode(text)
     except Unreadable:
         raise
     except RecursionError:
@@ -178,6 +182,21 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+def _no_number(word: str) -> Any:
+    raise Unreadable(f"it holds {word}, which is no finite number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return _no_number(digits[:40]) if math.isinf(value) else value
+
+
+_FINITE = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_int=_integer,
+    parse_float=_finite,
+    parse_constant=_no_number,
+)
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 _LENIENT = json.JSONDecoder(parse_int=_integer)
 

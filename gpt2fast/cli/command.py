@@ -24,6 +24,7 @@ COMMANDS = {
     "prepare": "turn text into tokens for training",
     "train": "train, fine-tune, resume",
     "report": "compare runs, in one HTML file",
+    "serve": "a model over HTTP, in OpenAI's protocol, with a page to try it",
     "evaluate": "perplexity of a text, and the tasks of GPT-2's paper",
     "tune": "search for good settings",
     "doctor": "which implementation of each op runs here, and why",
