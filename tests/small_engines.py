@@ -16,9 +16,7 @@ TOKENIZER = CharTokenizer({char: id for id, char in enumerate(ALPHABET)})
 def job(model: Any, prompt: str, **options: Any) -> Job:
     """A job for a prompt; options are those of a Generator's call, and fields of `Job`."""
     own = {name: options.pop(name) for name in list(options) if name in Job.__dataclass_fields__}
-    return Job(
-        TOKENIZER.encode(prompt), make_request(model, TOKENIZER, **options), prompt, **own
-    )
+    return Job(TOKENIZER.encode(prompt), make_request(model, TOKENIZER, **options), prompt, **own)
 
 
 def small_engine(model: Any, **sizes: Any) -> BatchEngine:

@@ -358,7 +358,7 @@ class Variants:
         return {"anyOf": options}
 
 
-_NOTHING = (None, False, [], {})
+_NOTHING: tuple[Any, ...] = (None, False, [], {})
 """Values of a field that ask for nothing. (0 == False, and asks for as little.)"""
 
 

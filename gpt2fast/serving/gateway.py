@@ -85,7 +85,7 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         request = HttpRequest(scope, receive)
-        address = scope.get("client")
+        address = scope["client"]
         self._connections.arrived(address)
         note = self._note(request)
         scope.setdefault("state", {})["note"] = note
@@ -98,10 +98,10 @@ class Gateway:
         except Refusal as refusal:
             await self._refuse(refusal, note, request, outer)
         except Exception as error:
-            refusal = refusal_of(error)
-            if refusal.status >= 500:
+            answer = refusal_of(error)
+            if answer.status >= 500:
                 logs.record("failure", logging.ERROR, error, id=note.id)
-            await self._refuse(refusal, note, request, outer)
+            await self._refuse(answer, note, request, outer)
         finally:
             self._end(note, request)
             self._connections.waits(address)

@@ -61,8 +61,7 @@ class Metrics:
 
     def finished(self, event: Finished | Failed, seconds: float) -> None:
         """Note the end of a choice."""
-        done = isinstance(event, Finished)
-        reason = event.generation.finish_reason if done else "error"
+        reason = event.generation.finish_reason if isinstance(event, Finished) else "error"
         self._finished.labels(reason).inc()
         if reason in ("eos", "stop", "length"):
             self.usual_seconds = _FORGETS * self.usual_seconds + (1 - _FORGETS) * seconds

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..errors import Error
+from ..inference.batching import Grammar as AnyGrammar
 from ..inference.batching import Job
 from ..inference.continuation import Request
 from ..inference.generation import beginning, check_vocabulary
 from ..inference.generator import Generator
-from ..inference.grammar import Grammar
 from ..inference.requests import make_request
 from ..inference.sampling import Draws
 from ..inference.stopping import StopCriteria
@@ -83,7 +83,7 @@ class Planner:
             return self._tokenizer.encode(text, add_special_tokens)
         return await self.in_thread(self._tokenizer.encode, text, add_special_tokens)
 
-    async def prompts(self, given: Sequence[str] | Sequence[list[int]], name: str) -> list[Prompt]:
+    async def prompts(self, given: Sequence[str | list[int]], name: str) -> list[Prompt]:
         """The prompts of a checked field, at most `max_prompt_tokens` long."""
         found = []
         for place, content in enumerate(given):
@@ -246,11 +246,13 @@ class Planner:
         ends = [*ends, *sorted(stop_tokens - {*ends})]
         return replace(request, criteria=StopCriteria(ends, stops, self._tokenizer))
 
-    async def _grammar(self, form: dict[str, Any] | None) -> Grammar | None:
+    async def _grammar(self, form: dict[str, Any] | None) -> AnyGrammar | None:
         if form is None or form["type"] == "text":
             return None
+        from ..inference.grammar import Grammar
+
         kind = form["type"]
-        make: Callable[..., Grammar]
+        make: Callable[..., AnyGrammar]
         if kind == "json_object":
             make, content = Grammar.json_schema, _ANY_JSON
         elif kind == "json_schema":

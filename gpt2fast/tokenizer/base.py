@@ -128,7 +128,7 @@ class Tokenizer(ABC):
         try:
             joined = b"".join([tokens[id] for id in ids])
         except (KeyError, TypeError):
-            joined = b"".join([self._token_bytes(id) for id in ids])  # says which id is wrong
+            joined = b"".join([self.token_bytes(id) for id in ids])  # says which id is wrong
         return joined.decode("utf-8", "replace")
 
     def token_bytes(self) -> Mapping[int, bytes]:
@@ -238,10 +238,15 @@ class Tokenizer(ABC):
         """The ids, if each has a token; TokenizerError says which has none."""
         ids = _listed(ids)
         for id in ids:
-            self._token_bytes(id)
+            self.token_bytes(id)
         return ids
 
-    def _token_bytes(self, id: int) -> bytes:
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character only.
+
+        Raises:
+            TokenizerError: no token has this id.
+        """
         try:
             return self._tokens[index(id)]
         except (KeyError, TypeError):
@@ -262,7 +267,7 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._token_bytes = tokenizer._token_bytes
+        self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
