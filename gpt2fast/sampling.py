@@ -119,6 +119,10 @@ class SamplingOptions:
         None, 0.0, low=-2, high=2, reads_history=True, fused=False
     )
     """Subtract this from the score of every token that was generated."""
+    penalty_alpha: float | None = _processor(None, 0.0, high=1, reads_history=True, fused=False)
+    """Contrastive search in place of sampling: of the `top_k` likeliest tokens, the one with the
+    most of (1 - this) times its probability, minus this times its likeness to a token before; 0 is
+    off."""
     logit_bias: Mapping[int, float] | None = None
     """Numbers from -100 to 100 to add to the scores of tokens, by their ids."""
     bad_words_ids: Sequence[Sequence[int]] | None = _of_checkpoint(None)
@@ -165,6 +169,8 @@ class SamplingOptions:
             raise GenerationError(
                 f"early_stopping is {self.early_stopping!r}; choose True, False or 'never'"
             )
+        if self.contrastive:
+            self._check_contrastive()
         if self.num_beams > 1:
             if self.samples:
                 raise GenerationError(
@@ -202,6 +208,19 @@ class SamplingOptions:
             raise GenerationError(
                 f"min_new_tokens is {least}, more than max_new_tokens ({most}): raise "
                 "max_new_tokens, or lower min_new_tokens"
+            )
+
+    def _check_contrastive(self) -> None:
+        asked = f"penalty_alpha is {self.penalty_alpha}, which asks for contrastive search"
+        if self.num_beams > 1 or self.num_return_sequences > 1:
+            raise GenerationError(
+                f"{asked}, and num_beams is {self.num_beams}, num_return_sequences "
+                f"{self.num_return_sequences}: it has no beams and one continuation; set both to 1"
+            )
+        if self.top_k is None or self.top_k < 2:
+            raise GenerationError(
+                f"{asked}, and top_k is {self.top_k!r}: set it to the number of candidates that "
+                "each step compares, at least 2 (4 to 8 are usual)"
             )
 
     def changed(self, options: Mapping[str, Any]) -> SamplingOptions:
@@ -266,7 +285,12 @@ class SamplingOptions:
     @property
     def samples(self) -> bool:
         """True if tokens are drawn at random."""
-        return self.do_sample and self.temperature != 0
+        return self.do_sample and self.temperature != 0 and not self.contrastive
+
+    @property
+    def contrastive(self) -> bool:
+        """True if tokens are chosen by contrastive search."""
+        return bool(self.penalty_alpha)
 
     @property
     def reads_history(self) -> bool:

@@ -195,7 +195,7 @@ def _run(args: argparse.Namespace) -> int:
     generator = load_generator(
         args,
         "writing with the bundled model {}, which is small and knows old adventure books only",
-        pack=True,
+        pack=not (options.get("penalty_alpha") or any(_compares(p) for p in prompts or [])),
         window=args.window,
     )
     load_seconds = time.perf_counter() - start
@@ -251,6 +251,11 @@ def _run(args: argparse.Namespace) -> int:
 def _comes_token_by_token(args: argparse.Namespace, prompt: Prompt) -> bool:
     new_tokens = prompt.options.get("max_new_tokens", getattr(args, "max_new_tokens", None))
     return args.num_samples == 1 and args.num_beams == 1 and new_tokens != 0
+
+
+def _compares(prompt: Prompt) -> bool:
+    """True if a prompt asks for contrastive search, which packed weights do not serve."""
+    return bool(prompt.options.get("penalty_alpha"))
 
 
 def _check_biases(generator: Generator, options: dict[str, Any]) -> None:

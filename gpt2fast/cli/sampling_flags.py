@@ -100,12 +100,20 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: an option is out of its range, or has no meaning beside another one.
     """
     given = {name: getattr(args, name) for name in _OPTIONAL if name in args}
-    draws = not args.greedy and args.num_beams == 1
-    without_effect = [flag(name) for name in _BY_CHANCE if name in given]
+    contrastive = bool(given.get("penalty_alpha"))
+    if contrastive and (args.greedy or args.do_sample):
+        other = "--greedy" if args.greedy else "--do-sample"
+        raise UsageError(
+            f"--penalty-alpha and {other} contradict each other: leave one of them out"
+        )
+    draws = not args.greedy and args.num_beams == 1 and not contrastive
+    of_others = ("top_k",) if contrastive else ()
+    without_effect = [flag(x) for x in _BY_CHANCE if x in given and x not in of_others]
     if without_effect and not draws:
         note(f"{', '.join(without_effect)}: no effect without sampling")
     options = {
         **{name: x for name, x in asdict(DEFAULTS).items() if name not in OF_CHECKPOINT},
+        **({"top_k": None} if contrastive else {}),
         **given,
         "logit_bias": None if args.logit_bias is None else dict(args.logit_bias),
         "num_return_sequences": args.num_samples,

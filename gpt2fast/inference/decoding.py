@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling: one token a step for every row that still runs."""
+"""Greedy decoding, sampling, contrastive search: one token a step for every row that still runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..model import GPT2
 from ..sampling import SamplingOptions
 from .async_decoder import AsyncDecoder
 from .callables import NONE, Callables
+from .contrastive import ContrastiveSearch, check_contrastive
 from .engine import DecodeState, choose
 from .grammar import Grammar, Matcher
 from .processors import Processors
@@ -82,7 +83,8 @@ def decode(
     callables: Callables = NONE,
     grammar: Grammar | None = None,
 ) -> Iterator[Step]:
-    """Continue every prompt `options.num_return_sequences` times, greedily or by sampling.
+    """Continue every prompt `options.num_return_sequences` times, greedily, by sampling or by
+    contrastive search.
 
     A continuation depends on its own prompt and its draw alone; rows that have ended leave the
     batch.
@@ -110,18 +112,24 @@ def decode(
 
     with evaluating(model):
         start = time.perf_counter()
-        state = DecodeState(model, prompts, most, use_cache=use_cache, slides=slides)
-        logits = state.read()
-        check_numbers(logits)
-        state.expand(copies)
-        logits = logits.repeat_interleave(copies, dim=0)
-        scoring = alternatives is not None
         size = model.config.vocab_size if vocab_size is None else vocab_size
-        processors = Processors(options, criteria, callables, size, logits.device)
-        matchers = None
-        if grammar is not None:
-            matchers = [grammar.matcher(criteria.eos) for _ in rows]
-        chooser = _Chooser(state, logits, options, random, size, scoring, processors, matchers)
+        processors = Processors(options, criteria, callables, size, model.device)
+        chooser: ContrastiveSearch | _Chooser
+        if options.contrastive:
+            check_contrastive(model, options, use_cache)
+            chooser = ContrastiveSearch(model, prompts, most, options, size, processors)
+            check_numbers(chooser.logits)
+        else:
+            state = DecodeState(model, prompts, most, use_cache=use_cache, slides=slides)
+            logits = state.read()
+            check_numbers(logits)
+            state.expand(copies)
+            logits = logits.repeat_interleave(copies, dim=0)
+            scoring = alternatives is not None
+            matchers = None
+            if grammar is not None:
+                matchers = [grammar.matcher(criteria.eos) for _ in rows]
+            chooser = _Chooser(state, logits, options, random, size, scoring, processors, matchers)
         with closing(chooser):
             for step in range(most):
                 chosen = chooser.next(most - step)
@@ -129,7 +137,7 @@ def decode(
                 if step == 0:
                     timing.add_prefill(seconds, prompts)
                 else:
-                    timing.add_step(seconds, len(rows), state.step_bytes())
+                    timing.add_step(seconds, len(rows), chooser.step_bytes())
 
                 reasons: list[str | None] = []
                 for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
@@ -257,6 +265,10 @@ class _Chooser:
             kept = torch.tensor(rows, device=self._tokens.device)
             self._state.keep(kept)
             self._tokens = self._tokens[kept]
+
+    def step_bytes(self) -> int:
+        """Bytes of weights and of cached keys and values that one step reads."""
+        return self._state.step_bytes()
 
     def close(self) -> None:
         """Give a captured step back to its pool; the chooser cannot be used then."""

@@ -15,6 +15,7 @@ from ..sampling import SamplingOptions
 from ..tokenizer import Tokenizer
 from .beam_search import beam_search
 from .callables import Callables
+from .contrastive import check_contrastive
 from .decoding import decode
 from .packed import PackedGPT2
 from .processors import check_ids
@@ -56,6 +57,7 @@ def generate(
     eta_cutoff: float | _FromConfig | None = FROM_CONFIG,
     frequency_penalty: float | None = None,
     presence_penalty: float | None = None,
+    penalty_alpha: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
     bad_words_ids: Sequence[Sequence[int]] | _FromConfig | None = FROM_CONFIG,
     num_beams: int = 1,
@@ -89,9 +91,10 @@ def generate(
         attention_mask: (B, T), 1 where a token is real; padding on either side, or holes.
         max_new_tokens, max_length, min_new_tokens, max_time, do_sample, temperature, top_k, top_p,
             min_p, typical_p, repetition_penalty, no_repeat_ngram_size, epsilon_cutoff, eta_cutoff,
-            frequency_penalty, presence_penalty, logit_bias, bad_words_ids, num_beams,
-            length_penalty, early_stopping, num_return_sequences, seed: see `SamplingOptions`. By
-            default max_new_tokens is 20, where generation_config.json says nothing.
+            frequency_penalty, presence_penalty, penalty_alpha, logit_bias, bad_words_ids,
+            num_beams, length_penalty, early_stopping, num_return_sequences, seed: see
+            `SamplingOptions`. By default max_new_tokens is 20, where generation_config.json says
+            nothing.
         eos_token_id: id or ids that end a continuation; None switches this off.
         pad_token_id: fills the rows of continuations that ended early; the end token if not given.
         stop: strings, or lists of token ids, that end a continuation.
@@ -114,6 +117,11 @@ def generate(
             max_length, or a prompt that exceeds `n_positions` with the new tokens; nothing has been
             computed then.
     """
+    if do_sample and penalty_alpha:
+        raise GenerationError(
+            f"do_sample is True and penalty_alpha is {penalty_alpha}, which asks for contrastive "
+            "search: leave one of them out"
+        )
     of_checkpoint = {
         "max_new_tokens": max_new_tokens,
         "max_length": max_length,
@@ -134,6 +142,7 @@ def generate(
         no_repeat_ngram_size=no_repeat_ngram_size,
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
+        penalty_alpha=penalty_alpha,
         logit_bias=logit_bias,
         num_beams=num_beams,
         length_penalty=length_penalty,
@@ -145,6 +154,7 @@ def generate(
         {name: value for name, value in of_checkpoint.items() if value is not FROM_CONFIG},
     )
     check_ids(options, model.config.vocab_size)
+    check_contrastive(model, options, use_cache)
     ends = end_tokens(model, eos_token_id)
     padding = _padding(model, ends, pad_token_id, num_beams)
     criteria = StopCriteria(ends, stop, tokenizer)

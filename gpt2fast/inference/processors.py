@@ -101,6 +101,24 @@ class Processors:
             scores = self._callables.process(history, scores.clone())
         return scores
 
+    def check_left(self, scores: Tensor, generated: int, masked: bool = False) -> None:
+        """Refuse scores (rows, vocab) after `generated` new tokens that leave none of a row.
+
+        Args:
+            masked: a grammar has banned tokens, too.
+
+        Raises:
+            GenerationError: bad words, and what else bans tokens, ban all.
+        """
+        may_ban = self._bans or self._callables.processors or masked
+        if may_ban and not bool((scores.amax(-1) > -math.inf).all()):  # NaN is no more either
+            raise GenerationError(
+                f"no token is left to choose after {generated} new ones: bad_words_ids, "
+                "min_new_tokens, no_repeat_ngram_size and processors of scores ban every one"
+                f"{' that the grammar allows' if masked else ''}, or a "
+                "processor made NaN of a score; take fewer bad words, or a smaller min_new_tokens"
+            )
+
     def choose(
         self,
         logits: Tensor,
@@ -123,14 +141,7 @@ class Processors:
         if token_mask is not None:
             scores = ban_masked(scores, token_mask)
         scores = self.process(scores, history, generated)
-        may_ban = self._bans or self._callables.processors or token_mask is not None
-        if may_ban and not bool((scores.amax(-1) > -math.inf).all()):  # NaN is no more either
-            raise GenerationError(
-                f"no token is left to choose after {generated.shape[1]} new ones: bad_words_ids, "
-                "min_new_tokens, no_repeat_ngram_size and processors of scores ban every one"
-                f"{' that the grammar allows' if token_mask is not None else ''}, or a "
-                "processor made NaN of a score; take fewer bad words, or a smaller min_new_tokens"
-            )
+        self.check_left(scores, generated.shape[1], masked=token_mask is not None)
         if uniform is None or not (self._epsilon or self._eta):
             return ops.sample(scores, history, uniform, token_mask=token_mask, **self._warpers)
         if token_mask is not None:

@@ -12,6 +12,7 @@ from ..sampling import DEFAULTS, SamplingOptions
 from ..tokenizer import Tokenizer
 from .callables import Callables
 from .continuation import Request
+from .contrastive import check_contrastive
 from .generation import FROM_CONFIG, EosTokenId, beginning, check_vocabulary, end_tokens
 from .grammar import Grammar
 from .processors import check_ids
@@ -38,11 +39,14 @@ def make_request(
     """The request of a call of a `Generator`, with the arguments and errors of that call."""
     if "num_beams" in options and options["num_beams"] != 1:
         options = {"do_sample": False, **options}
+    if options.get("penalty_alpha") and "top_k" not in options:
+        options = {"top_k": None, **options}  # not the many that sampling may draw from
     chosen = DEFAULTS.of_call(model.generation_config, options)
     if bad_words is not None:
         words = [*(chosen.bad_words_ids or []), *encode_words(tokenizer, bad_words)]
         chosen = chosen.changed({"bad_words_ids": words})
     check_ids(chosen, model.config.vocab_size)
+    check_contrastive(model, chosen, use_cache=True)
     ends = end_tokens(model, eos_token_id)
     own_end = tokenizer.eos_token_id
     if eos_token_id is FROM_CONFIG and own_end is not None and own_end not in ends:
@@ -66,6 +70,11 @@ def _check_grammar(grammar: Any, tokenizer: Tokenizer, options: SamplingOptions)
         raise GenerationError(
             f"num_beams is {options.num_beams}, and a grammar is followed token by token: set "
             "num_beams=1, or leave the grammar out"
+        )
+    if options.contrastive:
+        raise GenerationError(
+            f"penalty_alpha is {options.penalty_alpha}, and contrastive search follows no grammar: "
+            "leave one of them out"
         )
     grammar.check_tokenizer(tokenizer)
 

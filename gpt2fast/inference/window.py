@@ -37,12 +37,12 @@ class Window:
         Args:
             model: what reads it.
             tokens: length of the prompt.
-            options: what is asked for; beam search neither slides nor stops.
+            options: what is asked for; beam and contrastive search neither slide nor stop.
             name: the prompt's name in errors.
         """
         new_tokens = options.new_tokens(tokens, name)
         room = model.config.n_positions
-        if self.kind == "error" or options.num_beams > 1:
+        if self.kind == "error" or options.num_beams > 1 or options.contrastive:
             check_length(model, tokens, new_tokens, name, options.max_length)
         elif self.kind == "stop" and tokens >= room:
             raise GenerationError(

@@ -239,6 +239,18 @@ class KVCache:
         self.lengths = self.lengths.repeat_interleave(times)
         self.positions = self.positions.repeat_interleave(times)
 
+    def repeat_newest(self, rows: Tensor) -> None:
+        """Put the newest entry of the row rows[b] in the place of row b's.
+
+        Args:
+            rows: (B,) int64; each is as long as the row that takes its entry.
+        """
+        self._check_rows(rows)
+        every, newest = torch.arange(len(rows), device=rows.device), self.lengths - 1
+        for entries in (self.k, self.v, self.k_scales, self.v_scales):
+            if entries is not None:
+                entries[:, every, newest] = entries[:, rows, newest]
+
     def grow(self, max_length: int) -> None:
         """Make room for `max_length` entries a row, at least as many as there are."""
         for name in ("k", "v", "k_scales", "v_scales"):

@@ -71,6 +71,7 @@ def test_lines_have_lengths_biases_and_bad_words_of_their_own(run, generator, tm
         {"max_new_tokens": 4},
         {"bad_words": ["e"], "bad_words_ids": [[270], [41, 42]]},
         {"logit_bias": {"40": 12, "50": 9.5}, "frequency_penalty": 1.5, "presence_penalty": 1},
+        {"penalty_alpha": 0.6, "top_k": 3},
         {"epsilon_cutoff": 0.04, "eta_cutoff": 0.1, "min_new_tokens": 9, "max_new_tokens": 9},
     ]
     file = tmp_path / "prompts.jsonl"
@@ -87,8 +88,8 @@ def test_lines_have_lengths_biases_and_bad_words_of_their_own(run, generator, tm
     assert len({tuple(result["tokens"][:9]) for result in results}) > 3
     code, out, err = run(*flags, "--max-new-tokens", 8, "--progress")
     assert code == 0
-    assert err.splitlines()[-1].startswith("5/5 done")
-    assert [json.loads(line)["new_tokens"] for line in out.splitlines()][1:] == [4, 8, 8, 9]
+    assert err.splitlines()[-1].startswith("6/6 done")
+    assert [json.loads(line)["new_tokens"] for line in out.splitlines()][1:] == [4, 8, 8, 8, 9]
 
 
 @pytest.mark.parametrize(
