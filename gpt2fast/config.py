@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
 
@@ -89,6 +89,11 @@ class GPT2Config:
     """Token that begins a text."""
     eos_token_id: int | None = 50256
     """Token that ends a text."""
+    output_hidden_states: bool | int | Sequence[int] = False
+    """What a call of the model that does not say it returns: no hidden states, all, or some of them
+    by index."""
+    output_attentions: bool = False
+    """Return attention weights from a call of the model that does not say it."""
     dropout: InitVar[float | None] = None
 
     def __post_init__(self, dropout: float | None) -> None:
@@ -125,6 +130,7 @@ class GPT2Config:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false")
+        self._check_outputs()
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
@@ -244,7 +250,26 @@ class GPT2Config:
     def to_dict(self) -> dict[str, Any]:
         """The content of a `config.json` that transformers and `from_dict` read."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("output_hidden_states", "output_attentions"):
+            if values[name] is False:
+                del values[name]
+        if isinstance(values.get("output_hidden_states"), tuple):
+            values["output_hidden_states"] = list(values["output_hidden_states"])
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **values}
+
+    def _check_outputs(self) -> None:
+        states, attentions = self.output_hidden_states, self.output_attentions
+        if isinstance(states, (list, tuple)):
+            states = tuple(states)
+        object.__setattr__(self, "output_hidden_states", False if states is None else states)
+        object.__setattr__(self, "output_attentions", False if attentions is None else attentions)
+        indices = states if isinstance(states, tuple) else (states,)
+        if states is not None and not all(type(x) in (bool, int) for x in indices):
+            raise ConfigError(
+                f"output_hidden_states={shown(states)} must be true, false, or numbers of layers"
+            )
+        if attentions not in (True, False, None):
+            raise ConfigError(f"output_attentions={shown(attentions)} must be true or false")
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)

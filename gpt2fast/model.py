@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from .nn.dropout import drop
 from .nn.embedding import Embedding, table_of
 from .nn.head import predict, reads_one_table, reads_projection
 from .nn.initialization import Device, Dtype, reset
-from .nn.inputs import check_held, check_one_text, given_tokens, kept_columns, place, predicted
+from .nn.inputs import check_held, given_tokens, kept_columns, mask_of_texts, place, predicted
 from .nn.kv_cache import KVCache
 from .nn.output import GPT2Output
 from .nn.output_projection import OutputProjection, TiedOutputProjection, tie_untied
@@ -131,18 +132,22 @@ class GPT2(nn.Module):
         token_type_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
-    ) -> GPT2Output:
+        return_dict: bool | None = None,
+    ) -> GPT2Output | tuple[Any, ...]:
         """Logits and, with labels or targets, the loss.
 
         Args:
             input_ids: (B, T) int64 token ids.
             attention_mask: (B, T), 1 where a token is real and 0 where it is padding; any pattern.
                 Outputs at masked positions are unspecified. With a cache of P tokens it may be
-                (B, P + T), and has to be with transformers' caches.
+                (B, P + T), and has to be with transformers' caches. Or (B, 1, T, P + T) of what
+                each token sees, later tokens too: bool, or numbers that are added to the scores;
+                then torch's SDPA attends, and a `KVCache` must be empty.
             position_ids: (B, T) or (T,) int64; defaults to 0 .. T - 1, or to what follows the
-                tokens seen where a cache is given.
+                tokens seen where a cache is given. Where they do not go up by one, without a mask
+                and with use_cache=False, another text begins, which sees itself alone.
             labels: (B, T) int64; position t is trained to predict labels[:, t + 1]; -100 does not
                 count.
             cache: the tokens before these; their keys and values are appended to it. A `KVCache`;
@@ -156,22 +161,25 @@ class GPT2(nn.Module):
             token_type_ids: (B, T) int64, whose rows of the token embedding are added.
             past_key_values: another name for `cache`.
             use_cache: True makes a `KVCache` where no cache is given; False returns none.
-            output_hidden_states: return each block's input and the last layer norm's output.
+            output_hidden_states: return each block's input and the last layer norm's output, or
+                those of some indices. None means as the config says.
             output_attentions: return attention weights, which fused kernels never have: attention
-                is computed unfused, as by transformers with attn_implementation="eager".
+                is computed unfused, as by transformers with attn_implementation="eager". None means
+                as the config says.
+            return_dict: False returns a tuple of what is not None, in the output's order.
 
         Raises:
             ArgumentError, GenerationError: arguments that do not fit the model or each other.
         """
         tokens = given_tokens(self.config, input_ids, inputs_embeds, token_type_ids)
         wanted, columns = predicted(self.config, tokens, labels, targets)
-        record = Record.of(output_hidden_states, output_attentions)
+        record = Record.of(self.config, output_hidden_states, output_attentions)
         past = opened(self.config, one_cache(cache, past_key_values), tokens.shape[0])
         if past is None and use_cache and may_cache(self):
             past = self.new_cache(tokens.shape[0])
         keeps_none = use_cache is False or (self.gradient_checkpointing and self.training)
         if keeps_none and past is None and attention_mask is None and position_ids is not None:
-            check_one_text(position_ids)
+            attention_mask = mask_of_texts(position_ids)
         table = None
         if wanted is not None and past is None and reads_one_table(self, tokens):
             check_held(self.wte)
@@ -186,7 +194,7 @@ class GPT2(nn.Module):
             output.hidden_states, output.attentions = record.with_last(hidden)
         if past is not None and use_cache is not False:
             output.past_key_values = past.result if isinstance(past, Past) else past
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     def hidden_states(
         self,

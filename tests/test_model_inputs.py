@@ -209,20 +209,6 @@ def test_what_does_not_fit_is_named():
         model(inputs_embeds=embeds, labels=ids[:, 1:])
 
 
-def test_positions_that_begin_anew_are_several_texts_to_transformers():
-    ours, theirs, _ = models(3)
-    ids = torch.randint(ours.config.vocab_size, (1, 7))
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
-    apart = theirs(ids, position_ids=positions, use_cache=False).logits[:, 4:]
-    torch.testing.assert_close(apart, theirs(ids[:, 4:]).logits, rtol=1e-4, atol=1e-5)
-    with pytest.raises(GenerationError, match="a row of its own"):
-        ours(ids, position_ids=positions, use_cache=False)
-    # With a mask, or a cache as it keeps one by default, they are one text.
-    for options in ({}, {"attention_mask": torch.ones_like(ids), "use_cache": False}):
-        found = [model(ids, position_ids=positions, **options).logits for model in (ours, theirs)]
-        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-
-
 def test_masks_that_are_added_to_scores_are_refused():
     model = models(3)[0]
     ids = torch.randint(model.config.vocab_size, (1, 7))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from differential import random_mask, with_random_weights
-from gpt2fast import GPT2Config
-from gpt2fast.errors import ArgumentError
+from gpt2fast import GPT2, GPT2Config
+from gpt2fast.errors import ArgumentError, ConfigError
 from gpt2fast.ops.backend import record_calls
 from model_pairs import DTYPES, assert_same_gradients, directions, models
 from tolerance import assert_close
@@ -197,6 +197,86 @@ def test_only_what_is_asked_for_is_returned():
     assert output.keys() == ["logits", "past_key_values", "attentions"]
 
 
+@pytest.mark.parametrize("asked", [2, -1, [0, 2], [-3], [1, 1], (0, -1), []])
+@pytest.mark.parametrize("padded", [False, True])
+def test_hidden_states_by_index_are_those_of_transformers(asked, padded):
+    found = models(6, n_layer=2)
+    ids = torch.randint(found[0].config.vocab_size, (2, 5))
+    mask = torch.ones_like(ids)
+    mask[0, : 2 * padded] = 0
+    options = {"attention_mask": mask, "use_cache": padded, "output_hidden_states": asked}
+    with torch.no_grad():
+        outputs = [model(ids, **options) for model in found]
+        whole = found[0](ids, **{**options, "output_hidden_states": True}).hidden_states
+    states = [each.hidden_states for each in outputs]
+    if not asked:
+        assert states[:2] == [None, None]
+        return
+    assert [x is None for x in states[0]] == [x is None for x in states[1]]
+    indices = {asked} if isinstance(asked, int) else {*asked}
+    assert sum(x is not None for x in states[0]) == len(indices)
+    real = mask.bool()
+    assert_close(*([x[real] for x in each if x is not None] for each in states), times=3.0)
+    pairs = [(x, y) for x, y in zip(states[0], whole, strict=True) if x is not None]
+    for x, y in pairs:
+        torch.testing.assert_close(x[real], y[real], rtol=1e-4, atol=1e-5)
+
+
+def test_the_config_says_what_a_call_does_not():
+    shape = {**SMALL.to_dict(), "output_hidden_states": True, "output_attentions": True}
+    asking = GPT2Config.from_dict(shape)
+    model = with_random_weights(asking, 0).eval()
+    ids = torch.randint(61, (2, 5))
+    assert model(ids).keys() == ["logits", "hidden_states", "attentions"]
+    assert model(ids, output_attentions=False).keys() == ["logits", "hidden_states"]
+    assert model(ids, output_hidden_states=[-1]).hidden_states[0] is None
+    theirs = model.to_hf().eval()
+    theirs.set_attn_implementation("eager")
+    assert [*theirs(ids, use_cache=False)] == [*model(ids), "cross_attentions"]
+    assert GPT2.from_hf(theirs).config == asking
+    some = GPT2Config.from_dict({**SMALL.to_dict(), "output_hidden_states": [1, -1]})
+    assert some.to_dict()["output_hidden_states"] == [1, -1] and hash(some)
+    states = with_random_weights(some, 0)(ids).hidden_states
+    assert [x is None for x in states] == [True, False, False]
+    assert not {"output_hidden_states", "output_attentions"} & SMALL.to_dict().keys()
+    none = GPT2Config.from_dict({"output_hidden_states": None, "output_attentions": None})
+    assert none == GPT2Config()
+    for name, wrong in (("output_hidden_states", "yes"), ("output_attentions", 2)):
+        with pytest.raises(ConfigError, match=f"{name}=.* must be true"):
+            GPT2Config.from_dict({name: wrong})
+
+
+def test_what_reads_logits_asks_for_no_more_whatever_the_config_says():
+    """Ragged rows in a cache have no attention weights by column: generation must not ask."""
+    shape = {**SMALL.to_dict(), "output_hidden_states": True, "output_attentions": True}
+    model = with_random_weights(GPT2Config.from_dict(shape), 0).eval()
+    plain = with_random_weights(SMALL, 0).eval()
+    ids, mask = torch.randint(60, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for each in (model, plain):
+        each.register_forward_hook(lambda *call: None)
+    texts = [each.generate(ids, mask, max_new_tokens=5) for each in (model, plain)]
+    assert texts[0].tolist() == texts[1].tolist()
+
+
+def test_return_dict_false_is_a_tuple():
+    model = with_random_weights(SMALL, 0).eval()
+    theirs = model.to_hf().eval()
+    ids = torch.randint(61, (2, 5))
+    for options in ({}, {"labels": ids}, {"output_hidden_states": True, "labels": ids}):
+        found = model(ids, return_dict=False, **options)
+        expected = theirs(ids, return_dict=False, use_cache=False, **options)
+        assert type(found) is type(expected) is tuple and len(found) == len(expected)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+        for value in (True, None):
+            assert model(ids, return_dict=value, **options).keys() == model(ids, **options).keys()
+    # A tuple goes where an object of ours does not.
+    exported = torch.export.export(model, (ids,), {"return_dict": False}).module()
+    torch.testing.assert_close(exported(ids, return_dict=False)[0], model(ids).logits)
+    packed = model.pack()
+    logits = packed(ids, return_dict=False)
+    assert type(logits) is tuple and torch.equal(logits[0], packed(ids).logits)
+
+
 def test_attention_is_fused_unless_its_weights_are_asked_for():
     model = with_random_weights(SMALL, 0)
     ids = torch.randint(61, (2, 5))
@@ -211,8 +291,12 @@ def test_attention_is_fused_unless_its_weights_are_asked_for():
 def test_what_cannot_be_given_is_named():
     model = with_random_weights(SMALL, 0)
     ids = torch.randint(61, (2, 5))
-    with pytest.raises(ArgumentError, match="output_hidden_states=2 is not True"):
-        model(ids, output_hidden_states=2)
+    with pytest.raises(ArgumentError, match=r"index 3; there are 3 of them.*give -3 to 2"):
+        model(ids, output_hidden_states=[0, 3])
+    with pytest.raises(ArgumentError, match=r"0 asks for nothing in transformers: give \[0\]"):
+        model(ids, output_hidden_states=0)
+    with pytest.raises(ArgumentError, match="output_hidden_states='all' is neither"):
+        model(ids, output_hidden_states="all")
     with pytest.raises(ArgumentError, match=r"output_attentions=\[1\] is not True"):
         model(ids, output_attentions=[1])
     cache = model.new_cache(2)

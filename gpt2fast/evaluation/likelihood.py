@@ -19,6 +19,7 @@ from ..inference.generation import check_vocabulary
 from ..inference.packed import PackedGPT2
 from ..model import GPT2
 from ..nn.kv_cache import KVCache
+from ..nn.output import LOGITS_ALONE
 from ..ops.backend import statistics_dtype
 from ..tokenizer import Tokenizer
 
@@ -283,6 +284,7 @@ class Scorer:
                 None if positions is None else positions[:, part],
                 cache=cache,
                 logits_to_keep=kept if len(kept) else 1,
+                **LOGITS_ALONE,
             ).logits
             if len(kept):
                 shown = wanted[:, kept]

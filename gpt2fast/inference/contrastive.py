@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import GenerationError
 from ..model import GPT2
+from ..nn.output import LOGITS_ALONE
 from ..nn.plain import is_unwatched
 from ..sampling import SamplingOptions
 from .packed import PackedGPT2
@@ -128,10 +129,8 @@ class ContrastiveSearch:
         if is_unwatched(model, GPT2):
             hidden = model.hidden_states(tokens, mask, positions, cache)
             return hidden, model.project(hidden[:, -1:])[:, -1]
-        output = model(
-            tokens, mask, positions, cache=cache, logits_to_keep=1, output_hidden_states=True
-        )
-        assert output.hidden_states is not None
+        asked = {**LOGITS_ALONE, "output_hidden_states": [-1]}
+        output = model(tokens, mask, positions, cache=cache, logits_to_keep=1, **asked)
         return output.hidden_states[-1], output.logits[:, -1]
 
 

@@ -8,7 +8,7 @@ takes over and chooses tokens in blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..config import GPT2Config
 from ..model import GPT2
 from ..nn.inputs import check_cache, check_held, check_positions, check_tokens
 from ..nn.kv_cache import KVCache
+from ..nn.output import LOGITS_ALONE
 from ..nn.plain import is_unwatched
 from ..nn.projection import merged
 from ..ops.native import CACHE_DTYPES
@@ -182,7 +183,8 @@ def _call(
     if is_unwatched(model, GPT2):
         hidden = model.hidden_states(tokens, mask, positions, cache)
         return model.project(hidden[:, -1:])[:, -1]  # (B, 1, C), as hooks see it in transformers
-    return model(tokens, mask, positions, cache=cache, logits_to_keep=1).logits[:, -1]
+    found = model(tokens, mask, positions, cache=cache, logits_to_keep=1, **LOGITS_ALONE)
+    return cast("Tensor", found.logits[:, -1])
 
 
 def choose(

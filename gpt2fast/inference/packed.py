@@ -132,11 +132,13 @@ class PackedGPT2(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
+        return_dict: bool | None = None,
         **others: Any,
-    ) -> GPT2Output:
+    ) -> GPT2Output | tuple[Any, ...]:
         """Logits and, with labels or targets, the loss: arguments as in `GPT2.forward`.
 
-        Nothing has a gradient. Logits at masked positions are zero.
+        Nothing has a gradient. Logits at masked positions are zero. There are neither hidden states
+        nor attention weights, whatever the config asks for.
 
         Args:
             others: what only `GPT2.forward` takes, which may be None or False here.
@@ -149,7 +151,12 @@ class PackedGPT2(nn.Module):
             raise ArgumentError("a PackedGPT2 reads input_ids: none are given")
         tokens = given_tokens(self.config, input_ids)
         wanted, columns = predicted(self.config, tokens, labels, targets)
-        check_inputs(self.config, tokens, attention_mask)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ArgumentError(
+                "a PackedGPT2 takes an attention_mask (rows, tokens), of padding alone: give one "
+                "of four dimensions to the GPT2 that it was packed from"
+            )
+        check_inputs(self.config, tokens, attention_mask, cache)
         batch, time = input_ids.shape
         if cache is None:
             cache = self.new_cache(batch, time, torch.float32)
@@ -176,7 +183,8 @@ class PackedGPT2(nn.Module):
         if wanted is not None:
             predicting = logits[:, columns].flatten(0, 1)
             loss = F.cross_entropy(predicting, wanted.flatten(), ignore_index=-100)
-        return GPT2Output.computed(loss, logits)
+        output = GPT2Output.computed(loss, logits)
+        return output.to_tuple() if return_dict is False else output
 
     @torch.no_grad()
     def prefill(

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import ArgumentError
 from ..model import GPT2
@@ -48,6 +49,8 @@ def can_be_packed(model: GPT2) -> bool:
 def _why_not_packed(model: GPT2) -> str | None:
     if model.device.type != "cpu":
         return f"it is on {model.device}; move it with .cpu()"
+    if is_fake(model.wte.weight):
+        return "its weights are fake, of which there are shapes alone"
     if model.dtype not in DTYPES:
         return f"it is in {model.dtype}; use .float(), .half() or .bfloat16()"
     return why_not_read(model)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..model import GPT2
+from ..nn.output import LOGITS_ALONE
 from .decoding import check_numbers, evaluating
 from .scores import Scores, score
 
@@ -35,7 +36,7 @@ def score_sequences(
             ids = [[*sequences[row][:-1]] for row in rows]
             padded = [read + [0] * (longest - len(read)) for read in ids]
             read = torch.tensor(padded, device=model.device)
-            logits = model(read, logits_to_keep=longest - begin).logits
+            logits = model(read, logits_to_keep=longest - begin, **LOGITS_ALONE).logits
             for row, found in zip(rows, logits, strict=True):
                 kept = found[first[row] - 1 - begin : len(sequences[row]) - 1 - begin]
                 check_numbers(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -96,7 +97,9 @@ class SelfAttention(nn.Module):
         Args:
             x: (B, T, width).
             attention_mask: (B, T) bool or 0/1, false at positions that must not be seen; beside a
-                `PastLayer` of P columns (B, P + T).
+                `PastLayer` of P columns (B, P + T). Or (B or 1, heads or 1, T, S) of all that each
+                position sees, whatever `causal` says: bool, or numbers that are added to the
+                scores. torch's SDPA attends then.
             cache: keys and values of the positions before x; x's own are appended to it.
             weights: the attention weights (B, heads, T, S), dropout applied, are appended to it.
                 Fused kernels never have them: with this, attention is computed unfused.
@@ -105,7 +108,8 @@ class SelfAttention(nn.Module):
             (B, T, width).
 
         Raises:
-            ArgumentError: a cache beside `causal=False` or fewer key heads than heads.
+            ArgumentError: a cache beside `causal=False` or fewer key heads than heads, or a mask of
+                four dimensions beside keys in a `LayerCache`.
         """
         check_stream(x, self.width)
         if cache is not None:
@@ -145,14 +149,22 @@ class SelfAttention(nn.Module):
         """(B, T, heads, head size), from queries of that shape, keys and values with key heads."""
         fused = weights is None and is_plain(self.attn_dropout, nn.Dropout)
         dropout = self.attn_dropout.p if fused and self.training else 0.0
+        of_scores = mask is not None and mask.dim() == 4
         if isinstance(cache, PastLayer):
             keys, values = cache.extend(k, v)
+            if fused and mask is not None and of_scores:
+                return self._attend_by_scores(q, keys, values, mask, dropout)
             if cache.length:
                 lengths = torch.full((len(q),), cache.length, device=q.device)
                 if fused and not dropout and mask is None and not _has_gradient(q, keys, values):
                     return ops.attention_with_cache(q, keys, values, lengths, self.scale)
                 return self._attend_openly(q, keys, values, mask, lengths, weights)
         elif cache is not None:
+            if of_scores and not cache.empty:
+                raise ArgumentError(
+                    "a mask of four dimensions goes with no KVCache that holds tokens, whose "
+                    "entries have no columns: give a cache of transformers"
+                )
             scales = cache.k_scales, cache.v_scales
             stored = _as_constants(k, v, cache)
             ops.append_to_cache(*stored, cache.k, cache.v, cache.lengths, cache.counts, *scales)
@@ -168,8 +180,21 @@ class SelfAttention(nn.Module):
                 return _of_constants(out, cache)
         if not fused:
             return self._attend_openly(q, k, v, mask, None, weights)
+        if mask is not None and of_scores:
+            return self._attend_by_scores(q, k, v, mask, dropout)
         seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
         return ops.attention(q, k, v, self.scale, mask, dropout, seed, self.causal)
+
+    def _attend_by_scores(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float
+    ) -> Tensor:
+        """Attention as `mask`, (B or 1, heads or 1, T, S), says, by torch's SDPA."""
+        k, v = (repeated_heads(x, self.heads) for x in (k, v))
+        if mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        return out.transpose(1, 2)
 
     def _attend_openly(
         self,
@@ -185,7 +210,8 @@ class SelfAttention(nn.Module):
         Args:
             q: (B, T, heads, head size).
             k, v: (B, S, key heads, head size).
-            mask: (B, S), false at keys that must not be seen.
+            mask: (B, S), false at keys that must not be seen; or of four dimensions, as `forward`
+                takes it.
             lengths: (B,) keys before the first query; None: none.
             weights: the attention weights are appended to it.
         """
@@ -198,7 +224,10 @@ class SelfAttention(nn.Module):
         seen = torch.arange(k.shape[1], device=q.device) <= last[..., None]
         if not self.causal:
             seen = torch.ones_like(seen)
-        if mask is not None:
+        if mask is not None and mask.dim() == 4:
+            seen = mask if mask.dtype == torch.bool else torch.ones_like(seen)
+            scores = scores if mask.dtype == torch.bool else scores + mask
+        elif mask is not None:
             seen = seen & visible_keys(mask)[:, None, None]
         # Not -inf: the softmax of a row that sees nothing would be NaN, and spread.
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)

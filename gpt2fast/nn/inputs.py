@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..config import GPT2Config
 from ..errors import ArgumentError, GenerationError
@@ -93,7 +95,7 @@ class Placed(NamedTuple):
 
     mask: Tensor | None
     """(B, T) bool, or (B, P + T) beside P columns of a `Past`; false at padding; None where there
-    is none."""
+    is none. Or of four dimensions, as `SelfAttention` takes it, and no token is padding."""
     positions: Tensor
     """(B, T), or (T,) where every row has the same and there is no `KVCache`."""
     counts: Tensor | None
@@ -115,14 +117,16 @@ def place(
     ours = cache if isinstance(cache, KVCache) else None
     if ours is not None:
         check_cache(config, ours, batch)
-    mask = None if attention_mask is None else attention_mask.bool()
+    mask, of_scores = attention_mask, attention_mask is not None and attention_mask.dim() == 4
+    if mask is not None and not of_scores:
+        mask = mask.bool()
     seen = None
-    if ours is not None and mask is not None and mask.shape[1] > time:
+    if ours is not None and mask is not None and not of_scores and mask.shape[1] > time:
         seen, mask = mask[:, :-time], mask[:, -time:]
         _check_seen(seen, ours)
-    if mask is not None and _is_readable(mask) and bool(_values(mask).all()):
+    if mask is not None and not of_scores and is_readable(mask) and bool(_values(mask).all()):
         mask = None
-    counts = None if mask is None else mask.sum(1)
+    counts = None if mask is None or of_scores else mask.sum(1)
     positions = torch.arange(time, device=tokens.device)
     if position_ids is not None:
         positions = position_ids
@@ -181,16 +185,21 @@ def check_inputs(
 ) -> None:
     """Refuse a mask of a wrong shape, and tokens (B, T) of a wrong dtype or value."""
     if attention_mask is not None:
-        _check_mask(attention_mask, tokens, cache)
+        _check_mask(config, attention_mask, tokens, cache)
     for each in (tokens.ids, tokens.types):
         if each is not None:
             check_tokens(config, each)
 
 
-def _check_mask(mask: Tensor, tokens: Tokens, cache: KVCache | Past | None) -> None:
+def _check_mask(
+    config: GPT2Config, mask: Tensor, tokens: Tokens, cache: KVCache | Past | None
+) -> None:
     """Refuse a mask that is not for new tokens, or for them after the columns of a cache."""
     batch, time = tokens.shape
-    if mask.is_floating_point() and _is_readable(mask) and bool((_values(mask) < 0).any()):
+    if mask.dim() == 4:
+        _check_mask_of_scores(config, mask, tokens, cache)
+        return
+    if mask.is_floating_point() and is_readable(mask) and bool((_values(mask) < 0).any()):
         raise GenerationError(
             "attention_mask holds negative numbers, as masks that are added to scores do; give 1 "
             "where a token is real and 0 where it is padding"
@@ -208,9 +217,33 @@ def _check_mask(mask: Tensor, tokens: Tokens, cache: KVCache | Past | None) -> N
     )
 
 
+def _check_mask_of_scores(
+    config: GPT2Config, mask: Tensor, tokens: Tokens, cache: KVCache | Past | None
+) -> None:
+    """Refuse a mask of four dimensions that is not one of these tokens' scores."""
+    batch, time = tokens.shape
+    keys = time + (cache.length if isinstance(cache, Past) else 0)
+    if isinstance(cache, KVCache) and not cache.is_empty:
+        raise GenerationError(
+            "attention_mask has four dimensions, and the cache is a KVCache with tokens in it, "
+            "whose entries have no columns: give a cache of transformers, such as DynamicCache"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise GenerationError(
+            f"attention_mask has four dimensions and the dtype {mask.dtype}: give bool, true where "
+            "a key is seen, or floating-point numbers that are added to the scores"
+        )
+    rows, heads, *scores = mask.shape
+    if rows not in (1, batch) or heads not in (1, config.n_head) or scores != [time, keys]:
+        raise GenerationError(
+            f"attention_mask {tuple(mask.shape)} must be {(batch, 1, time, keys)}, or have a mask "
+            f"for each of the {config.n_head} heads (rows, heads, new tokens, all tokens)"
+        )
+
+
 def _check_seen(mask: Tensor, cache: KVCache) -> None:
     """Refuse a mask (B, P) of the tokens before that has other numbers than a cache's rows."""
-    if not _is_readable(mask):
+    if not is_readable(mask):
         return
     counts = mask.sum(1)
     if not torch.equal(counts, cache.lengths):
@@ -225,7 +258,7 @@ def check_tokens(config: GPT2Config, tokens: Tensor) -> None:
     """Refuse token ids, of any shape, that are not in the vocabulary."""
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise GenerationError(f"token ids have dtype {tokens.dtype}; they are integers")
-    if _is_readable(tokens) and tokens.numel():
+    if is_readable(tokens) and tokens.numel():
         low, high = (int(bound) for bound in _values(tokens).aminmax())
         if low < 0 or high >= config.vocab_size:
             raise GenerationError(
@@ -242,7 +275,7 @@ def check_positions(config: GPT2Config, positions: Tensor) -> None:
             f"{positions.shape[-1]} tokens exceed this model's n_positions={limit}; "
             "shorten the input"
         )
-    if not _is_readable(positions) or not positions.numel():
+    if not is_readable(positions) or not positions.numel():
         return
     low, high = (int(bound) for bound in _values(positions).aminmax())
     if low < 0 or high >= limit:
@@ -252,15 +285,27 @@ def check_positions(config: GPT2Config, positions: Tensor) -> None:
         )
 
 
-def check_one_text(positions: Tensor) -> None:
-    """Refuse positions (..., T) that begin anew: without a mask or a cache, transformers reads such
-    a row as several texts."""
-    if _is_readable(positions) and bool((_values(positions).diff(dim=-1) != 1).any()):
-        raise GenerationError(
-            "position_ids do not go up by one: without an attention_mask and a cache those are "
-            "several texts, of which each sees itself alone; give each a row of its own, or "
-            "an attention_mask of ones if the row is one text"
-        )
+def mask_of_texts(positions: Tensor) -> Tensor | None:
+    """The mask of rows of several texts, one after the other, each of which sees itself alone.
+
+    As in transformers, a text begins where positions do not go up by one.
+
+    Args:
+        positions: (B, T) or (T,).
+
+    Returns:
+        (B or 1, 1, T, T) bool; None if every row is one text, or where looking at values is not
+        free: those are taken for one text.
+    """
+    if not is_readable(positions):
+        return None
+    begins = positions.diff(dim=-1) != 1
+    if not bool(_values(begins).any()):
+        return None
+    numbers = F.pad(begins.cumsum(-1), (1, 0))
+    numbers = numbers.view(-1, numbers.shape[-1])
+    same = numbers[:, :, None] == numbers[:, None]
+    return same.tril()[:, None]
 
 
 def check_wanted(config: GPT2Config, name: str, wanted: Tensor, tokens: Tokens) -> None:
@@ -270,7 +315,7 @@ def check_wanted(config: GPT2Config, name: str, wanted: Tensor, tokens: Tokens) 
             f"{name} {tuple(wanted.shape)} must have the shape of {tokens.name} "
             f"{tuple(tokens.shape)}"
         )
-    if _is_readable(wanted) and wanted.numel():
+    if is_readable(wanted) and wanted.numel():
         wanted = _values(wanted)
         high = int(wanted.max())
         low = int(wanted.where(wanted != -100, 0).min())
@@ -307,6 +352,6 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_readable(tensor: Tensor) -> bool:
-    """True where looking at values is free: on the CPU, outside a traced program."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def is_readable(tensor: Tensor) -> bool:
+    """True where looking at values is free: on the CPU, outside a traced program, not fake."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .. import ops
 from .._system.memory import zeros
@@ -128,6 +129,11 @@ class KVCache:
         return self.k.shape[1]
 
     @property
+    def is_empty(self) -> bool:
+        """True if no row was ever given an entry."""
+        return self._longest == 0
+
+    @property
     def max_length(self) -> int:
         """Entries that each row can hold."""
         return self.k.shape[2]
@@ -150,7 +156,6 @@ class KVCache:
             front: (B, T) an order of the new tokens in which those that are stored come first;
                 None means that they do.
         """
-        empty = self._longest == 0
         k_scales, v_scales = (
             None if x is None else x[index] for x in (self.k_scales, self.v_scales)
         )
@@ -159,7 +164,7 @@ class KVCache:
             self.v[index],
             self.lengths,
             counts,
-            empty,
+            self.is_empty,
             k_scales,
             v_scales,
             front,
@@ -262,7 +267,7 @@ class KVCache:
                 setattr(self, name, longer)
 
     def _check_rows(self, rows: Tensor) -> None:
-        if rows.device.type == "cpu" and len(rows):
+        if rows.device.type == "cpu" and len(rows) and not is_fake(rows):
             low, high = (int(bound) for bound in rows.aminmax())
             if low < 0 or high >= self.batch_size:
                 raise GenerationError(

@@ -16,6 +16,9 @@ from ..ops.projection import linear
 _FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
 """In transformers' order."""
 
+LOGITS_ALONE: dict[str, Any] = {"output_hidden_states": False, "output_attentions": False}
+"""Arguments of a call that reads logits and loss, whatever the model's config asks for."""
+
 
 class GPT2Output:
     """Loss and logits of a forward pass, and what else was asked for.
@@ -36,8 +39,9 @@ class GPT2Output:
 
     past_key_values: Any = None
     """The cache with the new tokens, in the form that was given; `cache` is another name for it."""
-    hidden_states: tuple[Tensor, ...] | None = None
-    """n_layer + 1 tensors (B, T, width): each block's input, and the last layer norm's output."""
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    """n_layer + 1 tensors (B, T, width): each block's input, and the last layer norm's output. None
+    in the places of those that were not asked for, where some were by index."""
     attentions: tuple[Tensor, ...] | None = None
     """n_layer tensors (B, H, T, S): each block's attention weights."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, cast
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..config import GPT2Config
 from ..errors import ArgumentError
 from .block import Block
 from .dropout import drop
@@ -31,39 +32,78 @@ Caches = Iterable[LayerCache | PastLayer | None]
 class Record:
     """What a pass keeps of every block; None where that is not asked for."""
 
-    hidden_states: list[Tensor] | None
-    """(B, T, width) input of each block."""
+    hidden_states: list[Tensor | None] | None
+    """(B, T, width) input of each block; None for blocks whose input is not asked for."""
     attentions: list[Tensor] | None
     """(B, H, T, S) attention weights of each block."""
+    selected: frozenset[int] | None = None
+    """The hidden states that are asked for, by index; None: all."""
 
     @classmethod
-    def of(cls, output_hidden_states: bool | None, output_attentions: bool | None) -> Record | None:
-        """A record of what is asked for; None if nothing is.
+    def of(
+        cls,
+        config: GPT2Config,
+        output_hidden_states: bool | int | Sequence[int] | None,
+        output_attentions: bool | None,
+    ) -> Record | None:
+        """A record of what is asked for, by the config where an argument is None; None if nothing
+        is.
 
         Raises:
-            ArgumentError: something else than True, False or None.
+            ArgumentError: something else than True, False, None, or indices of hidden states.
         """
-        if output_hidden_states is None and output_attentions is None:
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if not isinstance(output_attentions, bool):
+            raise ArgumentError(
+                f"output_attentions={output_attentions!r} is not True, False or None; with True, "
+                "choose layers from the tuple that is returned"
+            )
+        selected = _selected(output_hidden_states, config.n_layer + 1)
+        asked = output_hidden_states is True or bool(selected)
+        if not asked and not output_attentions:
             return None
-        for name, asked in (
-            ("output_hidden_states", output_hidden_states),
-            ("output_attentions", output_attentions),
-        ):
-            if not (asked is None or isinstance(asked, bool)):
-                raise ArgumentError(
-                    f"{name}={asked!r} is not True, False or None; with True, choose layers from "
-                    "the tuple that is returned"
-                )
-        if not output_hidden_states and not output_attentions:
-            return None
-        return cls([] if output_hidden_states else None, [] if output_attentions else None)
+        return cls([] if asked else None, [] if output_attentions else None, selected)
+
+    def keeps(self, index: int) -> bool:
+        """True if a hidden state is asked for."""
+        return self.hidden_states is not None and (self.selected is None or index in self.selected)
 
     def with_last(
         self, hidden: Tensor
-    ) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    ) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor, ...] | None]:
         """Hidden states, the last one (B, T, width) at the end, and attention weights."""
-        states = None if self.hidden_states is None else (*self.hidden_states, hidden)
+        states: tuple[Tensor | None, ...] | None = None
+        if self.hidden_states is not None:
+            last = hidden if self.keeps(len(self.hidden_states)) else None
+            states = (*self.hidden_states, last)
         return states, None if self.attentions is None else tuple(self.attentions)
+
+
+def _selected(asked: bool | int | Sequence[int], states: int) -> frozenset[int] | None:
+    """The indices below `states` that are asked for; None: it is a yes or no."""
+    if isinstance(asked, bool):
+        return None
+    indices = [asked] if isinstance(asked, int) else asked
+    if not isinstance(indices, (list, tuple)) or not all(type(x) is int for x in indices):
+        raise ArgumentError(
+            f"output_hidden_states={asked!r} is neither True, False or None nor indices of hidden "
+            "states, as in [0, -1]"
+        )
+    if type(asked) is int and not asked:
+        raise ArgumentError(
+            "output_hidden_states=0 asks for nothing in transformers: give [0] for the first "
+            "hidden state, or False"
+        )
+    for index in indices:
+        if not -states <= index < states:
+            raise ArgumentError(
+                f"output_hidden_states has the index {index}; there are {states} of them, the "
+                f"blocks' inputs and the last output: give {-states} to {states - 1}"
+            )
+    return frozenset(index % states for index in indices)
 
 
 def may_cache(model: Any) -> bool:
@@ -137,6 +177,7 @@ def run_blocks(
         model: a `GPT2`.
         x: (B, T, width).
         mask: (B, T) bool, or (B, P + T) beside a `PastLayer`; false at keys that must not be seen.
+            Or of four dimensions, as `SelfAttention` takes it.
         caches: of each block.
         record: takes what is asked for.
     """
@@ -146,9 +187,10 @@ def run_blocks(
         fused = is_plain(block, Block)
         run: Callable[..., Any] = block.forward_open_residual if fused else block
         if record is not None:
-            if record.hidden_states is not None:
+            if record.keeps(layer):
                 x, residual = x if residual is None else residual + x, None
-                record.hidden_states.append(x)
+            if record.hidden_states is not None:
+                record.hidden_states.append(x if record.keeps(layer) else None)
             if record.attentions is not None:
                 run = _with_weights(run, layer)
         stream = (x, residual) if fused else (x if residual is None else residual + x,)
@@ -173,6 +215,9 @@ def _read_with_cache(
     does so.
     """
     mask, positions, counts, _ = placed
+    of_scores = None
+    if mask is not None and mask.dim() == 4:
+        mask, of_scores = None, mask
     columns = None
     if record is not None and record.attentions is not None:
         columns = _columns(placed, cache, tokens.shape[1])
@@ -182,12 +227,15 @@ def _read_with_cache(
     inside = front if is_watched else None
     caches = [cache.layer(layer, counts, inside) for layer in range(len(model.h))]
     if front is None or back is None or is_watched:
-        hidden = run_blocks(model, _embed(model, tokens, positions), None, caches, record)
+        x = _embed(model, tokens, positions)
+        hidden = run_blocks(model, x, of_scores, caches, record)
     else:
         x = _embed(model, tokens.in_order(front), positions.gather(1, front))
         hidden = in_order(run_blocks(model, x, None, caches, record), back)
         if record is not None and record.hidden_states is not None:
-            record.hidden_states = [in_order(x, back) for x in record.hidden_states]
+            record.hidden_states = [
+                None if x is None else in_order(x, back) for x in record.hidden_states
+            ]
     if columns is not None and record is not None and record.attentions is not None:
         record.attentions = [_spread(x, columns, back) for x in record.attentions]
     cache.advance(tokens.shape[1], counts, positions[:, -1] + 1)
@@ -206,7 +254,7 @@ def _columns(placed: Placed, cache: KVCache, time: int) -> Tensor:
             )
         seen = torch.ones(len(cache.lengths), int(most), dtype=torch.bool, device=cache.k.device)
     new = placed.mask
-    if new is None:
+    if new is None or new.dim() == 4:
         new = torch.ones(len(seen), time, dtype=torch.bool, device=seen.device)
     return torch.cat([seen, new], 1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model import GPT2
+from ..nn.output import LOGITS_ALONE
 from .config import TrainConfig
 from .distributed import Group
 from .machine.precision import LossScale, autocast
@@ -54,7 +55,7 @@ class TrainStep:
         """Mean loss of a batch, in nats per token."""
         inputs, targets = (x.to(self.group.device, non_blocking=True) for x in batch)
         with autocast(self.group.device, self.config.dtype):
-            return self._forward(inputs, targets=targets).loss
+            return self._forward(inputs, targets=targets, **LOGITS_ALONE).loss
 
     def gradients(self, batches: Any, step: int, first: int) -> tuple[float, float]:
         """Compute and clip the gradients of step `step`.
