@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from comparison import backend, needs_gpu, needs_simulator
 from gpt2fast import GPT2, GPT2Config
 from gpt2fast.errors import GenerationError
+from gpt2fast.inference import async_decoder, decoding, engine, graph_pool
 from gpt2fast.inference import cuda_graphs as graphs
-from gpt2fast.inference import decoding, engine, graph_pool
 from gpt2fast.inference.stopping import StopCriteria
 from gpt2fast.ops.backend import record_calls
 from gpt2fast.sampling import SamplingOptions
@@ -192,6 +193,61 @@ def test_rows_that_ended_leave_when_half_of_them_have(model, ahead):
             model.generate(PROMPTS, MASK, max_new_tokens=40, do_sample=False, stop=stops)
     assert ahead.started == [3, *[3, 1] * 2]
     assert ahead.captured == [4, 1], "rows that leave use a graph that was there"
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_torchs_default_device_changes_no_token_of_what_runs_ahead(options, model, ahead):
+    arguments = {"max_new_tokens": 40, "eos_token_id": 11, "pad_token_id": 0, **options}
+    with backend("torch"):
+        expected = model.generate(PROMPTS, MASK, **arguments)
+        graph_pool.pool_of(model).clear()
+        with torch.device("meta"):  # where data are of no use
+            found = model.generate(PROMPTS, MASK, **arguments)
+    assert len(ahead.captured) > 1 and torch.equal(found, expected)
+
+
+class Copies(TorchFunctionMode):
+    """Records what is sent to a device by ways that wait for the device, where it is a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
+        made = name in ("tensor", "as_tensor") and kwargs.get("device") != "cpu"
+        moved = name in ("to", "cuda") and not kwargs.get("non_blocking")
+        if made or moved or name in ("item", "nonzero", "__bool__"):
+            self.waiting.append(name)
+        return function(*args, **kwargs)
+
+
+def test_a_block_is_started_without_a_copy_that_waits(model, ahead, monkeypatch):
+    sent = []
+
+    def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        assert tensor.device.type == "cpu"
+        sent.append(device)
+        return tensor
+
+    monkeypatch.setattr(async_decoder, "to_device", send)
+    begin, copies = async_decoder.AsyncDecoder._begin, Copies()
+
+    def watched(self, remaining):
+        # As on another device: index lists and tensors made there would be copied.
+        with copies:
+            begin(self, remaining)
+
+    monkeypatch.setattr(async_decoder.AsyncDecoder, "_begin", watched)
+    with backend("torch"):
+        plain = model.generate(PROMPTS, MASK, max_new_tokens=60, do_sample=True, seed=3)
+        stops = [plain[0, 4:8].tolist(), plain[1, 4:9].tolist()]
+        sent.clear()
+        model.generate(PROMPTS, MASK, max_new_tokens=60, do_sample=True, seed=3, stop=stops)
+    assert ahead.started[-2:] == [3, 1], "rows left on the way"
+    assert len(sent) == 5, "random numbers of each block, and once the rows that stay"
+    assert copies.waiting == []
 
 
 def test_a_graph_is_captured_once_for_all_calls_that_it_fits(model, ahead, plainly):

@@ -21,6 +21,7 @@ from .cuda_graphs import CapturedStep
 from .graph_pool import addresses, length_bucket, pool_of, rows_bucket
 from .sampling import RowRandom
 from .structure import why_not_read
+from .transfers import to_device, to_host
 
 BLOCK = 16
 """Steps that run before the host looks at their tokens."""
@@ -119,25 +120,17 @@ class AsyncDecoder:
         steps, count = self._step, min(BLOCK, remaining)
         uniforms = None
         if self._random is not None:
-            # Rows that have ended still need random numbers, which are ignored.
-            uniforms = torch.zeros(
-                steps.rows, count, dtype=torch.float32, device=steps.tokens.device
-            )
-            rows = torch.tensor(self._rows, device=steps.tokens.device)
-            uniforms[rows] = self._random.take(count)
-        chosen, done = steps.run(count, uniforms), None
-        if chosen.is_cuda:
-            # Explicitly on the CPU: pinned memory would fail on another default device.
-            host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
-            stream = torch.cuda.current_stream(chosen.device)
-            chosen = host.copy_(chosen, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(stream)
+            # Rows that have ended still need random numbers, which are ignored. They are put in
+            # their places here: an index on the device would be one more copy in each block.
+            numbers = torch.zeros(steps.rows, count, dtype=torch.float32, device="cpu")
+            numbers[self._rows] = self._random.take(count)
+            uniforms = to_device(numbers, steps.tokens.device)
+        chosen, done = to_host(steps.run(count, uniforms))
         self._under_way.append(_Block(list(self._rows), chosen, done))
 
     def _smaller(self, before: CapturedStep) -> CapturedStep:
         """A graph for the rows that have not ended."""
-        rows = torch.tensor(self._rows, device=before.tokens.device)
+        rows = to_device(torch.tensor(self._rows, device="cpu"), before.tokens.device)
         after = self._take(len(rows))
         try:
             after.start(self._model, before.cache, before.longest, before.tokens[rows], rows)

@@ -22,6 +22,7 @@ from .processors import Processors
 from .sampling import Draw, Draws, RowRandom
 from .scores import Scores, score
 from .stopping import StopCriteria
+from .transfers import to_device
 
 
 @dataclass
@@ -108,7 +109,7 @@ def decode(
         if draws is None:
             hand_out = Draws()
             draws = [hand_out.take(prompt, options.seed, copies) for prompt in prompts]
-        random = RowRandom([draws[row // copies].after(row % copies) for row in rows], model.device)
+        random = RowRandom([draws[row // copies].after(row % copies) for row in rows])
 
     with evaluating(model):
         start = time.perf_counter()
@@ -214,7 +215,9 @@ class _Chooser:
         if self._ahead is not None:
             state.count(1)
             return self._ahead.next(remaining)
-        uniform = None if random is None else random.take(1)[:, 0]
+        uniform = None
+        if random is not None:
+            uniform = to_device(random.take(1)[:, 0], self.logits.device)
         if self._matchers is not None:
             choice = {**choice, "token_mask": self._mask(self._matchers)}
         if self._processors.stepwise:
@@ -262,7 +265,7 @@ class _Chooser:
             self._ahead.keep(rows)
             self._state.forget(rows)
         elif self._tokens is not None:
-            kept = torch.tensor(rows, device=self._tokens.device)
+            kept = to_device(torch.tensor(rows, device="cpu"), self._tokens.device)
             self._state.keep(kept)
             self._tokens = self._tokens[kept]
 

@@ -75,33 +75,30 @@ def uniforms(draws: Sequence[Draw]) -> Iterator[Tensor]:
 
 
 class RowRandom:
-    """The random numbers of the continuations that still run, step after step.
+    """The random numbers of the continuations that still run, step after step, on the CPU.
 
     Args:
         draws: the draw of each row.
-        device: device of the numbers.
     """
 
-    def __init__(self, draws: Sequence[Draw], device: torch.device):
+    def __init__(self, draws: Sequence[Draw]):
         # Rows of different prompts may share a draw.
         places = {draw: place for place, draw in enumerate(dict.fromkeys(draws))}
         self._blocks = uniforms(list(places))
         self._rows = torch.tensor([places[draw] for draw in draws], device="cpu")
-        self._device = device
-        self._left = torch.empty(len(draws), 0, dtype=torch.float32, device=device)
+        self._left = torch.empty(len(draws), 0, dtype=torch.float32, device="cpu")
 
     def take(self, count: int) -> Tensor:
         """(rows, count) float32: the numbers of each row's next steps."""
         while self._left.shape[1] < count:
-            block = next(self._blocks)[self._rows].to(self._device)
-            self._left = torch.cat([self._left, block], dim=1)
+            self._left = torch.cat([self._left, next(self._blocks)[self._rows]], dim=1)
         taken, self._left = self._left[:, :count], self._left[:, count:]
         return taken
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
-        self._rows = self._rows[list(rows)]
-        self._left = self._left[list(rows)]
+        kept = torch.tensor(rows, device="cpu")
+        self._rows, self._left = self._rows[kept], self._left[kept]
 
 
 def draw_seed() -> int:
