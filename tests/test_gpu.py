@@ -52,6 +52,7 @@ def test_every_op_can_be_captured(op, name):
     call = doctor.samples("cuda")[op]
     with backend(name), torch.inference_mode():
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
         torch.cuda.current_stream().wait_stream(stream)
@@ -78,6 +79,7 @@ def test_a_training_step_can_be_captured(name):
     with backend(name):
         expected = step()
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)

@@ -447,6 +447,24 @@ def test_graphs_that_wait_make_room_where_memory_is_short(model, ahead, monkeypa
     assert [steps.rows for steps in pool._idle] == [8]
 
 
+def test_without_memory_for_a_second_cache_steps_are_taken_one_by_one(
+    model, ahead, plainly, monkeypatch, caplog
+):
+    create = GPT2.new_cache
+
+    def short_of_memory(self, batch_size, *args):
+        if batch_size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return create(self, batch_size, *args)
+
+    monkeypatch.setattr(GPT2, "new_cache", short_of_memory)
+    with backend("torch"):
+        found = model.generate(PROMPTS, MASK, max_new_tokens=20, do_sample=True, seed=1)
+        assert ahead.started == [] and "CUDA out of memory" in caplog.text
+        expected = plainly(model, PROMPTS, MASK, max_new_tokens=20, do_sample=True, seed=1)
+    assert torch.equal(found, expected)
+
+
 def test_graphs_go_with_their_model(ahead):
     model = small_model()
     with backend("torch"):

@@ -8,7 +8,6 @@ one graph serves every position of every text.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -16,14 +15,10 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import GenerationError
-from ..kernels.library import notice
 from ..model import GPT2
 from ..nn.kv_cache import KVCache
+from .graph_capture import capture
 from .structure import decode_weights, run_step, step_constants
-
-_capturing = threading.Lock()
-"""Held while capturing: beginning a capture waits for the device, which is an error within another
-capture."""
 
 
 class CapturedStep:
@@ -163,25 +158,8 @@ class CapturedStep:
             self._graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
-        if not self.tokens.is_cuda:
-            return None
-        with _capturing, torch.cuda.device(self.tokens.device):
-            # Run once on a stream of its own, as capturing asks for: libraries load and kernels
-            # are compiled. All rows are padding so far.
-            stream = torch.cuda.Stream(self.tokens.device)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may go on with their own work meanwhile.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self._step()
-            except RuntimeError as error:  # an implementation of an op that waits for the host
-                notice(f"decoding steps are started one by one: {str(error).splitlines()[0]}")
-                return None
-            return graph
+        # All rows are padding so far.
+        return capture(self._step, self.tokens.device) if self.tokens.is_cuda else None
 
     def _step(self) -> None:
         cache = self.cache

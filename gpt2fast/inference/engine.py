@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config import GPT2Config
+from ..kernels.library import notice
 from ..model import GPT2
 from ..nn.inputs import check_cache, check_held, check_positions, check_tokens
 from ..nn.kv_cache import KVCache
@@ -299,9 +300,10 @@ class DecodeState:
             random, choice: as `AsyncDecoder` takes them; the choice must not read the history.
 
         Returns:
-            None if steps are to be taken one by one: not on a GPU, or for a row that would have to
-            slide on the way. Otherwise the decoder has the only up-to-date cache from now on, and
-            `count` and `forget` keep this state's lengths and rows in line with it.
+            None if steps are to be taken one by one: not on a GPU, for a row that would have to
+            slide on the way, or where memory does not suffice for a second cache. Otherwise the
+            decoder has the only up-to-date cache from now on, and `count` and `forget` keep this
+            state's lengths and rows in line with it.
         """
         longest = max(self._visible)
         fits = longest + steps <= self._room
@@ -310,7 +312,12 @@ class DecodeState:
         model = self._decoder.model
         if not is_worthwhile(model, steps):
             return None
-        ahead = AsyncDecoder(model, self._cache, longest, tokens, random, **choice)
+        try:
+            ahead = AsyncDecoder(model, self._cache, longest, tokens, random, **choice)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            notice(f"decoding steps are started one by one, without a captured step: {reason}")
+            return None
         self._cache = None
         return ahead
 
