@@ -42,6 +42,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <set>
 #else
 #include "sim/ampere.h"
 #include "sim/builtins.h"
@@ -216,14 +220,43 @@ inline void check(cudaError_t status) {
     }
 }
 
+inline int current_device() {
+    int device = 0;
+    check(cudaGetDevice(&device));
+    return device;
+}
+
+// An attribute of the current device, asked for once: launchers need some for every kernel.
+inline int attribute(cudaDeviceAttr which) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, cudaDeviceAttr>, int> known;
+    const std::pair<int, cudaDeviceAttr> key{current_device(), which};
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, key.first));
+    known[key] = value;
+    return value;
+}
+
+// Lets a kernel ask for all the shared memory that a block may have, once on each device. Each
+// launch's own size would be lowered by another thread before the launch.
+inline void allow_shared_memory(const void* kernel) {
+    static std::mutex mutex;
+    static std::set<std::pair<int, const void*>> allowed;
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    const std::pair<int, const void*> key{current_device(), kernel};
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (allowed.count(key) != 0) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    allowed.insert(key);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
-    if (shared_bytes > 48 * 1024) {  // more must be asked for
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)));
-    }
+    if (shared_bytes > 48 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel));
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
@@ -237,17 +270,10 @@ inline void clear(void* pointer, size_t bytes, cudaStream_t stream) {
 }
 
 inline void use_device(int index) {
-    int current = 0;
-    check(cudaGetDevice(&current));
-    if (current != index) check(cudaSetDevice(index));
+    if (current_device() != index) check(cudaSetDevice(index));
 }
 
-inline int multiprocessors() {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
 #else
 
