@@ -23,6 +23,7 @@ from gpt2fast.kernels.toolchain import (
 
 ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "csrc" / "tests" / "resources.py"
+SASS = RESOURCES.with_name("sass.py")
 
 
 def _no_nvcc() -> str | None:
@@ -93,6 +94,13 @@ def test_the_library_is_not_linked_with_cublas(library):
 @pytest.mark.timeout(900)
 def test_no_kernel_spills_or_needs_more_than_its_budget(library):
     done = in_new_process(RESOURCES, "--library", library)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_has_as_many_loads_under_way_as_before(library):
+    done = in_new_process(SASS, "--library", library)
     assert done.returncode == 0, done.stderr
 
 

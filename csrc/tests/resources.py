@@ -108,7 +108,7 @@ def _round_up(number: int, unit: int) -> int:
 
 def compiled_kernels(library: Path) -> dict[str, dict[str, Compiled]]:
     """By architecture and by symbol, what the library holds."""
-    command = [_cuobjdump(), "--dump-resource-usage", str(library)]
+    command = [cuobjdump(), "--dump-resource-usage", str(library)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels: dict[str, dict[str, Compiled]] = {}
     architecture = symbol = ""
@@ -134,7 +134,7 @@ def compiled_kernels(library: Path) -> dict[str, dict[str, Compiled]]:
     return kernels
 
 
-def _cuobjdump() -> str:
+def cuobjdump() -> str:
     """CUDA's, or the one that Triton brings along."""
     folders = [str(find_cuda() / "bin"), *os.environ.get("PATH", "").split(os.pathsep)]
     for kind in ("platlib", "purelib"):
