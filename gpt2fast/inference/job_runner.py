@@ -65,7 +65,7 @@ class JobRunner:
             tokens: length of the prompt.
         """
         options, room = request.options, self._model.config.n_positions
-        if options.num_beams > 1 or options.max_new_tokens == 0:
+        if options.num_beams > 1 or options.contrastive or options.max_new_tokens == 0:
             return False
         if options.max_length is not None and tokens >= options.max_length:
             return False  # an error, which the other path raises

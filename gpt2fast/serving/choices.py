@@ -37,12 +37,12 @@ class TokenNames:
 
     def bytes_of(self, id: int) -> bytes:
         """The token's own bytes; none where the model has a row and the tokenizer no token."""
-        return self._tokenizer.token_bytes(id) if id in self._tokenizer else b""
+        return self._tokenizer.bytes_of(id) if id in self._tokenizer else b""
 
     def _name(self, id: int) -> str:
         if id not in self._tokenizer:
             return f"token_id:{id}"
-        content = self._tokenizer.token_bytes(id)
+        content = self._tokenizer.bytes_of(id)
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..errors import Error
-from ..inference.batching import Grammar as AnyGrammar
 from ..inference.batching import Job
 from ..inference.continuation import Request
 from ..inference.generation import beginning, check_vocabulary
 from ..inference.generator import Generator
+from ..inference.grammar import Grammar
 from ..inference.requests import make_request
 from ..inference.sampling import Draws
 from ..inference.stopping import StopCriteria
@@ -152,13 +152,12 @@ class Planner:
         for place, prompt in enumerate(prompts):
             param = name if len(prompts) == 1 else f"{name}[{place}]"
             new_tokens = self._new_tokens(prompt, param, max_tokens, usual)
-            request = self._request(fields, new_tokens, all_stops, stop_tokens, scored)
+            request = self._request(fields, new_tokens, all_stops, stop_tokens, scored, grammar)
             job = Job(
                 tokens=prompt.tokens,
                 request=request,
                 prompt=prompt.text,
                 prompt_alternatives=alternatives if echo else None,
-                grammar=grammar,
                 deadline=deadline,
             )
             if request.options.samples:
@@ -215,6 +214,7 @@ class Planner:
         stops: list[str],
         stop_tokens: frozenset[int],
         alternatives: int | None,
+        grammar: Grammar | None,
     ) -> Request:
         least = fields["min_tokens"] or 0
         if least > new_tokens:
@@ -244,15 +244,14 @@ class Planner:
         ends = [] if fields["ignore_eos"] else request.criteria.eos
         # Like end tokens, and unlike sequences of tokens, these are left out of the text.
         ends = [*ends, *sorted(stop_tokens - {*ends})]
-        return replace(request, criteria=StopCriteria(ends, stops, self._tokenizer))
+        criteria = StopCriteria(ends, stops, self._tokenizer)
+        return replace(request, criteria=criteria, grammar=grammar)
 
-    async def _grammar(self, form: dict[str, Any] | None) -> AnyGrammar | None:
+    async def _grammar(self, form: dict[str, Any] | None) -> Grammar | None:
         if form is None or form["type"] == "text":
             return None
-        from ..inference.grammar import Grammar
-
         kind = form["type"]
-        make: Callable[..., AnyGrammar]
+        make: Callable[..., Grammar]
         if kind == "json_object":
             make, content = Grammar.json_schema, _ANY_JSON
         elif kind == "json_schema":

@@ -2,7 +2,7 @@
 
 from .engine import BatchEngine, EngineStats
 from .events import Event, Failed, Finished, PromptRead, Token
-from .job import Grammar, Job, Matcher, Ticket
+from .job import Job, Ticket
 
 __all__ = [
     "BatchEngine",
@@ -10,9 +10,7 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
-    "Grammar",
     "Job",
-    "Matcher",
     "PromptRead",
     "Ticket",
     "Token",

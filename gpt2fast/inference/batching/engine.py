@@ -250,6 +250,13 @@ class BatchEngine:
                 f"{options.num_beams}, num_return_sequences {options.num_return_sequences}: submit "
                 "a job for each sample; beam search has Generator"
             )
+        if options.contrastive:
+            raise GenerationError(
+                f"penalty_alpha is {options.penalty_alpha}: the engine has no contrastive search, "
+                "which compares hidden states; Generator has it"
+            )
+        if job.request.grammar is not None:
+            job.request.grammar.check_tokenizer(self.tokenizer)
         count = len(job.tokens)
         if count == 0:
             raise GenerationError("the prompt has no token: give at least one")

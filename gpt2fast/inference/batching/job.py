@@ -7,44 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Event as Signal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..continuation import Generation, Request
 from ..sampling import Draw
 from .events import Event, Failed, Finished
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _SHORT = 0.05
 """Seconds between two looks at whether the engine's thread has ended."""
-
-
-class Matcher(Protocol):
-    """The state of one text in a grammar."""
-
-    @property
-    def finished(self) -> bool:
-        """True if the text is complete and no token may follow."""
-
-    def mask(self, out: Tensor) -> None:
-        """Write which tokens may follow: bit i of the words of `out`, int32, is token i's."""
-
-    def advance(self, token: int) -> None:
-        """Add a token."""
-
-    def rollback(self, count: int) -> None:
-        """Take back the newest `count` tokens."""
-
-    def accepts(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens, from the first one on, may follow."""
-
-
-class Grammar(Protocol):
-    """A constraint on texts."""
-
-    def matcher(self) -> Matcher:
-        """The state of a new text."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +33,6 @@ class Job:
     prompt_alternatives: int | None = None
     """Score the prompt's tokens too, with this many of the likeliest ones in the place of each;
     None scores none, unless the request is for nothing else (`Request.scores_prompt`)."""
-    grammar: Grammar | None = None
-    """What the continuation has to match."""
     deadline: float | None = None
     """A time of `time.monotonic()`: the job ends then, with the reason "time"."""
     speculate: bool = True

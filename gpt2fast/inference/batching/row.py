@@ -91,7 +91,8 @@ class Row:
         self.keys = page_keys(self.tokens, page_size)
         self.numbers = None if draw is None else Numbers(draw)
         self.continuation = Continuation(tokenizer, request)
-        self.matcher = None if job.grammar is None else job.grammar.matcher()
+        grammar = request.grammar
+        self.matcher = None if grammar is None else grammar.matcher(request.criteria.eos)
         self.alternatives = job.prompt_alternatives
         if self.alternatives is None and request.scores_prompt:
             self.alternatives = request.alternatives
