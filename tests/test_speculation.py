@@ -277,7 +277,7 @@ def test_drawn_rows_are_drafted_from_their_own_numbers(model):
     )
     from gpt2fast.inference.sampling import Draw, RowRandom
 
-    numbers = RowRandom([Draw(11, 0)], torch.device("cpu")).take(20)[0].tolist()
+    numbers = RowRandom([Draw(11, 0)]).take(20)[0].tolist()
     drafter = ModelDrafter(model, lengths=Always())
     drawn = continuation(
         model, [1, 2, 3], 6, do_sample=True, temperature=1.3, top_k=40, top_p=0.9,
