@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...ops.sampling import ban_masked
 from ..decoding import check_numbers
 from ..scores import Scores, score
 from .row import Row
@@ -181,10 +180,11 @@ def _choose_stepwise(choice: Choice, logits: Tensor, vocab_size: int) -> None:
             number = row.numbers.at(row.generated + drafted)
             uniform = torch.tensor([number], dtype=torch.float32, device=logits.device)
         scores = logits[place : place + 1, :vocab_size]
+        mask = None
         if choice.mask is not None:
-            mask = choice.mask[drafted : drafted + 1].to(scores.device)
-            scores = ban_masked(scores.float(), mask)
-        token = row.processors.choose(scores, history, history[:, row.prompted :], uniform).item()
+            mask = choice.mask[drafted : drafted + 1].to(logits.device)
+        generated = history[:, row.prompted :]
+        token = row.processors.choose(scores, history, generated, uniform, mask).item()
         choice.tokens.append(int(token))
         if drafted < len(choice.drafts) and token != choice.drafts[drafted]:
             return

@@ -371,11 +371,8 @@ class BatchEngine:
             if thread is not threading.current_thread():
                 thread.join()
                 self._thread = None
-        scheduler = self._scheduler
         with self._stepping:
-            self._take_messages()
-            for row in [*scheduler.running.values(), *scheduler.waiting.values()]:
-                self._finish(row, "cancelled")
+            self._end_all(lambda row: self._finish(row, "cancelled"))
 
     def __enter__(self) -> BatchEngine:
         return self
@@ -399,7 +396,14 @@ class BatchEngine:
 
     def _serve(self) -> None:
         while not self._stopping:
-            if self.step():
+            try:
+                if self.step():
+                    continue
+            except Exception as error:
+                # Nobody else would hear of it, and the jobs would wait forever.
+                reason = error
+                with self._stepping:
+                    self._end_all(lambda row: self._fail(row, reason))
                 continue
             with self._changed:
                 self._changed.notify_all()  # close() waits for the last job
@@ -459,6 +463,13 @@ class BatchEngine:
         for row in arrived:
             if row.limit == 0 and row.prompt_scores is None and row.state != ENDED:
                 self._finish(row, "length")
+
+    def _end_all(self, end: Callable[[Row], None]) -> None:
+        """Take the jobs that have arrived, and end these and all others."""
+        scheduler = self._scheduler
+        self._take_messages()
+        for row in [*scheduler.running.values(), *scheduler.waiting.values()]:
+            end(row)
 
     def _end_late(self) -> None:
         """End the jobs whose time is over."""
@@ -622,7 +633,7 @@ class BatchEngine:
         if reason is None and request.callables.criteria:
             stops = request.callables.stop([*row.tokens, token], self.model.device)
             reason = "stop" if stops else None
-        if reason != "eos" and row.matcher is not None:
+        if row.matcher is not None:
             row.matcher.advance(token)
             if reason is None and row.matcher.finished:
                 reason = "stop"

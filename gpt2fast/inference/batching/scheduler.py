@@ -175,18 +175,18 @@ class Scheduler:
             for row in readers
             if row.length % size and row.length // size < len(row.keys)
         }
-        able = []
+        able, least = [], 0
         for row in readers:
+            if least >= self._chunk:
+                break
             self._adopt(row)
-            if row.state != RUNNING:
-                continue
             place = row.length // size
             if self._may_adopt(row) and row.length % size == 0 and place < len(row.keys):
                 if row.keys[place] in claimed:
                     continue
                 claimed.add(row.keys[place])
             able.append(row)
-        able = able[: max(1, self._chunk // size)]
+            least += min(row.remaining, size)
         able.sort(key=lambda row: row.remaining)
         left = self._chunk
         pieces = []
