@@ -15,6 +15,7 @@ TOKENIZER = CharTokenizer({char: id for id, char in enumerate(ALPHABET)})
 
 def job(model: Any, prompt: str, **options: Any) -> Job:
     """A job for a prompt; options are those of a Generator's call, and fields of `Job`."""
+    options = {"max_new_tokens": 10, **options}
     own = {name: options.pop(name) for name in list(options) if name in Job.__dataclass_fields__}
     return Job(TOKENIZER.encode(prompt), make_request(model, TOKENIZER, **options), prompt, **own)
 
@@ -30,4 +31,4 @@ def assert_idle(engine: BatchEngine) -> None:
     """No job is left, and no page is held."""
     stats = engine.stats()
     assert stats.running == stats.waiting == stats.pages_used == 0
-    engine._scheduler.pool.check()
+    engine._worker.scheduler.pool.check()

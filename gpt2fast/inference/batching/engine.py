@@ -11,41 +11,34 @@ what was cached, or on when it was set back.
 
 from __future__ import annotations
 
-import contextlib
-import heapq
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from operator import eq
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..._system.memory import available
 from ...errors import EngineBusy, GenerationError, reason_of
 from ...model import GPT2
 from ...tokenizer import Tokenizer
 from ..continuation import Generation
-from ..decoding import check_numbers
 from ..engine import decoder_of
 from ..generation import check_length, check_vocabulary
 from ..processors import check_ids
 from ..sampling import Draw, draw_seed
-from ..scores import score
-from ..speculation.drafter import Drafter, DraftRow
-from .choosing import Choice, choose
-from .events import Event, Failed, Finished, PromptRead, Token
+from ..speculation.drafter import Drafter
+from .events import Event
 from .job import Job, Ticket
-from .models import StepInput, step_model
+from .models import step_model
 from .pages import pages_of
 from .row import ENDED, Row
-from .scheduler import Piece, Scheduler
+from .scheduler import Scheduler
+from .worker import Worker
 
 _SHARE = 0.5
 """Most of the memory that is available for the cache, unless its size is given."""
@@ -83,16 +76,6 @@ class EngineStats:
     """Proposed tokens that were verified."""
     accepted_tokens: int
     """Those of them that were right."""
-
-
-@dataclass
-class _Counts:
-    prefix_hit_tokens: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class BatchEngine:
@@ -169,19 +152,15 @@ class BatchEngine:
         pages = pages_of(tokens, page_size)
         self._cache_bytes = pages * page_size * entry_bytes
         try:
-            self._model = step_model(decoder, pages, page_size, chunk)
+            steps = step_model(decoder, pages, page_size, chunk)
         except (MemoryError, OSError, RuntimeError) as error:
             raise GenerationError(
                 f"a cache of {pages * page_size} tokens takes {self._cache_bytes:,} bytes, which "
                 f"cannot be allocated ({reason_of(error)}): set cache_tokens to fewer"
             ) from error
         columns = pages_of(model.config.n_positions, page_size)
-        self._scheduler = Scheduler(
-            self._model, pages, page_size, columns, max_rows, chunk, share_prefixes
-        )
-        self._drafter = drafter if self._model.verifies else None
-        self._deadlines: list[tuple[float, int, Row]] = []
-        self._counts = _Counts()
+        scheduler = Scheduler(steps, pages, page_size, columns, max_rows, chunk, share_prefixes)
+        self._worker = Worker(steps, scheduler, drafter, self._allowed, model.device)
         self._next_id = 0
         self._stepping = threading.Lock()
         self._changed = threading.Condition()
@@ -264,7 +243,7 @@ class BatchEngine:
         check_ids(options, self.model.config.vocab_size)
         limit = options.new_tokens(count, "the prompt")
         check_length(self.model, count, limit, "the prompt", options.max_length)
-        most = self._scheduler.pool.total * self._size
+        most = self._worker.scheduler.pool.total * self._size
         entries = count + max(limit - 1, 0)
         if entries > most:
             raise GenerationError(
@@ -372,7 +351,8 @@ class BatchEngine:
                 thread.join()
                 self._thread = None
         with self._stepping:
-            self._end_all(lambda row: self._finish(row, "cancelled"))
+            self._take_messages()
+            self._worker.end_all(lambda row: self._worker.finish(row, "cancelled"))
 
     def __enter__(self) -> BatchEngine:
         return self
@@ -386,13 +366,13 @@ class BatchEngine:
         self.close()
 
     def _is_occupied(self) -> bool:
-        scheduler = self._scheduler
+        scheduler = self._worker.scheduler
         return bool(self._arrived or self._withdrawn or scheduler.waiting or scheduler.running)
 
     @property
     def _waiting(self) -> int:
         """Jobs that wait, those that have just arrived included."""
-        return len(self._arrived) + len(self._scheduler.waiting)
+        return len(self._arrived) + len(self._worker.scheduler.waiting)
 
     def _serve(self) -> None:
         while not self._stopping:
@@ -401,9 +381,9 @@ class BatchEngine:
                     continue
             except Exception as error:
                 # Nobody else would hear of it, and the jobs would wait forever.
-                reason = error
                 with self._stepping:
-                    self._end_all(lambda row: self._fail(row, reason))
+                    self._take_messages()
+                    self._worker.end_all(partial(self._worker.fail, error=error))
                 continue
             with self._changed:
                 self._changed.notify_all()  # close() waits for the last job
@@ -411,7 +391,7 @@ class BatchEngine:
 
     def stats(self) -> EngineStats:
         """The engine's state and its counts."""
-        scheduler, pool = self._scheduler, self._scheduler.pool
+        scheduler, pool = self._worker.scheduler, self._worker.scheduler.pool
         return EngineStats(
             running=len(scheduler.running),
             waiting=self._waiting,
@@ -421,7 +401,7 @@ class BatchEngine:
             page_size=self._size,
             cache_bytes=self._cache_bytes,
             preemptions=scheduler.preemptions,
-            **vars(self._counts),
+            **vars(self._worker.counts),
         )
 
     # A step
@@ -433,269 +413,21 @@ class BatchEngine:
         """
         with self._stepping, torch.inference_mode():
             self._take_messages()
-            self._end_late()
-            scheduler = self._scheduler
-            scheduler.admit()
-            if not scheduler.running:
-                return False
-            pieces = scheduler.plan(None if self._drafter is None else self._propose)
-            self._counts.steps += bool(pieces)
-            for together in self._model.together([(piece, piece.count) for piece in pieces]):
-                self._compute(together)
-            return True
+            return self._worker.step()
 
     def _take_messages(self) -> None:
         """Queue the jobs that have arrived, and end those that were cancelled."""
-        scheduler = self._scheduler
         with self._changed:
             arrived, withdrawn = list(self._arrived), list(self._withdrawn)
+            for row in arrived:
+                self._worker.add(row)
             self._arrived.clear()
             self._withdrawn.clear()
-            for row in arrived:
-                scheduler.queue(row)
-        for row in arrived:
-            if row.deadline is not None:
-                heapq.heappush(self._deadlines, (row.deadline, row.id, row))
         for ticket in withdrawn:
-            found = scheduler.running.get(ticket.id) or scheduler.waiting.get(ticket.id)
-            if found is not None:
-                self._finish(found, "cancelled")
+            self._worker.cancel(ticket)
         for row in arrived:
             if row.limit == 0 and row.prompt_scores is None and row.state != ENDED:
-                self._finish(row, "length")
-
-    def _end_all(self, end: Callable[[Row], None]) -> None:
-        """Take the jobs that have arrived, and end these and all others."""
-        scheduler = self._scheduler
-        self._take_messages()
-        for row in [*scheduler.running.values(), *scheduler.waiting.values()]:
-            end(row)
-
-    def _end_late(self) -> None:
-        """End the jobs whose time is over."""
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, row = heapq.heappop(self._deadlines)
-            if row.state != ENDED:
-                self._finish(row, "time")
-
-    def _propose(self, pieces: list[Piece]) -> None:
-        """Add proposed tokens to the pieces of rows that want them.
-
-        Only what can be verified is taken: tokens that may be chosen and fit the row's grammar, and
-        no more than there are free pages for.
-        """
-        drafter = self._drafter
-        assert drafter is not None
-        asked = [piece for piece in pieces if piece.row.job.speculate]
-        if not asked:
-            return
-        try:
-            proposals = drafter.propose([_draft_row(piece.row) for piece in asked])
-            for piece, proposed in zip(asked, proposals, strict=True):
-                piece.drafts = self._verifiable(piece.row, proposed)
-                piece.count = piece.outputs = 1 + len(piece.drafts)
-        except Exception as error:
-            for piece in asked:
-                self._fail(piece.row, error)
-
-    def _verifiable(self, row: Row, proposed: Sequence[int]) -> list[int]:
-        """The proposed tokens, from the first one on, that a step can verify."""
-        drafts: list[int] = []
-        for token in proposed[: _most_drafts(row)]:
-            if not 0 <= token < self._allowed:
-                break
-            drafts.append(token)
-        if drafts and row.matcher is not None:
-            drafts = drafts[: row.matcher.accepts(drafts)]
-        if drafts:
-            room = self._scheduler.extend(row, row.length + 1 + len(drafts))
-            drafts = drafts[: room - row.length - 1]
-        return drafts
-
-    def _compute(self, pieces: Sequence[Piece]) -> None:
-        """Read pieces and choose tokens after them. An error ends the jobs that it concerns."""
-        try:
-            logits = self._model.step(self._input(pieces))
-        except Exception as error:
-            for piece in pieces:
-                self._fail(piece.row, error)
-            return
-        choices = []
-        at = 0
-        for piece in pieces:
-            row, first = piece.row, at
-            at += piece.outputs
-            if row.decodes:
-                choices.append(Choice(row, first, piece.drafts))
-                continue
-            row.length = piece.begin + piece.count
-            self._scheduler.publish(row)
-            try:
-                self._read(row, piece, logits[first:at])
-            except Exception as error:
-                self._fail(row, error)
-            if row.state != ENDED and row.generated == 0 and row.length == row.prompted:
-                choices.append(Choice(row, at - 1))
-        if not choices:
-            return
-        choose(choices, logits, self._allowed)
-        now = time.monotonic()
-        for choice in choices:
-            try:
-                if choice.error is not None:
-                    raise choice.error
-                self._accept(choice, now)
-            except Exception as error:
-                self._fail(choice.row, error)
-
-    def _input(self, pieces: Sequence[Piece]) -> StepInput:
-        """What the model is given."""
-        count = len(pieces)
-        begins = np.array([piece.begin for piece in pieces])
-        counts = np.array([piece.count for piece in pieces])
-        wanted = np.array([piece.outputs for piece in pieces])
-        starts = np.zeros(count + 1, np.int64)
-        np.cumsum(counts, out=starts[1:])
-        if starts[-1] == count:
-            tokens = np.array([piece.row.tokens[piece.begin] for piece in pieces])
-            positions = begins
-        else:
-            tokens = np.concatenate([_tokens(piece) for piece in pieces])
-            positions = _ranges(begins, counts)
-        pages = self._scheduler.table[[piece.row.slot for piece in pieces]]
-        outputs = _ranges(starts[1:] - wanted, wanted)
-        singly = np.array([piece.singly for piece in pieces])
-        arrays = tokens, positions, starts, begins, outputs, pages, singly
-        return StepInput(*map(torch.from_numpy, arrays))
-
-    def _read(self, row: Row, piece: Piece, logits: Tensor) -> None:
-        """Note that tokens of a prompt have been read, and their scores.
-
-        Args:
-            logits: (outputs, V) after the piece's last tokens.
-        """
-        if row.told:
-            return
-        if row.prompt_scores is not None and row.alternatives is not None:
-            targets = row.tokens[piece.begin + 1 : piece.begin + piece.count + 1]
-            if targets:
-                check_numbers(logits[: len(targets)])
-                found = score(logits[: len(targets)], targets, row.alternatives)
-                row.prompt_scores.add(found)
-        if row.length == row.prompted:
-            row.told = True
-            self._counts.prompt_tokens += row.prompted
-            self._counts.prefix_hit_tokens += row.cached
-            row.ticket.tell(PromptRead(row.prompted, row.cached, row.prompt_scores))
-            if row.limit == 0:
-                self._finish(row, "length")
-
-    def _accept(self, choice: Choice, now: float) -> None:
-        """Append the tokens that were chosen for a row, until one of them is its last one."""
-        row = choice.row
-        continuation, ticket = row.continuation, row.ticket
-        drafted = row.decodes and self._drafter is not None and row.job.speculate
-        for place, token in enumerate(choice.tokens):
-            reason = self._reason(row, token)
-            if reason is None and row.deadline is not None and now > row.deadline:
-                reason = "time"
-            row.append(token)
-            self._counts.generated_tokens += 1
-            piece = continuation.push(token, reason)
-            scores = None
-            if choice.scores is not None:
-                scores = choice.scores.of(place)
-                continuation.scores.add(scores)
-            if ticket.watched:
-                ticket.tell(Token(row.generated - 1, token, piece, scores))
-            if reason is not None:
-                break
-        if drafted:
-            self._observe(row.id, choice.drafts, choice.tokens[: place + 1])
-        if reason is not None:
-            self._finish(row, reason)
-
-    def _observe(self, row_id: int, drafts: Sequence[int], tokens: list[int]) -> None:
-        """Count the drafts that were right, and tell the drafter."""
-        assert self._drafter is not None
-        accepted = sum(map(eq, tokens, drafts))
-        self._counts.drafted_tokens += len(drafts)
-        self._counts.accepted_tokens += accepted
-        self._drafter.observe(row_id, len(drafts), accepted, tokens)
-
-    def _reason(self, row: Row, token: int) -> str | None:
-        """Why a row ends with this next token; None: it goes on."""
-        request = row.job.request
-        criteria = request.criteria
-        reads_text = criteria.strings or criteria.sequences
-        reason = criteria.reason([*row.continuation.tokens, token] if reads_text else [token])
-        if reason is None and request.callables.criteria:
-            stops = request.callables.stop([*row.tokens, token], self.model.device)
-            reason = "stop" if stops else None
-        if row.matcher is not None:
-            row.matcher.advance(token)
-            if reason is None and row.matcher.finished:
-                reason = "stop"
-        if reason is None and row.generated + 1 == row.limit:
-            reason = "length"
-        return reason
-
-    def _finish(self, row: Row, reason: str) -> None:
-        """End a job with the result that it has."""
-        try:
-            if row.continuation.reason is None:
-                row.continuation.end(reason)
-            self._end(row, Finished(row.generation()))
-        except Exception as error:  # of a listener, or of a tokenizer
-            self._end(row, Failed(error))
-
-    def _fail(self, row: Row, error: Exception) -> None:
-        """End a job with an error."""
-        traceback.clear_frames(error.__traceback__)  # which may hold logits
-        with contextlib.suppress(Exception):  # a listener's
-            self._end(row, Failed(error))
-
-    def _end(self, row: Row, outcome: Finished | Failed) -> None:
-        if row.state != ENDED:
-            self._scheduler.remove(row)
-            row.state = ENDED
-            if self._drafter is not None:
-                self._drafter.forget(row.id)
-        row.ticket.close(outcome)
-
-
-def _most_drafts(row: Row) -> int:
-    """Most tokens that may be proposed for a row: one more is chosen after the last of them."""
-    return row.limit - row.generated - 1
-
-
-def _draft_row(row: Row) -> DraftRow:
-    numbers, begin = row.numbers, row.generated
-
-    def uniforms(count: int) -> list[float]:
-        assert numbers is not None
-        return [numbers.at(begin + place) for place in range(count)]
-
-    return DraftRow(
-        row.id,
-        row.tokens,
-        _most_drafts(row),
-        row.job.request.options,
-        None if numbers is None else uniforms,
-    )
-
-
-def _tokens(piece: Piece) -> np.ndarray:
-    known = piece.row.ids[piece.begin : piece.begin + piece.count - len(piece.drafts)]
-    return np.concatenate([known, piece.drafts]) if piece.drafts else known
-
-
-def _ranges(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """begin, begin + 1, … (count numbers) for each begin and count."""
-    ends = counts.cumsum()
-    total = int(ends[-1])
-    return np.repeat(begins - (ends - counts), counts) + np.arange(total)
+                self._worker.finish(row, "length")
 
 
 def _default_tokens(model: GPT2, entry_bytes: int, max_rows: int) -> int:
