@@ -40,7 +40,8 @@ _KEPT = 16
 # Without this, llguidance allows of a text that is certain only the tokens that encoding it gives.
 _ALL_TOKENS = '\n%llguidance {"no_forcing": true}\n'
 # With any white space, small models go on with it for long, or for good.
-_WHITESPACE = " ?"
+_ONE_SPACE = " ?"
+_SPACING = {"whitespace_pattern", "whitespace_flexible"}
 _GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 # Ends of what an error of llguidance says: its listing of the source, or a dump of its state.
 _LISTING = re.compile(r"\n *1 \| |\n<non-verbose/>|\n<state>")
@@ -72,8 +73,9 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Grammar:
         """JSON that a JSON Schema accepts; names of an object come in the schema's order.
 
-        Between its parts there may be one space; another rule is
-        `"x-guidance": {"whitespace_pattern": regex}` in the schema.
+        Between its parts there may be one space. Another rule is
+        `"x-guidance": {"whitespace_pattern": regex}` in the schema, or none with
+        `"whitespace_flexible": false` there.
 
         Args:
             schema: as a mapping, or its JSON text. `{"type": "object"}` is any object. Keywords
@@ -90,10 +92,11 @@ class Grammar:
             raise GenerationError(
                 f"the JSON schema is {text!r:.80}; it must be an object, or true for any JSON"
             )
-        options = {} if isinstance(value, bool) else value.get("x-guidance", {})
-        if value is not False and isinstance(options, dict):
+        if value is not False:
             value = {} if value is True else value
-            value = {**value, "x-guidance": {"whitespace_pattern": _WHITESPACE, **options}}
+            options = value.setdefault("x-guidance", {})
+            if isinstance(options, dict) and not _SPACING & options.keys():
+                options["whitespace_pattern"] = _ONE_SPACE
         return cls("JSON schema", f"start: %json {json.dumps(value)}", tokenizer)
 
     @classmethod
