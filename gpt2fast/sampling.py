@@ -22,6 +22,8 @@ __all__ = ["Draw", "Draws", "SamplingOptions", "draw_seed", "uniforms"]  # noqa:
 
 _COLDEST = 1e-9
 _MOST_ROWS = 2**31 - 1
+_NO_TIME = 5e-324
+"""The least of all times."""
 _LARGEST = 2**63 - 1
 """The largest whole number that an op takes; no vocabulary and no text is longer."""
 
@@ -249,9 +251,10 @@ class SamplingOptions:
             GenerationError: as in `changed`.
         """
         file = {
-            name: settings[name]
+            name: value
             for name in OF_CHECKPOINT
-            if name not in given and settings.get(name) is not None
+            if name not in given
+            and (value := as_transformers_reads(name, settings.get(name))) is not None
         }
         if "max_new_tokens" in file:
             file.pop("max_length", None)
@@ -342,6 +345,22 @@ DEFAULTS = SamplingOptions(
     max_new_tokens=100, do_sample=True, temperature=0.8, top_k=50, top_p=0.95
 )
 """Options of a `Generator`, unless it is told otherwise."""
+
+
+def as_transformers_reads(name: str, value: Any) -> Any:
+    """A setting of generation_config.json as an option's value; None where it says nothing.
+
+    transformers checks few of them, and compares the others: a length of 9.5 is reached at 10, no
+    time at all ends a text after its first token, and cutoffs out of their range are off.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if name in ("max_new_tokens", "max_length") and math.isfinite(value):
+        return math.ceil(value)
+    if name == "max_time" and value <= 0:
+        return _NO_TIME
+    off = name in ("epsilon_cutoff", "eta_cutoff") and not 0 < value < 1
+    return None if off or (name == "min_new_tokens" and value <= 0) else value
 
 
 def overridden(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

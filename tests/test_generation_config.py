@@ -205,16 +205,52 @@ def test_the_text_that_calibrates_is_not_cut_by_the_file(folder):
 
 
 @pytest.mark.parametrize(
+    ("written", "length"),
+    [
+        ({"max_length": 10.0}, 10),
+        ({"max_new_tokens": 5.0}, 8),
+        ({"max_new_tokens": 5.5}, 9),
+        ({"max_time": 0}, 4),
+        ({"max_time": -1.5}, 4),
+        ({"epsilon_cutoff": 2}, 23),
+        ({"eta_cutoff": -1}, 23),
+        ({"eta_cutoff": 0}, 23),
+        ({"min_new_tokens": -3, "max_length": 9}, 9),
+    ],
+    ids=str,
+)
+def test_values_that_transformers_makes_do_with_mean_the_same(folder, written, length):
+    say(folder, eos_token_id=None, pad_token_id=0, **written)
+    model = GPT2.from_pretrained(folder)
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    found = model.generate(PROMPT)
+    expected = theirs.generate(
+        PROMPT, attention_mask=torch.ones_like(PROMPT), do_sample=False, pad_token_id=0
+    )
+    assert found.tolist() == expected.tolist() and found.shape[1] == length
+    model.save_pretrained(folder / "again")
+    saved = json.loads((folder / "again" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in written} == written
+    drawn = {"do_sample": True, "seed": 4, "max_new_tokens": 6, "max_time": None}
+    off = dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_new_tokens"))
+    assert (
+        model.generate(PROMPT, **drawn).tolist() == model.generate(PROMPT, **drawn, **off).tolist()
+    )
+
+
+@pytest.mark.parametrize(
     "written",
     [
         {"bad_words_ids": [3]},
         {"bad_words_ids": "the"},
-        {"epsilon_cutoff": 2},
+        {"epsilon_cutoff": "2"},
         {"eta_cutoff": "x"},
         {"max_length": -1},
+        {"max_new_tokens": True},
+        {"min_new_tokens": 5.0},
         {"min_new_tokens": 1.5},
         {"max_new_tokens": []},
-        {"max_time": 0},
+        {"max_time": "0"},
     ],
     ids=str,
 )
