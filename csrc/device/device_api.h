@@ -22,6 +22,7 @@
 //   pack2<T>(low, high)              two of them in 32 bits
 //   load_vector<N>(pointer)          N elements in one access of N * sizeof(T) bytes, aligned to
 //   store_vector(pointer, vector)    as many
+//   load_words<N>(pointer)           N * 4 bytes in one access, whatever they hold
 //
 // On the host:
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...)
@@ -209,6 +210,11 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* pointer) {
     return *reinterpret_cast<const Vector<T, N>*>(pointer);
 }
 
+template <int N>
+__device__ __forceinline__ Vector<uint32_t, N> load_words(const void* pointer) {
+    return *static_cast<const Vector<uint32_t, N>*>(pointer);
+}
+
 template <class T, int N>
 __device__ __forceinline__ void store_vector(T* pointer, const Vector<T, N>& vector) {
     *reinterpret_cast<Vector<T, N>*>(pointer) = vector;
@@ -354,6 +360,14 @@ template <int N, class T>
 Vector<T, N> load_vector(const T* pointer, GPT2FAST_SITE) {
     check_alignment<T, N>(pointer, "load_vector", site);
     return *reinterpret_cast<const Vector<T, N>*>(pointer);
+}
+
+template <int N>
+Vector<uint32_t, N> load_words(const void* pointer, GPT2FAST_SITE) {
+    check_alignment<uint32_t, N>(static_cast<const uint32_t*>(pointer), "load_words", site);
+    Vector<uint32_t, N> words;
+    std::memcpy(&words, pointer, sizeof words);
+    return words;
 }
 
 template <class T, int N>

@@ -38,32 +38,6 @@ struct CachedAttentionArgs {
     float scale;  // times log2(e)
 };
 
-// Consecutive elements of an entry, as they were loaded.
-template <typename C, int Width, bool InWords = std::is_same_v<C, int8_t> && Width % 4 == 0>
-struct Elements {
-    Vector<C, Width> loaded;
-
-    __device__ __forceinline__ void load(const C* from) { loaded = load_vector<Width>(from); }
-    __device__ __forceinline__ float operator[](int i) const { return to_float(loaded.v[i]); }
-};
-
-// Of int8: four stay in a word until they are used, since the compiler takes bytes apart at once,
-// into more registers than there are. The number 2^23 + 128 + x ends in the byte of x, its sign bit
-// flipped: a permutation and a subtraction, where conversions are among the slow instructions.
-template <int Width>
-struct Elements<int8_t, Width, true> {
-    Vector<uint32_t, Width / 4> loaded;
-
-    __device__ __forceinline__ void load(const int8_t* from) {
-        loaded = load_vector<Width / 4>(reinterpret_cast<const uint32_t*>(from));
-    }
-    __device__ __forceinline__ float operator[](int i) const {
-        const uint32_t flipped = loaded.v[i / 4] ^ 0x80808080u;
-        const uint32_t bits = __byte_perm(flipped, 0x4B000000u, 0x7650u | unsigned(i % 4));
-        return __uint_as_float(bits) - (8388608.0f + 128.0f);
-    }
-};
-
 // The sum over a set of entries: sum_s 2^(score_s - maximum) * (1, v_s).
 template <int Values>
 struct SoftmaxSum {
@@ -93,10 +67,19 @@ constexpr int cached_attention_shared(int head_dim) {
     return cached_attention_warps * Queries * (head_dim + 2) + 1;
 }
 
+// Blocks of a multiprocessor that registers must suffice for, where a few lie above a step; 0: as
+// the compiler likes.
+template <typename C, int Width, int Queries>
+constexpr int cached_attention_blocks = Queries > 1                               ? 0
+                                        : std::is_same_v<C, float> && Width == 4  ? 8
+                                        : std::is_same_v<C, int8_t> && Width == 1 ? 5
+                                                                                  : 0;
+
 // Block (split, head and tile of queries, row). A group of `Lanes` lanes reads an entry, each of
 // them `Vectors` vectors of `Width` elements that lie Lanes * Width apart; a tile has `Queries`.
 template <typename C, int Width, int Lanes, int Vectors, int Queries>
-__global__ void __launch_bounds__(cached_attention_threads)
+__global__ void __launch_bounds__(cached_attention_threads,
+                                  (cached_attention_blocks<C, Width, Queries>))
     cached_attention(const CachedAttentionArgs<C> args) {
     constexpr int values = Width * Vectors;
     constexpr int groups = cached_attention_threads / Lanes;
@@ -123,17 +106,21 @@ __global__ void __launch_bounds__(cached_attention_threads)
     const int end = min(begin + share, seen);
 
     float q[Queries][values];
+    const auto read_queries = [&](const auto* from) {
 #pragma unroll
-    for (int j = 0; j < Queries; ++j) {
-        const int query = min(first_query + j, args.time - 1);
-        const int64_t at =
-            row * args.q_row_stride + query * args.q_time_stride + head * args.q_head_stride;
+        for (int j = 0; j < Queries; ++j) {
+            const int query = min(first_query + j, args.time - 1);
+            const int64_t at =
+                row * args.q_row_stride + query * args.q_time_stride + head * args.q_head_stride;
 #pragma unroll
-        for (int i = 0; i < values; ++i) {
-            const int c = column + i / Width * Lanes * Width + i % Width;
-            q[j][i] = c < head_dim ? load_float(args.q, args.q_dtype, at + c) * args.scale : 0.0f;
+            for (int i = 0; i < values; ++i) {
+                const int c = column + i / Width * Lanes * Width + i % Width;
+                q[j][i] = c < head_dim ? to_float(from[at + c]) * args.scale : 0.0f;
+            }
         }
-    }
+    };
+    // Once, not for each element: the loads of a branch wait for those of the one before.
+    with_dtype(args.q, args.q_dtype, read_queries);
 
     SoftmaxSum<values> sums[Queries];
     for (int base = begin; base < end; base += step) {
