@@ -235,3 +235,22 @@ def test_the_budget_is_written_as_it_is_read(sass, monkeypatch, tmp_path):
 def test_every_kernel_has_a_budget_of_loads_and_one_of_registers(sass):
     registers = json.loads((FOLDER / "resources.json").read_text())["kernels"]
     assert sass.read_budget()[1].keys() == registers.keys()
+
+
+def of_16_bytes(flight) -> int:
+    return dict(flight.widths).get(16, 0)
+
+
+def test_kernels_of_a_step_keep_what_they_were_written_for(sass):
+    """Not to be accepted with --write: what the comments of these kernels say."""
+    _, budget = sass.read_budget()
+    attention = [name for name in budget if name.startswith("cached_attention<")]
+    aligned = [name for name in attention if ", 1, 32, 4" not in name and "int8_t, 8" not in name]
+    assert len(aligned) == 20
+    for name in aligned:
+        assert max(map(of_16_bytes, budget[name].loops)) >= 8, name
+    products = [name for name in budget if name.startswith("decode_matmul<")]
+    aligned = [name for name in products if ", 1, 32, " not in name]
+    assert len(aligned) == 12
+    for name in aligned:
+        assert of_16_bytes(budget[name].barrier) >= 4, f"{name}: over the layer norm"

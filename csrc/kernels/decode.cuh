@@ -151,10 +151,22 @@ struct DecodeMatmul {
     int head_dim, entries;
 };
 
+// What an output needs besides the product, loaded before that is there.
+template <typename T>
+struct DecodeEnd {
+    T bias;
+    int64_t entry;  // of the cache, where the output goes there
+
+    __device__ __forceinline__ void load(const DecodeMatmul<T>& args, int row, int column) {
+        bias = args.bias[column];
+        if (args.result == MatmulResult::split) entry = args.lengths[args.first_row + row];
+    }
+};
+
 template <typename T>
 __device__ __forceinline__ void finish_matmul(const DecodeMatmul<T>& args, int row, int column,
-                                              float value) {
-    value += to_float(args.bias[column]);
+                                              float value, const DecodeEnd<T>& end) {
+    value += to_float(end.bias);
     if (args.result == MatmulResult::added) {
         args.out[row * args.out_stride + column] += value;
         return;
@@ -172,7 +184,7 @@ __device__ __forceinline__ void finish_matmul(const DecodeMatmul<T>& args, int r
         args.out[row * args.out_stride + place] = value;
         return;
     }
-    const int64_t entry = args.lengths[args.first_row + row];
+    const int64_t entry = end.entry;
     if (entry < 0 || entry >= args.entries) __trap();
     const bool keys = part == 1;
     const int64_t at =
@@ -206,15 +218,31 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_matmul(const DecodeM
     const int column = first_column + int(threadIdx.x) % Lanes * Width;
     const int slot = int(threadIdx.x) / Lanes;
 
-    Vector<T, Width> weights[unroll];
+    Elements<T, Width> weights[unroll];
     const auto load = [&](int input) {
 #pragma unroll
         for (int u = 0; u < unroll; ++u, input += slots) {
             if (input >= end || column >= args.outputs) continue;
-            weights[u] = load_vector<Width>(args.weight + input * args.weight_stride + column);
+            weights[u].load(args.weight + input * args.weight_stride + column);
         }
     };
     load(begin + slot);
+    constexpr int results = (Rows * columns + decode_threads - 1) / decode_threads;
+    DecodeEnd<T> ends[results];
+    // Calls function(i, ends) for each of the block's outputs that this thread finishes.
+    const auto for_results = [&](auto function) {
+#pragma unroll
+        for (int n = 0; n < results; ++n) {
+            const int i = int(threadIdx.x) + n * decode_threads;
+            if (i < Rows * columns && i / columns < args.from.rows &&
+                first_column + i % columns < args.outputs) {
+                function(i, ends[n]);
+            }
+        }
+    };
+    for_results([&](int i, DecodeEnd<T>& of_result) {
+        of_result.load(args, i / columns, first_column + i % columns);
+    });
     read_activations<Rows>(args.from, begin, end, statistics, [&](int row, int c, float value) {
         activations[(c - begin) * Rows + row] = value;
     });
@@ -229,7 +257,7 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_matmul(const DecodeM
             load_floats<Rows>(activations + (input + u * slots - begin) * Rows, x);
 #pragma unroll
             for (int i = 0; i < Width; ++i) {
-                const float weight = to_float(weights[u].v[i]);
+                const float weight = weights[u][i];
 #pragma unroll
                 for (int row = 0; row < Rows; ++row) products[row][i] += x[row] * weight;
             }
@@ -258,28 +286,23 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_matmul(const DecodeM
     __syncthreads();
     const bool split = gridDim.y > 1;
     float* const partials = args.partials + int64_t(blockIdx.x) * gridDim.y * Rows * columns;
-    const auto is_wanted = [&](int i) {
-        return i / columns < args.from.rows && first_column + i % columns < args.outputs;
-    };
-    for (int i = threadIdx.x; i < Rows * columns; i += decode_threads) {
-        if (!is_wanted(i)) continue;
+    for_results([&](int i, const DecodeEnd<T>& of_result) {
         float sum = 0.0f;
         for (int warp = 0; warp < decode_warps; ++warp) sum += sums[warp * Rows * columns + i];
         if (split) {
             partials[blockIdx.y * Rows * columns + i] = sum;
         } else {
-            finish_matmul(args, i / columns, first_column + i % columns, sum);
+            finish_matmul(args, i / columns, first_column + i % columns, sum, of_result);
         }
-    }
+    });
     if (!split || !is_last_block(args.tickets + blockIdx.x, gridDim.y, flag)) return;
-    for (int i = threadIdx.x; i < Rows * columns; i += decode_threads) {
-        if (!is_wanted(i)) continue;
+    for_results([&](int i, const DecodeEnd<T>& of_result) {
         float sum = 0.0f;
         for (unsigned part = 0; part < gridDim.y; ++part) {
             sum += partials[part * Rows * columns + i];
         }
-        finish_matmul(args, i / columns, first_column + i % columns, sum);
-    }
+        finish_matmul(args, i / columns, first_column + i % columns, sum, of_result);
+    });
 }
 
 template <typename T>
@@ -322,11 +345,11 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_logits(const DecodeL
          first += decode_warps * tokens) {
         float products[tokens][Rows] = {};
         for (int c = lane * Width; c < columns; c += 32 * Width) {
-            Vector<T, Width> weights[tokens];
+            Elements<T, Width> weights[tokens];
 #pragma unroll
             for (int i = 0; i < tokens; ++i) {
                 const int64_t token = min(first + i, args.vocab - 1);
-                weights[i] = load_vector<Width>(args.weight + token * args.weight_stride + c);
+                weights[i].load(args.weight + token * args.weight_stride + c);
             }
 #pragma unroll
             for (int row = 0; row < Rows; ++row) {
@@ -342,7 +365,7 @@ __global__ void __launch_bounds__(decode_threads, 2) decode_logits(const DecodeL
                 for (int i = 0; i < tokens; ++i) {
 #pragma unroll
                     for (int j = 0; j < Width; ++j) {
-                        products[i][row] += x[j] * to_float(weights[i].v[j]);
+                        products[i][row] += x[j] * weights[i][j];
                     }
                 }
             }
