@@ -67,6 +67,7 @@ def create_app(
     gets: dict[str, Answer] = {
         "/v1/models": partial(status.models, service),
         "/v1/models/{name:path}": partial(status.model, service),
+        "/tokenizer_info": partial(tokens.tokenizer_info, service),
         "/health": partial(status.health, service),
         "/ready": partial(status.ready, service),
         "/version": partial(status.version, service),

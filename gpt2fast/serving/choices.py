@@ -69,7 +69,8 @@ class Delta:
 
     text: str = ""
     tokens: list[ScoredToken] = field(default_factory=list)
-    """Those that are scored and whose text is certain."""
+    """Those that are scored and whose text is certain, an end token included: clients that score a
+    prompt leave out the last token, whatever it is. Tokens of a stop text have no place."""
     ids: list[int] = field(default_factory=list)
     """All new tokens, those that end a text included."""
 
@@ -87,8 +88,6 @@ class Choice:
     def __init__(self, index: int, prompt: Prompt, plan: Plan, tokenizer: Tokenizer) -> None:
         self.index, self.prompt = index, prompt
         self.text = ""
-        self.tokens: list[ScoredToken] = []
-        """Those of the prompt, if it is echoed and scored, and of the text so far."""
         self.generation: Generation | None = None
         """The result, when there is one."""
         self.cached_tokens = 0
@@ -200,9 +199,7 @@ class Choice:
         self._delta.text += rest
         self.text += rest
         held, self._held = self._held, []
-        if generation.finish_reason == "eos":
-            held = held[:-1]
-        elif generation.finish_reason == "stop":
+        if generation.finish_reason == "stop":
             held = [token for token in held if token.begin < len(self.text)]
         self._delta.tokens += held
 

@@ -155,6 +155,16 @@ _ATTENTION = _object(
         "heads": _COUNT,
     }
 )
+_MAYBE: Schema = {"type": ["string", "null"]}
+_TOKENIZER = _object(
+    {
+        "tokenizer_class": _TEXT,
+        "eos_token": _MAYBE,
+        "bos_token": _MAYBE,
+        "pad_token": _MAYBE,
+        "model_max_length": _COUNT,
+    }
+)
 _STATE = _object({"status": _TEXT})
 
 _ALWAYS = (403, 429, 503)
@@ -241,6 +251,7 @@ def describe(service: Service, has_keys: bool) -> dict[str, Any]:
             "/detokenize": post(
                 "Text of token ids.", parameters.detokenize, _object({"prompt": _TEXT})
             ),
+            "/tokenizer_info": get("The special tokens.", _TOKENIZER),
             "/attention": post("What tokens look at.", parameters.attention, _ATTENTION),
             "/health": get("Whether the server lives.", _STATE, 500),
             "/ready": get("Whether the server takes requests.", _STATE, 500),

@@ -1,4 +1,4 @@
-"""POST /tokenize, /detokenize and /attention: a text's tokens, and what each looked at."""
+"""/tokenize, /detokenize, /tokenizer_info and /attention: tokens, and what each looked at."""
 
 from __future__ import annotations
 
@@ -32,6 +32,24 @@ async def detokenize(service: Service, request: HttpRequest) -> Response:
     except TokenizerError as error:
         raise refusal_of(error, "tokens") from None
     return json_response({"prompt": text})
+
+
+async def tokenizer_info(service: Service, request: HttpRequest) -> Response:
+    """The special tokens, for clients that have no tokenizer of their own (lm_eval's "remote")."""
+    tokenizer = service.generator.tokenizer
+
+    def text(id: int | None) -> str | None:
+        return None if id is None else tokenizer.decode([id])
+
+    return json_response(
+        {
+            "tokenizer_class": type(tokenizer).__name__,
+            "eos_token": text(tokenizer.eos_token_id),
+            "bos_token": text(tokenizer.start_token_id),
+            "pad_token": None,
+            "model_max_length": service.positions,
+        }
+    )
 
 
 async def attention(service: Service, request: HttpRequest) -> Response:

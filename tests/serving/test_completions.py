@@ -96,9 +96,7 @@ def test_an_empty_text_begins_with_the_end_token(client):
     empty = ask(client, prompt="", echo=True, logprobs=0, **GREEDY)
     token = ask(client, prompt=[SIZE - 1], **GREEDY)
     assert texts(empty) == texts(token)
-    assert len(empty["choices"][0]["logprobs"]["tokens"]) == empty["usage"]["completion_tokens"] - (
-        empty["choices"][0]["finish_reason"] == "stop"
-    )
+    assert len(empty["choices"][0]["logprobs"]["tokens"]) == empty["usage"]["completion_tokens"]
 
 
 def test_echo_with_logprobs_scores_the_prompt_as_the_generator_does(client, generator):
@@ -142,7 +140,7 @@ def test_echo_comes_before_the_continuation(client):
 
 
 def test_logprobs_are_those_of_the_text_alone(client, generator):
-    """Tokens of a stop text, or an end token, have none: the lists are as long as the text."""
+    """Tokens of a stop text have none."""
     free = ask(client, prompt=PROMPT, max_tokens=30, seed=3, logprobs=0, ignore_eos=True)
     whole = free["choices"][0]
     assert whole["finish_reason"] == "length" and len(whole["logprobs"]["tokens"]) == 30
@@ -184,6 +182,15 @@ def test_ignore_eos_goes_on_after_the_end_token(client):
     assert (ended["text"], ended["finish_reason"], ended["stop_reason"]) == ("", "stop", None)
     on = ask(client, prompt=PROMPT, logit_bias=bias, max_tokens=5, ignore_eos=True)["choices"][0]
     assert on["finish_reason"] == "length"
+
+
+def test_an_end_token_is_scored(client):
+    """Harnesses ask for one new token and leave out the last of all, whatever it is."""
+    bias = {str(SIZE - 1): 100}
+    body = dict(prompt=PROMPT, logit_bias=bias, max_tokens=1, logprobs=1, echo=True)
+    scores = ask(client, **body)["choices"][0]["logprobs"]
+    assert len(scores["tokens"]) == len(BPE.encode(PROMPT)) + 1
+    assert scores["tokens"][-1] == BPE.decode([SIZE - 1])
 
 
 def test_best_of_gives_the_likeliest_by_token(client):
