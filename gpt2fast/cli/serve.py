@@ -169,10 +169,10 @@ def _run(args: argparse.Namespace, keys: tuple[bytes, ...], is_local: bool) -> i
     from ..inference.batching import BatchEngine
     from ..serving import logs
     from ..serving.gateway import Access
-    from ..serving.process import listen, serve
+    from ..serving.process import bind, serve
     from ..serving.service import Service
 
-    sockets = listen(args.host, args.port)
+    sockets = bind(args.host, args.port)
     generator = _load(args)
     engine = BatchEngine(
         generator.model,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import TokenizerError
 from ..inference.batching import Failed, Finished, PromptRead, Token
 from ..inference.continuation import Generation
 from ..inference.scores import Scores
@@ -28,6 +30,9 @@ class TokenNames:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._names: dict[int, str] = {}
+        self._bytes: Mapping[int, bytes] | None = None
+        with suppress(TokenizerError):  # a token's text may depend on its neighbors
+            self._bytes = tokenizer.token_bytes()
 
     def __getitem__(self, id: int) -> str:
         name = self._names.get(id)
@@ -37,12 +42,14 @@ class TokenNames:
 
     def bytes_of(self, id: int) -> bytes:
         """The token's own bytes; none where the model has a row and the tokenizer no token."""
-        return self._tokenizer.bytes_of(id) if id in self._tokenizer else b""
+        if id not in self._tokenizer:
+            return b""
+        return self._tokenizer.decode([id]).encode() if self._bytes is None else self._bytes[id]
 
     def _name(self, id: int) -> str:
         if id not in self._tokenizer:
             return f"token_id:{id}"
-        content = self._tokenizer.bytes_of(id)
+        content = self.bytes_of(id)
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError:

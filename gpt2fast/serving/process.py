@@ -38,7 +38,7 @@ def serve(
 
     Args:
         service: what to serve.
-        sockets: those of `listen`.
+        sockets: those of `bind`.
         access: who is let in.
         origins: pages of other origins that may read answers.
         grace: seconds for running requests to end after the signal.
@@ -54,14 +54,15 @@ def serve(
         access_log=False,
         proxy_headers=False,  # the address of a connection is the one that it comes from
         server_header=False,
+        backlog=_BACKLOG,
         timeout_keep_alive=max(1, int(service.limits.header_timeout)),
         timeout_graceful_shutdown=int(grace + _LAST),
     )
     _Server(config, service, grace, announce).run(sockets)
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that wait for connections at all addresses of a name.
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets at all addresses of a name; nobody can connect before `serve` runs.
 
     Args:
         host: name or address.
@@ -73,9 +74,14 @@ def listen(host: str, port: int) -> list[socket.socket]:
     found: list[socket.socket] = []
     try:
         kinds = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in dict.fromkeys(kinds):
-            place = (str(address[0]), port)
-            found.append(socket.create_server(place, family=family, backlog=_BACKLOG))
+        for family, kind, protocol, _, address in dict.fromkeys(kinds):
+            # asyncio sends small pieces at once if the socket says that it is TCP's.
+            each = socket.socket(family, kind, protocol)
+            found.append(each)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            each.bind((address[0], port, *address[2:]))
             port = found[0].getsockname()[1]
     except (OSError, OverflowError, UnicodeError) as error:
         for each in found:

@@ -128,7 +128,7 @@ class Tokenizer(ABC):
         try:
             joined = b"".join([tokens[id] for id in ids])
         except (KeyError, TypeError):
-            joined = b"".join([self.bytes_of(id) for id in ids])  # says which id is wrong
+            joined = b"".join([self._token_bytes(id) for id in ids])  # says which id is wrong
         return joined.decode("utf-8", "replace")
 
     def token_bytes(self) -> Mapping[int, bytes]:
@@ -238,15 +238,10 @@ class Tokenizer(ABC):
         """The ids, if each has a token; TokenizerError says which has none."""
         ids = _listed(ids)
         for id in ids:
-            self.bytes_of(id)
+            self._token_bytes(id)
         return ids
 
-    def bytes_of(self, id: int) -> bytes:
-        """The bytes that a token stands for, which may be a part of a character only.
-
-        Raises:
-            TokenizerError: no token has this id.
-        """
+    def _token_bytes(self, id: int) -> bytes:
         try:
             return self._tokens[index(id)]
         except (KeyError, TypeError):
@@ -267,12 +262,12 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes_of = tokenizer.bytes_of
+        self._token_bytes = tokenizer._token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
         """The text that this token completes; may be empty."""
-        return self._utf8.decode(self._bytes_of(id))
+        return self._utf8.decode(self._token_bytes(id))
 
     def flush(self) -> str:
         """The rest of the text (U+FFFD for half a character); the decoder can be used again."""

@@ -240,7 +240,9 @@ def test_characters_are_never_split(client):
     snowman = "☃".encode()
     ids = [BPE.encode(chr(byte))[0] if byte < 128 else None for byte in snowman]
     assert ids == [None] * 3
-    tokens = [next(id for id in range(SIZE) if BPE.bytes_of(id) == bytes([b])) for b in snowman]
+    tokens = [
+        next(id for id in range(SIZE) if BPE.token_bytes()[id] == bytes([b])) for b in snowman
+    ]
     found = ask(client, prompt=tokens, echo=True, logprobs=0, max_tokens=0)["choices"][0]
     assert found["text"] == "☃"
     assert found["logprobs"]["tokens"] == ["bytes:\\xe2", "bytes:\\x98", "bytes:\\x83"]
