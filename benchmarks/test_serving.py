@@ -1,6 +1,7 @@
 """The engine that runs many requests at once: GPT-2 124M with random weights.
 
-Each comparison is with our own slower way to do the same work: `ratio` is its time over the engine's.
+Each comparison is with our own slower way to do the same work: `ratio` is its time over the
+engine's.
 """
 
 from __future__ import annotations

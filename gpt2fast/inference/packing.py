@@ -51,7 +51,7 @@ def can_be_packed(model: GPT2) -> bool:
 def _why_not_packed(model: GPT2) -> str | None:
     if model.device.type != "cpu":
         return f"it is on {model.device}; move it with .cpu()"
-    if is_fake(model.wte.weight):
+    if any(is_fake(parameter) for parameter in model.parameters()):
         return "its weights are fake, of which there are shapes alone"
     if model.dtype not in DTYPES:
         return f"it is in {model.dtype}; use .float(), .half() or .bfloat16()"
