@@ -1,7 +1,6 @@
 """The engine that runs many requests at once: GPT-2 124M with random weights.
 
-Each comparison is with our own slower way to do the same work: `ratio` is its time over the
-engine's.
+Each comparison is with another way of ours to do the same; the ratio is its time over the engine's.
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ class BatchEngine:
             self._thread.start()
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more jobs, and end those that there are.
+        """Take no more jobs, and end those that there are. Not to be called from a listener.
 
         Args:
             grace: seconds in which they may finish; what is not done then is cancelled.
@@ -347,9 +347,8 @@ class BatchEngine:
                 self._changed.wait_for(lambda: not self._is_occupied(), timeout=grace)
                 self._stopping = True
                 self._changed.notify_all()
-            if thread is not threading.current_thread():
-                thread.join()
-                self._thread = None
+            thread.join()
+            self._thread = None
         with self._stepping:
             self._take_messages()
             self._worker.end_all(lambda row: self._worker.finish(row, "cancelled"))
@@ -366,8 +365,7 @@ class BatchEngine:
         self.close()
 
     def _is_occupied(self) -> bool:
-        scheduler = self._worker.scheduler
-        return bool(self._arrived or self._withdrawn or scheduler.waiting or scheduler.running)
+        return bool(self._arrived or self._withdrawn or self._worker.scheduler.jobs)
 
     @property
     def _waiting(self) -> int:

@@ -72,6 +72,11 @@ class Scheduler:
         self.preemptions = 0
         self._steps = 0
 
+    @property
+    def jobs(self) -> int:
+        """Number of jobs that run or wait."""
+        return len(self.running) + len(self.waiting)
+
     def queue(self, row: Row) -> None:
         """Let a new job wait."""
         self.waiting[row.id] = row

@@ -24,6 +24,9 @@ from .models import StepInput, StepModel
 from .row import ENDED, Row
 from .scheduler import Piece, Scheduler
 
+_SPARE = 64
+"""Deadlines of jobs that have ended which may stay in the list."""
+
 
 @dataclass
 class Counts:
@@ -65,8 +68,13 @@ class Worker:
     def add(self, row: Row) -> None:
         """Let a new job wait."""
         self.scheduler.queue(row)
-        if row.deadline is not None:
-            heapq.heappush(self._deadlines, (row.deadline, row.id, row))
+        if row.deadline is None:
+            return
+        heapq.heappush(self._deadlines, (row.deadline, row.id, row))
+        if len(self._deadlines) > 2 * self.scheduler.jobs + _SPARE:
+            # Most have ended long before their time, and are kept here by nothing else.
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state != ENDED]
+            heapq.heapify(self._deadlines)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a job, unless it has ended."""
@@ -162,7 +170,12 @@ class Worker:
                 choices.append(Choice(row, at - 1))
         if not choices:
             return
-        choose(choices, logits, self._vocab_size)
+        try:
+            choose(choices, logits, self._vocab_size)
+        except Exception as error:
+            for choice in choices:
+                self.fail(choice.row, error)
+            return
         now = time.monotonic()
         for choice in choices:
             try:
