@@ -12,6 +12,7 @@ from ..errors import GenerationError
 from ..sampling import SamplingOptions, overridden
 from .arguments import CommandParser, optional, text_argument
 from .command import UsageError, command, fail, memory_advice, output_is_closed
+from .constraint import add_constraint_flags, constraint_of
 from .model_flags import add_model_flags, load_generator
 from .prompts import OPTIONS, PromptFileError, has_prompt, read_lines, read_prompts
 from .sampling_flags import (
@@ -36,7 +37,10 @@ examples:
   gpt2fast generate --model gpt2 --greedy --max-new-tokens 20 "The capital of France is"
   gpt2fast generate --model out/run --num-samples 3 --json < prompt.txt
   gpt2fast generate --model gpt2 --quantize int8 --save gpt2-int8
-  gpt2fast generate --prompts-file prompts.jsonl --out results.jsonl
+    for name in (
+        *("model", "adapter", "tokenizer", "prompts_file", "out", "save"),
+        *("json_schema", "grammar", "regex"),
+    ):
   gpt2fast generate --interactive
 
 Options may be spelled with underscores; --max-tokens means --max-new-tokens, and --model-path,
@@ -99,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     choice = parser.add_argument_group("choice of tokens (none switches an option off)")
     add_sampling_flags(choice)
 
+    add_constraint_flags(parser)
+
     output = parser.add_argument_group("output")
     output.add_argument(
         "--logprobs", type=int, metavar="K",
@@ -146,7 +152,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [name for name, there in sources.items() if there]
     if len(given) > 1:
         parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
+<<<<<<< HEAD
     for name in ("model", "adapter", "tokenizer", "prompts_file", "out", "save"):
+=======
+    for name in (
+        *("model", "adapter", "tokenizer", "prompts_file", "save"),
+        *("json_schema", "grammar", "regex"),
+    ):
+>>>>>>> 871f9e3 (Take a JSON schema, a regular expression, a grammar or choices on the command line)
         if getattr(args, name) == "":
             parser.error(f"{flag(name)} is empty; leave it out, or give a name")
     if "" in (args.bad_words or []):
@@ -183,6 +196,7 @@ def _run(args: argparse.Namespace) -> int:
     from .saving import check_new, save
 
     options = sampling_options(args)
+    constraint = constraint_of(args)
     if args.save is not None:
         check_new(args.save)
     prompts = content = None
@@ -206,6 +220,8 @@ def _run(args: argparse.Namespace) -> int:
 
     _check_biases(generator, options)
     shared = {"stop": args.stop, "bad_words": args.bad_words, **options}
+    if constraint is not None:
+        shared["grammar"] = constraint(generator)
     if args.logprobs is not None:
         most = generator.model.config.vocab_size
         if args.logprobs > most:
