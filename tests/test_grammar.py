@@ -754,6 +754,11 @@ def test_equal_grammars_are_compiled_once(monkeypatch):
     Grammar.json_schema(json.dumps(schema), tokenizer).matcher()
 
 
+def test_grammars_are_named_by_what_they_say():
+    one, equal, other = (Grammar.regex(p, bpe()) for p in ("a+", "a+", "a*b"))
+    assert repr(one) == repr(equal) != repr(other)
+
+
 def test_only_so_many_compiled_grammars_are_kept():
     tokenizer = bpe()
     made = [Grammar.choices([f"choice {n}"], tokenizer) for n in range(50)]

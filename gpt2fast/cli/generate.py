@@ -152,14 +152,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [name for name, there in sources.items() if there]
     if len(given) > 1:
         parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
-<<<<<<< HEAD
-    for name in ("model", "adapter", "tokenizer", "prompts_file", "out", "save"):
-=======
     for name in (
-        *("model", "adapter", "tokenizer", "prompts_file", "save"),
+        *("model", "adapter", "tokenizer", "prompts_file", "out", "save"),
         *("json_schema", "grammar", "regex"),
     ):
->>>>>>> 871f9e3 (Take a JSON schema, a regular expression, a grammar or choices on the command line)
         if getattr(args, name) == "":
             parser.error(f"{flag(name)} is empty; leave it out, or give a name")
     if "" in (args.bad_words or []):

@@ -12,6 +12,7 @@ text ends by itself.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -68,6 +69,11 @@ class Grammar:
         self._kind, self._text = kind, text
         self._vocabulary = _vocabulary_of(self.tokenizer)
         self._vocabulary.compiled(kind, text)
+
+    def __repr__(self) -> str:
+        # Equal for equal grammars: a job that goes on later looks whether it has the same one.
+        digest = hashlib.sha256(self._text.encode()).hexdigest()
+        return f"<Grammar: {self._kind} {digest[:16]}>"
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Grammar:

@@ -77,6 +77,20 @@ def test_every_way_of_writing_takes_a_form(run, tmp_path):
     assert code == 0 and re.search(r"\b(yes|no)\b", out)
 
 
+def test_a_job_goes_on_with_its_form_alone(run, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text("".join(json.dumps(text) + "\n" for text in ("It was", "The", "A")))
+    job = ["--prompts-file", prompts, "--out", out, "--seed", 1, "--regex"]
+    assert run(*job, "yes|no")[0] == 0
+    lines = out.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["text"] in ("yes", "no") for line in lines] == [True] * 3
+    out.write_text(lines[0])
+    assert run(*job, "yes|no")[0] == 0
+    assert out.read_text().splitlines(keepends=True) == lines
+    code, _, err = run(*job, "yes|no|maybe")
+    assert code == 1 and "grammar" in err
+
+
 def test_every_mistake_is_one_line_and_exit_code_2(run, tmp_path, files):
     (tmp_path / "bad.json").write_text('{"type": "strng"}')
     (tmp_path / "broken.json").write_text("{")
