@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import Error
     from .hf import fuse, unfuse
     from .inference.generator import Generator
+    from .inference.grammar import Grammar
     from .model import GPT2, GPT2Output
     from .nn.kv_cache import KVCache
     from .ops.backend import backend
@@ -24,6 +25,7 @@ __all__ = [
     "GPT2Config",
     "GPT2Output",
     "Generator",
+    "Grammar",
     "KVCache",
     "Tokenizer",
     "backend",
@@ -37,6 +39,7 @@ _HOMES = {
     "GPT2Config": "config",
     "GPT2Output": "model",
     "Generator": "inference.generator",
+    "Grammar": "inference.grammar",
     "KVCache": "nn.kv_cache",
     "PRESETS": "config",
     "Error": "errors",

@@ -46,6 +46,7 @@ EXTRAS = {
     'pip install "gpt2fast[logs]"': ("matplotlib", "tensorboard"),
     'pip install "gpt2fast[tune]"': ("matplotlib", "optuna"),
     'pip install "gpt2fast[hf]"': ("transformers",),
+    'pip install "gpt2fast[serve]"': ("llguidance",),
 }
 """Commands that install, which are not run, and what is there afterward."""
 

@@ -182,6 +182,9 @@ def test_a_step_chooses_among_what_its_mask_allows(name, allowed_ids):
             assert token in tokens_of(mask[row], allowed_ids)
         with pytest.raises(ArgumentError, match=r"token_mask\[1\] allows no token"):
             ops.packed_next(**{**given, "token_mask": mask * torch.tensor([[1], [0]]).int()})
+        none = words_of(allowed & torch.tensor([[True], [False]]), beyond=1)
+        with pytest.raises(ArgumentError, match=r"token_mask\[1\] allows no token"):
+            ops.packed_next(**{**given, "token_mask": none})
         with pytest.raises(ArgumentError, match="token_mask must be"):
             ops.packed_next(**{**given, "token_mask": torch.cat([mask, mask], 1)})
 

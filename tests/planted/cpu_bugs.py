@@ -12,6 +12,7 @@ NORM = f"{BORDERS}residual_layer_norm[native]"
 GELU = f"{BORDERS}bias_gelu[native]"
 LOSS = f"{BORDERS}linear_cross_entropy[native]"
 TIES = f"{BORDERS}what_lies_exactly_at_a_threshold"
+MASK = "test_token_mask.py::test_"
 PACKED = "test_packed_borders.py::test_a_step_of_odd_sizes"
 ADAMW = f"{BORDERS}fused_adamw"
 FORMS = "test_attention_forms.py::test_matches_torch_in_every_form"
@@ -288,6 +289,20 @@ BUGS = (
         "weight = select(«weight < least», none, weight);",
         "(weight < least + Vec(1e-7f))",
         (TIES,),
+    ),
+    Bug(
+        "mask of tokens: each bit stands for the next token",
+        "csrc/cpu/sampling.h",
+        "const bool stays = («allowed >> i & 1») != 0;",
+        "(uint64_t(allowed) << 1) >> i & 1",
+        (f"{MASK}a_masked_token_has_no_score[0.5-33-native]",),
+    ),
+    Bug(
+        "mask of tokens: bits beyond the vocabulary count as tokens",
+        "csrc/binding/cpu/sampling.h",
+        "const uint32_t rest = «(uint32_t(1) << args.vocab % 32) - 1»;",
+        "~uint32_t(0)",
+        (f"{MASK}a_step_chooses_among_what_its_mask_allows[33-native]",),
     ),
     Bug(
         "int8 weights: of a partial group the elements that fill no vector are not scaled",

@@ -242,6 +242,13 @@ BUGS = (
         "weights > min_p",
         (EXACT + "[None-64-{'min_p': 1.0}-triton]",),
     ),
+    Bug(
+        "mask of tokens: each bit stands for the next token",
+        FOLDER + "sampling.py",
+        "banned = within & (((words >> («tokens % 32»)) & 1) == 0)",
+        "(tokens + 1) % 32",
+        ("test_token_mask.py::test_a_masked_token_has_no_score[0.5-33-triton]",),
+    ),
 )
 
 

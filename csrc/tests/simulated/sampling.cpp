@@ -120,7 +120,8 @@ Drawn draw(Scores scores, const History& history, const SamplingOptions& choice,
 template <class T>
 Buffer<int64_t> sample(const Rows<T>& logits, int64_t rows, int64_t vocab,
                        const Buffer<int64_t>& history, int64_t length, const Buffer<float>* uniform,
-                       const SamplingOptions& choice) {
+                       const SamplingOptions& choice,
+                       const Buffer<uint32_t>* token_mask = nullptr) {
     Buffer<int64_t> out(rows);
     Buffer<float> scores(uniform == nullptr ? 0 : rows * vocab);
     Buffer<uint64_t> best(rows * launch::sample_blocks(vocab));
@@ -133,6 +134,8 @@ Buffer<int64_t> sample(const Rows<T>& logits, int64_t rows, int64_t vocab,
     args.history_length = length;
     args.uniform = uniform == nullptr ? nullptr : uniform->data();
     args.uniform_stride = 1;
+    args.token_mask = token_mask == nullptr ? nullptr : token_mask->data();
+    args.mask_stride = (vocab + 31) / 32;
     args.out = out.data();
     args.rows = rows;
     args.vocab = vocab;
@@ -231,6 +234,44 @@ CASE("sample the highest score") {
     expect_equal(
         sample(logits, rows, vocab, repeated, length, nullptr, {1.0, 0, 1.0, 0.0, 1.0, 1.0, 2}),
         {30, 0, 2048, 9}, "without repeated pairs");
+}
+
+// The last row has no more words than it needs: a sanitizer sees what reads beyond them.
+CASE("sample what a mask allows") {
+    constexpr int64_t rows = 3, length = 5;
+    Random random;
+    for (const int64_t vocab : {1, 31, 32, 33, 64, 2047, 2049, 2500}) {
+        const int64_t words = (vocab + 31) / 32;
+        Rows<float> logits(random, rows, vocab, {1, 3}, 3.0f);
+        Rows<float> masked(random, rows, vocab);
+        Buffer<uint32_t> mask(rows * words);
+        for (int64_t i = 0; i < mask.size(); ++i) mask[i] = uint32_t(random.below(1 << 30)) << 2;
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t token = row * (vocab - 1) / 2;
+            mask[row * words + token / 32] |= uint32_t(1) << token % 32;
+            for (int64_t i = 0; i < vocab; ++i) {
+                const bool allowed = (mask[row * words + i / 32] >> (i % 32) & 1) != 0;
+                masked.set(row, i, allowed ? float(logits(row, i)) : float(minus_infinity));
+            }
+        }
+        const Buffer<int64_t> history = random.below(std::min<int64_t>(5, vocab), rows * length);
+        Buffer<float> uniform(rows);
+        for (int64_t row = 0; row < rows; ++row) uniform[row] = 0.3f * float(row);
+        const SamplingOptions penalties{0.8, 0, 1.0, 0.0, 1.0, 1.3, 0};
+        for (const SamplingOptions& choice : {SamplingOptions{}, penalties}) {
+            for (const Buffer<float>* numbers : {(const Buffer<float>*)nullptr, &uniform}) {
+                const auto found =
+                    sample(logits, rows, vocab, history, length, numbers, choice, &mask);
+                const auto expected = sample(masked, rows, vocab, history, length, numbers, choice);
+                for (int64_t row = 0; row < rows; ++row) {
+                    expect(found[row] == expected[row], "of " + std::to_string(vocab) + " row " +
+                                                            std::to_string(row) + " chose " +
+                                                            std::to_string(found[row]) + ", not " +
+                                                            std::to_string(expected[row]));
+                }
+            }
+        }
+    }
 }
 
 CASE("sample from every dtype") {
