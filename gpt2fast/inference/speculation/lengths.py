@@ -59,6 +59,7 @@ class StepCosts:
     def add(self, tokens: int, seconds: float) -> None:
         """Count a step."""
         self._steps += 1
+        seconds = max(seconds, 1e-9)  # a coarse clock may have stood still
         if self._sizes:
             expected = self.seconds(tokens)
             seconds = min(seconds, _OUTLIER * expected)
