@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._system.output import complain
+from .._system.output import complain, note
 from ..errors import GenerationError
 from ..sampling import SamplingOptions, overridden
 from .arguments import CommandParser, optional, text_argument
@@ -76,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     add_model_flags(model)
     model.add_argument("--model-type", help=unset)
+    model.add_argument(
+        "--speculate", default="off", type=text_argument, metavar="lookup|MODEL|off",
+        help="guess tokens and verify several in one step, which gives the same text sooner: "
+        "lookup guesses what followed the same tokens before, in this text or an earlier one "
+        "(code, JSON, quotations); MODEL, a smaller model with the same vocabulary, what that "
+        "would write. As many are guessed as pay; off guesses none (default). For packed models on "
+        "a CPU",
+    )  # fmt: skip
     model.add_argument(
         "--save", metavar="DIR",
         help="write the model as it was loaded, quantized or with its adapters merged, and its "
@@ -154,7 +162,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"the prompt is given twice, as {' and as '.join(given)}")
     for name in (
         *("model", "adapter", "tokenizer", "prompts_file", "out", "save"),
-        *("json_schema", "grammar", "regex"),
+        *("json_schema", "grammar", "regex", "speculate"),
     ):
         if getattr(args, name) == "":
             parser.error(f"{flag(name)} is empty; leave it out, or give a name")
@@ -207,7 +215,10 @@ def _run(args: argparse.Namespace) -> int:
         "writing with the bundled model {}, which is small and knows old adventure books only",
         pack=not (options.get("penalty_alpha") or any(_compares(p) for p in prompts or [])),
         window=args.window,
+        speculate=args.speculate,
     )
+    if args.speculate != "off" and (why := _why_no_speculation(generator, args)):
+        note(f"--speculate {args.speculate}: no effect {why}")
     load_seconds = time.perf_counter() - start
     if args.save is not None:
         save(generator, args)
@@ -258,6 +269,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.stats:
         complain(stats(timing, load_seconds))
     return 0
+
+
+def _why_no_speculation(generator: Generator, args: argparse.Namespace) -> str | None:
+    """A reason why nothing will be guessed, or None."""
+    if args.num_beams > 1:
+        return "on beam search"
+    return None if generator.can_speculate else "where the weights are not packed"
 
 
 def _comes_token_by_token(args: argparse.Namespace, prompt: Prompt) -> bool:

@@ -77,6 +77,11 @@ class Generator:
         """Treatment of a text longer than the model's `n_positions`."""
         return self._window.kind
 
+    @property
+    def can_speculate(self) -> bool:
+        """True if the model runs on packed weights, which speculation takes."""
+        return self._speculation.is_possible
+
     @classmethod
     def from_pretrained(
         cls,

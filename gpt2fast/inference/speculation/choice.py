@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ...errors import GenerationError
+from ...errors import Error, GenerationError
 from ...model import GPT2
 from ...tokenizer import Tokenizer
 from ..loading import load_pair
@@ -42,6 +42,11 @@ class Speculation:
         self._loaded: dict[str, PackedGPT2] = {}
         self._standard = self._resolved(speculate)
 
+    @property
+    def is_possible(self) -> bool:
+        """True if the model runs on packed weights."""
+        return isinstance(self._model.for_decoding(), PackedGPT2)
+
     def drafting(self, speculate: Any = None) -> AbstractContextManager[Drafter | None]:
         """For a `with` block: a drafter for one call, or None for no speculation.
 
@@ -55,7 +60,7 @@ class Speculation:
 
     @contextmanager
     def _drafting(self, draft: str | PackedGPT2) -> Iterator[Drafter | None]:
-        if draft == OFF or not isinstance(self._model.for_decoding(), PackedGPT2):
+        if draft == OFF or not self.is_possible:
             yield None
             return
         key = draft if isinstance(draft, str) else id(draft)
@@ -85,18 +90,24 @@ class Speculation:
 
     def _load(self, name: str) -> PackedGPT2:
         if name not in self._loaded:
-            model, tokenizer = load_pair(
-                name,
-                tokenizer=None,
-                device="cpu",
-                dtype=None,
-                revision=None,
-                local_files_only=False,
-                preset=None,
-                adapter=None,
-                quantize=None,
-                pack=True,
-            )
+            try:
+                model, tokenizer = load_pair(
+                    name,
+                    tokenizer=None,
+                    device="cpu",
+                    dtype=None,
+                    revision=None,
+                    local_files_only=False,
+                    preset=None,
+                    adapter=None,
+                    quantize=None,
+                    pack=True,
+                )
+            except Error as error:
+                raise GenerationError(
+                    f'speculate is {name!r}, neither "off" nor "lookup", and no model can be '
+                    f"loaded by that name: {error}"
+                ) from error
             self._loaded[name] = self._fitting(model, tokenizer)
         return self._loaded[name]
 
