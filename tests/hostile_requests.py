@@ -70,11 +70,6 @@ BODIES = {
     "a file": b'{"prompt": "a", "model": "../../etc/passwd"}',
     "a schema of nothing": b'{"prompt": "a", "response_format": {"type": "json_schema"}}',
     "no regex": b'{"prompt": "a", "response_format": {"type": "regex", "regex": "("}}',
-    "a large regex": (
-        b'{"prompt": "a", "response_format": {"type": "regex", "regex": "'
-        + b"((((a{1,99}){1,99}){1,99}){1,99}){1,99}"
-        + b'"}}'
-    ),
     "no grammar": b'{"prompt": "a", "response_format": {"type": "lark", "lark": "x ::"}}',
     "a long grammar": json.dumps(
         {"prompt": "a", "response_format": {"type": "lark", "lark": "a" * 100_000}}
@@ -100,6 +95,19 @@ BODIES = {
     "suffix": b'{"prompt": "a", "suffix": "b"}',
     "a misspelled name": b'{"promt": "a"}',
 }
+
+LARGE_FORMS = (
+    {"type": "regex", "regex": "((((a{1,99}){1,99}){1,99}){1,99}){1,99}"},
+    {"type": "regex", "regex": "(.*a){40}"},
+    {"type": "regex", "regex": "(a|b)*a(a|b){60}"},
+    {"type": "regex", "regex": "(" * 3000 + "a" + ")" * 3000},
+    {"type": "lark", "lark": "start: start start | /./"},
+    {"type": "lark", "lark": "start: " + " ".join(["(a | b)"] * 300) + '\na: "a"\nb: "b" a*'},
+    {"type": "choice", "choices": ["ab" * i for i in range(1, 500)]},
+    {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+    {"type": "json_schema", "json_schema": {"schema": {"enum": list(range(20_000))}}},
+)
+"""Formats that take much work, and may be refused for it, as they are made or on the way."""
 
 JSON = b"content-type: application/json\r\n"
 HOST = b"host: localhost\r\n"

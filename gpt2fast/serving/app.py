@@ -77,7 +77,7 @@ def create_app(
     }
     routes: list[Any] = [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
     routes += [Route(path, answer, methods=["GET"]) for path, answer in gets.items()]
-    routes.append(Mount("/static", _Files(directory=PAGE, check_dir=False)))
+    routes.append(Mount("/static", _Files(directory=PAGE)))
     middleware = [
         Middleware(
             Gateway,

@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import TokenizerError
+from ..errors import GenerationError, TokenizerError
 from ..inference.batching import Failed, Finished, PromptRead, Token
 from ..inference.continuation import Generation
 from ..inference.scores import Scores
 from ..tokenizer import Tokenizer
-from .failures import failure_of, unavailable
+from .failures import failure_of, refusal_of, unavailable
 from .planning import Plan, Prompt
 from .submission import Told
 
@@ -123,6 +123,9 @@ class Choice:
                 self._take_prompt(event.scores)
         elif isinstance(event, Finished):
             self._finish(event.generation)
+        elif self._plan.constrained and isinstance(event.error, GenerationError):
+            # A grammar may turn out to be too large, or without an end, as it is followed.
+            raise refusal_of(event.error, "response_format")
         else:
             raise failure_of(event.error)
 

@@ -56,6 +56,8 @@ class Plan:
     echo: bool
     token_ids: bool
     """Token ids are part of the answer."""
+    constrained: bool
+    """Texts have to fit a grammar of the client's."""
 
 
 class Planner:
@@ -168,6 +170,7 @@ class Planner:
         return Plan(
             prompts, jobs, copies, wanted, all_stops, stop_tokens, alternatives, echo,
             fields["return_token_ids"],
+            grammar is not None,
         )  # fmt: skip
 
     def _check_counts(self, fields: dict[str, Any], prompts: int, wanted: int, copies: int) -> None:
