@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -28,6 +28,7 @@ class Metrics:
     def __init__(self, stats: Callable[[], EngineStats], connections: Callable[[], int]) -> None:
         self._registry = registry = CollectorRegistry(auto_describe=True)
         registry.register(_Engine(stats, connections))
+        ProcessCollector(registry=registry)
         self._requests = Counter(
             "gpt2fast_requests", "Requests answered.", ("endpoint", "status"), registry=registry
         )

@@ -95,7 +95,7 @@ def _check(server: Server, hostile: Hostile) -> None:
 
 
 def _ask_again_and_again(server: Server, stop: threading.Event) -> list[tuple[float, str]]:
-    answers = []
+    answers: list[tuple[float, str]] = []
     body = {"prompt": "the quick", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
     with httpx.Client(base_url=server.url, timeout=patience()) as client:
         while not stop.is_set() or not answers:
