@@ -186,7 +186,8 @@ def test_a_prompt_is_continued_as_the_server_continues_it(visitor: Visitor) -> N
 @pytest.mark.parametrize("how", ["key", "button"])
 def test_a_run_streams_until_it_is_stopped(visitor: Visitor, how: str) -> None:
     page = visitor.open()
-    fill(page, "The river", max_tokens=LENGTH - 20)
+    fill(page, "The river", max_tokens=LENGTH - 20, seed=1)
+    page.locator("#option-ignore_eos").check()
     page.locator("#run").click()
     page.locator("#text .token").first.wait_for(state="attached")  # while the others are to come
     page.keyboard.press("Escape") if how == "key" else page.locator("#stop").click()
@@ -231,14 +232,19 @@ def test_characters_of_several_tokens_and_texts_that_come_late(visitor: Visitor)
         "tokens": ["bytes:\\xe7", "bytes:\\x8c\\xab", "😀", "!"], "text_offset": [0, 0, 1, 2],
         "token_logprobs": [-1.0] * 4, "top_logprobs": [{}] * 4,
     }  # fmt: skip
+    first = {"index": 0, "text": "", "logprobs": None, "token_ids": [1, 2]}
+    last = {"index": 0, "text": "!", "logprobs": None, "finish_reason": "stop", "token_ids": [9]}
     visitor.stream(
-        {"choices": [{"index": 0, "text": "", "token_ids": [1, 2], "logprobs": None}]},
+        {"choices": [{**first, "prompt_token_ids": [7]}]},
         {"choices": [{"index": 0, "text": "猫😀", "token_ids": [3, 4], "logprobs": offsets}]},
-        {"choices": [{"index": 0, "text": "!", "logprobs": None, "finish_reason": "stop"}]},
+        {"choices": [last]},
     )
     visitor.run("")
     assert page.locator("#text .token").all_text_contents() == ["", "猫", "😀", "!"]
     assert page.locator("#status").text_content().startswith("Ended by itself")
+    with page.expect_request(visitor.address + "attention") as asked:
+        page.locator("[name=coloring][value=attention]").check()
+    assert asked.value.post_data_json["tokens"] == [7, 1, 2, 3, 4]  # 9 ended it, and has no text
 
 
 # ---- Tokens
@@ -356,6 +362,24 @@ def test_attention_is_the_servers(visitor: Visitor) -> None:
         assert depths(page) == pytest.approx(wanted, abs=1e-3)
     page.locator("#text [role=option]").nth(1).hover()
     expect(page.locator("#tip")).to_contain_text(f"looked at with {100 * row[1]:.0f}"[:-1])
+
+
+def test_attention_of_long_texts_is_that_of_the_newest_tokens(visitor: Visitor) -> None:
+    page = visitor.open()
+    page.locator("#option-ignore_eos").check()
+    visitor.run("The river runs", max_tokens=280, seed=1)
+    with page.expect_request(visitor.address + "attention") as asked:
+        page.locator("[name=coloring][value=attention]").check()
+    tokens = asked.value.post_data_json["tokens"]
+    note = page.locator("#attention-note")
+    expect(note).to_contain_text("The first token takes")
+    rows = answer(visitor.address, "attention", {"tokens": tokens})["weights"]
+    assert len(rows) < len(tokens)
+    wanted = [min(1, weight / max(rows[-1][1:])) for weight in rows[-1]]
+    assert depths(page) == pytest.approx(wanted, abs=1e-3)
+    page.locator("#text [role=option]").nth(1).click()
+    expect(note).to_contain_text(f"Only the newest {len(rows)} tokens have weights")
+    assert set(depths(page)) == {0}
 
 
 # ---- Settings

@@ -10,12 +10,14 @@ const text = new Text(the("text"), the("tip"));
 let options = null;
 let running = null; // AbortController of the run that goes on
 let attention = new Map(); // responses for this text, by layer and head
+let remembering = null; // timer
 
 // ---- A run
 
 async function run() {
   if (running) return;
   forget();
+  remember();
   const problem = options?.problem;
   if (problem) return show(new ServerError(problem, 400));
   const prompt = the("prompt").value;
@@ -148,7 +150,6 @@ text.onChoice = (place) => {
 function instead(place, other) {
   if (running) return;
   the("prompt").value = text.before(place) + other;
-  remember();
   run();
 }
 
@@ -219,6 +220,12 @@ function remember() {
   the("changes").textContent = count ? `${count} changed` : "";
 }
 
+/** The same once typing pauses: browsers allow only so many changes of the address. */
+function rememberSoon() {
+  clearTimeout(remembering);
+  remembering = setTimeout(remember, 200);
+}
+
 /** Set all that the page's address says. */
 function restore() {
   const state = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
@@ -279,10 +286,12 @@ function listen() {
   });
   the("stop").addEventListener("click", stop);
   the("copy").addEventListener("click", () => copied(the("copy"), text.generated));
-  the("link").addEventListener("click", () => copied(the("link"), location.href));
+  the("link").addEventListener("click", () => {
+    remember();
+    copied(the("link"), location.href);
+  });
   the("continue").addEventListener("click", () => {
     the("prompt").value = text.prompt + text.generated;
-    remember();
     run();
   });
   the("reset").addEventListener("click", () => {
@@ -301,7 +310,7 @@ function listen() {
   the("attention").addEventListener("input", tellSliders);
   text.root.addEventListener("click", tellAttention);
   text.root.addEventListener("keyup", tellAttention);
-  document.addEventListener("input", (event) => event.target.id !== "key" && remember());
+  document.addEventListener("input", (event) => event.target.id !== "key" && rememberSoon());
   window.addEventListener("hashchange", restore);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

@@ -161,7 +161,9 @@ class Control {
     const limits = [];
     if (low !== undefined) limits.push(above ? `above ${low}` : `from ${low}`);
     if (high !== undefined) limits.push(below ? `below ${high}` : `to ${high}`);
-    const forms = { texts: "one a line, \\n for a new line", numbers: "separated by commas", object: "as JSON" };
+    const forms = {
+      texts: "one a line, \\n for a new line", numbers: "separated by commas", object: "as JSON",
+    };
     const preset = this.isPreset ? `${this.default} on this page` : `default ${this.default || "none"}`;
     const facts = [limits.join(" ") || forms[type], type === "boolean" ? "" : preset];
     const about = element("span", { className: "limits" }, facts.filter(Boolean).join(" · "));

@@ -200,7 +200,8 @@ export class Text {
 
 /** A token, and the likeliest ones in its place, as bars. */
 export function alternatives(token, action = null) {
-  const shown = token.top.some(([text]) => text === token.token) ? token.top : [[token.token, token.logprob], ...token.top];
+  const isAmong = token.top.some(([text]) => text === token.token);
+  const shown = isAmong ? token.top : [[token.token, token.logprob], ...token.top];
   return shown.map(([text, logprob]) => {
     const share = Math.exp(logprob);
     const bar = element("i");
