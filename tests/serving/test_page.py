@@ -485,6 +485,20 @@ def test_a_link_restores_everything_but_the_key(visitor: Visitor, browser: Any) 
     assert not other.faults
 
 
+def test_what_is_typed_while_the_page_loads_is_kept(visitor: Visitor) -> None:
+    page = visitor.page
+    held: list[Any] = []
+    page.route(visitor.address + "openapi.json", lambda route: held.append(route))
+    page.goto(visitor.address + "#prompt=old&top_k=5")
+    page.locator("#prompt").fill("new")
+    page.wait_for_timeout(300)
+    held[0].continue_()
+    expect(page.locator("#option-top_k")).to_have_value("5")
+    expect(page.locator("#prompt")).to_have_value("new")
+    page.locator("#link").click()
+    assert page.url.endswith("#prompt=new&top_k=5")
+
+
 def test_the_key_is_sent_and_kept_for_the_tab(visitor: Visitor) -> None:
     page = visitor.open()
     page.locator("#key").fill("a-key")

@@ -211,12 +211,13 @@ const COLORINGS = [...document.getElementsByName("coloring")];
 
 /** Put all that is set into the page's address. */
 function remember() {
-  const state = { prompt: the("prompt").value, ...options?.state };
+  if (!options) return; // what they are to be is in the address
+  const state = { prompt: the("prompt").value, ...options.state };
   const coloring = COLORINGS.find((radio) => radio.checked).value;
   if (coloring !== "probability") state.color = coloring;
   if (coloring === "attention") Object.assign(state, { layer: layer(), head: head() });
   history.replaceState(null, "", `#${new URLSearchParams(state)}`);
-  const count = Object.keys(options?.state ?? {}).filter((name) => name !== "form").length;
+  const count = Object.keys(options.state).filter((name) => name !== "form").length;
   the("changes").textContent = count ? `${count} changed` : "";
 }
 
@@ -226,16 +227,26 @@ function rememberSoon() {
   remembering = setTimeout(remember, 200);
 }
 
-/** Set all that the page's address says. */
+/** What the page's address says: texts by name. */
+const address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+
+/** Set all that the address says. */
 function restore() {
-  const state = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  the("prompt").value = state.prompt ?? "";
-  if (options) options.state = state;
-  for (const id of ["layer", "head"]) the(id).value = state[id] ?? 0;
-  tellSliders();
-  const coloring = COLORINGS.find((radio) => radio.value === state.color) ?? COLORINGS[0];
+  const { prompt, color } = address();
+  the("prompt").value = prompt ?? "";
+  restoreOptions();
+  const coloring = COLORINGS.find((radio) => radio.value === color) ?? COLORINGS[0];
   coloring.checked = true;
   colorBy(coloring.value);
+}
+
+/** Set what has limits that the server tells. */
+function restoreOptions() {
+  if (!options) return;
+  const state = address();
+  options.state = state;
+  for (const id of ["layer", "head"]) the(id).value = state[id] ?? 0;
+  tellSliders();
   remember();
 }
 
@@ -259,10 +270,10 @@ async function connect() {
     the("layer").max = layer.maximum;
     the("head").max = head.maximum;
     forget();
+    restoreOptions();
   } catch (error) {
     show(error);
   }
-  restore();
 }
 
 function useKey() {
@@ -327,4 +338,5 @@ the("key").value = sessionStorage.getItem("key") ?? "";
 setTheme(localStorage.getItem("theme") ?? "");
 the("settings").open = window.matchMedia("(min-width: 60rem)").matches;
 listen();
+restore();
 connect();
