@@ -296,8 +296,10 @@ def test_everything_can_be_done_with_keys_alone(visitor: Visitor) -> None:
     visitor.stream(chunk(" one two three", " one", " two", " three"))
     press("Tab")
     expect(page.locator(".skip")).to_be_focused()
+    link = page.url
     press("Enter")
     expect(page.locator("#prompt")).to_be_focused()
+    assert page.url == link
     page.keyboard.type("Zero")
     press("Tab")
     expect(page.locator("#run")).to_be_focused()

@@ -291,6 +291,10 @@ async function copied(button, content) {
 // ---- Events
 
 function listen() {
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address holds settings
+    the("prompt").focus();
+  });
   the("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     run();
