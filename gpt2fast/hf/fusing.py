@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 from torch import nn
 from transformers import pytorch_utils
@@ -42,6 +45,11 @@ _STACKS = (theirs.GPT2Model, images.ImageGPTModel)
 _HEADS = (theirs.GPT2LMHeadModel, gpt2.GPT2LMHeadModel, generation.GPT2LMHeadModel)
 _FROM = "sdpa"
 """The attention that `fuse` replaces; others were asked for."""
+_OF_ONE_MODEL = 3
+"""References to a config that are no sign of another model: a variable here, one of a caller, and
+that of a head. Another stack has two at least."""
+_asked: WeakSet[nn.Module] = WeakSet()
+"""Stacks that had our attention before they were fused, and keep it afterward."""
 
 
 def fuse(model: _Model, *, generate: bool = False) -> _Model:
@@ -91,7 +99,10 @@ def _fuse(model: _Model, generate: bool = False) -> _Model:
     attention.register()
     for stack in stacks:
         if stack.config._attn_implementation == _FROM:
-            stack.set_attn_implementation(attention.NAME)
+            _asked.discard(stack)
+            _set_attention(stack, attention.NAME)
+        elif not any(type(module) in _PLAIN for module in stack.modules()):
+            _asked.add(stack)
     for module in _parts(model, stacks):
         kind = _FUSED.get(type(module))
         if kind is not None and _why_not(module) is None:
@@ -108,19 +119,50 @@ def _fuse(model: _Model, generate: bool = False) -> _Model:
     return model
 
 
+def _set_attention(stack: Any, name: str) -> None:
+    """Choose the attention of a stack of blocks, and warn of others that share its config."""
+    stack.set_attn_implementation(name)
+    if _sharing(stack):
+        gc.collect()  # what nobody can reach any more shares nothing
+    others = _sharing(stack)
+    if others:
+        warn(
+            _LOG,
+            f"{others} other model(s) share this one's config and attend with {name!r} now, too: "
+            "build each with a config of its own, as copy.deepcopy(config) makes one",
+        )
+
+
+def _sharing(stack: Any) -> int:
+    """The number of other stacks that have a stack's very config."""
+    config = stack.config
+    own = sum(vars(module).get("config") is config for module in stack.modules())
+    if sys.getrefcount(config) - own <= _OF_ONE_MODEL:
+        return 0
+    # Only the garbage collector knows who else has it: modules, or their dicts.
+    holders = gc.get_referrers(config)
+    dicts = [x for x in holders if type(x) is dict and x.get("config") is config]
+    found = [x for x in (*holders, *gc.get_referrers(*dicts)) if issubclass(type(x), _STACKS)]
+    return len({id(x) for x in found if x is not stack and x.config is config})
+
+
 def _is_placed(module: nn.Module) -> bool:
     """True if accelerate has replaced the module's `forward`, to bring weights or inputs."""
     return hasattr(module, "_hf_hook")
 
 
 def unfuse(model: _Model) -> _Model:
-    """Undo `fuse`; returns `model` itself."""
+    """Undo `fuse`; returns `model` itself.
+
+    Attention is SDPA again where `fuse` replaced it. A copy of a fused model that had
+    `attn_implementation="gpt2fast"` before gets SDPA, too.
+    """
     stacks = _stacks(model)
     for module in _parts(model, stacks):
         module.__class__ = _PLAIN.get(type(module), type(module))
     for stack in stacks:
-        if stack.config._attn_implementation == attention.NAME:
-            stack.set_attn_implementation(_FROM)
+        if stack.config._attn_implementation == attention.NAME and stack not in _asked:
+            _set_attention(stack, _FROM)
     return model
 
 

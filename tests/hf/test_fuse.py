@@ -512,6 +512,46 @@ def test_attention_that_was_asked_for_stays():
     assert unfuse(model).config._attn_implementation == "eager"
 
 
+def test_unfuse_gives_back_the_attention_that_was_there():
+    model = build()
+    model.set_attn_implementation("gpt2fast")
+    for _ in range(2):
+        fuse(fuse(model))
+        assert model.config._attn_implementation == "gpt2fast"
+        unfuse(unfuse(model))
+        assert model.config._attn_implementation == "gpt2fast"
+        assert not any(type(module).__module__.startswith("gpt2fast") for module in model.modules())
+    model.set_attn_implementation("sdpa")
+    fuse(model)
+    assert model.config._attn_implementation == "gpt2fast"
+    unfuse(copy.deepcopy(model))
+    assert model.config._attn_implementation == "gpt2fast"
+    assert unfuse(model).config._attn_implementation == "sdpa"
+
+
+def test_models_that_share_a_config_are_named(caplog):
+    config = GPT2Config(**SIZES)
+    one, other = transformers.GPT2LMHeadModel(config), transformers.GPT2Model(config)
+    third = transformers.GPT2LMHeadModel(copy.deepcopy(config))
+    with caplog.at_level("WARNING", logger="gpt2fast"):
+        fuse(third)
+    assert not caplog.records
+    with caplog.at_level("WARNING", logger="gpt2fast"):
+        fuse(one)
+    (record,) = caplog.records
+    assert "1 other model(s) share this one's config" in record.getMessage()
+    assert other.config._attn_implementation == "gpt2fast"
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="gpt2fast"):
+        unfuse(one)
+    assert "attend with 'sdpa' now" in caplog.text
+    del other
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="gpt2fast"):
+        fuse(one)
+    assert not caplog.records
+
+
 def test_the_package_has_them():
     assert gpt2fast.fuse is fuse and gpt2fast.unfuse is unfuse
     assert gpt2fast.doctor(build()) == doctor(build())
