@@ -254,3 +254,12 @@ def test_kernels_of_a_step_keep_what_they_were_written_for(sass):
     assert len(aligned) == 12
     for name in aligned:
         assert of_16_bytes(budget[name].barrier) >= 4, f"{name}: over the layer norm"
+
+
+def test_kernels_of_training_keep_what_they_were_written_for(sass):
+    _, budget = sass.read_budget()
+    aligned = [name for name in budget if name.startswith("cross_entropy<") and ", 1, " not in name]
+    assert len(aligned) == 6
+    for name in aligned:
+        differentiated = name.endswith("true>")
+        assert list(map(of_16_bytes, budget[name].loops)).count(3) == 1 + differentiated, name

@@ -3,17 +3,22 @@
 // A block a row. First pass: maximum and sum of exponentials together, each thread for its part
 // ("online", Milakov & Gimelshein, 2018); second pass: softmax - onehot, in place. Bytes of an
 // element in bfloat16: 2 read and 2 written, if the second read comes from the second-level cache:
-// blocks of 1024 threads leave few enough rows in flight (one a multiprocessor, for 64 registers a
-// thread: 13 MB of logits of GPT-2's vocabulary on a chip of 132) that it does. One exponential a
-// pass. Memory is the floor.
+// blocks of 1024 threads leave few enough rows in flight (one a multiprocessor, for more than 32
+// registers a thread: 13 MB of logits of GPT-2's vocabulary on a chip of 132) that it
+// does. Three vectors of a thread are under way. One exponential a pass. Memory is the floor.
 // Not yet run on a GPU.
 #pragma once
 
+#include "elements.cuh"
 #include "rows.cuh"
 
 namespace gpt2fast::kernels {
 
 constexpr int cross_entropy_threads = 1024;
+
+// Vectors that a thread has under way.
+template <int Vector>
+constexpr int cross_entropy_unroll = Vector == 1 ? 4 : 3;
 
 // A sum of exponentials, each divided by that of the maximum.
 struct ScaledSum {
@@ -59,6 +64,27 @@ __global__ void __launch_bounds__(cross_entropy_threads)
     // Outside of the vocabulary there is no loss; as in torch, that ends the kernel.
     if (target < 0 || target >= columns) __trap();
 
+    // Calls function(part, i) with the vectors before the tail, each at its place i.
+    const auto for_vectors = [&](auto function) {
+        constexpr int unroll = cross_entropy_unroll<Vector>;
+        constexpr int stride = cross_entropy_threads * Vector;
+        for (int first = int(threadIdx.x) * Vector; first < tail; first += unroll * stride) {
+            Elements<T, Vector> parts[unroll];
+#pragma unroll
+            for (int u = 0; u < unroll; ++u) {
+                if (first + u * stride < tail) parts[u].load(values + first + u * stride);
+            }
+#pragma unroll
+            for (int u = 0; u < unroll; ++u) {
+                if (first + u * stride >= tail) continue;
+                float part[Vector];
+#pragma unroll
+                for (int j = 0; j < Vector; ++j) part[j] = parts[u][j];
+                function(part, first + u * stride);
+            }
+        }
+    };
+
     ScaledSum total;
     const auto add = [&](float score) {
         if (score > total.maximum) {
@@ -68,9 +94,7 @@ __global__ void __launch_bounds__(cross_entropy_threads)
             total.sum += exponential(score - total.maximum);
         }
     };
-    for (int i = int(threadIdx.x) * Vector; i < tail; i += cross_entropy_threads * Vector) {
-        float part[Vector];
-        load_floats<Vector>(values + i, part);
+    for_vectors([&](const float (&part)[Vector], int) {
         float high = part[0];
 #pragma unroll
         for (int j = 1; j < Vector; ++j) high = fmaxf(high, part[j]);
@@ -85,7 +109,7 @@ __global__ void __launch_bounds__(cross_entropy_threads)
 #pragma unroll
             for (int j = 0; j < Vector; ++j) add(part[j]);  // -inf, NaN
         }
-    }
+    });
     for (int i = tail + int(threadIdx.x); i < columns; i += cross_entropy_threads) {
         add(to_float(values[i]));
     }
@@ -114,13 +138,11 @@ __global__ void __launch_bounds__(cross_entropy_threads)
             const float weight = exponential(score - lse);
             return (i == target ? weight - 1.0f : weight) * scale;
         };
-        for (int i = int(threadIdx.x) * Vector; i < tail; i += cross_entropy_threads * Vector) {
-            float part[Vector];
-            load_floats<Vector>(values + i, part);
+        for_vectors([&](float (&part)[Vector], int i) {
 #pragma unroll
             for (int j = 0; j < Vector; ++j) part[j] = gradient(part[j], i + j);
             store_floats<Vector>(values + i, part);
-        }
+        });
         for (int i = tail + int(threadIdx.x); i < columns; i += cross_entropy_threads) {
             values[i] = from_float<T>(gradient(to_float(values[i]), i));
         }

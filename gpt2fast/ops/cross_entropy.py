@@ -29,9 +29,11 @@ from .requirements import check_floating, check_indices, check_integers
 from .support import Tensors
 from .triton import triton
 
-# Most bytes of logits to hold at once. Every chunk reads the weight and adds to its gradient, so
-# fewer rows cost more (docs/performance.md).
-_CHUNK_BYTES = 1 << 27
+# Most bytes of logits to hold at once, by kind of device. Every chunk reads the weight and adds to
+# its gradient, so fewer rows cost more (docs/performance.md); GPUs have memory to spare for that.
+_CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+# A GPU multiplies tiles of so many rows: a chunk of one more would take another tile for it.
+_TILE_ROWS = 128
 
 
 def linear_cross_entropy(
@@ -123,11 +125,16 @@ def _grad_logits(logits: Tensor, lse: Tensor, targets: Tensor, ignore_index: int
     return grad.mul_(counted[:, None])
 
 
-def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+def _chunk_rows(rows: int, row_bytes: int, device: str) -> int:
     """Rows of logits held at once: chunks of nearly equal size."""
-    most = max(64, _CHUNK_BYTES // max(1, len(weight) * hidden.element_size()))
-    chunks = max(1, -(-len(hidden) // most))
-    return max(1, -(-len(hidden) // chunks))
+    most = max(64, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cpu"]) // max(1, row_bytes))
+    if device == "cuda" and rows > most > _TILE_ROWS:
+        most -= most % _TILE_ROWS
+    chunks = max(1, -(-rows // most))
+    equal = max(1, -(-rows // chunks))
+    if device == "cuda" and chunks > 1:
+        equal = min(most, -(-equal // _TILE_ROWS) * _TILE_ROWS)
+    return equal
 
 
 def _chunked(
@@ -150,8 +157,9 @@ def _chunked(
     grad_weight = weight.new_empty(weight.shape if call.weight_grad else 0)
     if call.weight_grad and not len(hidden):
         grad_weight.zero_()
-    step = _chunk_rows(hidden, weight)
-    logits = hidden.new_empty((step, -(-len(weight) // alignment) * alignment))
+    row = -(-len(weight) // alignment) * alignment
+    step = _chunk_rows(len(hidden), row * hidden.element_size(), hidden.device.type)
+    logits = hidden.new_empty((step, row))
     logits[:, len(weight) :] = 0  # torch's AMX products may multiply these with 0: no NaN here
     logits = logits[:, : len(weight)]
     # Several chunks add up in at least float32.
@@ -188,7 +196,8 @@ def _chunked_products(
     grad_weight = weight.new_empty(weight.shape if call.weight_grad else 0, dtype=torch.float32)
     if call.weight_grad and not len(hidden):
         grad_weight.zero_()
-    step = _chunk_rows(hidden, weight)
+    row_bytes = len(weight) * hidden.element_size()
+    step = _chunk_rows(len(hidden), row_bytes, hidden.device.type)
     logits = hidden.new_empty((step, len(weight)))
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)

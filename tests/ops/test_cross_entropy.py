@@ -54,7 +54,7 @@ def test_classes_in_several_blocks(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_do_not_change_the_result(name, dtype, monkeypatch):
     # No setting: chunks are of many megabytes, and the result does not depend on them.
-    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
     targets = targets_for(200, 50)
     inputs = [random(200, 16), random(50, 16) / 4]
     compare(ours(targets), theirs(targets), inputs, dtype, name)
@@ -110,7 +110,7 @@ def test_never_holds_all_logits(name, monkeypatch):
     if name == "reference":
         pytest.skip("the reference is the expression with all logits")
     # No setting: logits that do not fit its chunks would take a test minutes.
-    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
     rows, vocab = 1024, 2048
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight = torch.randn(vocab, 8, requires_grad=True)
@@ -144,3 +144,21 @@ def test_mismatched_shapes_are_named():
         ops.linear_cross_entropy(torch.ones(3, 4), torch.ones(5, 6), torch.zeros(3).long())
     with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
         ops.linear_cross_entropy(torch.ones(3, 4), torch.ones(5, 4), torch.zeros(2).long())
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "device", "expected"),
+    [
+        (16384, 50257 * 2, "cpu", 1261),  # 13 chunks of 128 MB
+        (16384, 50304 * 2, "cuda", 8192),
+        (16385, 50304 * 2, "cuda", 8320),
+        (12288, 50304 * 4, "cuda", 4096),
+        (5000, 50304 * 2, "cuda", 5000),
+        (300, 1 << 24, "cuda", 64),
+        (300, 1 << 22, "cuda", 256),
+        (0, 100, "cuda", 1),
+        (7, 0, "meta", 7),
+    ],
+)
+def test_chunks_are_of_one_size_and_on_a_gpu_of_whole_tiles(rows, row_bytes, device, expected):
+    assert cross_entropy._chunk_rows(rows, row_bytes, device) == expected
