@@ -170,7 +170,6 @@ class JobRunner:
                 request,
                 ask.text,
                 None if ask.draw is None else ask.draw.after(sample),
-                grammar=ask.request.grammar,
                 speculate=self._drafter is not None,
             )
             for sample in range(options.num_return_sequences)
