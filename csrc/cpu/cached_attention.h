@@ -19,10 +19,10 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
     const bool widens = std::is_same_v<T, bfloat16> && !narrow && args.time > 1;
     const int64_t widened = widens ? args.entries * dim : 0;
     Scratch scratch(Scratch::size(attention_scratch(dim)) +
-                    Scratch::size(args.entries + Vec::width) + 2 * Scratch::size(dim) +
-                    2 * Scratch::size(widened));
+                    Scratch::size(attend_heads_scratch(1, dim, args.entries)) +
+                    2 * Scratch::size(dim) + 2 * Scratch::size(widened));
     float* block_scratch = scratch.take(attention_scratch(dim));
-    float* weights = scratch.take(args.entries + Vec::width);
+    float* single_scratch = scratch.take(attend_heads_scratch(1, dim, args.entries));
     float* query = scratch.take(dim);
     float* result = scratch.take(dim);
     float* wide_k = scratch.take(widened);
@@ -47,8 +47,12 @@ void attend_to_cache(const CachedAttention& args, int64_t begin, int64_t end) {
         const Entries<T> v = head_of<T>(args.v, row, head);
         if (inside == 1) {
             for (int d = 0; d < dim; ++d) query[d] = to_float(q[d]);
-            attend_heads<T>(query, 1, first + 1, {k.data, k.stride, nullptr, 0},
-                            {v.data, v.stride, nullptr, 0}, dim, args.scale, weights, result);
+            float largest, total;
+            const PartSums sums = {result, &largest, &total};
+            attend_heads<T>(query, 1, 0, first + 1, {k.data, k.stride, nullptr, 0},
+                            {v.data, v.stride, nullptr, 0}, dim, args.scale, true, single_scratch,
+                            sums);
+            divide_by_total(sums, 1, dim);
             for (int d = 0; d < dim; ++d) gpt2fast::assign(out[d], result[d]);
         } else if (widens) {
             for (int64_t t = 0; t < first + inside; ++t) {

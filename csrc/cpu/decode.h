@@ -7,6 +7,11 @@
 //
 // Traffic of a step with few tokens: the bytes of the weights, once, and of the keys and values in
 // use. With many tokens the multiply-adds of the matrices bound it.
+//
+// What a token gives depends on its own text alone, bit for bit: neither on the tokens beside it
+// nor on the threads. So products sum in one order for any number of rows (gemm.h), and entries are
+// cut by their places (attention_heads.h). Tiles of AMX round otherwise than vectors, and take over
+// by the number of rows: there it does not hold.
 #pragma once
 
 #include "attention.h"
@@ -63,7 +68,7 @@ class Step {
 public:
     Step(const StepArgs& args, Worker& worker)
         : args_(args), model_(*args.model), worker_(worker), width_(model_.width),
-          parts_(parts(args, worker.threads())) {
+          apart_(are_apart(args, worker.threads())) {
         uint8_t* next = args.workspace;
         hidden_ = floats(next, args.tokens * width_);
         qkv_ = floats(next, args.tokens * 3 * width_);
@@ -77,6 +82,18 @@ public:
                                 scratch_);
         wide_ = take(next, wide_size(args));
         partial_ = floats(next, partial_size(args, worker.threads()));
+        for (int64_t i = 0; i < args.sequences; ++i) {
+            if (is_single(args, i)) {
+                single_parts_ += parts_of(entries_of(i));
+            } else {
+                block_count_ += blocks_of(i);
+            }
+        }
+        // Where there are fewer parts than keep all threads busy, heads are shared out as well.
+        const int64_t wanted = items_per_thread * worker.threads();
+        if (apart_ && single_parts_ > 0) {
+            groups_ = std::min(model_.heads, (wanted + single_parts_ - 1) / single_parts_);
+        }
     }
 
     void run() {
@@ -137,15 +154,16 @@ private:
         return (most + 63) / 64 * 64;
     }
 
-    // Floats of each thread's own scratch: a normalized row, an attention's scores, a panel.
+    // Floats of each thread's own scratch: a normalized row, sums of parts, scores, a panel.
     static int64_t scratch_size(const StepArgs& args) {
         const PackedModel& model = *args.model;
         int64_t longest = 0;
         for (int64_t i = 0; i < args.sequences; ++i) {
-            longest = std::max(longest, args.lengths[i] + args.starts[i + 1] - args.starts[i]);
+            if (is_single(args, i)) longest = std::max(longest, entries_of(args, i));
         }
-        int64_t most = std::max({model.width, attend_heads_scratch(model.heads, longest),
-                                 attention_scratch(model.head_dim)});
+        int64_t most =
+            part_size(model) + attend_heads_scratch(model.heads, model.head_dim, longest);
+        most = std::max(most, attention_scratch(model.head_dim));
         most = std::max(most, RowProducts::scratch_size(model.projection));
         for (int64_t layer = 0; layer < model.layers; ++layer) {
             const PackedLayer& at = model.layer(layer);
@@ -159,30 +177,48 @@ private:
     // Bytes for the entries of an int8 cache, widened for blocks of tokens; as bfloat16, with one
     // element more, they take no more than as floats.
     static int64_t wide_size(const StepArgs& args) {
-        if (args.cache_dtype != DType::int8 || args.tokens == args.sequences) return 0;
+        if (args.cache_dtype != DType::int8) return 0;
         int64_t entries = 0;
         for (int64_t i = 0; i < args.sequences; ++i) {
-            entries += args.lengths[i] + args.starts[i + 1] - args.starts[i];
+            if (!is_single(args, i)) entries += entries_of(args, i);
         }
         return 2 * entries * args.model->width * int64_t(sizeof(float));
     }
 
-    // Parts into which single tokens' entries are cut, so that every thread has some: 1 while
-    // there are sequences enough for all.
-    static int64_t parts(const StepArgs& args, int threads) {
-        const bool few = args.tokens == args.sequences && args.sequences < 4 * threads;
-        return few ? threads : 1;
+    static int64_t tokens_of(const StepArgs& args, int64_t sequence) {
+        return args.starts[sequence + 1] - args.starts[sequence];
+    }
+    static int64_t entries_of(const StepArgs& args, int64_t sequence) {
+        return args.lengths[sequence] + tokens_of(args, sequence);
+    }
+    // Whether a sequence's tokens attend by themselves, and not in blocks.
+    static bool is_single(const StepArgs& args, int64_t sequence) {
+        return tokens_of(args, sequence) == 1;
     }
 
-    // Floats of a part's weighted values, and of its sums.
+    // Pieces of work that every thread finds, so that all end at about the same time.
+    static constexpr int64_t items_per_thread = 4;
+
+    // Whether the parts of single tokens' entries are shared out to the threads: where there are
+    // tokens enough for all, one reads a token's parts one after another.
+    static bool are_apart(const StepArgs& args, int threads) {
+        int64_t singles = 0;
+        for (int64_t i = 0; i < args.sequences; ++i) singles += is_single(args, i);
+        return threads > 1 && singles < items_per_thread * threads;
+    }
+
+    // Floats of a part's sums.
     static int64_t part_size(const PackedModel& model) {
-        return (model.width + model.heads * int64_t(sizeof(PartSum) / sizeof(float)) + 15) / 16 *
-               16;
+        return (model.width + 2 * model.heads + 15) / 16 * 16;
     }
 
     static int64_t partial_size(const StepArgs& args, int threads) {
-        const int64_t count = parts(args, threads);
-        return count == 1 ? 0 : args.sequences * count * part_size(*args.model);
+        if (!are_apart(args, threads)) return 0;
+        int64_t parts = 0;
+        for (int64_t i = 0; i < args.sequences; ++i) {
+            if (is_single(args, i)) parts += parts_of(entries_of(args, i));
+        }
+        return parts * part_size(*args.model);
     }
 
     void embed() {
@@ -207,21 +243,28 @@ private:
         products_.pack(w, args_.tokens, [&](int64_t row) { return x + row * stride; });
     }
 
-    // Packs the attention's result, adding up its parts.
+    // Packs the attention's result, adding up parts that were computed apart.
     void pack_attended(const PackedMatrix& w) {
-        if (parts_ == 1) return pack_plain(w, attended_, width_);
-        const int64_t dim = model_.head_dim, size = part_size(model_);
+        if (!apart_) return pack_plain(w, attended_, width_);
+        const int heads = int(model_.heads), dim = int(model_.head_dim);
         products_.pack(w, args_.tokens, [&](int64_t row) {
-            const float* first = partial_ + row * parts_ * size;
-            for (int64_t head = 0; head < model_.heads; ++head) {
-                const auto* sums = reinterpret_cast<const PartSum*>(first + width_) + head;
-                add_parts(first + head * dim, size, sums,
-                          size * int64_t(sizeof(float)) / int64_t(sizeof(PartSum)), parts_,
-                          int(dim), scratch_ + head * dim);
+            int64_t sequence = 0, part = 0;
+            for (; row >= args_.starts[sequence + 1]; ++sequence) {
+                if (is_single(args_, sequence)) part += parts_of(entries_of(sequence));
             }
+            if (!is_single(args_, sequence)) return attended_ + row * width_;
+            const int64_t last = part + parts_of(entries_of(sequence));
+            std::memcpy(scratch_, sums_of(part).values, size_t(part_size(model_)) * sizeof(float));
+            const PartSums sums = sums_at(scratch_);
+            while (++part < last) add_part(sums_of(part), heads, dim, sums);
+            divide_by_total(sums, heads, dim);
             return scratch_;
         });
     }
+
+    // The sums of a part that is computed apart, counted through all sequences.
+    PartSums sums_of(int64_t part) const { return sums_at(partial_ + part * part_size(model_)); }
+    PartSums sums_at(float* at) const { return {at, at + width_, at + width_ + model_.heads}; }
 
     // Packs the layer normalization of hidden rows: of all, or of the chosen ones.
     void pack_normalized(const PackedMatrix& w, int64_t weight, int64_t bias,
@@ -308,13 +351,26 @@ private:
                 cache.scale_entry_stride};
     }
 
+    // Single tokens alone: whoever reads a token's last part appends it before. Otherwise all are
+    // appended first.
     template <typename T>
     void attend(int64_t layer, float scale) {
-        if (args_.tokens == args_.sequences) {
-            attend_single<T>(layer, scale);
-        } else {
-            attend_blocks<T>(layer, scale);
+        const int64_t single_items = apart_ ? single_parts_ * groups_ : args_.sequences;
+        if (block_count_ == 0) {
+            worker_.for_each(single_items,
+                             [&](int64_t item) { attend_single<T>(layer, scale, item, true); });
+            return;
         }
+        worker_.for_each(args_.sequences * model_.heads, [&](int64_t item) {
+            const int64_t sequence = item / model_.heads, head = item % model_.heads;
+            append_head<T>(layer, sequence, head);
+            if (!is_single(args_, sequence)) gather<T>(layer, sequence, head);
+        });
+        const int64_t block_items = block_count_ * model_.heads;
+        worker_.for_each(block_items + single_items, [&](int64_t item) {
+            if (item < block_items) return attend_block_of<T>(layer, scale, item);
+            attend_single<T>(layer, scale, item - block_items, false);
+        });
     }
 
     template <typename T>
@@ -323,94 +379,85 @@ private:
         append<T>(args_.v_cache, layer, sequence, head, qkv_ + 2 * width_);
     }
 
-    // One token per sequence. A thread takes whole sequences or, where there are too few, a
-    // part of the entries of each: either way memory is read in its order.
+    // A sequence's only token, or some heads of a part of its entries.
     template <typename T>
-    void attend_single(int64_t layer, float scale) {
-        const int heads = int(model_.heads), dim = int(model_.head_dim);
-        const int64_t size = part_size(model_);
-        worker_.for_each(args_.sequences * parts_, [&](int64_t item) {
-            const int64_t sequence = item / parts_, part = item % parts_;
-            const int64_t entries = entries_of(sequence);
-            const auto bound = [&](int64_t p) {
-                return p == parts_ ? entries : entries * p / parts_ / Vec::width * Vec::width;
-            };
-            const int64_t begin = bound(part), count = bound(part + 1) - begin;
-            if (part == parts_ - 1) {  // it has the new entry, so it is never empty
-                for (int64_t head = 0; head < heads; ++head) append_head<T>(layer, sequence, head);
-            }
-            float* out = attended_ + sequence * width_;
-            PartSum* sums = nullptr;
-            if (parts_ > 1) {
-                out = partial_ + item * size;
-                sums = reinterpret_cast<PartSum*>(out + width_);
-                if (count == 0) return std::fill(sums, sums + heads, PartSum{0.0f, 0.0f});
-            }
-            attend_heads<T>(qkv_ + sequence * 3 * width_, heads, count,
-                            from(heads_of<T>(args_.k_cache, layer, sequence, 0), begin),
-                            from(heads_of<T>(args_.v_cache, layer, sequence, 0), begin), dim, scale,
-                            scratch_, out, sums);
-        });
-    }
-
-    // The entries from `begin` on.
-    template <typename T>
-    static CachedHeads<T> from(CachedHeads<T> heads, int64_t begin) {
-        heads.data += begin * heads.stride;
-        if (heads.scales != nullptr) heads.scales += begin * heads.scale_stride;
-        return heads;
-    }
-
-    // Blocks of 32 tokens of a sequence.
-    template <typename T>
-    void attend_blocks(int64_t layer, float scale) {
-        // Blocks read int8 entries in the type that the processor multiplies fastest.
-        constexpr bool widens = std::is_same_v<T, int8_t>;
-        using Wide = std::conditional_t<widens, Factor<bfloat16>, T>;
+    void attend_single(int64_t layer, float scale, int64_t item, bool appends) {
         const int64_t heads = model_.heads, dim = model_.head_dim;
-        int64_t blocks = 0;
-        for (int64_t i = 0; i < args_.sequences; ++i) blocks += blocks_of(i);
-        worker_.for_each(args_.sequences * heads, [&](int64_t item) {
-            const int64_t sequence = item / heads, head = item % heads;
-            append_head<T>(layer, sequence, head);
-            if constexpr (widens) {
-                if (tokens_of(sequence) == 1) return;
-                widen(heads_of<T>(args_.k_cache, layer, sequence, head), entries_of(sequence),
-                      wide<Wide>(sequence, head));
-                widen(heads_of<T>(args_.v_cache, layer, sequence, head), entries_of(sequence),
-                      wide<Wide>(sequence, head) + entries_of(sequence) * wide_dim<Wide>());
+        if (!apart_) {
+            const int64_t sequence = item;
+            if (!is_single(args_, sequence)) return;
+            for (int64_t head = 0; appends && head < heads; ++head) {
+                append_head<T>(layer, sequence, head);
             }
-        });
-        worker_.for_each(blocks * heads, [&](int64_t item) {
-            const int64_t head = item % heads;
-            int64_t sequence = 0, block = item / heads;
-            while (block >= blocks_of(sequence)) block -= blocks_of(sequence++);
-            // The last blocks see the most entries: they start first, and short ones fill in at the
-            // end.
-            block = blocks_of(sequence) - 1 - block;
-            const int64_t start = args_.starts[sequence] + block * panel_columns;
-            const int queries =
-                int(std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
-            const int64_t first = args_.lengths[sequence] + block * panel_columns;
+            const int64_t token = args_.starts[sequence];
+            const PartSums sums = {attended_ + token * width_, scratch_, scratch_ + heads};
+            attend_heads<T>(qkv_ + token * 3 * width_, int(heads), 0, entries_of(sequence),
+                            heads_of<T>(args_.k_cache, layer, sequence, 0),
+                            heads_of<T>(args_.v_cache, layer, sequence, 0), int(dim), scale, true,
+                            scratch_ + part_size(model_), sums);
+            return divide_by_total(sums, int(heads), int(dim));
+        }
+        const int64_t group = item % groups_, index = item / groups_;
+        int64_t sequence = 0, part = index;
+        for (; !is_single(args_, sequence) || part >= parts_of(entries_of(sequence)); ++sequence) {
+            if (is_single(args_, sequence)) part -= parts_of(entries_of(sequence));
+        }
+        const int64_t first = heads * group / groups_, last = heads * (group + 1) / groups_;
+        const int64_t begin = part * part_entries;
+        const int64_t end = std::min(begin + part_entries, entries_of(sequence));
+        if (appends && end == entries_of(sequence)) {
+            for (int64_t head = first; head < last; ++head) append_head<T>(layer, sequence, head);
+        }
+        const float* q = qkv_ + args_.starts[sequence] * 3 * width_ + first * dim;
+        attend_heads<T>(q, int(last - first), begin, end,
+                        heads_of<T>(args_.k_cache, layer, sequence, first),
+                        heads_of<T>(args_.v_cache, layer, sequence, first), int(dim), scale, true,
+                        scratch_, sums_of(index).from_head(int(first), int(dim)));
+    }
+
+    // The type in which blocks read entries: of int8 the one that the processor multiplies fastest.
+    template <typename T>
+    using BlockEntry = std::conditional_t<std::is_same_v<T, int8_t>, Factor<bfloat16>, T>;
+
+    // Prepares a sequence's entries for its blocks.
+    template <typename T>
+    void gather(int64_t layer, int64_t sequence, int64_t head) {
+        if constexpr (std::is_same_v<T, int8_t>) {
+            using Wide = BlockEntry<T>;
+            widen(heads_of<T>(args_.k_cache, layer, sequence, head), entries_of(sequence),
+                  wide<Wide>(sequence, head));
+            widen(heads_of<T>(args_.v_cache, layer, sequence, head), entries_of(sequence),
+                  wide<Wide>(sequence, head) + entries_of(sequence) * wide_dim<Wide>());
+        }
+    }
+
+    // A block of 32 tokens of a sequence.
+    template <typename T>
+    void attend_block_of(int64_t layer, float scale, int64_t item) {
+        using Entry = BlockEntry<T>;
+        const int64_t heads = model_.heads, dim = model_.head_dim, head = item % heads;
+        int64_t sequence = 0, block = item / heads;
+        while (block >= blocks_of(sequence)) block -= blocks_of(sequence++);
+        // The last blocks see the most entries: they start first, and short ones fill in at the
+        // end.
+        block = blocks_of(sequence) - 1 - block;
+        const int64_t start = args_.starts[sequence] + block * panel_columns;
+        const int queries =
+            int(std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
+        const int64_t first = args_.lengths[sequence] + block * panel_columns;
+        Entries<Entry> keys, values;
+        if constexpr (std::is_same_v<T, int8_t>) {
+            keys = {wide<Entry>(sequence, head), wide_dim<Entry>()};
+            values = {keys.data + entries_of(sequence) * keys.stride, keys.stride};
+        } else {
             const CachedHeads<T> k = heads_of<T>(args_.k_cache, layer, sequence, head);
             const CachedHeads<T> v = heads_of<T>(args_.v_cache, layer, sequence, head);
-            const float* q = qkv_ + start * 3 * width_ + head * dim;
-            float* out = attended_ + start * width_ + head * dim;
-            if (tokens_of(sequence) == 1) {
-                attend_heads<T>(q, 1, first + 1, k, v, int(dim), scale, scratch_, out);
-                return;
-            }
-            Entries<Wide> keys, values;
-            if constexpr (widens) {
-                keys = {wide<Wide>(sequence, head), wide_dim<Wide>()};
-                values = {keys.data + entries_of(sequence) * keys.stride, keys.stride};
-            } else {
-                keys = {k.data, k.stride};
-                values = {v.data, v.stride};
-            }
-            attend_block<Wide>(q, 3 * width_, queries, first, keys, values, int(dim), scale,
-                               scratch_, out, width_, nullptr);
-        });
+            keys = {k.data, k.stride};
+            values = {v.data, v.stride};
+        }
+        attend_block<Entry>(qkv_ + start * 3 * width_ + head * dim, 3 * width_, queries, first,
+                            keys, values, int(dim), scale, scratch_,
+                            attended_ + start * width_ + head * dim, width_, nullptr);
     }
 
     // Elements from one widened entry to the next: whole words.
@@ -439,26 +486,27 @@ private:
     template <typename T>
     T* wide(int64_t sequence, int64_t head) {
         int64_t before = 0;
-        for (int64_t i = 0; i < sequence; ++i) before += entries_of(i);
+        for (int64_t i = 0; i < sequence; ++i) {
+            if (!is_single(args_, i)) before += entries_of(i);
+        }
         return static_cast<T*>(static_cast<void*>(wide_)) +
                2 * (before * model_.heads + head * entries_of(sequence)) * wide_dim<T>();
     }
 
-    int64_t tokens_of(int64_t sequence) const {
-        return args_.starts[sequence + 1] - args_.starts[sequence];
-    }
-    int64_t entries_of(int64_t sequence) const {
-        return args_.lengths[sequence] + tokens_of(sequence);
-    }
+    int64_t entries_of(int64_t sequence) const { return entries_of(args_, sequence); }
     int64_t blocks_of(int64_t sequence) const {
-        return (tokens_of(sequence) + panel_columns - 1) / panel_columns;
+        if (is_single(args_, sequence)) return 0;
+        return (tokens_of(args_, sequence) + panel_columns - 1) / panel_columns;
     }
 
     const StepArgs& args_;
     const PackedModel& model_;
     Worker& worker_;
     int64_t width_;
-    int64_t parts_;
+    bool apart_;
+    int64_t single_parts_ = 0;  // of all single tokens' entries
+    int64_t block_count_ = 0;   // of all other sequences' tokens
+    int64_t groups_ = 1;        // of heads, in which the parts are computed apart
     float *hidden_, *qkv_, *attended_, *inner_, *scratch_, *partial_;
     uint8_t* wide_;
     RowProducts products_;
