@@ -116,14 +116,15 @@ class PagePool:
 
 
 def page_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """The key of each full page of a text: a digest of all tokens up to the page's end.
+    """The key of each page of a text, the last one of which need not be full: a digest of all
+    tokens up to the page's end, or the text's.
 
     Digests are BLAKE2b's of 256 bits, each over the one before it and the page's tokens: two texts
     with one key are not to be found.
     """
     keys: list[bytes] = []
     before = b""
-    for begin in range(0, len(tokens) - page_size + 1, page_size):
+    for begin in range(0, len(tokens), page_size):
         content = array("q", tokens[begin : begin + page_size]).tobytes()
         before = hashlib.blake2b(before + content, digest_size=32).digest()
         keys.append(before)

@@ -88,7 +88,13 @@ class Row:
         """Tokens of the prompt that were not read, the first time."""
         self.told = False
         """`PromptRead` has been sent."""
-        self.keys = page_keys(self.tokens, page_size)
+        keys = page_keys(self.tokens, page_size)
+        self.keys = keys[: self.prompted // page_size]
+        """Keys of the prompt's full pages."""
+        self.whole_key = keys[-1]
+        """The key of the whole prompt."""
+        self.first_logits: Tensor | None = None
+        """(V,) the logits after the prompt, if it was not read, since another job had the same."""
         self.numbers = None if draw is None else Numbers(draw)
         self.continuation = Continuation(tokenizer, request)
         grammar = request.grammar

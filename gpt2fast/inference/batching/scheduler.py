@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..scores import Scores
 from .models import StepModel
 from .pages import PagePool, pages_of
 from .row import RUNNING, WAITING, Row
+
+_KEPT = 64
+"""Prompts whose last logits are kept: 13 MB of GPT-2's."""
 
 
 @dataclass(eq=False)
@@ -69,6 +73,8 @@ class Scheduler:
         """By number of the job."""
         self.waiting: OrderedDict[int, Row] = OrderedDict()
         """The same, in the order of admission, which is that of the numbers."""
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        """Logits after the prompts that were read last, by their keys."""
         self.preemptions = 0
         self._steps = 0
 
@@ -108,7 +114,19 @@ class Scheduler:
         full = min(row.length // self._size, len(row.keys))
         for place in range(row.published, full):
             self.pool.publish(row.pages[place], row.keys[place])
+        if row.length == row.prompted and row.published < len(row.pages):
+            # Its first entries stay, whatever follows them in the page.
+            self.pool.publish(row.pages[-1], row.whole_key)
         row.published = max(row.published, full)
+
+    def keep(self, row: Row, logits: Tensor) -> None:
+        """Keep the logits (V,) after a row's prompt for the next job that has the same one."""
+        if not self._shares:
+            return
+        self._kept[row.whole_key] = logits.clone()
+        self._kept.move_to_end(row.whole_key)
+        if len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
 
     def extend(self, row: Row, entries: int) -> int:
         """Get a row pages for as many of these entries as there are free ones, of no other job.
@@ -185,6 +203,8 @@ class Scheduler:
             if least >= self._chunk:
                 break
             self._adopt(row)
+            if row.remaining == 0:
+                continue
             place = row.length // size
             if self._may_adopt(row) and row.length % size == 0 and place < len(row.keys):
                 if row.keys[place] in claimed:
@@ -227,11 +247,7 @@ class Scheduler:
         return self._shares and (row.told or row.prompt_scores is None)
 
     def _adopt(self, row: Row) -> None:
-        """Take the next pages of a row's prompt from the cache, if they are there.
-
-        The prompt's last token is read in any case, for its logits: where the last page would hold
-        it, that is copied.
-        """
+        """Take what comes next of a row's prompt from the cache, as far as it is there."""
         size, grid = self._size, self._model.grid
         if not self._may_adopt(row):
             return
@@ -241,26 +257,45 @@ class Scheduler:
             count = max(1, grid // size)
             keys = row.keys[first : first + count]
             found = [page for key in keys if (page := self.pool.find(key)) is not None]
-            if len(found) < count:
-                return
             end = row.length + count * size
-            if end >= row.prompted:
-                if grid == 1 and row.prompted > 1:
-                    self._copy_last(row, found[0])
-                return
+            if len(found) < count or end >= row.prompted:
+                break
             for page in found:
                 self.pool.share(page)
                 self._hold(row, page)
             row.published = len(row.pages)
             self._advance_cached(row, end)
+        self._adopt_last(row)
 
-    def _copy_last(self, row: Row, source: int) -> None:
+    def _adopt_last(self, row: Row) -> None:
+        """Copy the last page of a row's prompt, if the whole prompt has been read before.
+
+        The row will write to the page, and its owner has perhaps gone on in it already. The last
+        token is read again, for its logits, unless they were kept.
+        """
+        rest = row.prompted - row.length
+        if row.length % self._size or not 0 < rest <= self._size:
+            return
+        if row.generated == 0:
+            row.first_logits = self._kept.get(row.whole_key)
+        end = row.prompted
+        if row.generated == 0 and row.first_logits is None:
+            end -= 1
+            if self._model.grid > 1:
+                return
+        source = self.pool.find(row.whole_key)
+        if source is None or end == row.length:
+            row.first_logits = None
+            return
         self.pool.share(source)
-        if (own := self.pool.take()) is not None:
+        own = self.pool.take()
+        if own is None:
+            row.first_logits = None
+        else:
             self._model.copy_page(source, own)
             self._hold(row, own)
             row.published = len(row.pages)
-            self._advance_cached(row, row.prompted - 1)
+            self._advance_cached(row, end)
         self.pool.release([source])
 
     def _advance_cached(self, row: Row, length: int) -> None:
@@ -295,6 +330,7 @@ class Scheduler:
         self._leave(row)
         row.state = WAITING
         row.length = row.published = 0
+        row.first_logits = None
         if not row.told:
             row.cached = 0
             if row.prompt_scores is not None:

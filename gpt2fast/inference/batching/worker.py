@@ -100,6 +100,7 @@ class Worker:
         self.counts.steps += bool(pieces)
         for together in self._model.together([(piece, piece.count) for piece in pieces]):
             self._compute(together)
+        self._begin()
         return True
 
     def _end_late(self) -> None:
@@ -163,11 +164,38 @@ class Worker:
             row.length = piece.begin + piece.count
             self.scheduler.publish(row)
             try:
-                self._read(row, piece, logits[first:at])
+                self._score(row, piece, logits[first:at])
+                if row.length == row.prompted and row.generated == 0:
+                    self.scheduler.keep(row, logits[at - 1])
+                    self._tell_read(row)
             except Exception as error:
                 self.fail(row, error)
             if row.state != ENDED and row.generated == 0 and row.length == row.prompted:
                 choices.append(Choice(row, at - 1))
+        self._choose(choices, logits)
+
+    def _begin(self) -> None:
+        """Choose the first tokens of the rows whose prompts did not have to be read."""
+        choices: list[Choice] = []
+        logits: list[Tensor] = []
+        for row in list(self.scheduler.running.values()):
+            if row.first_logits is None:
+                continue
+            logits.append(row.first_logits)
+            row.first_logits = None
+            try:
+                self._tell_read(row)
+            except Exception as error:
+                self.fail(row, error)
+            if row.state == ENDED:
+                logits.pop()
+            else:
+                choices.append(Choice(row, len(choices)))
+        if choices:
+            self._choose(choices, torch.stack(logits))
+
+    def _choose(self, choices: Sequence[Choice], logits: Tensor) -> None:
+        """Choose the next tokens of rows, and append them. An error ends the row's job."""
         if not choices:
             return
         try:
@@ -205,27 +233,27 @@ class Worker:
         arrays = tokens, positions, starts, begins, outputs, pages, singly
         return StepInput(*map(torch.from_numpy, arrays))
 
-    def _read(self, row: Row, piece: Piece, logits: Tensor) -> None:
-        """Note that tokens of a prompt have been read, and their scores.
+    def _score(self, row: Row, piece: Piece, logits: Tensor) -> None:
+        """Note the scores of a prompt's tokens, if the job asks for them.
 
         Args:
             logits: (outputs, V) after the piece's last tokens.
         """
-        if row.told:
+        if row.told or row.prompt_scores is None or row.alternatives is None:
             return
-        if row.prompt_scores is not None and row.alternatives is not None:
-            targets = row.tokens[piece.begin + 1 : piece.begin + piece.count + 1]
-            if targets:
-                check_numbers(logits[: len(targets)])
-                found = score(logits[: len(targets)], targets, row.alternatives)
-                row.prompt_scores.add(found)
-        if row.length == row.prompted:
-            row.told = True
-            self.counts.prompt_tokens += row.prompted
-            self.counts.prefix_hit_tokens += row.cached
-            row.ticket.tell(PromptRead(row.prompted, row.cached, row.prompt_scores))
-            if row.limit == 0:
-                self.finish(row, "length")
+        targets = row.tokens[piece.begin + 1 : piece.begin + piece.count + 1]
+        if targets:
+            check_numbers(logits[: len(targets)])
+            row.prompt_scores.add(score(logits[: len(targets)], targets, row.alternatives))
+
+    def _tell_read(self, row: Row) -> None:
+        """Tell that a prompt has been read."""
+        row.told = True
+        self.counts.prompt_tokens += row.prompted
+        self.counts.prefix_hit_tokens += row.cached
+        row.ticket.tell(PromptRead(row.prompted, row.cached, row.prompt_scores))
+        if row.limit == 0:
+            self.finish(row, "length")
 
     def _accept(self, choice: Choice, now: float) -> None:
         """Append the tokens that were chosen for a row, until one of them is its last one."""
