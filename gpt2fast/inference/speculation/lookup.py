@@ -60,7 +60,7 @@ class NgramPool:
     """The n-grams of texts that have ended, for all rows that come after them, in any thread.
 
     Args:
-        capacity: tokens of all texts together, each of which takes about 250 bytes; the oldest
+        capacity: tokens of all texts together, each of which takes about 200 bytes; the oldest
             texts make room for new ones.
     """
 
