@@ -259,7 +259,8 @@ CASE("sample what a mask allows") {
         for (int64_t row = 0; row < rows; ++row) uniform[row] = 0.3f * float(row);
         const SamplingOptions penalties{0.8, 0, 1.0, 0.0, 1.0, 1.3, 0};
         for (const SamplingOptions& choice : {SamplingOptions{}, penalties}) {
-            for (const Buffer<float>* numbers : {(const Buffer<float>*)nullptr, &uniform}) {
+            for (const bool draws : {false, true}) {
+                const Buffer<float>* numbers = draws ? &uniform : nullptr;
                 const auto found =
                     sample(logits, rows, vocab, history, length, numbers, choice, &mask);
                 const auto expected = sample(masked, rows, vocab, history, length, numbers, choice);
