@@ -121,7 +121,8 @@ export class Text {
   #draw() {
     const prompt = this.promptTexts?.map((text) => span(text, "prompt"));
     this.spans = prompt ?? [];
-    const whole = element("span", { className: "prompt", role: "none" }, this.prompt);
+    const attributes = { role: "none" };
+    const whole = element("span", { className: "prompt", attributes }, this.prompt);
     this.root.replaceChildren(...(prompt ?? [whole]));
     this.tokens.forEach((_, place) => this.#drawToken(place));
     this.choose(this.chosen);
@@ -215,10 +216,9 @@ export function alternatives(token, action = null) {
 }
 
 function span(text, className) {
-  const made = element("span", { className, tabIndex: -1 });
+  const attributes = { role: "option", "aria-selected": "false" };
+  const made = element("span", { className, tabIndex: -1, attributes });
   write(made, text);
-  made.setAttribute("role", "option");
-  made.setAttribute("aria-selected", "false");
   return made;
 }
 
