@@ -160,7 +160,7 @@ class Control {
     const { type, low, high, above, below } = this.kind;
     const limits = [];
     if (low !== undefined) limits.push(above ? `above ${low}` : `from ${low}`);
-    if (high !== undefined) limits.push(below ? `below ${high}` : `to ${high}`);
+    if (high !== undefined) limits.push(below ? `to below ${high}` : `to ${high}`);
     const forms = {
       texts: "one a line, \\n for a new line", numbers: "separated by commas", object: "as JSON",
     };
