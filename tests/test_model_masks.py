@@ -177,6 +177,16 @@ def test_several_texts_in_a_row_each_see_themselves(training):
     assert_equal(one[0], whole[0])
 
 
+def test_compiled_programs_see_several_texts_too():
+    model = small_model().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = torch.randint(61, (1, 7))
+    for positions in ([[0, 1, 2, 3, 0, 1, 2]], [[0, 1, 2, 3, 4, 5, 6]]):
+        options = {"position_ids": torch.tensor(positions), "use_cache": False}
+        found = [each(ids, **options).logits for each in (compiled, model)]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_with_a_mask_or_a_cache_they_are_one_text():
     ours, theirs, _ = models(3)
     ids = torch.randint(ours.config.vocab_size, (1, 7))

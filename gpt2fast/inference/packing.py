@@ -42,16 +42,14 @@ _copies: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
 
 def can_be_packed(model: GPT2) -> bool:
     """True if there are kernels here that read packed weights of this model."""
-    if requested_backend() not in ("auto", "native") or _why_not_packed(model) is not None:
-        return False
-    # Last: it compiles the CPU's kernels where they are not there yet.
-    return unavailable() is None
+    chosen = requested_backend() in ("auto", "native") and unavailable() is None
+    return chosen and _why_not_packed(model) is None
 
 
 def _why_not_packed(model: GPT2) -> str | None:
     if model.device.type != "cpu":
         return f"it is on {model.device}; move it with .cpu()"
-    if any(is_fake(parameter) for parameter in model.parameters()):
+    if is_fake(next(model.parameters())):
         return "its weights are fake, of which there are shapes alone"
     if model.dtype not in DTYPES:
         return f"it is in {model.dtype}; use .float(), .half() or .bfloat16()"

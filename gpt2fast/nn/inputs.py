@@ -294,13 +294,12 @@ def mask_of_texts(positions: Tensor) -> Tensor | None:
         positions: (B, T) or (T,).
 
     Returns:
-        (B or 1, 1, T, T) bool; None if every row is one text, or where looking at values is not
-        free: those are taken for one text.
+        (B or 1, 1, T, T) bool; None if every row is one text. A program that is traced has the mask
+        in any case.
     """
-    if not is_readable(positions):
-        return None
     begins = positions.diff(dim=-1) != 1
-    if not bool(_values(begins).any()):
+    is_traced = torch.compiler.is_compiling() or is_fake(positions) or positions.is_meta
+    if not is_traced and not bool(_values(begins).any()):
         return None
     numbers = F.pad(begins.cumsum(-1), (1, 0))
     numbers = numbers.view(-1, numbers.shape[-1])
