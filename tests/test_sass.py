@@ -263,3 +263,9 @@ def test_kernels_of_training_keep_what_they_were_written_for(sass):
     for name in aligned:
         differentiated = name.endswith("true>")
         assert list(map(of_16_bytes, budget[name].loops)).count(3) == 1 + differentiated, name
+    normed = [name for name in budget if name.startswith("layer_norm_forward<")]
+    assert len(normed) == 14
+    for name in normed:
+        vectors = int(name.rstrip(">").rpartition(" ")[2])
+        more = 4 if "<float" in name else vectors  # of the residual, beside those of x
+        assert of_16_bytes(budget[name].straight) >= vectors + more, name

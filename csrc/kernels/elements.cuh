@@ -55,6 +55,19 @@ struct Elements<T, Width, true> {
     }
 };
 
+// The same, in accesses of 16 bytes where there are as many.
+template <typename T, int Count>
+struct Row {
+    static constexpr int width = Count * int(sizeof(T)) < 16 ? Count : 16 / int(sizeof(T));
+    Elements<T, width> parts[Count / width];
+
+    __device__ __forceinline__ void load(const T* from) {
+#pragma unroll
+        for (int i = 0; i < Count / width; ++i) parts[i].load(from + i * width);
+    }
+    __device__ __forceinline__ float operator[](int i) const { return parts[i / width][i % width]; }
+};
+
 // Calls function(pointer) with the elements' own type.
 template <typename Function>
 __device__ __forceinline__ void with_dtype(const void* from, DType dtype, Function function) {

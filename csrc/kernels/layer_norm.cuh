@@ -12,6 +12,7 @@
 // Widths that these don't take (odd, unaligned, beyond 2048): kernels of a block a row.
 #pragma once
 
+#include "elements.cuh"
 #include "rows.cuh"
 
 namespace gpt2fast::kernels {
@@ -45,26 +46,44 @@ __global__ void __launch_bounds__(32 * layer_norm_rows_per_block)
     const int columns = args.columns;
     float values[Vectors][Vector];
     float total = 0.0f;
+    // Loads before stores: the compiler doesn't know that they differ. Of float32 registers suffice
+    // for a few vectors of the residual beside x.
+    constexpr int batch = sizeof(X) == 4 ? 4 : Vectors;
+    Row<X, Vector> x[Vectors];
 #pragma unroll
     for (int i = 0; i < Vectors; ++i) {
         const int column = (i * 32 + lane) * Vector;
-        if (column < columns) {
-            load_floats<Vector>(args.x + row * args.x_stride + column, values[i]);
-        }
+        if (column < columns) x[i].load(args.x + row * args.x_stride + column);
     }
     if (args.residual != nullptr) {
 #pragma unroll
-        for (int i = 0; i < Vectors; ++i) {
-            const int column = (i * 32 + lane) * Vector;
-            if (column < columns) {
-                float stream[Vector];
-                load_floats<Vector>(args.residual + row * args.residual_stride + column, stream);
+        for (int first = 0; first < Vectors; first += batch) {
+            Row<R, Vector> residual[batch];
 #pragma unroll
-                for (int j = 0; j < Vector; ++j) {
-                    values[i][j] = rounded<R>(stream[j] + values[i][j]);
+            for (int i = 0; i < batch; ++i) {
+                const int column = ((first + i) * 32 + lane) * Vector;
+                if (column < columns) {
+                    residual[i].load(args.residual + row * args.residual_stride + column);
                 }
-                store_floats<Vector>(args.summed + row * columns + column, values[i]);
             }
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+                const int column = ((first + i) * 32 + lane) * Vector;
+                if (column < columns) {
+                    float (&sums)[Vector] = values[first + i];
+#pragma unroll
+                    for (int j = 0; j < Vector; ++j) {
+                        sums[j] = rounded<R>(residual[i][j] + x[first + i][j]);
+                    }
+                    store_floats<Vector>(args.summed + row * columns + column, sums);
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < Vectors; ++i) {
+#pragma unroll
+            for (int j = 0; j < Vector; ++j) values[i][j] = x[i][j];
         }
     }
 #pragma unroll

@@ -63,12 +63,13 @@ __device__ __forceinline__ float block_sum(float value, float* shared) {
 constexpr int sum_rows_columns = 32;
 constexpr int sum_rows_strips = 8;
 
-// out[c] = sum over rows of in[r, c], rows lying `stride` apart: a block takes 32 columns, each of
-// its strips every eighth row, always in the same order.
+// out[c] = sum over rows of in[r, c], rows lying `stride` apart; from column `split` on, the sums
+// go to `rest`. A block takes 32 columns, each of its strips every eighth row, always in the same
+// order.
 template <typename Out>
 __global__ void __launch_bounds__(sum_rows_columns* sum_rows_strips)
-    sum_partials(const float* __restrict__ in, Out* __restrict__ out, int64_t rows, int64_t columns,
-                 int64_t stride) {
+    sum_partials(const float* __restrict__ in, Out* __restrict__ out, Out* __restrict__ rest,
+                 int64_t split, int64_t rows, int64_t columns, int64_t stride) {
     GPT2FAST_SHARED(memory);
     float* shared = reinterpret_cast<float*>(memory);
     const int lane = threadIdx.x % sum_rows_columns, strip = threadIdx.x / sum_rows_columns;
@@ -85,7 +86,11 @@ __global__ void __launch_bounds__(sum_rows_columns* sum_rows_strips)
     for (int other = 1; other < sum_rows_strips; ++other) {
         total += shared[other * sum_rows_columns + lane];
     }
-    out[column] = from_float<Out>(total);
+    if (column < split) {
+        out[column] = from_float<Out>(total);
+    } else {
+        rest[column - split] = from_float<Out>(total);
+    }
 }
 
 }  // namespace gpt2fast::kernels

@@ -143,15 +143,12 @@ void layer_norm_backward(const LayerNormBackward& args, void* stream) {
                                dim3(layer_norm_any_threads), 0, stream_of(stream), rows);
             }
             // grad_weight and grad_bias are two halves of one row of sums.
-            for (int half = 0; half < 2; ++half) {
-                device::launch(&sum_partials<W>,
-                               dim3(unsigned(ceil_div(args.columns, sum_rows_columns))),
-                               dim3(sum_rows_columns * sum_rows_strips),
-                               sum_rows_columns * sum_rows_strips * sizeof(float),
-                               stream_of(stream), args.partials + half * args.columns,
-                               static_cast<W*>(half == 0 ? args.grad_weight : args.grad_bias),
-                               blocks, args.columns, 2 * args.columns);
-            }
+            device::launch(
+                &sum_partials<W>, dim3(unsigned(ceil_div(2 * args.columns, sum_rows_columns))),
+                dim3(sum_rows_columns * sum_rows_strips),
+                sum_rows_columns * sum_rows_strips * sizeof(float), stream_of(stream),
+                args.partials, static_cast<W*>(args.grad_weight), static_cast<W*>(args.grad_bias),
+                args.columns, blocks, 2 * args.columns, 2 * args.columns);
         });
 }
 

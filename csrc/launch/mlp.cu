@@ -19,7 +19,7 @@ void add_partials(const float* partials, T* out, int64_t rows, int64_t columns,
     device::launch(&sum_partials<T>, dim3(unsigned(ceil_div(columns, sum_rows_columns))),
                    dim3(sum_rows_columns * sum_rows_strips),
                    sum_rows_columns * sum_rows_strips * sizeof(float), stream, partials, out,
-                   row_partials(rows), columns, columns);
+                   static_cast<T*>(nullptr), columns, row_partials(rows), columns, columns);
 }
 
 }  // namespace
