@@ -42,6 +42,46 @@ def test_decoding_step_against_the_floor(against_floor, packed, rows, entries):
     against_floor(step, packed.weight_bytes + rows * entries * cache.entry_bytes)
 
 
+@pytest.mark.parametrize("page", [None, 32], ids=["rows", "pages"])
+@pytest.mark.parametrize("entries", [128, 1000])
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_decoding_from_rows_and_from_pages(against_floor, packed, rows, entries, page):
+    """The same step with its keys and values in rows, and in shuffled pages of a pool."""
+    each = 1 if page is None else -(-(entries + 1) // page)
+    cache = packed.new_cache(rows * each, entries + 1 if page is None else page)
+    pages = None if page is None else torch.randperm(rows * each).view(rows, each)
+    numbers = torch.arange(rows + 1)
+    tokens, lengths = torch.randint(50257, (rows,)), torch.full((rows,), entries)
+
+    def step():
+        with backend("native"):
+            ops.packed_step(
+                packed.weights, cache.k, cache.v, tokens, lengths, numbers, numbers[:-1], lengths,
+                numbers[:-1], k_scales=cache.k_scales, v_scales=cache.v_scales, pages=pages,
+            )  # fmt: skip
+
+    against_floor(step, packed.weight_bytes + rows * entries * cache.entry_bytes)
+
+
+@pytest.mark.parametrize("singly", [False, True], ids=["blocks", "singly"])
+@pytest.mark.parametrize("tokens", [2, 5, 9])
+def test_tokens_to_be_verified(against_floor, packed, tokens, singly):
+    """Several tokens of one text behind 512 entries, with logits after each."""
+    cache = packed.new_cache(1, 512 + tokens)
+    starts, row = torch.tensor([0, tokens]), torch.tensor([0])
+    places = torch.arange(512, 512 + tokens)
+    ids, outputs = torch.randint(50257, (tokens,)), torch.arange(tokens)
+
+    def step():
+        with backend("native"):
+            ops.packed_step(
+                packed.weights, cache.k, cache.v, ids, places, starts, row, places[:1], outputs,
+                k_scales=cache.k_scales, v_scales=cache.v_scales, singly=torch.tensor([singly]),
+            )  # fmt: skip
+
+    against_floor(step, packed.weight_bytes + 512 * cache.entry_bytes)
+
+
 @pytest.mark.parametrize("entries", [512, 1024])
 def test_prompt(benchmark, packed, entries):
     """For float weights also as a share of the rate of torch's own matrix product."""

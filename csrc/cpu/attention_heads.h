@@ -26,17 +26,30 @@ struct Entries {
 };
 
 // Neighboring heads' keys or values: entry t of head h begins at data + t * stride + h * head_dim.
-// int8 entries have factors, that of entry t of head h at scales[t * scale_stride + h].
+// int8 entries have factors, that of entry t of head h at scales[t * scale_stride + h]. Where there
+// are pages, entry t lies so in page pages[t / page_size], at t % page_size: runs of 16 entries
+// from a multiple of 16 on lie in one page.
 template <typename T>
 struct CachedHeads {
     const T* data;
     int64_t stride;
     const float* scales;
     int64_t scale_stride;
+    const int64_t* pages = nullptr;  // null: one page holds all
+    int64_t page_size = 0, page_stride = 0, scale_page_stride = 0;
 
     // Entry t, and its factors.
-    const T* at(int64_t t) const { return data + t * stride; }
-    const float* scales_at(int64_t t) const { return scales + t * scale_stride; }
+    const T* at(int64_t t) const {
+        if (pages == nullptr) return data + t * stride;
+        return data + page(t) * page_stride + place(t) * stride;
+    }
+    const float* scales_at(int64_t t) const {
+        if (pages == nullptr) return scales + t * scale_stride;
+        return scales + page(t) * scale_page_stride + place(t) * scale_stride;
+    }
+    // Divided as 32 bits: several times as fast on older processors.
+    int64_t page(int64_t t) const { return pages[uint32_t(t) / uint32_t(page_size)]; }
+    int64_t place(int64_t t) const { return uint32_t(t) % uint32_t(page_size); }
     // The same from a later head on.
     CachedHeads from_head(int head, int head_dim) const {
         CachedHeads later = *this;

@@ -68,7 +68,7 @@ class Step {
 public:
     Step(const StepArgs& args, Worker& worker)
         : args_(args), model_(*args.model), worker_(worker), width_(model_.width),
-          apart_(are_apart(args, worker.threads())) {
+          shares_parts_(shares_parts(args, worker.threads())) {
         uint8_t* next = args.workspace;
         hidden_ = floats(next, args.tokens * width_);
         qkv_ = floats(next, args.tokens * 3 * width_);
@@ -80,19 +80,16 @@ public:
         scratch_ = floats(next, scratch * worker.threads()) + scratch * worker.index();
         products_ = RowProducts(args, worker, shared, rows + (shared ? 0 : packed * worker.index()),
                                 scratch_);
-        wide_ = take(next, wide_size(args));
+        gathered_ = take(next, gathered_size(args));
         partial_ = floats(next, partial_size(args, worker.threads()));
         for (int64_t i = 0; i < args.sequences; ++i) {
-            if (is_single(args, i)) {
-                single_parts_ += parts_of(entries_of(i));
-            } else {
-                block_count_ += blocks_of(i);
-            }
+            block_count_ += blocks_of(i);
+            if (is_apart(i)) apart_parts_ += parts_of(entries_of(i));
         }
         // Where there are fewer parts than keep all threads busy, heads are shared out as well.
         const int64_t wanted = items_per_thread * worker.threads();
-        if (apart_ && single_parts_ > 0) {
-            groups_ = std::min(model_.heads, (wanted + single_parts_ - 1) / single_parts_);
+        if (apart_parts_ > 0) {
+            groups_ = std::min(model_.heads, (wanted + apart_parts_ - 1) / apart_parts_);
         }
     }
 
@@ -126,7 +123,7 @@ public:
         const PackedModel& model = *args.model;
         const int64_t activations = args.tokens * (5 * model.width + model.inner_width) + 4 * 16;
         return 4 * activations + packed_size(args) * threads + 64 +
-               4 * scratch_size(args) * threads + 64 + wide_size(args) + 64 +
+               4 * scratch_size(args) * threads + 64 + gathered_size(args) + 64 +
                4 * partial_size(args, threads) + 64;
     }
 
@@ -157,7 +154,7 @@ private:
     // Floats of each thread's own scratch: a normalized row, sums of parts, scores, a panel.
     static int64_t scratch_size(const StepArgs& args) {
         const PackedModel& model = *args.model;
-        int64_t longest = 0;
+        int64_t longest = part_entries;
         for (int64_t i = 0; i < args.sequences; ++i) {
             if (is_single(args, i)) longest = std::max(longest, entries_of(args, i));
         }
@@ -174,10 +171,16 @@ private:
         return (most + 15) / 16 * 16;
     }
 
-    // Bytes for the entries of an int8 cache, widened for blocks of tokens; as bfloat16, with one
-    // element more, they take no more than as floats.
-    static int64_t wide_size(const StepArgs& args) {
-        if (args.cache_dtype != DType::int8) return 0;
+    // Whether entries are copied before blocks read them: those of int8, to be widened, and those
+    // of pages.
+    static bool gathers(const StepArgs& args) {
+        return args.cache_dtype == DType::int8 || args.pages != nullptr;
+    }
+
+    // Bytes for the entries that blocks read; as bfloat16, with one element more, they take no more
+    // than as floats.
+    static int64_t gathered_size(const StepArgs& args) {
+        if (!gathers(args)) return 0;
         int64_t entries = 0;
         for (int64_t i = 0; i < args.sequences; ++i) {
             if (!is_single(args, i)) entries += entries_of(args, i);
@@ -193,32 +196,45 @@ private:
     }
     // Whether a sequence's tokens attend by themselves, and not in blocks.
     static bool is_single(const StepArgs& args, int64_t sequence) {
-        return tokens_of(args, sequence) == 1;
+        return args.singly ? args.singly[sequence] : tokens_of(args, sequence) == 1;
     }
 
     // Pieces of work that every thread finds, so that all end at about the same time.
     static constexpr int64_t items_per_thread = 4;
 
-    // Whether the parts of single tokens' entries are shared out to the threads: where there are
-    // tokens enough for all, one reads a token's parts one after another.
-    static bool are_apart(const StepArgs& args, int threads) {
+    // Whether the threads share the parts of a single token's entries: where there are tokens
+    // enough for all, one of them reads a token's parts one after another.
+    static bool shares_parts(const StepArgs& args, int threads) {
         int64_t singles = 0;
-        for (int64_t i = 0; i < args.sequences; ++i) singles += is_single(args, i);
+        for (int64_t i = 0; i < args.sequences; ++i) {
+            if (is_single(args, i)) singles += tokens_of(args, i);
+        }
         return threads > 1 && singles < items_per_thread * threads;
     }
+
+    // Whether a sequence's parts are computed apart and added up later: where threads share them,
+    // and where several tokens read them, so that memory gives them once.
+    static bool is_apart(const StepArgs& args, int64_t sequence, bool shares_parts) {
+        return is_single(args, sequence) && (shares_parts || tokens_of(args, sequence) > 1);
+    }
+    bool is_apart(int64_t sequence) const { return is_apart(args_, sequence, shares_parts_); }
 
     // Floats of a part's sums.
     static int64_t part_size(const PackedModel& model) {
         return (model.width + 2 * model.heads + 15) / 16 * 16;
     }
 
+    // Sums of a sequence that are kept apart: of each token's parts.
+    static int64_t sums_apart(const StepArgs& args, int64_t sequence, bool shares_parts) {
+        if (!is_apart(args, sequence, shares_parts)) return 0;
+        return tokens_of(args, sequence) * parts_of(entries_of(args, sequence));
+    }
+
     static int64_t partial_size(const StepArgs& args, int threads) {
-        if (!are_apart(args, threads)) return 0;
-        int64_t parts = 0;
-        for (int64_t i = 0; i < args.sequences; ++i) {
-            if (is_single(args, i)) parts += parts_of(entries_of(args, i));
-        }
-        return parts * part_size(*args.model);
+        const bool shares = shares_parts(args, threads);
+        int64_t sums = 0;
+        for (int64_t i = 0; i < args.sequences; ++i) sums += sums_apart(args, i, shares);
+        return sums * part_size(*args.model);
     }
 
     void embed() {
@@ -245,25 +261,31 @@ private:
 
     // Packs the attention's result, adding up parts that were computed apart.
     void pack_attended(const PackedMatrix& w) {
-        if (!apart_) return pack_plain(w, attended_, width_);
+        if (apart_parts_ == 0) return pack_plain(w, attended_, width_);
         const int heads = int(model_.heads), dim = int(model_.head_dim);
-        products_.pack(w, args_.tokens, [&](int64_t row) {
-            int64_t sequence = 0, part = 0;
-            for (; row >= args_.starts[sequence + 1]; ++sequence) {
-                if (is_single(args_, sequence)) part += parts_of(entries_of(sequence));
-            }
-            if (!is_single(args_, sequence)) return attended_ + row * width_;
-            const int64_t last = part + parts_of(entries_of(sequence));
-            std::memcpy(scratch_, sums_of(part).values, size_t(part_size(model_)) * sizeof(float));
+        products_.pack(w, args_.tokens, [&](int64_t row) -> const float* {
+            int64_t sequence = 0;
+            while (row >= args_.starts[sequence + 1]) ++sequence;
+            if (!is_apart(sequence)) return attended_ + row * width_;
+            const int64_t token = row - args_.starts[sequence];
+            const int64_t parts = parts_of(args_.lengths[sequence] + token + 1);
+            std::memcpy(scratch_, sums_of(sequence, token, 0).values,
+                        size_t(part_size(model_)) * sizeof(float));
             const PartSums sums = sums_at(scratch_);
-            while (++part < last) add_part(sums_of(part), heads, dim, sums);
+            for (int64_t part = 1; part < parts; ++part) {
+                add_part(sums_of(sequence, token, part), heads, dim, sums);
+            }
             divide_by_total(sums, heads, dim);
             return scratch_;
         });
     }
 
-    // The sums of a part that is computed apart, counted through all sequences.
-    PartSums sums_of(int64_t part) const { return sums_at(partial_ + part * part_size(model_)); }
+    // The sums of a part for one of a sequence's tokens.
+    PartSums sums_of(int64_t sequence, int64_t token, int64_t part) const {
+        int64_t index = token * parts_of(entries_of(sequence)) + part;
+        for (int64_t i = 0; i < sequence; ++i) index += sums_apart(args_, i, shares_parts_);
+        return sums_at(partial_ + index * part_size(model_));
+    }
     PartSums sums_at(float* at) const { return {at, at + width_, at + width_ + model_.heads}; }
 
     // Packs the layer normalization of hidden rows: of all, or of the chosen ones.
@@ -282,17 +304,6 @@ private:
             case DType::bfloat16: return attend<bfloat16>(layer, scale);
             default: return attend<int8_t>(layer, scale);
         }
-    }
-
-    template <typename T>
-    T* entries(const CacheView& cache, int64_t layer, int64_t row, int64_t head) {
-        return static_cast<T*>(cache.data) + layer * cache.layer_stride + row * cache.row_stride +
-               head * model_.head_dim;
-    }
-
-    static float* scales(const CacheView& cache, int64_t layer, int64_t row, int64_t head) {
-        return cache.scales + layer * cache.scale_layer_stride + row * cache.scale_row_stride +
-               head;
     }
 
     // Rounds x to int8, the largest element to 127; returns the factor, which is NaN or infinite if
@@ -323,53 +334,63 @@ private:
         return unknown ? std::numeric_limits<float>::quiet_NaN() : most;
     }
 
-    // Stores one head's keys or values of tokens [begin, end) behind the row's end.
+    // Stores one head's keys or values of a sequence's tokens behind its entries.
     template <typename T>
     void append(const CacheView& cache, int64_t layer, int64_t sequence, int64_t head,
                 const float* from) {
-        const int64_t row = args_.rows[sequence], length = args_.lengths[sequence];
-        const int64_t begin = args_.starts[sequence], end = args_.starts[sequence + 1];
-        const int64_t dim = model_.head_dim;
-        T* to = entries<T>(cache, layer, row, head) + length * cache.entry_stride;
-        for (int64_t token = begin; token < end; ++token, to += cache.entry_stride) {
-            const float* x = from + token * 3 * width_ + head * dim;
+        const CachedHeads<T> at = heads_of<T>(cache, layer, sequence, head);
+        const int64_t begin = args_.starts[sequence], dim = model_.head_dim;
+        for (int64_t i = 0; i < tokens_of(args_, sequence); ++i) {
+            const float* x = from + (begin + i) * 3 * width_ + head * dim;
+            const int64_t entry = args_.lengths[sequence] + i;
+            T* to = const_cast<T*>(at.at(entry));
             if constexpr (std::is_same_v<T, int8_t>) {
-                scales(cache, layer, row,
-                       head)[(length + token - begin) * cache.scale_entry_stride] =
-                    narrow(x, dim, to);
+                *const_cast<float*>(at.scales_at(entry)) = narrow(x, dim, to);
             } else {
                 for (int64_t d = 0; d < dim; ++d) gpt2fast::assign(to[d], x[d]);
             }
         }
     }
 
+    // A sequence's entries, from one head on.
     template <typename T>
     CachedHeads<T> heads_of(const CacheView& cache, int64_t layer, int64_t sequence, int64_t head) {
-        const int64_t row = args_.rows[sequence];
-        return {entries<T>(cache, layer, row, head), cache.entry_stride,
-                std::is_same_v<T, int8_t> ? scales(cache, layer, row, head) : nullptr,
-                cache.scale_entry_stride};
+        const bool paged = args_.pages != nullptr;
+        const int64_t row = paged ? 0 : args_.rows[sequence];
+        const T* data = static_cast<const T*>(cache.data) + layer * cache.layer_stride +
+                        row * cache.row_stride + head * model_.head_dim;
+        const float* scales = nullptr;
+        if (std::is_same_v<T, int8_t>) {
+            scales = cache.scales + layer * cache.scale_layer_stride +
+                     row * cache.scale_row_stride + head;
+        }
+        const int64_t* pages = paged ? args_.pages + sequence * args_.pages_stride : nullptr;
+        return {data,  cache.entry_stride, scales,           cache.scale_entry_stride,
+                pages, args_.page_size,    cache.row_stride, cache.scale_row_stride};
     }
 
-    // Single tokens alone: whoever reads a token's last part appends it before. Otherwise all are
-    // appended first.
+    // Sequences with single tokens alone: whoever reads a token's last part appends it before.
+    // Otherwise all are appended first.
     template <typename T>
     void attend(int64_t layer, float scale) {
-        const int64_t single_items = apart_ ? single_parts_ * groups_ : args_.sequences;
-        if (block_count_ == 0) {
-            worker_.for_each(single_items,
-                             [&](int64_t item) { attend_single<T>(layer, scale, item, true); });
-            return;
+        const bool appends = block_count_ == 0 && args_.tokens == args_.sequences;
+        if (!appends) {
+            worker_.for_each(args_.sequences * model_.heads, [&](int64_t item) {
+                const int64_t sequence = item / model_.heads, head = item % model_.heads;
+                append_head<T>(layer, sequence, head);
+                if (gathers(args_) && !is_single(args_, sequence)) {
+                    gather<T>(layer, sequence, head);
+                }
+            });
         }
-        worker_.for_each(args_.sequences * model_.heads, [&](int64_t item) {
-            const int64_t sequence = item / model_.heads, head = item % model_.heads;
-            append_head<T>(layer, sequence, head);
-            if (!is_single(args_, sequence)) gather<T>(layer, sequence, head);
-        });
         const int64_t block_items = block_count_ * model_.heads;
-        worker_.for_each(block_items + single_items, [&](int64_t item) {
+        const int64_t apart_items = apart_parts_ * groups_;
+        const int64_t whole_items = shares_parts_ ? 0 : args_.sequences;
+        worker_.for_each(block_items + apart_items + whole_items, [&](int64_t item) {
             if (item < block_items) return attend_block_of<T>(layer, scale, item);
-            attend_single<T>(layer, scale, item - block_items, false);
+            item -= block_items;
+            if (item < apart_items) return attend_part_of<T>(layer, scale, item, appends);
+            attend_whole<T>(layer, scale, item - apart_items, appends);
         });
     }
 
@@ -379,56 +400,102 @@ private:
         append<T>(args_.v_cache, layer, sequence, head, qkv_ + 2 * width_);
     }
 
-    // A sequence's only token, or some heads of a part of its entries.
+    // A sequence's single token.
     template <typename T>
-    void attend_single(int64_t layer, float scale, int64_t item, bool appends) {
+    void attend_whole(int64_t layer, float scale, int64_t sequence, bool appends) {
+        if (!is_single(args_, sequence) || is_apart(sequence)) return;
         const int64_t heads = model_.heads, dim = model_.head_dim;
-        if (!apart_) {
-            const int64_t sequence = item;
-            if (!is_single(args_, sequence)) return;
-            for (int64_t head = 0; appends && head < heads; ++head) {
-                append_head<T>(layer, sequence, head);
-            }
-            const int64_t token = args_.starts[sequence];
-            const PartSums sums = {attended_ + token * width_, scratch_, scratch_ + heads};
-            attend_heads<T>(qkv_ + token * 3 * width_, int(heads), 0, entries_of(sequence),
-                            heads_of<T>(args_.k_cache, layer, sequence, 0),
-                            heads_of<T>(args_.v_cache, layer, sequence, 0), int(dim), scale, true,
-                            scratch_ + part_size(model_), sums);
-            return divide_by_total(sums, int(heads), int(dim));
+        for (int64_t head = 0; appends && head < heads; ++head) {
+            append_head<T>(layer, sequence, head);
         }
-        const int64_t group = item % groups_, index = item / groups_;
-        int64_t sequence = 0, part = index;
-        for (; !is_single(args_, sequence) || part >= parts_of(entries_of(sequence)); ++sequence) {
-            if (is_single(args_, sequence)) part -= parts_of(entries_of(sequence));
+        const int64_t token = args_.starts[sequence];
+        const PartSums sums = {attended_ + token * width_, scratch_, scratch_ + heads};
+        attend_heads<T>(qkv_ + token * 3 * width_, int(heads), 0, entries_of(sequence),
+                        heads_of<T>(args_.k_cache, layer, sequence, 0),
+                        heads_of<T>(args_.v_cache, layer, sequence, 0), int(dim), scale, true,
+                        scratch_ + part_size(model_), sums);
+        divide_by_total(sums, int(heads), int(dim));
+    }
+
+    // Some heads of a part of a sequence's entries, for all of its tokens that see it.
+    template <typename T>
+    void attend_part_of(int64_t layer, float scale, int64_t item, bool appends) {
+        const int64_t heads = model_.heads, dim = model_.head_dim;
+        int64_t sequence = 0, part = item / groups_;
+        for (;; ++sequence) {
+            const int64_t parts = is_apart(sequence) ? parts_of(entries_of(sequence)) : 0;
+            if (part < parts) break;
+            part -= parts;
         }
+        const int64_t group = item % groups_;
         const int64_t first = heads * group / groups_, last = heads * (group + 1) / groups_;
-        const int64_t begin = part * part_entries;
-        const int64_t end = std::min(begin + part_entries, entries_of(sequence));
-        if (appends && end == entries_of(sequence)) {
+        const int64_t begin = part * part_entries, end = begin + part_entries;
+        if (appends && end >= entries_of(sequence)) {
             for (int64_t head = first; head < last; ++head) append_head<T>(layer, sequence, head);
         }
-        const float* q = qkv_ + args_.starts[sequence] * 3 * width_ + first * dim;
-        attend_heads<T>(q, int(last - first), begin, end,
-                        heads_of<T>(args_.k_cache, layer, sequence, first),
-                        heads_of<T>(args_.v_cache, layer, sequence, first), int(dim), scale, true,
-                        scratch_, sums_of(index).from_head(int(first), int(dim)));
+        const CachedHeads<T> k = heads_of<T>(args_.k_cache, layer, sequence, first);
+        const CachedHeads<T> v = heads_of<T>(args_.v_cache, layer, sequence, first);
+        bool reads_ahead = true;  // for the first token; then the part is near
+        for (int64_t token = 0; token < tokens_of(args_, sequence); ++token) {
+            const int64_t seen = args_.lengths[sequence] + token + 1;
+            if (seen <= begin) continue;
+            const float* q = qkv_ + (args_.starts[sequence] + token) * 3 * width_ + first * dim;
+            attend_heads<T>(q, int(last - first), begin, std::min(end, seen), k, v, int(dim), scale,
+                            reads_ahead, scratch_,
+                            sums_of(sequence, token, part).from_head(int(first), int(dim)));
+            reads_ahead = false;
+        }
     }
 
     // The type in which blocks read entries: of int8 the one that the processor multiplies fastest.
     template <typename T>
     using BlockEntry = std::conditional_t<std::is_same_v<T, int8_t>, Factor<bfloat16>, T>;
 
-    // Prepares a sequence's entries for its blocks.
+    // Elements from one gathered entry to the next: whole words.
+    template <typename T>
+    int64_t gathered_dim() const {
+        constexpr int u = inputs_per_word(format_of<T>);
+        return (model_.head_dim + u - 1) / u * u;
+    }
+
+    // Where a head's gathered keys lie, the values behind them.
+    template <typename T>
+    T* gathered(int64_t sequence, int64_t head) {
+        int64_t before = 0;
+        for (int64_t i = 0; i < sequence; ++i) {
+            if (!is_single(args_, i)) before += entries_of(i);
+        }
+        return static_cast<T*>(static_cast<void*>(gathered_)) +
+               2 * (before * model_.heads + head * entries_of(sequence)) * gathered_dim<T>();
+    }
+
+    // Copies a head's keys and values to where a sequence's blocks read them.
     template <typename T>
     void gather(int64_t layer, int64_t sequence, int64_t head) {
-        if constexpr (std::is_same_v<T, int8_t>) {
-            using Wide = BlockEntry<T>;
-            widen(heads_of<T>(args_.k_cache, layer, sequence, head), entries_of(sequence),
-                  wide<Wide>(sequence, head));
-            widen(heads_of<T>(args_.v_cache, layer, sequence, head), entries_of(sequence),
-                  wide<Wide>(sequence, head) + entries_of(sequence) * wide_dim<Wide>());
+        const int64_t entries = entries_of(sequence);
+        BlockEntry<T>* to = gathered<BlockEntry<T>>(sequence, head);
+        for (const CacheView* cache : {&args_.k_cache, &args_.v_cache}) {
+            const CachedHeads<T> from = heads_of<T>(*cache, layer, sequence, head);
+            for (int64_t t = 0; t < entries; ++t, to += gathered_dim<BlockEntry<T>>()) {
+                if constexpr (std::is_same_v<T, int8_t>) {
+                    widen(from.at(t), *from.scales_at(t), to);
+                } else {
+                    std::memcpy(to, from.at(t), size_t(model_.head_dim) * sizeof(T));
+                }
+            }
         }
+    }
+
+    template <typename T>
+    void widen(const int8_t* entry, float scale, T* to) {
+        const int dim = int(model_.head_dim);
+        const Vec factor(scale);
+        if (gathered_dim<T>() > dim) to[dim] = T{};
+        int d = 0;
+        for (; d + Vec::width <= dim; d += Vec::width) {
+            (Vec::load(entry + d) * factor).store(to + d);
+        }
+        if (const int n = dim - d) (Vec::load(entry + d, n) * factor).store(to + d, n);
     }
 
     // A block of 32 tokens of a sequence.
@@ -446,10 +513,10 @@ private:
             int(std::min<int64_t>(panel_columns, args_.starts[sequence + 1] - start));
         const int64_t first = args_.lengths[sequence] + block * panel_columns;
         Entries<Entry> keys, values;
-        if constexpr (std::is_same_v<T, int8_t>) {
-            keys = {wide<Entry>(sequence, head), wide_dim<Entry>()};
+        if (gathers(args_)) {
+            keys = {gathered<Entry>(sequence, head), gathered_dim<Entry>()};
             values = {keys.data + entries_of(sequence) * keys.stride, keys.stride};
-        } else {
+        } else if constexpr (std::is_same_v<T, Entry>) {
             const CachedHeads<T> k = heads_of<T>(args_.k_cache, layer, sequence, head);
             const CachedHeads<T> v = heads_of<T>(args_.v_cache, layer, sequence, head);
             keys = {k.data, k.stride};
@@ -458,39 +525,6 @@ private:
         attend_block<Entry>(qkv_ + start * 3 * width_ + head * dim, 3 * width_, queries, first,
                             keys, values, int(dim), scale, scratch_,
                             attended_ + start * width_ + head * dim, width_, nullptr);
-    }
-
-    // Elements from one widened entry to the next: whole words.
-    template <typename T>
-    int64_t wide_dim() const {
-        constexpr int u = inputs_per_word(format_of<T>);
-        return (model_.head_dim + u - 1) / u * u;
-    }
-
-    template <typename T>
-    void widen(CachedHeads<int8_t> x, int64_t entries, T* to) {
-        const int dim = int(model_.head_dim);
-        for (int64_t t = 0; t < entries; ++t, to += wide_dim<T>()) {
-            if (wide_dim<T>() > dim) to[dim] = T{};
-            const Vec factor(x.scales[t * x.scale_stride]);
-            const int8_t* entry = x.data + t * x.stride;
-            int d = 0;
-            for (; d + Vec::width <= dim; d += Vec::width) {
-                (Vec::load(entry + d) * factor).store(to + d);
-            }
-            if (const int n = dim - d) (Vec::load(entry + d, n) * factor).store(to + d, n);
-        }
-    }
-
-    // Where a head's widened keys lie, the values behind them.
-    template <typename T>
-    T* wide(int64_t sequence, int64_t head) {
-        int64_t before = 0;
-        for (int64_t i = 0; i < sequence; ++i) {
-            if (!is_single(args_, i)) before += entries_of(i);
-        }
-        return static_cast<T*>(static_cast<void*>(wide_)) +
-               2 * (before * model_.heads + head * entries_of(sequence)) * wide_dim<T>();
     }
 
     int64_t entries_of(int64_t sequence) const { return entries_of(args_, sequence); }
@@ -503,12 +537,12 @@ private:
     const PackedModel& model_;
     Worker& worker_;
     int64_t width_;
-    bool apart_;
-    int64_t single_parts_ = 0;  // of all single tokens' entries
-    int64_t block_count_ = 0;   // of all other sequences' tokens
-    int64_t groups_ = 1;        // of heads, in which the parts are computed apart
+    bool shares_parts_;
+    int64_t apart_parts_ = 0;  // of the entries of sequences whose parts are computed apart
+    int64_t block_count_ = 0;
+    int64_t groups_ = 1;  // of heads, in which parts are computed apart
     float *hidden_, *qkv_, *attended_, *inner_, *scratch_, *partial_;
-    uint8_t* wide_;
+    uint8_t* gathered_;
     RowProducts products_;
 };
 

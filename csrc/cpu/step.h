@@ -65,7 +65,8 @@ struct PackedModel {
 };
 
 // Keys or values: (layers, rows, entries, heads, head_dim), the last two contiguous. Of an int8
-// cache there is a float32 scale for each (layer, row, entry, head), the heads contiguous.
+// cache there is a float32 scale for each (layer, row, entry, head), the heads contiguous. Rows are
+// those of sequences, or pages from which sequences are put together.
 struct CacheView {
     void* data;
     int64_t layer_stride, row_stride, entry_stride;  // elements
@@ -81,8 +82,15 @@ struct StepArgs {
     DType cache_dtype;
     int64_t sequences;
     const int64_t* starts;   // (sequences + 1): where each sequence's tokens begin
-    const int64_t* rows;     // (sequences): row of the cache
-    const int64_t* lengths;  // (sequences): entries in the row before
+    const int64_t* rows;     // (sequences): row of the cache; ignored with pages
+    const int64_t* lengths;  // (sequences): entries of it before
+    // Entry t of sequence s is entry t % page_size of row pages[s * pages_stride + t / page_size];
+    // null: sequences have rows of their own. page_size is a multiple of 16.
+    const int64_t* pages;
+    int64_t pages_stride, page_size;
+    // (sequences): whether a sequence's tokens attend one by one, and not in blocks; null: where it
+    // has a single one.
+    const bool* singly;
     int64_t tokens;
     const int64_t* token_ids;  // (tokens)
     const int64_t* positions;  // (tokens)

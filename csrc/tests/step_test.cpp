@@ -1,5 +1,5 @@
 // Whole steps of small random models against double precision: every weight and cache format,
-// prompts and single tokens, ragged rows, teams of several sizes.
+// prompts and single tokens, ragged rows and tables of pages, teams of several sizes.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -216,7 +216,7 @@ std::vector<Row> logits_of(const Model& model, const std::vector<int64_t>& token
 
 // Keys or values of some rows, whatever their dtype.
 struct Cache {
-    static constexpr int64_t rows = 5, entries = positions;
+    static constexpr int64_t rows = 5, page = 16, row_pages = 3, entries = row_pages * page;
     std::vector<uint8_t> data;
     std::vector<float> scales;
     CacheView view;
@@ -236,6 +236,19 @@ struct Cache {
     }
 };
 
+// The same with each page a row, as pools of pages are.
+CacheView in_pages(const Cache& cache) {
+    CacheView view = cache.view;
+    view.row_stride /= Cache::row_pages;
+    view.scale_row_stride /= Cache::row_pages;
+    return view;
+}
+
+// How steps find entries, and how the tokens of sequences attend that bring several.
+struct Way {
+    bool paged = false, singly = false;
+};
+
 struct Sequence {
     int64_t row;
     std::vector<int64_t> tokens;
@@ -245,12 +258,19 @@ struct Sequence {
 
 // One step: sequence i takes its next counts[i] tokens; logits of all are wanted.
 void advance(const PackedModel* model, Cache& k_cache, Cache& v_cache, DType dtype,
-             std::vector<Sequence>& sequences, const std::vector<int64_t>& counts, int threads) {
-    std::vector<int64_t> starts = {0}, rows, lengths, ids, places, outputs;
+             std::vector<Sequence>& sequences, const std::vector<int64_t>& counts, int threads,
+             Way way = {}) {
+    std::vector<int64_t> starts = {0}, rows, lengths, ids, places, outputs, pages;
+    const std::unique_ptr<bool[]> singly(new bool[sequences.size()]);
     for (size_t i = 0; i < sequences.size(); ++i) {
         const Sequence& sequence = sequences[i];
         rows.push_back(sequence.row);
         lengths.push_back(sequence.done);
+        for (int64_t page = 0; page < Cache::row_pages; ++page) {
+            pages.push_back(page * Cache::rows + Cache::rows - 1 - sequence.row);
+        }
+        pages.push_back(-1);
+        singly[i] = sequence.done > 0;
         for (int64_t t = sequence.done; t < sequence.done + counts[i]; ++t) {
             ids.push_back(sequence.tokens[size_t(t)]);
             places.push_back(t);
@@ -260,12 +280,18 @@ void advance(const PackedModel* model, Cache& k_cache, Cache& v_cache, DType dty
     }
     StepArgs args{};
     args.model = model;
-    args.k_cache = k_cache.view;
-    args.v_cache = v_cache.view;
+    args.k_cache = way.paged ? in_pages(k_cache) : k_cache.view;
+    args.v_cache = way.paged ? in_pages(v_cache) : v_cache.view;
     args.cache_dtype = dtype;
     args.sequences = int64_t(sequences.size());
     args.starts = starts.data();
-    args.rows = rows.data();
+    args.rows = way.paged ? nullptr : rows.data();
+    if (way.paged) {
+        args.pages = pages.data();
+        args.pages_stride = Cache::row_pages + 1;
+        args.page_size = Cache::page;
+    }
+    if (way.singly) args.singly = singly.get();
     args.lengths = lengths.data();
     args.tokens = int64_t(ids.size());
     args.token_ids = ids.data();
@@ -287,7 +313,8 @@ void advance(const PackedModel* model, Cache& k_cache, Cache& v_cache, DType dty
     }
 }
 
-void steps_are_exact(Format format, int64_t group, DType dtype, int threads, double tolerance) {
+void steps_are_exact(Format format, int64_t group, DType dtype, int threads, double tolerance,
+                     Way way = {}) {
     Random random;
     const Model model(random, format, group);
     const Arena arena(model);
@@ -301,13 +328,13 @@ void steps_are_exact(Format format, int64_t group, DType dtype, int threads, dou
     // Prompts of different lengths together, then tokens one by one; a row joins, others leave.
     std::vector<Sequence> late = {sequences.back()};
     sequences.pop_back();
-    advance(arena.get(), k_cache, v_cache, dtype, sequences, {34, 7}, threads);
-    advance(arena.get(), k_cache, v_cache, dtype, sequences, {1, 1}, threads);
+    advance(arena.get(), k_cache, v_cache, dtype, sequences, {34, 7}, threads, way);
+    advance(arena.get(), k_cache, v_cache, dtype, sequences, {1, 1}, threads, way);
     sequences.push_back(late[0]);
-    advance(arena.get(), k_cache, v_cache, dtype, sequences, {1, 2, 3}, threads);
-    advance(arena.get(), k_cache, v_cache, dtype, sequences, {1, 1, 1}, threads);
+    advance(arena.get(), k_cache, v_cache, dtype, sequences, {1, 2, 3}, threads, way);
+    advance(arena.get(), k_cache, v_cache, dtype, sequences, {1, 1, 1}, threads, way);
     std::vector<Sequence> two = {sequences[1], sequences[2]};
-    advance(arena.get(), k_cache, v_cache, dtype, two, {1, 1}, threads);
+    advance(arena.get(), k_cache, v_cache, dtype, two, {1, 1}, threads, way);
     for (const Sequence& sequence : {sequences[0], two[0], two[1]}) {
         std::vector<double> exact;
         for (const Row& row : logits_of(model, sequence.tokens)) {
@@ -383,6 +410,17 @@ int main() {
                     steps_are_exact(format, 32, dtype, threads, tolerance_of(format, dtype));
                 });
             }
+        }
+    }
+    for (const auto& [dtype, cache] : caches) {
+        for (const Way way : {Way{true, false}, Way{false, true}, Way{true, true}}) {
+            const std::string name = std::string(cache) + " cache" +
+                                     (way.paged ? " in pages" : "") +
+                                     (way.singly ? ", tokens singly" : "");
+            fine &= testing::passes(name.c_str(), [&] {
+                steps_are_exact(Format::float32, 32, dtype, 2, tolerance_of(Format::float32, dtype),
+                                way);
+            });
         }
     }
     fine &= testing::passes("read ahead", the_faster_distance_is_kept);

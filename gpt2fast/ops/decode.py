@@ -248,6 +248,12 @@ def packed_step(
     any sequence is put together, and sequences that begin alike can share the pages of what they
     have in common. A page that a step writes belongs to one sequence in that step.
 
+    The native kernels' logits after a token depend on its own text alone, bit for bit: not on the
+    sequences beside it, on threads, rows or pages, nor on how its text was cut into steps, as long
+    as each token is read in the same one of the two ways that `singly` names. Processors with AMX
+    are the exception: tiles, which round otherwise, take over products of several tokens with
+    bfloat16 weights, and blocks of bfloat16 and int8 entries.
+
     Args:
         weights: packed.
         k_cache, v_cache: (L, B, T_max, H, D) float32, bfloat16 or int8, the last two dimensions
@@ -470,12 +476,6 @@ def _as_float(matrix: Matrix) -> Tensor:
 
 
 def _packed_refuses(call: Arguments) -> str | None:
-    if call.pages is not None or call.singly is not None:
-        return "the native step reads no pages, and no tokens singly"
-    return _caches_refused(call)
-
-
-def _caches_refused(call: Arguments) -> str | None:
     cache = call.k_cache
     if cache.dtype not in CACHE_DTYPES:
         return f"the native step's cache is float32, bfloat16 or int8, not {cache.dtype}"
@@ -490,6 +490,8 @@ def _packed_native(call: Arguments) -> Tensor:
         call.arena, call.k_cache, call.v_cache, call.k_scales, call.v_scales,
         call.tokens.contiguous(), call.positions.contiguous(), call.starts.contiguous(),
         call.rows.contiguous(), call.lengths.contiguous(), call.outputs.contiguous(),
+        None if call.pages is None else call.pages.contiguous(),
+        None if call.singly is None else call.singly.contiguous(),
     )  # fmt: skip
 
 
@@ -603,7 +605,7 @@ def _next_reference(
     return logits, sample_reference(logits[:, :allowed], history, uniform, token_mask, *choice)
 
 
-@native(refuses=lambda call: refuses_uniform(call) or _caches_refused(call), checks=True)
+@native(refuses=lambda call: refuses_uniform(call) or _packed_refuses(call), checks=True)
 def _next_native(call: Arguments) -> tuple[Tensor, Tensor]:
     token_mask = None if call.token_mask is None else call.token_mask.contiguous()
     return torch.ops.gpt2fast_native.packed_next(

@@ -15,7 +15,7 @@ from comparison import backend, needs_native
 from gpt2fast import ops
 from gpt2fast.errors import ArgumentError
 from gpt2fast.ops.packed import MatrixFormat, ModelShape, PackedWeights, QuantizedMatrix
-from packed_sequences import random_weights
+from packed_sequences import exact_logits, random_weights
 from tolerance import assert_equal, assert_near
 
 FORMATS = [
@@ -32,61 +32,6 @@ SHAPES = [(3, 17, 70, 33), (17, 5, 33, 64), (1, 33, 65, 32), (2, 35, 129, 97)]
 def one_thread_afterward():
     yield
     torch.set_num_threads(1)
-
-
-def rounded_inputs(x, form):
-    """x (N, K) in float64 as a product with a matrix of this format takes it."""
-    if form.name in ("float32", "float16"):
-        return x
-    if form.name == "bfloat16":
-        return x.float().bfloat16().double()
-    padded = torch.nn.functional.pad(x, (0, form.padded(x.shape[1]) - x.shape[1]))
-    groups = padded.view(len(x), -1, form.group)
-    factors = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
-    return ((groups / factors).round() * factors).view(len(x), -1)[:, : x.shape[1]]
-
-
-def rounded_entries(x, dtype):
-    """Keys or values (T, H, D) in float64 as a cache of this dtype holds them."""
-    if dtype == torch.int8:
-        factors = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
-        return (x / factors).round() * factors
-    return x.float().to(dtype).double()
-
-
-def exact_logits(weights, tokens, dtype):
-    """(T, V) after each of `tokens`, in float64, with a cache of `dtype`."""
-    shape, form = weights.shape, next(iter(weights.formats.values()))
-
-    def get(name):
-        found = weights.get(name)
-        found = found.dequantize() if isinstance(found, QuantizedMatrix) else found
-        return found.double()
-
-    def product(x, name):
-        return rounded_inputs(x, form) @ get(f"{name}.weight") + get(f"{name}.bias")
-
-    def norm(x, name):
-        return torch.nn.functional.layer_norm(
-            x, (shape.width,), get(f"{name}.weight"), get(f"{name}.bias"), shape.eps
-        )
-
-    x = get("wte.weight").t()[tokens] + get("wpe.weight")[: len(tokens)]
-    for layer, scale in enumerate(shape.scales):
-        block = f"h.{layer}"
-        qkv = product(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
-        q, k, v = qkv.view(len(tokens), 3, shape.n_head, -1).unbind(1)
-        k, v = rounded_entries(k, dtype), rounded_entries(v, dtype)
-        scores = torch.einsum("thd,shd->hts", q, k) * scale
-        hidden = torch.ones(len(tokens), len(tokens)).triu(1).bool()
-        attended = torch.einsum(
-            "hts,shd->thd", scores.masked_fill(hidden, -math.inf).softmax(-1), v
-        )
-        x = x + product(attended.reshape(len(tokens), -1), f"{block}.attn.c_proj")
-        inner = product(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc").relu()
-        x = x + product(inner, f"{block}.mlp.c_proj")
-    name = "wte.weight" if shape.tied else "lm_head.weight"
-    return rounded_inputs(norm(x, "ln_f"), form) @ get(name)
 
 
 class Caches:

@@ -14,6 +14,8 @@ LOSS = f"{BORDERS}linear_cross_entropy[native]"
 TIES = f"{BORDERS}what_lies_exactly_at_a_threshold"
 MASK = "test_token_mask.py::test_"
 PACKED = "test_packed_borders.py::test_a_step_of_odd_sizes"
+PAGES = "test_packed_pages.py::test_native_pages_and_single_tokens_are_as_exact_as_torchs"
+SINGLY = "test_packed_pages.py::test_a_token_depends_on_its_own_text_alone"
 ADAMW = f"{BORDERS}fused_adamw"
 FORMS = "test_attention_forms.py::test_matches_torch_in_every_form"
 DROPOUT = "test_attention.py::test_dropout_goes_on_in_the_next_head_row_and_block[native]"
@@ -153,8 +155,8 @@ BUGS = (
     Bug(
         "int8 cache: heads past the 16th take the first ones' factors",
         "csrc/cpu/attention_heads.h",
-        "const float* from = k.scales + t * k.scale_stride + «first + h»;",
-        "h",
+        "if (scales != nullptr) later.scales += «head»;",
+        "0",
         (PACKED,),
     ),
     Bug(
@@ -165,18 +167,32 @@ BUGS = (
         (PACKED,),
     ),
     Bug(
-        "a thread's empty part of the entries counts as an entry",
-        "csrc/cpu/decode.h",
-        "if (count == 0) return std::fill(sums, sums + heads, PartSum{0.0f, «0.0f»});",
-        "1.0f",
-        (PACKED,),
-    ),
-    Bug(
         "parts of the entries are added without their distance from the largest score",
         "csrc/cpu/attention_heads.h",
-        "factors[i] = «std::exp(part.largest - largest)»;",
-        "1.0f",
-        (PACKED,),
+        "const Vec kept = «exp(before - most)»,",
+        "Vec(1.0f)",
+        (PAGES,),
+    ),
+    Bug(
+        "a token that is read singly beside the next one sees that one, too",
+        "csrc/cpu/decode.h",
+        "begin, std::min(end, «seen»), k, v,",
+        "seen + int64_t(token + 1 < tokens_of(args_, sequence))",
+        (SINGLY,),
+    ),
+    Bug(
+        "a page's first entry is looked for in the page before",
+        "csrc/cpu/attention_heads.h",
+        "return pages[«uint32_t(t)» / uint32_t(page_size)];",
+        "(uint32_t(t) - (t > 0))",
+        (PAGES,),
+    ),
+    Bug(
+        "all entries of a page share its first 16 places",
+        "csrc/cpu/attention_heads.h",
+        "return «uint32_t(t) % uint32_t(page_size)»;",
+        "(uint32_t(t) % 16)",
+        (PAGES,),
     ),
     Bug(
         "epsilon outside the square root",

@@ -210,30 +210,86 @@ void check_room(const StepArgs& args, int64_t rows, int64_t entries) {
     for (int64_t i = 0; i < args.sequences; ++i) {
         const int64_t count = args.starts[i + 1] - args.starts[i];
         GPT2FAST_CHECK(count > 0, "starts must rise: sequence ", i, " has ", count, " tokens");
-        GPT2FAST_CHECK(args.lengths[i] + count <= entries, "row ", args.rows[i], " holds ",
+        GPT2FAST_CHECK(args.lengths[i] + count <= entries, "sequence ", i, " holds ",
                        args.lengths[i], " of at most ", entries, " entries; ", count,
                        " more do not fit");
+        if (args.pages != nullptr) continue;
         GPT2FAST_CHECK(!taken[size_t(args.rows[i])], "row ", args.rows[i], " is there twice");
         taken[size_t(args.rows[i])] = true;
     }
 }
 
+// Reads a table of the pages of `count` that sequences have; it needs those of all its entries, and
+// what it writes belongs to one sequence.
+void read_pages(StepArgs& args, const Tensor& pages, int64_t count, int64_t page_size) {
+    check_on_cpu(pages, "pages");
+    check_contiguous(pages, "pages", {args.sequences, -1});
+    check_integers(pages, "pages");
+    GPT2FAST_CHECK(page_size > 0 && page_size % 16 == 0, "pages have ", page_size,
+                   " entries; their size must be a multiple of 16");
+    args.pages = static_cast<const int64_t*>(pages.const_data_ptr());
+    args.pages_stride = pages.size(1);
+    args.page_size = page_size;
+    for (int64_t i = 0; i < pages.numel(); ++i) {
+        GPT2FAST_CHECK(args.pages[i] >= -1 && args.pages[i] < count, "pages holds ", args.pages[i],
+                       ", which is not in -1 .. ", count - 1);
+    }
+}
+
+void check_pages(const StepArgs& args, int64_t count) {
+    std::vector<int64_t> holders(static_cast<size_t>(count));  // of each page in use
+    const auto for_pages = [&](auto from, auto visit) {
+        for (int64_t i = 0; i < args.sequences; ++i) {
+            const int64_t end = args.lengths[i] + args.starts[i + 1] - args.starts[i];
+            for (int64_t p = from(i); p < ceil_div(end, args.page_size); ++p) {
+                visit(i, args.pages[i * args.pages_stride + p]);
+            }
+        }
+    };
+    for_pages([](int64_t) { return int64_t(0); },
+              [&](int64_t i, int64_t page) {
+                  GPT2FAST_CHECK(page >= 0, "sequence ", i, " has ", page, " for a page it needs");
+                  ++holders[size_t(page)];
+              });
+    for_pages([&](int64_t i) { return args.lengths[i] / args.page_size; },
+              [&](int64_t i, int64_t page) {
+                  GPT2FAST_CHECK(holders[size_t(page)] == 1, "sequence ", i, " writes to page ",
+                                 page, ", which is in use at another place, too");
+              });
+}
+
 Tensor packed_step(Tensor arena, Tensor k_cache, Tensor v_cache, std::optional<Tensor> k_scales,
                    std::optional<Tensor> v_scales, Tensor tokens, Tensor positions, Tensor starts,
-                   Tensor rows, Tensor lengths, Tensor output_tokens) {
+                   Tensor rows, Tensor lengths, Tensor output_tokens, std::optional<Tensor> pages,
+                   std::optional<Tensor> singly) {
     StepArgs args = step_args(arena, k_cache, v_cache, k_scales, v_scales);
     args.sequences = rows.numel();
     args.tokens = tokens.numel();
     args.outputs = output_tokens.numel();
     args.starts = integers(starts, "starts", args.sequences + 1, 0, args.tokens);
-    args.rows = integers(rows, "rows", args.sequences, 0, k_cache.size(1) - 1);
-    args.lengths = integers(lengths, "lengths", args.sequences, 0, k_cache.size(2) - 1);
+    int64_t entries = k_cache.size(2);
+    if (pages) {
+        read_pages(args, *pages, k_cache.size(1), entries);
+        GPT2FAST_CHECK(args.pages_stride < (int64_t(1) << 31) / entries, args.pages_stride,
+                       " pages of ", entries, " entries are more than a sequence can have");
+        entries *= args.pages_stride;
+    } else {
+        args.rows = integers(rows, "rows", args.sequences, 0, k_cache.size(1) - 1);
+    }
+    if (singly) {
+        check_on_cpu(*singly, "singly");
+        check_contiguous(*singly, "singly", {args.sequences});
+        check_type(*singly, "singly", ScalarType::Bool, "bool");
+        args.singly = static_cast<const bool*>(singly->const_data_ptr());
+    }
+    args.lengths = integers(lengths, "lengths", args.sequences, 0, entries - 1);
     args.token_ids = integers(tokens, "tokens", args.tokens, 0, args.model->vocab - 1);
     args.positions = integers(positions, "positions", args.tokens, 0, args.model->positions - 1);
     args.output_tokens = integers(output_tokens, "output_tokens", args.outputs, 0, args.tokens - 1);
     GPT2FAST_CHECK(args.starts[0] == 0 && args.starts[args.sequences] == args.tokens,
                    "starts must lead from 0 to ", args.tokens);
-    check_room(args, k_cache.size(1), k_cache.size(2));
+    check_room(args, k_cache.size(1), entries);
+    if (pages) check_pages(args, k_cache.size(1));
     Tensor logits = floats(arena, {args.outputs, args.model->vocab});
     if (args.tokens == 0) return logits;
     args.logits = floats_of(logits);
@@ -284,7 +340,7 @@ std::tuple<Tensor, Tensor> packed_next(Tensor arena, Tensor k_cache, Tensor v_ca
 GPT2FAST_OP(
     packed_step,
     "arena, k_cache!, v_cache!, k_scales!, v_scales!, tokens, positions, starts, rows, lengths, "
-    "output_tokens");
+    "output_tokens, pages, singly");
 GPT2FAST_OP(packed_next,
             "arena, k_cache!, v_cache!, k_scales!, v_scales!, tokens, positions, lengths, history, "
             "uniform, token_mask, allowed" GPT2FAST_SAMPLING_NAMES);
