@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -210,6 +211,18 @@ def test_the_time_limit_ends_a_text(generator):
     assert found.finish_reason == "time" and found.new_tokens <= 1
     stream = generator.stream("abc", speculate="lookup", **options)
     assert "".join(stream) == stream.text and stream.finish_reason == "time"
+
+
+def test_texts_that_wait_for_their_turn_lose_no_time(generator):
+    options = {"max_time": 2.5, "temperature": 0, "max_new_tokens": 4, "eos_token_id": None}
+    clock = itertools.count(step=0.02)
+    prompts = ["abc"] * 200
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: next(clock))
+        found = generator(prompts, speculate="lookup", **options)
+        each = list(generator.run([(prompt, options) for prompt in prompts]))
+    assert next(clock) > 5
+    assert {one.finish_reason for one in [*found, *(one for (one,) in each)]} == {"length"}
 
 
 def test_times_are_counted(generator):

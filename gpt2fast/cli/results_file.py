@@ -65,11 +65,18 @@ class ResultsFile:
         self.done += 1
         self.failed += "error" in lines[0]
 
-    def close(self) -> None:
-        """Wait until everything is on the disk."""
+    def sync(self) -> None:
+        """Wait until everything is on the disk.
+
+        Raises:
+            GenerationError: it does not get there.
+        """
         with self._reported():
             os.fsync(self._file.fileno())
-            self._file.close()
+
+    def close(self) -> None:
+        """Close the file, whatever happened to it."""
+        self._file.close()
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -137,8 +144,11 @@ def results_file(
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
             file = ResultsFile(path, done, failed)
-            yield file
-            file.close()
+            try:
+                yield file
+                file.sync()
+            finally:
+                file.close()
     except OSError as error:
         raise GenerationError(f"--out {out}: {reason_of(error)}") from None
 

@@ -27,6 +27,8 @@ _ROWS = 32
 """Continuations that a call runs at once."""
 _BATCH_ROWS = 64
 """Continuations that `JobRunner.each` runs at once."""
+_MOST_WAITING = 4 * _BATCH_ROWS
+"""Prompts that it has taken and not given out yet, at most."""
 _PAGE = 32
 """Tokens in a page of the engine's cache."""
 
@@ -79,13 +81,18 @@ class JobRunner:
             timing: filled in as it goes on.
         """
         jobs = [job for ask in asks for job in self._jobs(ask)]
+        to_come = deque(jobs)
+        tickets: deque[Ticket] = deque()
         with self._engine(jobs) as engine:
             clock = _Clock(engine, self._model, timing)
-            tickets = deque(engine.submit(job, _ignore) for job in jobs)
-            while tickets:
-                while not tickets[0].done:
+            while to_come or tickets:
+                # One that waited in the engine's queue would lose that time of its max_time.
+                for _ in range(min(len(to_come), _ROWS - _unfinished(tickets))):
+                    tickets.append(engine.submit(to_come.popleft(), _ignore))
+                if tickets[0].done:
+                    yield tickets.popleft().result()
+                else:
                     clock.step()
-                yield tickets.popleft().result()
 
     def steps(self, ask: Ask, timing: Timing | None) -> Iterator[Step]:
         """The steps of one continuation, as `Completer.steps` gives them.
@@ -126,7 +133,11 @@ class JobRunner:
         ) as engine:
             clock = _Clock(engine, self._model, timing)
             while True:
-                while not exhausted and _unfinished(waiting) < 2 * _BATCH_ROWS:
+                while (
+                    not exhausted
+                    and len(waiting) < _MOST_WAITING
+                    and _unfinished(_tickets(waiting)) < _BATCH_ROWS
+                ):
                     ask = next(source, None)
                     if ask is None:
                         exhausted = True
@@ -246,9 +257,14 @@ def _as_steps(events: deque[Event]) -> Iterator[Step]:
             yield Step([], [], [event.generation.finish_reason], None)
 
 
-def _unfinished(waiting: Iterable[Any]) -> int:
+def _unfinished(tickets: Iterable[Ticket]) -> int:
     """Number of continuations that an engine has still to work on."""
-    return sum(not ticket.done for one in waiting if isinstance(one, list) for ticket in one)
+    return sum(not ticket.done for ticket in tickets)
+
+
+def _tickets(waiting: Iterable[Any]) -> Iterator[Ticket]:
+    """The tickets among what waits to be given out."""
+    return (ticket for one in waiting if isinstance(one, list) for ticket in one)
 
 
 def _result(
