@@ -45,7 +45,15 @@ class Graph:
 
     def addresses(self) -> list[int]:
         steps, cache = self.steps, self.steps.cache
-        buffers = [steps.tokens, steps._growth, cache.k, cache.v, cache.lengths, cache.positions]
+        buffers = [
+            steps.tokens,
+            steps.history,
+            steps._growth,
+            cache.k,
+            cache.v,
+            cache.lengths,
+            cache.positions,
+        ]
         if steps._uniform is not None:
             buffers.append(steps._uniform)
         return [buffer.data_ptr() for buffer in buffers]
@@ -80,9 +88,9 @@ def ahead(monkeypatch) -> Seen:
         seen.captured.append(self.rows)
         return Graph(self)
 
-    def counted(self, model, cache, longest, tokens, rows=None):
+    def counted(self, model, cache, longest, tokens, rows=None, history=None):
         seen.started.append(len(tokens))
-        return start(self, model, cache, longest, tokens, rows)
+        return start(self, model, cache, longest, tokens, rows, history)
 
     monkeypatch.setattr(graphs.CapturedStep, "_capture", capture)
     monkeypatch.setattr(graphs.CapturedStep, "start", counted)
@@ -477,13 +485,44 @@ def test_graphs_go_with_their_model(ahead):
     assert gone() is None
 
 
-@pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}], ids=str
-)
-def test_choices_that_read_the_history_are_made_one_by_one(options, model, ahead):
+HISTORY = [
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "top_k": 9,
+        "do_sample": True,
+        "seed": 2,
+    },
+]
+
+
+@pytest.mark.parametrize("options", HISTORY, ids=["penalty", "ngrams", "sampled"])
+@pytest.mark.parametrize("name", ["torch", pytest.param("simulator", marks=needs_simulator)])
+def test_choices_that_read_the_history_run_ahead(name, options, model, ahead, plainly):
+    arguments = {"max_new_tokens": 55, "eos_token_id": None, **options}
     with backend("torch"):
-        model.generate(PROMPTS, MASK, max_new_tokens=30, do_sample=False, **options)
-    assert ahead.started == []
+        expected = plainly(model, PROMPTS, MASK, **arguments)
+        free = {name: value for name, value in options.items() if name in ("do_sample", "seed")}
+        without = plainly(model, PROMPTS, MASK, max_new_tokens=55, eos_token_id=None, **free)
+    assert not torch.equal(expected, without), "the history decides"
+    for _ in range(2):  # the second call's graph holds the first one's history
+        with backend(name):
+            found = model.generate(PROMPTS, MASK, **arguments)
+        assert torch.equal(found, expected)
+    assert ahead.captured == [4]
+
+
+def test_the_history_goes_along_with_rows_that_stay(model, ahead, plainly):
+    options = {"no_repeat_ngram_size": 1, "max_new_tokens": 50, "eos_token_id": None}
+    with backend("torch"):
+        plain = plainly(model, PROMPTS, MASK, **options)
+        stops = [plain[0, 4:8].tolist(), plain[1, 4:9].tolist()]
+        found = model.generate(PROMPTS, MASK, stop=stops, pad_token_id=0, **options)
+        expected = plainly(model, PROMPTS, MASK, stop=stops, pad_token_id=0, **options)
+    assert ahead.started == [3, 1]
+    assert torch.equal(found, expected)
 
 
 def test_rows_that_would_slide_are_taken_one_by_one(model, ahead):

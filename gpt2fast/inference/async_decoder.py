@@ -57,6 +57,8 @@ class AsyncDecoder:
         longest: number of entries in its longest row.
         tokens: (B,) the newest token of each row, not in the cache yet.
         random: source of random numbers, if tokens are sampled.
+        history: (B, S) the rows' tokens up to the newest, after -1 as padding, if the choice reads
+            them.
         choice: `vocab_size` and the processors, as for `CapturedStep`.
     """
 
@@ -67,9 +69,11 @@ class AsyncDecoder:
         longest: int,
         tokens: Tensor,
         random: RowRandom | None,
+        history: Tensor | None = None,
         **choice: Any,
     ):
-        self._model, self._random, self._choice = model, random, choice
+        self._model, self._random = model, random
+        self._choice = {**choice, "reads_history": history is not None}
         self._pool, self._dtype = pool_of(model), cache.k.dtype
         self._length = length_bucket(cache.max_length, model.config.n_positions)
         # Rows of the running batch whose text has not ended.
@@ -79,7 +83,7 @@ class AsyncDecoder:
         self._columns: list[list[int]] = []
         self._step: CapturedStep | None = self._take(len(tokens))
         try:
-            self._step.start(model, cache, longest, tokens)
+            self._step.start(model, cache, longest, tokens, history=history)
         except BaseException:
             self.close()
             raise
@@ -133,7 +137,9 @@ class AsyncDecoder:
         rows = to_device(torch.tensor(self._rows, device="cpu"), before.tokens.device)
         after = self._take(len(rows))
         try:
-            after.start(self._model, before.cache, before.longest, before.tokens[rows], rows)
+            after.start(
+                self._model, before.cache, before.longest, before.tokens[rows], rows, before.history
+            )
         except BaseException:
             self._pool.give_back(after)
             raise

@@ -35,8 +35,9 @@ class CapturedStep:
         length: entries of a row of its cache.
         dtype: of the cache; None means the model's.
         samples: draw tokens at random; otherwise take the likeliest.
+        reads_history: the processors read earlier tokens.
         vocab_size: allow only token ids below this; None allows all.
-        choice: the processors, as `ops.sample` takes them; none may read the history.
+        choice: the processors, as `ops.sample` takes them.
 
     On other devices nothing is captured and each step is run: for tests.
     """
@@ -50,6 +51,7 @@ class CapturedStep:
         dtype: torch.dtype | None = None,
         *,
         samples: bool,
+        reads_history: bool = False,
         vocab_size: int | None = None,
         **choice: Any,
     ):
@@ -67,7 +69,10 @@ class CapturedStep:
         # Added to lengths and positions in each step: 1, or 0 in padding.
         self._growth = torch.zeros_like(self.tokens)
         self._uniform = torch.zeros(rows, dtype=torch.float32, device=device) if samples else None
-        self._history = self.tokens.new_empty((rows, 0))
+        # As `ops.sample` takes it, up to the newest token, which has no entry in the cache yet.
+        columns = self.cache.max_length + 1 if reads_history else 0
+        self.history = self.tokens.new_full((rows, columns), -1)
+        """(B, S) the newest tokens of each row after -1 as padding; S = 0 if nobody reads them."""
         self._stream: torch.cuda.Stream | None = None
         self._weights: list[Tensor] = _weights(model)
         self._graph = self._capture()
@@ -86,6 +91,7 @@ class CapturedStep:
         longest: int,
         tokens: Tensor,
         rows: Tensor | None = None,
+        history: Tensor | None = None,
     ) -> None:
         """Go on with other texts.
 
@@ -94,7 +100,9 @@ class CapturedStep:
             cache: keys and values of the texts so far, which are copied.
             longest: entries in its longest row.
             tokens: (N,) the newest token of each text, not in the cache yet; N <= B.
-            rows: (N,) the texts' rows of `cache`; None means all.
+            rows: (N,) the texts' rows of `cache` and `history`; None means all.
+            history: (rows of the cache, S) the texts so far, the newest tokens included, after -1
+                as padding; where the processors read it.
         """
         if rows is None:
             rows = torch.arange(len(tokens), device=tokens.device)
@@ -103,6 +111,10 @@ class CapturedStep:
         for mine, other in zip(_entries(self.cache), _entries(cache), strict=True):
             for to, new in zip(mine, other, strict=True):  # a layer's copy at a time
                 to[:count, :longest] = new[:, :longest].index_select(0, rows)
+        if (columns := self.history.shape[1]) and history is not None:
+            self.history.fill_(-1)
+            newest = history[:, -columns:].index_select(0, rows)
+            self.history[:count, columns - newest.shape[1] :] = newest
         for to, new in (
             (self.tokens, tokens),
             (self._growth, torch.ones_like(tokens)),
@@ -165,8 +177,10 @@ class CapturedStep:
         cache = self.cache
         logits = run_step(self._weights, self._constants, self.tokens, cache.positions, cache)
         chosen = ops.sample(
-            logits[:, : self._vocab_size], self._history, self._uniform, **self._choice
+            logits[:, : self._vocab_size], self.history, self._uniform, **self._choice
         )
+        if self.history.shape[1]:
+            self.history.copy_(torch.cat([self.history[:, 1:], chosen[:, None]], dim=1))
         self.tokens.copy_(chosen)
         cache.lengths += self._growth
         cache.positions += self._growth

@@ -201,9 +201,7 @@ class _Chooser:
         self._matchers = matchers
         self._reads_history = options.reads_history
         self._tokens: Tensor | None = None
-        self._may_run_ahead = not (
-            scoring or options.reads_history or processors.stepwise or matchers is not None
-        )
+        self._may_run_ahead = not (scoring or processors.stepwise or matchers is not None)
         self._ahead: AsyncDecoder | None = None
 
     def next(self, remaining: int) -> list[int]:
@@ -211,7 +209,9 @@ class _Chooser:
         state, random, choice = self._state, self._random, self._choice
         if self._tokens is not None and self._may_run_ahead:
             self._may_run_ahead = False
-            self._ahead = state.run_ahead(self._tokens, remaining, random, **choice)
+            self._ahead = state.run_ahead(
+                self._tokens, remaining, random, self._reads_history, **choice
+            )
         if self._ahead is not None:
             state.count(1)
             return self._ahead.next(remaining)

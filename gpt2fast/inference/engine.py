@@ -290,14 +290,20 @@ class DecodeState:
         return self._decoder.decode_and_sample(tokens, self._cache, history, uniform, **choice)
 
     def run_ahead(
-        self, tokens: Tensor, steps: int, random: RowRandom | None, **choice: Any
+        self,
+        tokens: Tensor,
+        steps: int,
+        random: RowRandom | None,
+        reads_history: bool,
+        **choice: Any,
     ) -> AsyncDecoder | None:
         """Hand the rows over to an `AsyncDecoder`, which chooses tokens in blocks, where that pays.
 
         Args:
             tokens: (rows,) the newest ones, not read yet.
             steps: most steps to come.
-            random, choice: as `AsyncDecoder` takes them; the choice must not read the history.
+            random, choice: as `AsyncDecoder` takes them.
+            reads_history: the choice reads the history.
 
         Returns:
             None if steps are to be taken one by one: not on a GPU, for a row that would have to
@@ -312,8 +318,9 @@ class DecodeState:
         model = self._decoder.model
         if not is_worthwhile(model, steps):
             return None
+        history = torch.cat([self.history, tokens[:, None]], dim=1) if reads_history else None
         try:
-            ahead = AsyncDecoder(model, self._cache, longest, tokens, random, **choice)
+            ahead = AsyncDecoder(model, self._cache, longest, tokens, random, history, **choice)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             notice(f"decoding steps are started one by one, without a captured step: {reason}")
