@@ -58,9 +58,15 @@ class Grammar:
     `json_schema`, `regex`, `lark` and `choices` make one. Making an equal one again for the same
     tokenizer takes no time.
 
+    Args:
+        kind: what it is, for messages.
+        text: in llguidance's dialect of Lark.
+        tokenizer: one of gpt2fast, transformers or tokenizers, whose tokens stand for bytes.
+
     Raises:
         GenerationError: the text is no such grammar or too large, nothing but the empty text fits
-            it, the tokenizer's tokens stand for no bytes of their own, or `llguidance` is missing.
+            it, or `llguidance` is missing.
+        TokenizerError: the tokens' texts depend on their neighbors.
     """
 
     def __init__(self, kind: str, text: str, tokenizer: Any):
