@@ -28,6 +28,7 @@ BEGIN_WITH_A_MINUTE = (
     "inference",
     "logs",
     "modules",
+    "serving",
     "training",
     "transformers",
     "tuning",
@@ -44,6 +45,7 @@ INSTEAD = {
 
 EXTRAS = {
     'pip install "gpt2fast[logs]"': ("matplotlib", "tensorboard"),
+    'pip install "gpt2fast[serve]"': ("llguidance", "prometheus_client", "starlette", "uvicorn"),
     'pip install "gpt2fast[tune]"': ("matplotlib", "optuna"),
     'pip install "gpt2fast[hf]"': ("transformers",),
     'pip install "gpt2fast[serve]"': ("llguidance",),
