@@ -34,7 +34,7 @@ CALLS = [
 
 def watched(model: GPT2) -> GPT2:
     """A model that has to run through its modules."""
-    model.h[0].mlp.register_forward_hook(lambda module, args, output: output)
+    model.h[0].get_submodule("mlp").register_forward_hook(lambda module, args, output: output)
     return model
 
 

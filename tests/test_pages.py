@@ -48,7 +48,6 @@ EXTRAS = {
     'pip install "gpt2fast[serve]"': ("llguidance", "prometheus_client", "starlette", "uvicorn"),
     'pip install "gpt2fast[tune]"': ("matplotlib", "optuna"),
     'pip install "gpt2fast[hf]"': ("transformers",),
-    'pip install "gpt2fast[serve]"': ("llguidance",),
 }
 """Commands that install, which are not run, and what is there afterward."""
 
