@@ -87,6 +87,20 @@ def alone(model, calls):
     return results
 
 
+def test_a_prompt_is_the_same_wherever_it_is_cut():
+    """A Generator reads 512 tokens at a time, whatever prompts they are of."""
+    skip_where_sums_vary("float32")
+    model = small_model(n_positions=640).pack()
+    generator = Generator(model, TOKENIZER)
+    text = (TEXT * 10)[:513]
+    options = dict(do_sample=False, max_new_tokens=3, logprobs=True, eos_token_id=None)
+    wanted = generator(text, **options)
+    assert generator([text[:100], text], **options)[1] == wanted
+    for chunk_tokens in (512, 256, 32):
+        with small_engine(model, chunk_tokens=chunk_tokens) as engine:
+            assert next(engine.run([job(model, text, **options)])) == wanted
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_company_changes_nothing(model, seed):
     calls = [*CALLS, *CALLS]

@@ -367,6 +367,8 @@ class PackedGPT2(nn.Module):
                 wanted,
                 k_scales=cache.k_scales,
                 v_scales=cache.v_scales,
+                # The one token that a cut may leave over is still a prompt's.
+                singly=torch.tensor([counts[row] == 1 for row, _, _, _ in pieces], device="cpu"),
             )
             found.append(logits)
         if not found:  # every token is masked
