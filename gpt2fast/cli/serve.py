@@ -13,7 +13,7 @@ from .._system.docstrings import field_docstrings
 from .._system.output import complain, say
 from ..errors import Error, reason_of
 from ..serving.limits import Limits
-from .arguments import CommandParser, count
+from .arguments import CommandParser, count, text_argument
 from .command import UsageError, command, memory_advice
 from .model_flags import add_model_flags, load_generator
 
@@ -96,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens whose keys and values fit the cache (default: for --max-rows full texts, or "
         "half of the memory that is free)",
     )  # fmt: skip
+    engine.add_argument(
+        "--speculate", default="off", type=text_argument, metavar="lookup|MODEL|off",
+        help="propose tokens that the model verifies several at a time: those that followed the "
+        "same ones before (lookup), or a smaller model's; texts stay as they are, and are written "
+        "faster where they repeat themselves (default: %(default)s)",
+    )  # fmt: skip
 
     limits = parser.add_argument_group("limits")
     texts = field_docstrings(Limits)
@@ -167,6 +173,7 @@ def _run(args: argparse.Namespace, keys: tuple[bytes, ...], is_local: bool) -> i
             f'serving needs {error.name}, which is not installed: pip install "gpt2fast[serve]"'
         ) from None
     from ..inference.batching import BatchEngine
+    from ..inference.speculation.choice import Speculation
     from ..serving import logs
     from ..serving.gateway import Access
     from ..serving.process import bind, serve
@@ -174,33 +181,37 @@ def _run(args: argparse.Namespace, keys: tuple[bytes, ...], is_local: bool) -> i
 
     sockets = bind(args.host, args.port)
     generator = _load(args)
-    engine = BatchEngine(
-        generator.model,
-        generator.tokenizer,
-        cache_tokens=args.cache_tokens,
-        max_rows=args.max_rows,
-        queue_limit=args.max_queue,
-    )
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     name = args.served_name or _name(args)
-    service = Service(generator, engine, name, limits, args.log_prompts)
     port = sockets[0].getsockname()[1]
     place = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{port}"
-    logs.configure(args.log_level)
 
     def announce() -> None:
         say(f"serving {name} at {place} (a page), {place}/v1 (OpenAI's protocol)")
         logs.record("started", model=name, host=args.host, port=port, keys=len(keys))
 
     access = Access(keys, tuple(map(str.lower, args.allow_host)), is_local)
-    serve(
-        service,
-        sockets,
-        access=access,
-        origins=tuple(args.cors_origin),
-        grace=args.grace,
-        announce=announce,
-    )
+    speculation = Speculation(generator.model, generator.tokenizer, args.speculate)
+    with speculation.drafting() as drafter:
+        if drafter is None and args.speculate != "off":
+            complain(f"note: --speculate {args.speculate}: no effect without packed weights")
+        engine = BatchEngine(
+            generator.model,
+            generator.tokenizer,
+            cache_tokens=args.cache_tokens,
+            max_rows=args.max_rows,
+            queue_limit=args.max_queue,
+            drafter=drafter,
+        )
+        logs.configure(args.log_level)
+        serve(
+            Service(generator, engine, name, limits, args.log_prompts),
+            sockets,
+            access=access,
+            origins=tuple(args.cors_origin),
+            grace=args.grace,
+            announce=announce,
+        )
     logs.record("ended")
     return 0
 

@@ -216,3 +216,23 @@ def test_overload_is_answered_429_with_a_time_to_wait(guarded):
         assert caught.value.code == "rate_limit_exceeded"
         # None of its choices is left over.
         assert api.completions.create(**body).usage.completion_tokens == 100
+
+
+def test_speculation_changes_no_answer(small, server, tmp_path):
+    body: dict[str, Any] = dict(model=NAME, prompt=PROMPT, max_tokens=80, n=3, seed=9)
+    texts = []
+    with serving(small, tmp_path, "--speculate", "lookup") as speculating:
+        for each in (server, speculating):
+            with openai.OpenAI(base_url=each.url + "/v1", api_key="none") as api:
+                for temperature in (0, 0.5):
+                    answer = api.completions.create(**body, temperature=temperature)
+                    texts.append([choice.text for choice in answer.choices])
+        lines = httpx_get(speculating.url + "/metrics").splitlines()
+        drafted = next(line for line in lines if line.startswith("gpt2fast_drafted_tokens_total "))
+    assert texts[:2] == texts[2:] and float(drafted.split()[1]) > 0
+
+
+def httpx_get(url: str) -> str:
+    import httpx
+
+    return httpx.get(url).text
