@@ -37,6 +37,9 @@ _IGNORED = {
     "metadata": Member(AnyObject(), "Kept for OpenAI's clients; nothing is done with it."),
 }
 
+_NOT_SERVED = {"penalty_alpha": "the engine has no contrastive search, which Generator has"}
+"""Options of sampling that the engine does not have, and why."""
+
 _OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 
 
@@ -105,6 +108,8 @@ class Parameters:
         texts = field_docstrings(SamplingOptions)
         found = {}
         for name, option in {**PROCESSORS, **STEPWISE}.items():
+            if name in _NOT_SERVED:
+                continue
             default = _OPENAI_DEFAULTS.get(name)
             found[name] = Member(_kind(option), texts[name], default=default)
         found["temperature"] = Member(
@@ -212,6 +217,7 @@ class Parameters:
             {
                 "suffix": "GPT-2 continues texts, and cannot fill in what comes before an end",
                 "store": "nothing is stored",
+                **_NOT_SERVED,
             },
         )  # fmt: skip
 
@@ -262,6 +268,7 @@ class Parameters:
                 "prediction": "drafts come from the server's own --speculate",
                 "reasoning_effort": "the model does not reason",
                 "store": "nothing is stored",
+                **_NOT_SERVED,
                 "web_search_options": "the model does not search",
             },
         )

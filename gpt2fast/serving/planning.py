@@ -239,7 +239,7 @@ class Planner:
                 do_sample=True,
                 seed=fields["seed"],
                 logit_bias=fields["logit_bias"],
-                **{name: fields[name] for name in (*PROCESSORS, *STEPWISE)},
+                **{name: fields.get(name) for name in (*PROCESSORS, *STEPWISE)},
             )
         except Error as error:
             first = str(error).partition(" ")[0]

@@ -296,6 +296,7 @@ REFUSED = {
     "stop": ({"prompt": "a", "stop": [""]}, "stop[0]", "at least 1 character"),
     "stops": ({"prompt": "a", "stop": ["a"] * 17}, "stop", "17"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix", "cannot fill in"),
+    "contrastive": ({"prompt": "a", "penalty_alpha": 0.6}, "penalty_alpha", "contrastive"),
     "unknown": ({"prompt": "a", "max_token": 5}, "max_token", "did you mean max_tokens?"),
     "stream_options": ({"prompt": "a", "stream_options": {}}, "stream_options", "stream"),
     "format": (
