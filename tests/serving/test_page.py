@@ -156,6 +156,11 @@ def chunk(text: str, *tokens: str, offset: int = 0, **others: Any) -> dict[str, 
     return {"choices": [{**choice, **others}]}
 
 
+def location(page: Any) -> str:
+    """The address, which the driver hears of later than the page."""
+    return page.evaluate("location.href")
+
+
 def shown(page: Any) -> str:
     return page.locator("#text").text_content()
 
@@ -197,6 +202,23 @@ def test_a_run_streams_until_it_is_stopped(visitor: Visitor, how: str) -> None:
     expect(page.locator("#stop")).to_be_disabled()
     expect(page.locator("#error")).to_be_hidden()
     wait_until_idle(visitor.address)
+
+
+def test_a_long_text_is_followed_until_one_scrolls_up(visitor: Visitor) -> None:
+    page = visitor.open()
+    page.locator("#option-ignore_eos").check()
+    visitor.run("The river", max_tokens=1500, seed=1)
+    distance = "it => it.scrollHeight - it.scrollTop - it.clientHeight"
+    page.wait_for_timeout(100)
+    text = page.locator("#text")
+    assert text.evaluate("it => it.scrollTop") > 1000
+    assert text.evaluate(distance) < 2
+    fill(page, "The river", max_tokens=1500, seed=1)
+    page.locator("#run").click()
+    page.locator("#text .token").nth(400).wait_for(state="attached")
+    text.evaluate("it => it.scrollTop -= 300")
+    expect(page.locator("#run")).to_be_enabled()
+    assert text.evaluate(distance) >= 300
 
 
 def wait_until_idle(address: str) -> None:
@@ -296,10 +318,10 @@ def test_everything_can_be_done_with_keys_alone(visitor: Visitor) -> None:
     visitor.stream(chunk(" one two three", " one", " two", " three"))
     press("Tab")
     expect(page.locator(".skip")).to_be_focused()
-    link = page.url
+    link = location(page)
     press("Enter")
     expect(page.locator("#prompt")).to_be_focused()
-    assert page.url == link
+    assert location(page) == link
     page.keyboard.type("Zero")
     press("Tab")
     expect(page.locator("#run")).to_be_focused()
@@ -468,7 +490,7 @@ def test_a_link_restores_everything_but_the_key(visitor: Visitor, browser: Any) 
     prompt = "A #prompt & 100 % <b>of</b> 猫\nand a second line"
     visitor.stream(chunk("", ""))
     visitor.run(prompt, temperature=0.25, stop="\\n", seed=12)
-    link = page.url
+    link = location(page)
     assert "secret" not in link
     other = Visitor(browser, visitor.address)
     other.open(link.removeprefix(visitor.address))
@@ -498,7 +520,7 @@ def test_what_is_typed_while_the_page_loads_is_kept(visitor: Visitor) -> None:
     expect(page.locator("#option-top_k")).to_have_value("5")
     expect(page.locator("#prompt")).to_have_value("new")
     page.locator("#link").click()
-    assert page.url.endswith("#prompt=new&top_k=5")
+    assert location(page).endswith("#prompt=new&top_k=5")
 
 
 def test_the_key_is_sent_and_kept_for_the_tab(visitor: Visitor) -> None:

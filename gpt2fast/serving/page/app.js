@@ -37,7 +37,10 @@ async function run() {
       ...options?.fields,
     };
     const chunks = completion(body, { key: the("key").value, signal: running.signal });
-    for await (const chunk of chunks) clock.take(chunk);
+    for await (const chunk of chunks) {
+      clock.take(chunk);
+      await clock.pause();
+    }
     clock.finish();
   } catch (error) {
     if (error.name === "AbortError") clock.finish("stopped");
@@ -67,7 +70,7 @@ function busy(is) {
 /** Takes the chunks of a run, and measures. */
 class Clock {
   constructor() {
-    this.begin = performance.now();
+    this.begin = this.drawn = performance.now();
     for (const id of ["first", "speed", "count", "read"]) the(id).textContent = "–";
   }
 
@@ -82,6 +85,13 @@ class Clock {
       const cached = usage.prompt_tokens_details?.cached_tokens;
       the("read").textContent = `${usage.prompt_tokens}${cached ? `, ${cached} cached` : ""}`;
     }
+  }
+
+  /** Let the browser draw and take keys where a fast server leaves it no time to. */
+  async pause() {
+    if (performance.now() - this.drawn < 50) return;
+    await new Promise((resolve) => setTimeout(resolve));
+    this.drawn = performance.now();
   }
 
   #measure() {

@@ -11,6 +11,11 @@ export class Text {
   constructor(root, tip) {
     Object.assign(this, { root, tip, spans: [], coloring: "probability", onChoice: () => {} });
     this.clear("");
+    root.addEventListener("scroll", () => {
+      const isAtEnd = root.scrollHeight - root.scrollTop - root.clientHeight < 40;
+      this.follows = isAtEnd || (this.follows && root.scrollTop >= this.top);
+      this.top = root.scrollTop;
+    });
     root.addEventListener("pointerover", (event) => this.#look(event.target));
     root.addEventListener("pointerleave", () => this.#look(root.querySelector(":focus-visible")));
     root.addEventListener("focusin", (event) => this.#look(event.target));
@@ -29,6 +34,7 @@ export class Text {
     this.characters = [];
     this.weights = null;
     this.chosen = -1;
+    this.follows = true; // the end stays in sight until one scrolls away
     this.#draw();
   }
 
@@ -52,7 +58,6 @@ export class Text {
     if (promptIds) this.promptIds = promptIds;
     this.newIds.push(...(ids ?? []));
     this.characters.push(...text);
-    const isAtEnd = this.root.scrollHeight - this.root.scrollTop - this.root.clientHeight < 40;
     const first = Math.max(0, this.tokens.length - 1); // its text may have grown
     logprobs?.tokens.forEach((token, place) => this.tokens.push({
       id: this.newIds[this.tokens.length],
@@ -62,7 +67,7 @@ export class Text {
       top: Object.entries(logprobs.top_logprobs?.[place] ?? {}).sort((a, b) => b[1] - a[1]),
     }));
     for (let place = first; place < this.tokens.length; place++) this.#drawToken(place);
-    if (isAtEnd) this.root.scrollTop = this.root.scrollHeight;
+    if (this.follows) this.#follow();
   }
 
   /** Show attention: a row of weights for each of the newest tokens, and all tokens' texts. */
@@ -146,6 +151,12 @@ export class Text {
     const origin = this.tokens[0]?.offset ?? 0;
     const next = this.tokens[place + 1];
     return [this.tokens[place].offset - origin, next ? next.offset - origin : undefined];
+  }
+
+  /** Scroll to the end, once a frame: asking for heights lays the whole text out. */
+  #follow() {
+    cancelAnimationFrame(this.frame);
+    this.frame = requestAnimationFrame(() => (this.root.scrollTop = this.root.scrollHeight));
   }
 
   #move(event) {
