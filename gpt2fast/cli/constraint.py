@@ -22,8 +22,7 @@ _FLAGS = ("json_schema", "regex", "grammar", "choice")
 
 def add_constraint_flags(parser: argparse.ArgumentParser) -> None:
     """Add the group of flags, of which one may be given."""
-    group = parser.add_argument_group("form of the text (one of these)")
-    one = group.add_mutually_exclusive_group()
+    one = parser.add_argument_group("form of the text (one of these)")
     one.add_argument(
         "--json-schema", metavar="FILE", help="JSON that the JSON Schema in this file accepts"
     )
@@ -51,6 +50,8 @@ def constraint_of(args: argparse.Namespace) -> Callable[[Generator], Grammar] | 
     given = [name for name in _FLAGS if getattr(args, name) is not None]
     if not given:
         return None
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(map(flag, given))} do not go together: give one of them")
     (name,) = given
     if args.num_beams > 1:
         raise UsageError(f"{flag(name)} and --num-beams do not go together: leave one of them out")
