@@ -181,7 +181,7 @@ def together(blocks, chunk, step):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_a_token_depends_on_its_own_text_alone(models, threads, form, dtype, heads):
+def test_a_native_token_depends_on_its_own_text_alone(models, threads, form, dtype, heads):
     """Bit for bit: not on chunks, company, threads, pages, or how many tokens are read singly."""
     if loaded().isa.endswith("amx"):
         pytest.skip("AMX's tiles round otherwise than vectors")
