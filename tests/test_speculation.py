@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import weakref
 
@@ -140,9 +141,7 @@ def simulate(rate, cost, steps, most=15, seed=0):
     draw = random.Random(seed)
     tokens, chosen = 0, []
     for _ in range(steps):
-        proposed = 0
-        if lengths.is_awake(0):
-            (proposed,) = lengths.choose([Chance(0, "x", 0.5, most)], 1)
+        (proposed,) = lengths.choose([Chance(0, "x", 0.5, most)], 1)
         lengths.start(1 + proposed)
         machine.now += cost(1 + proposed) * draw.uniform(0.95, 1.05)
         accepted = 0
@@ -173,15 +172,22 @@ def test_proposals_that_begin_to_pay_are_noticed():
     lengths = DraftLengths(clock=machine)
     chosen = []
     for step in range(600):
-        proposed = 0
-        if lengths.is_awake(0):
-            (proposed,) = lengths.choose([Chance(0, "x", 0.5, 15)], 1)
+        (proposed,) = lengths.choose([Chance(0, "x", 0.5, 15)], 1)
         lengths.start(1 + proposed)
         machine.now += 1 + 0.1 * proposed
         lengths.observe(0, proposed, proposed if step >= 300 else 0)
         chosen.append(proposed)
     assert sum(chosen[200:300]) < 20
     assert min(chosen[-50:]) >= 8
+
+
+def test_a_kind_that_does_not_pay_leaves_the_others_alone():
+    lengths = DraftLengths(clock=itertools.count().__next__)
+    lengths.costs.add(1, 1.0)
+    lengths.costs.add(9, 4.0)
+    for _ in range(3):
+        assert lengths.choose([Chance(0, "poor", 0.05, 8)], 1) == [0]
+        assert lengths.choose([Chance(0, "good", 0.97, 8)], 1)[0] > 4
 
 
 def test_the_likeliest_places_of_all_rows_are_taken():

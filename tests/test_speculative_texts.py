@@ -46,9 +46,6 @@ class Random(DraftLengths):
     def renewed(self):
         return self
 
-    def is_awake(self, row_id):
-        return self._draw.random() < 0.9
-
     def choose(self, chances, rows):
         return [self._draw.randrange(min(chance.most, self.most) + 1) for chance in chances]
 

@@ -78,7 +78,7 @@ class ModelDrafter:
         chances, places = [], []
         for place, row in enumerate(rows):
             most = min(row.most, room + 1 - len(row.tokens))
-            if most < 1 or not self._lengths.is_awake(row.id):
+            if most < 1:
                 continue
             chances.append(Chance(row.id, "model", _RATE, most))
             places.append(place)

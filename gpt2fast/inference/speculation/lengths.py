@@ -16,7 +16,7 @@ import copy
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MOST = 15
 """Most tokens proposed for a row, unless it is set otherwise: with the newest one, a step of 16."""
@@ -35,8 +35,8 @@ _STALE = 400
 _LEAST = 0.02
 """A place that is right less often than this is not worth looking at."""
 _RESTS = (4, 64)
-"""Steps for which a row rests whose proposals do not pay: from the first number to the second,
-doubled each time."""
+"""Chances that go by after one that did not pay, for its row and kind: from the first number to the
+second, doubled each time."""
 _PROBE = 1
 """Tokens of the proposal that finds out whether a rested row's pay again."""
 
@@ -104,6 +104,17 @@ class StepCosts:
 
 
 @dataclass
+class _Rest:
+    """How long proposals of a kind, which did not pay, are not made for a row."""
+
+    left: int = 0
+    """So many more chances go by."""
+    longest: int = _RESTS[0]
+    probes: bool = False
+    """The next proposal is a probe."""
+
+
+@dataclass
 class _Row:
     """What a row's proposals have come to."""
 
@@ -113,11 +124,8 @@ class _Row:
     """The kind of the newest proposal."""
     rate: float = 0.0
     """The rate that was expected of it."""
-    rest: int = 0
-    """Steps to come without a proposal."""
-    longest_rest: int = _RESTS[0]
-    probes: bool = False
-    """The next proposal is a probe."""
+    rests: dict[Hashable, _Rest] = field(default_factory=dict)
+    """By kind of proposal."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +166,6 @@ class DraftLengths:
         other._draft_seconds = self._draft_seconds
         return other
 
-    def is_awake(self, row_id: int) -> bool:
-        """False in a step in which a row gets no proposal, since those before it did not pay.
-
-        To be asked once a step.
-        """
-        row = self._rows.get(row_id)
-        if row is None or not row.rest:
-            return True
-        row.rest -= 1
-        return False
-
     def choose(self, chances: Sequence[Chance], rows: int) -> list[int]:
         """Number of tokens to propose of each chance; 0 where it does not pay.
 
@@ -177,7 +174,13 @@ class DraftLengths:
             rows: number of rows in the step, each of which has one token anyway.
         """
         gains: list[tuple[float, int, int]] = []
+        tried: list[int] = []
         for place, chance in enumerate(chances):
+            rest = self._rest(chance)
+            if rest.left:
+                rest.left -= 1
+                continue
+            tried.append(place)
             rate = gain = self.rate(chance)
             for depth in range(1, min(chance.most, self.most) + 1):
                 if gain < _LEAST:
@@ -196,20 +199,21 @@ class DraftLengths:
                 best, taken = total / seconds, count
         for _, place, depth in gains[:taken]:
             lengths[place] = depth
-        for place, chance in enumerate(chances):
+        for place in tried:
+            chance, rest = chances[place], self._rest(chances[place])
             row = self._row(chance.row_id)
             row.kind, row.rate = chance.kind, self.rate(chance)
             if lengths[place]:
-                row.longest_rest = _RESTS[0]
-            elif row.probes:
+                rest.longest = _RESTS[0]
+            elif rest.probes:
                 lengths[place] = min(_PROBE, chance.most, self.most)
             else:
                 extra = self.costs.seconds(rows + _PROBE) / self.costs.seconds(rows) - 1
-                row.rest = max(row.longest_rest, int(extra / _PROBING))
-                row.probes = True
-                row.longest_rest = min(2 * row.longest_rest, _RESTS[1])
+                rest.left = max(rest.longest, int(extra / _PROBING))
+                rest.probes = True
+                rest.longest = min(2 * rest.longest, _RESTS[1])
                 continue
-            row.probes = False
+            rest.probes = False
         return lengths
 
     def rate(self, chance: Chance) -> float:
@@ -256,6 +260,9 @@ class DraftLengths:
     def forget(self, row_id: int) -> None:
         """Free what is kept for a row."""
         self._rows.pop(row_id, None)
+
+    def _rest(self, chance: Chance) -> _Rest:
+        return self._row(chance.row_id).rests.setdefault(chance.kind, _Rest())
 
     def _row(self, row_id: int) -> _Row:
         return self._rows.setdefault(row_id, _Row({}))

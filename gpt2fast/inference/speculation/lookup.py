@@ -117,7 +117,7 @@ class LookupDrafter:
         found: list[tuple[int, list[int]]] = []
         chances: list[Chance] = []
         for place, row in enumerate(rows):
-            if row.most < 1 or not self._lengths.is_awake(row.id):
+            if row.most < 1:
                 continue
             kind, size, draft = self._find(row)
             if draft:
