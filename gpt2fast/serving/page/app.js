@@ -112,7 +112,7 @@ class Clock {
       stop: "Ended by itself", length: "Reached the length limit", stopped: "Stopped", failed: "Failed",
     };
     const count = text.tokens.length ? `, ${text.tokens.length} tokens in ${seconds} s` : "";
-    the("status").textContent = `${ends[end] ?? end ?? "ended"}${count}`;
+    the("status").textContent = `${ends[end] ?? end ?? "Ended"}${count}`;
   }
 }
 

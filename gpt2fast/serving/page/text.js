@@ -156,7 +156,9 @@ export class Text {
   /** Scroll to the end, once a frame: asking for heights lays the whole text out. */
   #follow() {
     cancelAnimationFrame(this.frame);
-    this.frame = requestAnimationFrame(() => (this.root.scrollTop = this.root.scrollHeight));
+    this.frame = requestAnimationFrame(() => {
+      if (this.follows) this.root.scrollTop = this.root.scrollHeight;
+    });
   }
 
   #move(event) {
