@@ -35,6 +35,7 @@ export class Text {
     this.weights = null;
     this.chosen = -1;
     this.follows = true; // the end stays in sight until one scrolls away
+    this.top = 0;
     this.#draw();
   }
 
