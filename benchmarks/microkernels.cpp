@@ -95,6 +95,12 @@ double measure(const PackedMatrix& w, int64_t rows, int64_t panels, int threads,
         alignas(64) float sums[16 * panel_columns];
         const Clock::time_point begin = Clock::now();
         const int64_t passes = std::max<int64_t>(1, (1 << 20) / (panels * w.panel_size * rows));
+        const uint8_t* end_of_all = data + panels * w.panel_size;
+        // What to prefetch beside a panel, of what ends at `until` and goes on at `then`.
+        const auto ahead = [&](const uint8_t* at, const uint8_t* until, const uint8_t* then) {
+            if (read_ahead == 0) return GPT2FAST_ISA::Ahead{};
+            return GPT2FAST_ISA::read_ahead(at, until, then < end_of_all ? then : data, read_ahead);
+        };
         int calls = 0;
         const auto meet = [&] {
             const int everybody = ++calls * threads;
@@ -106,15 +112,22 @@ double measure(const PackedMatrix& w, int64_t rows, int64_t panels, int threads,
             meet();
             const Clock::time_point start = Clock::now();
             for (int64_t pass = 0; pass < passes; ++pass) {
-                for (int64_t panel = 0; panel < panels; ++panel) {
+                // A single row of floats meets two panels at once.
+                const bool pairs = rows == 1 && w.group == 0;
+                for (int64_t panel = 0; pairs && panel + 1 < panels; panel += 2) {
+                    const uint8_t* at = data + panel * w.panel_size;
+                    const uint8_t* other = at + w.panel_size;
+                    GPT2FAST_ISA::multiply_pair_for(w.format)(
+                        at, packed, to, sums, ahead(at, other, at + 2 * w.panel_size),
+                        ahead(other, other + w.panel_size, other + 2 * w.panel_size));
+                }
+                for (int64_t panel = pairs ? panels / 2 * 2 : 0; panel < panels; ++panel) {
                     const uint8_t* at = data + panel * w.panel_size;
                     for (int64_t tile = 0; tile < tiles.count; ++tile) {
                         GPT2FAST_ISA::multiply_for(w.format, tiles.size(tile))(
                             at, to.tile(tiles, tile), to, sums,
                             tiles.count > 1 ? GPT2FAST_ISA::next_panel(at, w.panel_size, tile)
-                            : read_ahead    ? GPT2FAST_ISA::read_ahead(
-                                                  at, data + panels * w.panel_size, data, read_ahead)
-                                            : GPT2FAST_ISA::Ahead{});
+                                            : ahead(at, end_of_all, data));
                     }
                 }
             }

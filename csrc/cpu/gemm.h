@@ -9,11 +9,8 @@
 //
 // A row has the same bits in every tile of an instruction set, alone or among others, since each of
 // its sums is one chain over the inputs; those of quantized weights, whose groups are integers, in
-// every instruction set with fused multiply-adds. A single row waits for its chains: the 32 / width
-// of them take 128 bytes of float32 weights in the four cycles of a multiply-add, of 16 bits 64, at
-// 3 GHz 96 and 48 GB/s: more than memory gives a core. Two chains for even and odd inputs read the
-// second-level cache at 245 GB/s instead of 138 in float32 (one core of an EPYC, Zen 5), and had
-// bits of their own.
+// every instruction set with fused multiply-adds. A single row of floats would wait for its chains,
+// 32 / width of them: it meets two panels at once, which are as many more.
 #pragma once
 
 #include "packed_rows.h"
@@ -70,19 +67,6 @@ inline void add_word(Sums<R, C>& sums, const uint8_t* panel, const Strided& rows
     }
 }
 
-// sums += panel * tile for words that the processor multiplies. Of many rows a word at a time: with
-// two the compiler would spill sums.
-template <Format format, int R, int C>
-inline void add_words(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile, int64_t words,
-                      Ahead ahead) {
-    for (int64_t k = 0; k < words; ++k) {
-        ahead.ask();
-        add_word<format>(sums, panel, {tile, 4, 0});
-        panel += 4 * panel_columns;
-        tile += 4 * R;
-    }
-}
-
 // sums += the even or the odd inputs of a word of each column times a float of each row.
 template <bool odd, int R, int C>
 inline void add_halves(Sums<R, C>& sums, const uint8_t* panel, const float* x) {
@@ -97,38 +81,49 @@ inline void add_halves(Sums<R, C>& sums, const uint8_t* panel, const float* x) {
     }
 }
 
-// As add_words, for bfloat16 weights and float32 rows.
+// sums += an input of float16 weights times a float of each row.
 template <int R, int C>
-inline void add_widened(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile, int64_t words,
-                        Ahead ahead) {
-    const float* x = reinterpret_cast<const float*>(tile);
-    for (int64_t k = 0; k < words; ++k) {
-        ahead.ask();
-        add_halves<false>(sums, panel, x);
-        add_halves<true>(sums, panel, x + R);
-        panel += 4 * panel_columns;
-        x += 2 * R;
+inline void add_float16(Sums<R, C>& sums, const uint8_t* panel, const float* x) {
+    Vec wide[C];
+    for (int c = 0; c < C; ++c) {
+        wide[c] = Vec::load(reinterpret_cast<const float16*>(panel) + c * Vec::width);
+    }
+    for (int r = 0; r < R; ++r) {
+        const Vec factor(x[r]);
+        for (int c = 0; c < C; ++c) sums.v[r][c] = fma(wide[c], factor, sums.v[r][c]);
     }
 }
 
-// As add_words, for float16 weights and float32 rows.
-template <int R, int C>
-inline void add_float16(Sums<R, C>& sums, const float16* w, const float* x, int64_t inputs,
-                        Ahead ahead) {
-    const auto add = [&] {
-        Vec wide[C];
-        for (int c = 0; c < C; ++c) wide[c] = Vec::load(w + c * Vec::width);
-        for (int r = 0; r < R; ++r) {
-            const Vec factor(x[r]);
-            for (int c = 0; c < C; ++c) sums.v[r][c] = fma(wide[c], factor, sums.v[r][c]);
-        }
-        w += panel_columns;
-        x += R;
-    };
-    for (int64_t k = 0; k < inputs; k += 2) {
+// What 128 bytes of a panel of floats meet of each row: a word or, where weights are widened, two
+// floats.
+template <Format format>
+constexpr int unit_words = format == Format::float16 || row_words(format) == 2 ? 2 : 1;
+
+// sums += the inputs in 128 bytes of a panel times those of a tile.
+template <Format format, int R, int C>
+inline void add_unit(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile) {
+    const float* x = reinterpret_cast<const float*>(tile);
+    if constexpr (format == Format::float16) {
+        add_float16(sums, panel, x);
+        add_float16(sums, panel + 2 * panel_columns, x + R);
+    } else if constexpr (row_words(format) == 2) {
+        add_halves<false>(sums, panel, x);
+        add_halves<true>(sums, panel, x + R);
+    } else {
+        add_word<format>(sums, panel, {tile, 4, 0});
+    }
+}
+
+// sums += panel * tile over `units` of 128 bytes. Of many rows one at a time: with two the compiler
+// would spill sums.
+template <Format format, int R, int C>
+inline void add_units(Sums<R, C>& sums, const uint8_t* panel, const uint8_t* tile, int64_t units,
+                      Ahead ahead) {
+    for (int64_t k = 0; k < units; ++k) {
         ahead.ask();
-        add();
-        add();
+        add_unit<format>(sums, panel, tile);
+        panel += 4 * panel_columns;
+        tile += 4 * R * unit_words<format>;
     }
 }
 
@@ -274,28 +269,39 @@ void multiply(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows,
               Ahead ahead) {
     if constexpr (is_quantized(format)) {
         multiply_quantized<format, R>(panel, tile, rows, out, ahead);
-    } else if constexpr (format == Format::float16) {
-        const int64_t panel_size = rows.padded_inputs * 2 * panel_columns;
-        for_parts<format, R>(ahead, panel_size, [&](int column, Ahead asking) {
-            Sums<R, vectors_at_once(format, R)> sums;
-            sums.clear();
-            add_float16(sums, reinterpret_cast<const float16*>(panel) + column,
-                        reinterpret_cast<const float*>(tile), rows.padded_inputs, asking);
-            sums.store(out + column);
-        });
     } else {
-        const int64_t panel_size = rows.weight_words() * 4 * panel_columns;
-        for_parts<format, R>(ahead, panel_size, [&](int column, Ahead asking) {
+        const int64_t units = rows.words() / unit_words<format>;
+        for_parts<format, R>(ahead, units * 4 * panel_columns, [&](int column, Ahead asking) {
             Sums<R, vectors_at_once(format, R)> sums;
             sums.clear();
-            if constexpr (row_words(format) == 2) {
-                add_widened(sums, panel + 4 * column, tile, rows.weight_words(), asking);
-            } else {
-                add_words<format>(sums, panel + 4 * column, tile, rows.words(), asking);
-            }
+            const int begin = (format == Format::float16 ? 2 : 4) * column;
+            add_units<format>(sums, panel + begin, tile, units, asking);
             sums.store(out + column);
         });
     }
+}
+
+// The products (2, 32) of one row with two panels that lie one behind the other, of floats: twice
+// as many chains of sums, each in the order that it has alone. Each panel has an Ahead of its own.
+template <Format format>
+void multiply_pair(const uint8_t* panel, const uint8_t* tile, const PackedRows& rows, float* out,
+                   Ahead ahead, Ahead other_ahead) {
+    const int64_t units = rows.words() / unit_words<format>;
+    const uint8_t* other_panel = panel + units * 4 * panel_columns;
+    Sums<1, panel_vectors> sums, others;
+    sums.clear();
+    others.clear();
+    for (int64_t k = 0; k < units; ++k) {
+        ahead.ask();
+        other_ahead.ask();
+        add_unit<format>(sums, panel, tile);
+        add_unit<format>(others, other_panel, tile);
+        panel += 4 * panel_columns;
+        other_panel += 4 * panel_columns;
+        tile += 4 * unit_words<format>;
+    }
+    sums.store(out);
+    others.store(out + panel_columns);
 }
 
 using MultiplyFloats = void (*)(const uint8_t*, Strided, int64_t, float*, bool);
@@ -349,6 +355,16 @@ inline Multiply multiply_for(Format format, int rows) {
         case Format::int8: return multiply_for<Format::int8>(rows);
         default: return multiply_for<Format::int4>(rows);
     }
+}
+
+using MultiplyPair = void (*)(const uint8_t*, const uint8_t*, const PackedRows&, float*, Ahead,
+                              Ahead);
+
+// The function for formats that are not quantized.
+inline MultiplyPair multiply_pair_for(Format format) {
+    if (format == Format::float32) return multiply_pair<Format::float32>;
+    if (format == Format::bfloat16) return multiply_pair<Format::bfloat16>;
+    return multiply_pair<Format::float16>;
 }
 
 // Row `column` of the transposed matrix, as floats: an embedding.

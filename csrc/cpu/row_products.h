@@ -92,6 +92,11 @@ public:
             blocks = (tiles.count + room - 1) / room;
         }
         const int64_t panels = w.panels();
+        if (in_pairs(w, rows)) {
+            return worker_->for_each((panels + 1) / 2, [&](int64_t pair) {
+                multiply_single(w, next, 2 * pair, x, out, combine);
+            });
+        }
         worker_->for_each(panels * blocks, [&](int64_t item) {
             const int64_t index = item % panels, block = item / panels;
             const int64_t first = tiles.count * block / blocks;
@@ -103,7 +108,7 @@ public:
                 float* to = out + tiles.begin(tile) * w.outputs;
                 ask_for_rows(w, index, to, size);
                 const Ahead ahead = last - first > 1 ? next_panel(panel, w.panel_size, tile - first)
-                                                     : ahead_of(panel, w, next);
+                                                     : ahead_of(panel, w, next, rows);
                 multiply_for(w.format, size)(panel, x.tile(tiles, tile), x, sums, ahead);
                 finish_rows(w, index, to, size, sums, combine);
             }
@@ -117,16 +122,56 @@ private:
         for (int64_t item = 0; item < items; ++item) work(item);
     }
 
+    // Whether panels are multiplied two at a time.
+    static bool in_pairs(const PackedMatrix& w, int64_t rows) {
+        return rows == 1 && !is_quantized(w.format);
+    }
+
+    // The product of a single row with panel `index` and the one behind it, if there is one.
+    template <typename Combine>
+    void multiply_single(const PackedMatrix& w, const PackedMatrix& next, int64_t index,
+                         const PackedRows& x, float* out, Combine combine) {
+        const uint8_t* panel = model_->at(w.data) + index * w.panel_size;
+        alignas(64) float sums[2 * panel_columns];
+        const bool both = index + 1 < w.panels();
+        for (int64_t i = index; i <= index + both; ++i) ask_for_rows(w, i, out, 1);
+        if (both) {
+            multiply_pair_for(w.format)(panel, x.data, x, sums, ahead_of_pair(panel, w, next, 0),
+                                        ahead_of_pair(panel + w.panel_size, w, next, 1));
+        } else {
+            multiply_for(w.format, 1)(panel, x.data, x, sums, ahead_of(panel, w, next, 1));
+        }
+        for (int i = 0; i <= both; ++i) {
+            finish_rows(w, index + i, out, 1, sums + i * panel_columns, combine);
+        }
+    }
+
     // Where this thread's share of the panels begins and ends.
-    const uint8_t* share(const PackedMatrix& w, int thread) const {
-        return model_->at(w.data) + w.panels() * thread / worker_->threads() * w.panel_size;
+    const uint8_t* share(const PackedMatrix& w, int thread, int64_t rows) const {
+        const int64_t unit = in_pairs(w, rows) ? 2 : 1;
+        const int64_t items = (w.panels() + unit - 1) / unit;
+        const int64_t first = std::min(w.panels(), items * thread / worker_->threads() * unit);
+        return model_->at(w.data) + first * w.panel_size;
     }
 
     // What to prefetch while a panel meets its only tile of rows: of w, and of the matrix after it.
-    Ahead ahead_of(const uint8_t* panel, const PackedMatrix& w, const PackedMatrix& next) const {
-        const uint8_t *begin = share(w, worker_->index()), *end = share(w, worker_->index() + 1);
+    Ahead ahead_of(const uint8_t* panel, const PackedMatrix& w, const PackedMatrix& next,
+                   int64_t rows) const {
+        const uint8_t* begin = share(w, worker_->index(), rows);
+        const uint8_t* end = share(w, worker_->index() + 1, rows);
         if (read_ahead_ == 0 || panel < begin || panel >= end) return {};
-        return read_ahead(panel, end, share(next, worker_->index()), read_ahead_);
+        return read_ahead(panel, end, share(next, worker_->index(), rows), read_ahead_);
+    }
+
+    // The same for panel `place` of a pair: the next but one is read after it.
+    Ahead ahead_of_pair(const uint8_t* panel, const PackedMatrix& w, const PackedMatrix& next,
+                        int place) const {
+        const uint8_t* begin = share(w, worker_->index(), 1);
+        const uint8_t* end = share(w, worker_->index() + 1, 1);
+        if (read_ahead_ == 0 || panel < begin || panel >= end) return {};
+        const uint8_t* after = panel + 2 * w.panel_size;
+        if (after >= end) after = share(next, worker_->index(), 1) + place * next.panel_size;
+        return read_ahead(panel, panel + w.panel_size, after, read_ahead_);
     }
 
     // Prefetches the place of a panel's results while their sums are computed.
@@ -194,7 +239,7 @@ private:
                 float* to = out + begin * w.outputs;
                 ask_for_rows(w, index, to, size);
                 const Ahead ahead = last - first > 1 ? next_panel(from, w.panel_size, pair - first)
-                                                     : ahead_of(from, w, next);
+                                                     : ahead_of(from, w, next, rows);
                 multiply_tiled<Amx>(panel, x, x.tile(2 * pair),
                                     int(std::min<int64_t>(2, tiles - 2 * pair)), sums, ahead);
                 finish_rows(w, index, to, size, sums, combine);

@@ -337,11 +337,9 @@ BUGS = (
     Bug(
         "float16 weights: the last two inputs are left out",
         "csrc/cpu/gemm.h",
-        """for (int64_t k = 0; k < «inputs»; k += 2) {
-        ahead.ask();
-        add();
-        add();""",
-        "inputs - 2",
+        """const int64_t units = rows.words() / unit_words<format>«;»
+        for_parts""",
+        " - (format == Format::float16);",
         (PACKED,),
     ),
     Bug(
