@@ -34,6 +34,7 @@ _POLICY = {
     "form-action 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",  # or a browser keeps the page of an older version
 }
 """Headers of the page: it loads nothing from elsewhere, and stands in no other page."""
 
