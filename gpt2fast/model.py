@@ -143,8 +143,8 @@ class GPT2(nn.Module):
             attention_mask: (B, T), 1 where a token is real and 0 where it is padding; any pattern.
                 Outputs at masked positions are unspecified. With a cache of P tokens it may be
                 (B, P + T), and has to be with transformers' caches. Or (B, 1, T, P + T) of what
-                each token sees, later tokens too: bool, or numbers that are added to the scores;
-                then torch's SDPA attends, and a `KVCache` must be empty.
+                each token sees: bool, or numbers that are added to the scores; torch's SDPA attends
+                then, and a `KVCache` must be empty.
             position_ids: (B, T) or (T,) int64; defaults to 0 .. T - 1, or to what follows the
                 tokens seen where a cache is given. Where they do not go up by one, without a mask
                 and with use_cache=False, another text begins, which sees itself alone.
@@ -162,10 +162,9 @@ class GPT2(nn.Module):
             past_key_values: another name for `cache`.
             use_cache: True makes a `KVCache` where no cache is given; False returns none.
             output_hidden_states: return each block's input and the last layer norm's output, or
-                those of some indices. None means as the config says.
-            output_attentions: return attention weights, which fused kernels never have: attention
-                is computed unfused, as by transformers with attn_implementation="eager". None means
-                as the config says.
+                those of some indices; None, here and next, means as the config says.
+            output_attentions: return attention weights; attention is unfused then, since fused
+                kernels never have them.
             return_dict: False returns a tuple of what is not None, in the output's order.
 
         Raises:
