@@ -49,7 +49,8 @@ def test_ops_on_caches_pass_opcheck(name):
         opcheck(_release.call, (lengths, torch.tensor([1])))
         opcheck(_cached.call, (k, k_cache, v_cache, lengths, 0.25))
         scores, history = random(2, 30).float(), torch.randint(30, (2, 5))
-        opcheck(_sample.call, (scores, history, torch.rand(2), 0.8, 9, 0.9, 0.05, 0.95, 1.2, 2))
+        choice = (torch.rand(2), None, 0.8, 9, 0.9, 0.05, 0.95, 1.2, 2)
+        opcheck(_sample.call, (scores, history, *choice))
 
 
 @pytest.mark.parametrize("name", TRITON_BACKENDS)

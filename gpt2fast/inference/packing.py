@@ -42,8 +42,10 @@ _copies: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
 
 def can_be_packed(model: GPT2) -> bool:
     """True if there are kernels here that read packed weights of this model."""
-    chosen = requested_backend() in ("auto", "native") and unavailable() is None
-    return chosen and _why_not_packed(model) is None
+    if requested_backend() not in ("auto", "native") or _why_not_packed(model) is not None:
+        return False
+    # Last: it compiles the CPU's kernels where they are not there yet.
+    return unavailable() is None
 
 
 def _why_not_packed(model: GPT2) -> str | None:

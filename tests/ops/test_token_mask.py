@@ -16,6 +16,8 @@ from op_arguments import CPU_BACKENDS, LACKS, SHAPE, arguments
 from token_masks import assert_follows, tokens_of, words_of
 
 SIZES = [1, 31, 32, 33, 63, 64, 65, 700, 2049, 50257]
+INTERPRETED = ("triton", "simulator")
+"""Backends that take minutes for a vocabulary of GPT-2's size."""
 SHARES = [0.0, 0.02, 0.5, 1.0]
 OPTIONS = [
     {},
@@ -44,6 +46,8 @@ def masked_rows(vocab, share, rows=4):
 @pytest.mark.parametrize("share", SHARES)
 def test_a_masked_token_has_no_score(name, vocab, share):
     """The very tokens that the same kernels choose where torch has masked the logits."""
+    if vocab > 10_000 and name in INTERPRETED and share != 0.02:
+        pytest.skip("one share of so many tokens is enough here")
     logits, allowed, history, uniform = masked_rows(vocab, share)
     masked = logits.masked_fill(~allowed, -math.inf)
     mask = words_of(allowed)
@@ -72,7 +76,7 @@ def test_draws_invert_the_allowed_distribution(name, vocab):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_draws_follow_the_renormalized_distribution(name):
-    draws = 200_000 if name in ("native", "reference") else 4_000
+    draws = 400 if name in INTERPRETED else 200_000
     vocab = 67
     logits, allowed, _, _ = masked_rows(vocab, 0.4, rows=4)
     logits, allowed = logits[2:3] / 3, allowed[2:3]

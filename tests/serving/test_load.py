@@ -24,7 +24,7 @@ def test_clients_of_which_a_third_hangs_up_leave_no_page(server: Server):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert report["finished"] + report["hung up"] == 24 and report["hung up"] > 2
+    assert report["finished"] + report["hung up"] == 24 and report["hung up"] > 0
     assert report["failures"] == {} and report["new tokens/s"] > 0
     assert report["pages held before and after"] == [0, 0]
     assert 0 < report["first piece, ms"]["median"] <= report["first piece, ms"]["most"]
