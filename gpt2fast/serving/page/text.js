@@ -158,7 +158,9 @@ export class Text {
   #follow() {
     cancelAnimationFrame(this.frame);
     this.frame = requestAnimationFrame(() => {
-      if (this.follows) this.root.scrollTop = this.root.scrollHeight;
+      if (!this.follows) return;
+      this.root.scrollTop = this.root.scrollHeight;
+      this.top = this.root.scrollTop; // the event of this comes later, maybe merged with another
     });
   }
 
