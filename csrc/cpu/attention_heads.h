@@ -335,6 +335,16 @@ inline void load_factors(const CachedHeads<T>& x, int64_t t, int count, int head
     }
 }
 
+// Prefetches what load_factors will load of up to `count` entries from t on that are before `end`.
+template <typename T>
+[[gnu::always_inline]] inline void ask_for_factors(const CachedHeads<T>& x, int64_t t, int64_t end,
+                                                   int count) {
+    if (t >= end) return;
+    const float* from = x.scales_at(t);
+    const int n = int(std::min<int64_t>(count, end - t));
+    for (int i = 0; i < n; ++i) __builtin_prefetch(from + i * x.scale_stride, 0, 3);
+}
+
 // Of up to 16 heads the weights e^(score - largest) of a part's entries, in place of the scores, of
 // which a head's lie `row` behind those of the head before.
 inline void weigh_part(float* scores, int64_t row, int heads, int entries, const PartSums& sums) {
@@ -390,6 +400,7 @@ void attend_heads(const float* q, int heads, int64_t begin, int64_t end, const C
         for (int64_t t = begin; t < end; t += width) {
             const int n = int(std::min<int64_t>(width, end - t));
             const auto ahead = Upcoming<T>::of(keys, t + keys_ahead, asked, width);
+            if constexpr (scaled) ask_for_factors(keys, t + keys_ahead, asked, width);
             Vec products[heads_at_once][width], factors[heads_at_once];
             multiply(queries, count, keys.at(t), keys.stride, n, ahead, products);
             if constexpr (scaled) load_factors(keys, t, n, count, factors);
@@ -415,6 +426,7 @@ void attend_heads(const float* q, int heads, int64_t begin, int64_t end, const C
             if constexpr (scaled) {
                 for (int t = 0; t < entries; t += width) {
                     Vec factors[heads_at_once];
+                    ask_for_factors(values, from + t + values_ahead, asked, width);
                     load_factors(values, from + t, std::min(width, entries - t), count, factors);
                     for (int h = 0; h < count; ++h) {
                         float* at = weights + h * row + t;
