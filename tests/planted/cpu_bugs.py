@@ -337,9 +337,9 @@ BUGS = (
     Bug(
         "float16 weights: the last two inputs are left out",
         "csrc/cpu/gemm.h",
-        """const int64_t units = rows.words() / unit_words<format>«;»
+        """const int64_t units = «rows.words() / unit_words<format>»;
         for_parts""",
-        " - (format == Format::float16);",
+        "rows.words() / unit_words<format> - (format == Format::float16)",
         (PACKED,),
     ),
     Bug(
