@@ -14,44 +14,9 @@ from torch import Tensor
 
 from gpt2fast.hf import doctor, fuse
 from gpt2fast.ops.backend import record_calls
+from harness_tasks import TASKS
 from small_bpe import BPE, TEXT, random_model
 from tolerance import assert_close, assert_equal
-
-TASKS = {
-    "choosing": """
-task: choosing
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
-validation_split: validation
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: answer
-metric_list: [{metric: acc}, {metric: acc_norm}]
-""",
-    "reading": """
-task: reading
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
-validation_split: validation
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: text
-metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
-""",
-    "writing": """
-task: writing
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
-validation_split: validation
-output_type: generate_until
-generation_kwargs: {until: ["."], max_gen_toks: 12, do_sample: false}
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[0]}}"
-metric_list: [{metric: exact_match}]
-""",
-}
-"""Tasks of lm_eval on a file beside them."""
 
 
 @pytest.fixture(scope="module")
